@@ -1,0 +1,20 @@
+"""Axolotl: ``rl: focalpo`` in the YAML.
+
+Nothing here imports Axolotl before it asks for the plugin: Axolotl swallows a plugin's
+ImportError, and the run would go on without us.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+PLUGIN = "focalpo_plugins.axolotl.FocalPOPlugin"
+TRAINER = "focalpo_plugins.axolotl.trainer.AxolotlPairwiseTrainer"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FocalPOPlugin":
+        from .plugin import FocalPOPlugin
+
+        return FocalPOPlugin
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

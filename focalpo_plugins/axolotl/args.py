@@ -1,0 +1,22 @@
+"""The keys that the plug-in adds to Axolotl's YAML: ``NAME_o`` for the option ``o`` of a loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, create_model
+
+from ..registry import losses
+
+
+def _keys() -> dict[str, Any]:
+    keys = {
+        f"{loss.name}_{option}": (type(default) | None, None)
+        for loss in losses().values()
+        for option, default in loss.options.items()
+    }
+    # Written by the plugin, not by the user: which loss `rl` asked for before it became `dpo`.
+    return {**keys, "focalpo_loss": (str | None, None)}
+
+
+FocalPOArgs: type[BaseModel] = create_model("FocalPOArgs", **_keys())

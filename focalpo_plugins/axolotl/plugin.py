@@ -1,0 +1,175 @@
+"""The Axolotl plugin: turns ``rl: focalpo`` into Axolotl's DPO with our trainer, or refuses.
+
+Axolotl knows no ``rl`` but its own, so the plugin rewrites the raw YAML before it is validated,
+to ``rl: dpo`` with our ``trainer_cls``, and notes the loss in ``focalpo_loss``.  All its state is
+in the config, which is what reaches Ray's workers; there it is registered a second time.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin, PluginManager
+from axolotl.utils.schemas.enums import RLType
+
+from ..loss import check_beta, check_label_smoothing
+from ..registry import BoundLoss, PairwiseLoss, did_you_mean, get_loss, losses
+from . import TRAINER
+
+
+class FocalPOPlugin(BasePlugin):
+    """``plugins: [focalpo_plugins.axolotl.FocalPOPlugin]``; needed only where autoload is off."""
+
+    def get_input_args(self) -> str:
+        return "focalpo_plugins.axolotl.args.FocalPOArgs"
+
+    def register(self, cfg: Any) -> None:
+        """Check the raw config and rewrite it.
+
+        Raises:
+            ValueError: the config asks for what can't be trained; the message names the key.
+            RuntimeError: the installed TRL computes its loss elsewhere.
+        """
+        if cfg.get("trainer_cls") == TRAINER and cfg.get("rl") == "dpo":
+            _requested(cfg)  # written by us, in another process
+            return
+        name = cfg.get("rl")
+        of_host = [rl.value for rl in RLType]
+        _check_keys(cfg, name)
+        if name is None or name in of_host:
+            return
+        if name not in losses():
+            known = [*of_host, *losses()]
+            raise ValueError(f"rl must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}.")
+        _check_values(cfg, get_loss(name))
+        cfg["rl"] = "dpo"
+        cfg["trainer_cls"] = TRAINER
+        cfg["focalpo_loss"] = name
+
+    def pre_model_load(self, cfg: Any) -> None:
+        """Refuse another plugin's trainer, which Axolotl would take instead of ours."""
+        if _requested(cfg) is None:
+            return
+        for name, plugin in PluginManager.get_instance().plugins.items():
+            trainer = plugin.get_trainer_cls(cfg)
+            if trainer is not None:
+                raise ValueError(
+                    f"plugins holds {name}, whose trainer {trainer.__name__} would run instead of "
+                    f"the one that trains rl: {cfg.focalpo_loss}. Remove one of the two."
+                )
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Hand the trainer its loss, after making sure that it is ours.
+
+        Raises:
+            RuntimeError: Axolotl built another trainer.
+        """
+        loss = _requested(cfg)
+        if loss is None:
+            return
+        from .trainer import AxolotlPairwiseTrainer
+
+        if not isinstance(trainer, AxolotlPairwiseTrainer):
+            raise RuntimeError(
+                f"Axolotl built {type(trainer).__name__} where rl: {loss.name} needs "
+                f"{AxolotlPairwiseTrainer.__name__}: it would have trained another loss. Remove "
+                "what replaces the trainer (trainer_cls, another plugin)."
+            )
+        trainer.set_loss(loss)
+
+
+def _requested(cfg: Any) -> BoundLoss | None:
+    """The loss that a rewritten config asks for."""
+    name = cfg.get("focalpo_loss")
+    return None if name is None else _bind(cfg, get_loss(name))
+
+
+def _bind(cfg: Any, loss: PairwiseLoss) -> BoundLoss:
+    given = {}
+    for option, default in loss.options.items():
+        value = cfg.get(f"{loss.name}_{option}")
+        if value is not None:
+            given[option] = _as_number(value) if isinstance(default, float) else value
+    try:
+        return loss.bind(**given)
+    except ValueError as error:
+        raise ValueError(f"{loss.name}_{error}") from None
+
+
+def _check_keys(cfg: Any, rl: str) -> None:
+    of_loss = {
+        f"{loss.name}_{option}": loss.name for loss in losses().values() for option in loss.options
+    }
+    for key in cfg:
+        if str(key).startswith("focalpo_") and key not in of_loss:
+            raise ValueError(
+                f"{key} is no key of focalpo_plugins, got {cfg[key]!r}{did_you_mean(key, of_loss)}."
+            )
+        if key in of_loss and cfg[key] is not None and of_loss[key] != rl:
+            raise ValueError(
+                f"{key} belongs to rl: {of_loss[key]}, got {cfg[key]!r} under rl: {rl}. Set "
+                f"rl: {of_loss[key]}, or remove {key}."
+            )
+
+
+def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
+    from ..trl import check_host, check_loss_types
+
+    check_host()
+    _bind(cfg, loss)
+
+    trl_beta = (cfg.get("trl") or {}).get("beta")
+    betas = {"rl_beta": cfg.get("rl_beta"), "trl.beta": trl_beta}
+    for key, beta in betas.items():
+        if beta is not None:
+            try:
+                check_beta(_as_number(beta))
+            except ValueError as error:
+                raise ValueError(str(error).replace("beta", key, 1)) from None
+    if None not in betas.values() and len({_as_number(beta) for beta in betas.values()}) > 1:
+        raise ValueError(
+            f"rl_beta must equal trl.beta, got {betas['rl_beta']!r} and {trl_beta!r}: Axolotl "
+            "trains with trl.beta. Remove one of them."
+        )
+
+    types = cfg.get("dpo_loss_type")
+    if types is not None:
+        check_loss_types([types] if isinstance(types, str) else list(types), "dpo_loss_type")
+    smoothing = cfg.get("dpo_label_smoothing")
+    if smoothing is not None:
+        try:
+            check_label_smoothing(_as_number(smoothing))
+        except ValueError as error:
+            raise ValueError(f"dpo_{error}") from None
+    if cfg.get("dpo_use_liger_kernel"):
+        _check_liger(cfg)
+
+    trainer = cfg.get("trainer_cls")
+    if trainer is not None:
+        raise ValueError(
+            f"trainer_cls must be unset with rl: {loss.name}, got {trainer!r}: the loss comes with "
+            f"a trainer of its own. Remove trainer_cls."
+        )
+
+
+def _check_liger(cfg: Any) -> None:
+    if find_spec("liger_kernel") is None:
+        raise ValueError(
+            "dpo_use_liger_kernel needs the package liger-kernel, which is not installed. Install "
+            "it, or set dpo_use_liger_kernel to false."
+        )
+    for key in ("dpo_loss_weights", "dpo_use_weighting", "precompute_ref_log_probs"):
+        if cfg.get(key):
+            raise ValueError(
+                f"dpo_use_liger_kernel can't be combined with {key}, got {cfg[key]!r}: TRL's fused "
+                f"loss would ignore or refuse it. Set dpo_use_liger_kernel to false, or remove {key}."
+            )
+
+
+def _as_number(value: Any) -> Any:
+    """``value`` as a float where it reads as one: YAML takes ``5e-2`` for a string."""
+    try:
+        return value if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return value

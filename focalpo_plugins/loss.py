@@ -1,0 +1,330 @@
+r"""FocalPO as functions of the reward margin, and a thin module over them.
+
+Everything here is per pair and knows no trainer.  With the reward margin
+``z = beta * (logratio_chosen - logratio_rejected)`` and ``p = sigmoid(z)``, DPO's loss is
+``-log p``.  FocalPO (arXiv 2501.06645, section 3) multiplies it by a modulating factor:
+
+==================  ====================  ===========================================================
+variant             modulating factor     in the paper
+==================  ====================  ===========================================================
+``correct``         ``p**gamma``          Eq. 4, its default; focuses on pairs already ranked right
+``correct_exact``   ``(1 - p)**-gamma``   Eq. 3, which Eq. 4 approximates
+``incorrect``       ``(1 - p)**gamma``    Fig. 1 and 4 with gamma 1; focuses on pairs ranked wrong
+==================  ====================  ===========================================================
+
+The arithmetic runs in float32 at least, in log space, and the result has the input's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any, Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VARIANTS = ("correct", "correct_exact", "incorrect")
+
+#: From this gamma on, ``correct`` pushes a pair with margin 0 the wrong way: every run starts
+#: with margin 0, so it would train backwards from its first step.
+REVERSAL_GAMMA = 1 / math.log(2)
+
+
+def focalpo_loss(
+    margins: Tensor,
+    gamma: float = 0.05,
+    variant: str = "correct",
+    *,
+    label_smoothing: float = 0.0,
+    allow_reversed: bool = False,
+) -> Tensor:
+    r"""Per-pair FocalPO loss; the only change with respect to DPO is the modulating factor.
+
+    .. math:: L(z) = -p^\gamma \log p, \qquad p = \sigma(z) \qquad\text{(Eq. 4)}
+
+    Value and gradient are finite for every finite margin, and ``gamma=0`` gives
+    ``-logsigmoid(margins)`` to the last bit, the gradient included.
+
+    Args:
+        margins: reward margins ``z``, any shape, usually ``(B,)``, floating dtype.  Beta is
+            already in them.
+        gamma: focusing parameter, the paper's 0.05 by default.
+        variant: one of :data:`VARIANTS`.
+        label_smoothing: share ``e`` of labels taken to be flipped, ``0 <= e < 0.5``; the loss is
+            ``(1 - e) L(z) + e L(-z)``, as in conservative DPO.
+        allow_reversed: accept a gamma that :func:`check_gamma` refuses because the gradient
+            would point the wrong way.
+
+    Returns:
+        Losses of the shape and dtype of ``margins``.
+
+    Raises:
+        TypeError: ``margins`` is not a floating-point tensor.
+        ValueError: ``gamma``, ``variant`` or ``label_smoothing`` is out of range.
+    """
+    check_gamma(gamma, variant, allow_reversed=allow_reversed)
+    _check_margins(margins)
+    if gamma == 0:
+        # DPO's own expression: no other one equals it in the last bit.
+        return label_smoothed(lambda z: -F.logsigmoid(z), margins, label_smoothing)
+    return label_smoothed(
+        lambda z: _FocalPOFunction.apply(z, float(gamma), variant), margins, label_smoothing
+    )
+
+
+def focalpo_weight(
+    margins: Tensor,
+    gamma: float = 0.05,
+    variant: str = "correct",
+    *,
+    allow_reversed: bool = False,
+) -> Tensor:
+    r"""What the loss multiplies DPO's gradient by, per pair.
+
+    .. math:: w(z) = \frac{dL/dz}{-(1 - p)} = p^\gamma (1 + \gamma \log p)
+
+    for ``correct`` (the bracket of Eq. 6 divided by Eq. 5's weight).  For ``(1 - p)**s``, with
+    ``s = -gamma`` in ``correct_exact`` and ``s = gamma`` in ``incorrect``, it is
+    ``(1 - p)**s * (1 - s * p * log(p) / (1 - p))``.
+
+    A negative weight means that a step would push the pair towards the wrong order.  The weight
+    of ``correct_exact`` grows like ``exp(gamma * z)`` and is ``inf`` where the dtype can't hold
+    it; the gradient itself, ``-(1 - p) * w``, stays finite.
+
+    Args:
+        margins: reward margins ``z``, any shape, floating dtype.
+        gamma: focusing parameter.
+        variant: one of :data:`VARIANTS`.
+        allow_reversed: as in :func:`focalpo_loss`.
+
+    Returns:
+        Weights of the shape and dtype of ``margins``.
+
+    Raises:
+        TypeError: ``margins`` is not a floating-point tensor.
+        ValueError: ``gamma`` or ``variant`` is out of range.
+    """
+    check_gamma(gamma, variant, allow_reversed=allow_reversed)
+    _check_margins(margins)
+    z = _at_least_float32(margins)
+    if variant == "correct":
+        log_p = F.logsigmoid(z)
+        weight = torch.exp(gamma * log_p) * (1 + gamma * log_p)
+    else:
+        s = _exponent(gamma, variant)
+        weight = torch.exp(s * F.logsigmoid(-z)) * (1 + s * _entropy_ratio(z))
+    return weight.to(margins.dtype)
+
+
+def reversal_margin(gamma: float, variant: str = "correct") -> float:
+    r"""The margin ``z*`` below which the loss pushes a pair the wrong way.
+
+    .. math:: z^* = \operatorname{logit}(e^{-1/\gamma}) = -\log(e^{1/\gamma} - 1)
+
+    It is about ``-1 / gamma``: -20 at gamma 0.05, -0.54 at gamma 1, above 0 from
+    :data:`REVERSAL_GAMMA` on.  ``-inf`` for gamma 0 and for the variants whose gradient never
+    changes sign.
+
+    Raises:
+        ValueError: ``gamma`` or ``variant`` is out of range.
+    """
+    check_gamma(gamma, variant, allow_reversed=True)
+    if variant != "correct" or gamma == 0:
+        return -math.inf
+    # log(e^x - 1) = x + log(1 - e^-x) does not overflow for the large x of a small gamma.
+    return -1 / gamma - math.log(-math.expm1(-1 / gamma))
+
+
+def label_smoothed(loss: Callable[[Tensor], Tensor], margins: Tensor, label_smoothing: float) -> Tensor:
+    """``(1 - e) * loss(z) + e * loss(-z)``, conservative DPO's label smoothing, for any pairwise
+    loss of the margin ``z``.
+
+    Raises:
+        ValueError: ``label_smoothing`` is outside ``[0, 0.5)``.
+    """
+    check_label_smoothing(label_smoothing)
+    if label_smoothing == 0:
+        return loss(margins)
+    return (1 - label_smoothing) * loss(margins) + label_smoothing * loss(-margins)
+
+
+def check_gamma(gamma: float, variant: str = "correct", *, allow_reversed: bool = False) -> None:
+    """Raise ``ValueError`` unless ``variant`` exists and trains the right way with ``gamma``."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}.")
+    if not _is_number(gamma) or gamma < 0:
+        raise ValueError(
+            f"gamma must be a finite number of at least 0, got {gamma!r}: the paper uses 0.05."
+        )
+    if variant == "correct" and gamma >= REVERSAL_GAMMA and not allow_reversed:
+        raise ValueError(
+            f"gamma must be below 1/ln 2 = {REVERSAL_GAMMA:.4f} for variant 'correct', got "
+            f"{gamma!r}: from there on training runs backwards from the first step. The paper uses "
+            "0.05; allow_reversed=True accepts it all the same."
+        )
+    if variant == "correct_exact" and gamma >= 1 and not allow_reversed:
+        raise ValueError(
+            f"gamma must be below 1 for variant 'correct_exact', got {gamma!r}: from 1 on the loss "
+            "no longer falls as the margin grows. The paper uses 0.05; allow_reversed=True accepts "
+            "it all the same."
+        )
+
+
+def check_beta(beta: float) -> None:
+    """Raise ``ValueError`` unless ``beta``, the scale of the implicit reward, is above 0."""
+    if not _is_number(beta) or beta <= 0:
+        raise ValueError(
+            f"beta must be a finite number above 0, got {beta!r}: the paper uses 0.01 for Mistral-7B."
+        )
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    """Raise ``ValueError`` unless ``label_smoothing`` is at least 0 and below 0.5."""
+    if not _is_number(label_smoothing) or not 0 <= label_smoothing < 0.5:
+        raise ValueError(
+            f"label_smoothing must be at least 0 and below 0.5, got {label_smoothing!r}: it is the "
+            "share of labels taken to be flipped, and from 0.5 on the labels say nothing."
+        )
+
+
+class FocalPOLoss(nn.Module):
+    """:func:`focalpo_loss` as a module that holds the scalars.
+
+    Args:
+        gamma: focusing parameter.
+        variant: one of :data:`VARIANTS`.
+        beta: what the input is multiplied by to give the reward margin.  With the default of 1
+            the input is the margin itself; with DPO's beta it is the difference of log-ratios.
+        label_smoothing: as in :func:`focalpo_loss`.
+        allow_reversed: as in :func:`focalpo_loss`.
+
+    Raises:
+        ValueError: a value is out of range.
+
+    Example:
+        >>> loss = FocalPOLoss(beta=0.1)
+        >>> losses = loss(chosen_logratios - rejected_logratios)  # (B,)
+    """
+
+    def __init__(
+        self,
+        gamma: float = 0.05,
+        variant: str = "correct",
+        *,
+        beta: float = 1.0,
+        label_smoothing: float = 0.0,
+        allow_reversed: bool = False,
+    ) -> None:
+        super().__init__()
+        check_gamma(gamma, variant, allow_reversed=allow_reversed)
+        check_beta(beta)
+        check_label_smoothing(label_smoothing)
+        self.gamma = gamma
+        self.variant = variant
+        self.beta = beta
+        self.label_smoothing = label_smoothing
+        self.allow_reversed = allow_reversed
+
+    def forward(self, delta_logratios: Tensor) -> Tensor:
+        """Losses of the shape and dtype of ``delta_logratios``, which is usually ``(B,)``."""
+        return focalpo_loss(
+            self.beta * delta_logratios,
+            self.gamma,
+            self.variant,
+            label_smoothing=self.label_smoothing,
+            allow_reversed=self.allow_reversed,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"gamma={self.gamma}, variant={self.variant!r}, beta={self.beta}, "
+            f"label_smoothing={self.label_smoothing}"
+        )
+
+
+class _FocalPOFunction(torch.autograd.Function):
+    """Loss with its closed-form gradient, so that the margin is the only tensor saved.
+
+    The backward is made of differentiable operations: second derivatives work.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(margins: Tensor, gamma: float, variant: str) -> Tensor:
+        return _value(_at_least_float32(margins), gamma, variant).to(margins.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, str], output: Tensor) -> None:
+        margins, ctx.gamma, ctx.variant = inputs
+        ctx.save_for_backward(margins)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (grad_losses,) = grad_outputs
+        (margins,) = ctx.saved_tensors
+        z = _at_least_float32(margins)
+        grad = grad_losses.to(z.dtype) * _slope(z, ctx.gamma, ctx.variant)
+        return grad.to(margins.dtype), None, None
+
+
+def _value(z: Tensor, gamma: float, variant: str) -> Tensor:
+    """The loss, in the dtype of ``z``."""
+    log_p = F.logsigmoid(z)
+    if variant == "correct":
+        return -torch.exp(gamma * log_p) * log_p
+    s = _exponent(gamma, variant)
+    log_q = F.logsigmoid(-z)
+    # For z >= 0, -log p = (1 - p)(1 + t) log1p(t)/t with t = exp(-z): (1 - p)**s and 1 - p share
+    # one exponential, where each alone would overflow or vanish (the NaN of the paper's note 2).
+    right = torch.exp((s + 1) * log_q) * (1 + _exp_minus_abs(z)) * _log1p_ratio(z)
+    return torch.where(z < 0, -torch.exp(s * log_q) * log_p, right)
+
+
+def _slope(z: Tensor, gamma: float, variant: str) -> Tensor:
+    """dL/dz, in the dtype of ``z``: Eq. 6 without the policy's own gradient."""
+    log_p, log_q = F.logsigmoid(z), F.logsigmoid(-z)
+    if variant == "correct":
+        return -torch.exp(log_q + gamma * log_p) * (1 + gamma * log_p)
+    s = _exponent(gamma, variant)
+    return -torch.exp((s + 1) * log_q) * (1 + s * _entropy_ratio(z))
+
+
+def _entropy_ratio(z: Tensor) -> Tensor:
+    """``-p log(p) / (1 - p)``, which is ``log1p(t)/t`` for ``z >= 0`` and ``-t log p`` below, with
+    ``t = exp(-|z|)``."""
+    return torch.where(z < 0, -_exp_minus_abs(z) * F.logsigmoid(z), _log1p_ratio(z))
+
+
+def _log1p_ratio(z: Tensor) -> Tensor:
+    """``log1p(t)/t`` for ``t = exp(-|z|)``, by its series where ``t`` is below rounding."""
+    t = _exp_minus_abs(z)
+    tiny = torch.finfo(z.dtype).eps
+    return torch.where(t < tiny, 1 - t / 2, torch.log1p(t) / t.clamp(min=tiny))
+
+
+def _exp_minus_abs(z: Tensor) -> Tensor:
+    """``exp(-|z|)``, with the right-hand derivative at 0, where every run starts; that of ``abs``
+    is 0 there and would spoil second derivatives."""
+    return torch.exp(torch.where(z < 0, z, -z))
+
+
+def _exponent(gamma: float, variant: str) -> float:
+    """The ``s`` of the factor ``(1 - p)**s``."""
+    return -gamma if variant == "correct_exact" else gamma
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _check_margins(margins: Tensor) -> None:
+    if not isinstance(margins, Tensor) or not margins.is_floating_point():
+        got = margins.dtype if isinstance(margins, Tensor) else type(margins).__name__
+        raise TypeError(f"margins must be a floating-point tensor, got {got}: convert with .float().")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
