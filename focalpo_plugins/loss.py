@@ -327,4 +327,5 @@ def _check_margins(margins: Tensor) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    # Not math.isfinite: torch.compile can't trace it once it has seen two values of gamma.
+    return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf

@@ -103,7 +103,8 @@ class BoundLoss:
 
     def describe(self) -> str:
         """``loss=focalpo gamma=0.05 ... z*=-20.00 loss_at_margin_0=0.6695`` for the start-up line."""
-        parts = [f"loss={self.name}", *(f"{name}={value}" for name, value in self.options.items())]
+        options = [f"{name}={value}" for name, value in self.options.items() if value is not False]
+        parts = [f"loss={self.name}", *options]
         reversal = self.source.reversal
         if reversal is not None:
             parts.append(f"z*={reversal(**_accepted(reversal, self.options)):.2f}")
