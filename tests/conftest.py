@@ -1,0 +1,47 @@
+"""Fixtures of every room: processes as a user starts them, and the third party's package."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def run_python(*arguments: str, path: Path | None = None, **variables: str) -> subprocess.CompletedProcess:
+    """A fresh interpreter, with ``path`` before everything else that it imports from."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("FOCALPO_", "PYTHONPATH"))}
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    return subprocess.run(
+        [sys.executable, *arguments], env={**env, **variables}, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="session")
+def hinge_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the third party's package, built and installed by pip."""
+    target = tmp_path_factory.mktemp("hinge")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps"]
+    # A copy: building in the source folder leaves files there.
+    source = tmp_path_factory.mktemp("source")
+    for file in (HERE / "hinge_package").iterdir():
+        if file.is_file():
+            (source / file.name).write_bytes(file.read_bytes())
+    subprocess.run([*pip, "--target", str(target), str(source)], check=True)
+    return target
+
+
+@pytest.fixture
+def broken_third_party(tmp_path: Path) -> Path:
+    """A folder that looks as if a package had been installed there whose module raises."""
+    (tmp_path / "bad_losses.py").write_text("raise RuntimeError('raises at import')\n")
+    info = tmp_path / "bad_losses-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bad-losses\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[focalpo_plugins]\nbad = bad_losses\n")
+    return tmp_path

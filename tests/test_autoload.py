@@ -1,0 +1,101 @@
+"""What runs inside everybody's ``import torch``."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+from conftest import run_python
+
+HOSTS = ("axolotl", "openrlhf", "trl", "transformers")
+REPORT = """
+import sys, torch
+waiting = [finder.awaited for finder in sys.meta_path if type(finder).__name__ == "_Awaiting"]
+print("waiting for", waiting, "package loaded", "focalpo_plugins" in sys.modules)
+"""
+
+
+@pytest.fixture
+def broken_package(tmp_path: Path) -> Path:
+    """The installed package once more, with every module of it broken, first on the path."""
+    dist = distribution("focalpo_plugins")
+    for file in dist.files:
+        if file.suffix != ".pyc" and ".." not in file.parts:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(dist.locate_file(file), tmp_path / file)
+    modules = list((tmp_path / "focalpo_plugins").rglob("*.py"))
+    assert modules
+    for module in modules:
+        module.write_text("raise RuntimeError('broken on purpose')\n")
+    return tmp_path
+
+
+def test_silent_in_a_process_that_is_no_host():
+    run = run_python("-c", REPORT)
+    assert run.stdout == "waiting for [] package loaded False\n"
+    assert run.stderr == ""
+
+
+def test_runs_at_import_torch_from_its_entry_point():
+    """Only the entry point imports this module."""
+    run = run_python("-c", "import torch, sys; print('_focalpo_plugins_autoload' in sys.modules)")
+    assert run.stdout == "True\n", run.stderr
+
+
+def test_loads_no_host_module():
+    script = f"import sys, torch; print([name for name in {HOSTS} if name in sys.modules])"
+    assert run_python("-c", script).stdout == "[]\n"
+
+
+def host_script(folder: Path) -> str:
+    """A command named as Axolotl's, which is all that the autoload looks at."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "axolotl").write_text(REPORT)
+    return str(folder / "bin" / "axolotl")
+
+
+def test_waits_in_a_host_process(tmp_path: Path):
+    run = run_python(host_script(tmp_path))
+    assert run.stdout == "waiting for ['axolotl.utils.config'] package loaded False\n"
+    assert run.stderr == ""
+
+
+@pytest.mark.parametrize("imports_torch", ("__init__", "train"))
+def test_waits_in_a_process_run_as_a_module(tmp_path: Path, imports_torch: str):
+    """``python -m`` imports the parents first: torch may come in before ``__main__`` has a spec."""
+    package = tmp_path / "axolotl" / "cli"
+    package.mkdir(parents=True)
+    (tmp_path / "axolotl" / "__init__.py").write_text("")
+    (package / "__init__.py").write_text("")
+    (package / "train.py").write_text(REPORT)
+    if imports_torch == "__init__":
+        (package / "__init__.py").write_text("import torch\n")
+    run = run_python("-m", "axolotl.cli.train", path=tmp_path)
+    assert run.stdout == "waiting for ['axolotl.utils.config'] package loaded False\n", run.stderr
+
+
+def test_can_be_turned_off(tmp_path: Path):
+    run = run_python(host_script(tmp_path), FOCALPO_AUTOLOAD="0")
+    assert run.stdout == "waiting for [] package loaded False\n"
+
+
+def test_import_torch_survives_a_broken_package(broken_package: Path):
+    run = run_python("-c", REPORT, path=broken_package)
+    assert run.stdout == "waiting for [] package loaded False\n"
+    assert run.stderr == ""
+
+
+def test_a_host_survives_a_broken_package(broken_package: Path, tmp_path: Path):
+    """The module waited for is imported as without us, and one warning says what is missing."""
+    config = broken_package / "axolotl" / "utils"
+    config.mkdir(parents=True)
+    (config.parent / "__init__.py").write_text("")
+    (config / "__init__.py").write_text("")
+    (config / "config.py").write_text("validate_config = 'the host\\'s own'\n")
+    script = Path(host_script(tmp_path))
+    script.write_text(REPORT + "import axolotl.utils.config as config; print(config.validate_config)\n")
+    run = run_python(str(script), path=broken_package)
+    assert run.stdout.splitlines()[1] == "the host's own", run.stderr
+    assert run.stderr.count("autoload failed (RuntimeError: broken on purpose)") == 1

@@ -1,0 +1,80 @@
+"""What the package imports, declares and ships."""
+
+from __future__ import annotations
+
+import ast
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+from conftest import run_python
+
+import focalpo_plugins
+
+PACKAGE = Path(focalpo_plugins.__file__).parent
+HOSTS = {"axolotl", "openrlhf", "trl", "transformers", "accelerate", "deepspeed", "peft", "liger_kernel"}
+CORE = ("loss", "hookspecs", "registry", "diagnostics")
+ROOMS = {
+    "axolotl": {"axolotl", "pydantic"},
+    "trl": {"trl", "liger_kernel"},
+}
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level names of the modules that a fresh interpreter holds after ``statement``."""
+    run = run_python("-c", f"{statement}; import sys; print(*sys.modules)", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert run.returncode == 0, run.stderr
+    return {name.partition(".")[0] for name in run.stdout.split()}
+
+
+def test_importing_the_package_loads_neither_torch_nor_a_host():
+    loaded = loaded_by("import focalpo_plugins")
+    assert "focalpo_plugins" in loaded
+    assert not loaded & {"torch", "pluggy", *HOSTS}
+
+
+def test_the_core_loads_no_host():
+    loaded = loaded_by("import " + ", ".join(f"focalpo_plugins.{name}" for name in CORE))
+    assert "torch" in loaded
+    assert not loaded & HOSTS
+
+
+def imports_of(file: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.partition(".")[0] for name in names}
+
+
+def test_a_host_is_imported_in_its_own_room_only():
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > len(CORE)
+    for file in files:
+        parts = file.relative_to(PACKAGE).parts
+        allowed = ROOMS.get(parts[0], set()) if len(parts) > 1 else set()
+        assert not imports_of(file) & (HOSTS - allowed), file
+
+
+@pytest.mark.parametrize("name", focalpo_plugins.__all__)
+def test_public_names_say_what_they_are(name: str):
+    if name in ("FocalPOConfig", "FocalPOTrainer"):
+        pytest.importorskip("trl")
+    assert name in dir(focalpo_plugins)
+    assert getattr(focalpo_plugins, name).__doc__
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="has no attribute 'focal_loss'"):
+        focalpo_plugins.focal_loss  # noqa: B018
+
+
+def test_the_wheel_holds_what_it_should():
+    """Fails for an editable install: the tests run against an installed wheel."""
+    dist = distribution("focalpo_plugins")
+    files = {str(file) for file in dist.files}
+    assert {"focalpo_plugins/py.typed", "focalpo_plugins/loss.py", "_focalpo_plugins_autoload.py"} <= files
+    assert not any(file.startswith(("tests/", "examples/")) for file in files)
+    assert dist.locate_file("focalpo_plugins/loss.py").resolve() == (PACKAGE / "loss.py").resolve()
+    assert dist.version == focalpo_plugins.__version__
+    required = [requirement for requirement in dist.requires if "extra" not in requirement]
+    assert sorted(required) == ["pluggy", "torch"]
