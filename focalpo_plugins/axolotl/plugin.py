@@ -37,8 +37,8 @@ class FocalPOPlugin(BasePlugin):
         _check_keys(cfg, name)
         if trainer is not None and (trainer == TRAINER or str(name) in losses()):
             raise ValueError(
-                f"trainer_cls must be unset, got {trainer!r} under rl: {name}: a loss of ours brings "
-                "its trainer. Remove trainer_cls and set rl: focalpo."
+                f"trainer_cls must be unset, got {trainer!r} under rl: {name}: a loss of ours "
+                "brings its trainer. Remove trainer_cls and set rl: focalpo."
             )
         of_host = [rl.value for rl in RLType]
         if not isinstance(name, str) or name in of_host:
