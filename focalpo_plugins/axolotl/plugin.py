@@ -39,7 +39,7 @@ class FocalPOPlugin(BasePlugin):
             raise ValueError(
                 f"rl must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}."
             )
-        if name == "dpo" and trainer == TRAINER and _requested(cfg) is not None:
+        if name == "dpo" and trainer == TRAINER and requested_loss(cfg) is not None:
             return  # rewritten before, in the process that started this one
         _check_keys(cfg, name)
         if trainer is not None and (trainer == TRAINER or str(name) in losses()):
@@ -56,7 +56,7 @@ class FocalPOPlugin(BasePlugin):
 
     def pre_model_load(self, cfg: Any) -> None:
         """Refuse another plugin's trainer, which Axolotl would take instead of ours."""
-        if _requested(cfg) is None:
+        if requested_loss(cfg) is None:
             return
         for name, plugin in PluginManager.get_instance().plugins.items():
             trainer = plugin.get_trainer_cls(cfg)
@@ -67,12 +67,12 @@ class FocalPOPlugin(BasePlugin):
                 )
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Hand the trainer its loss, after making sure that it is ours.
+        """Make sure that the trainer is ours and has the loss that this config asks for.
 
         Raises:
             RuntimeError: Axolotl built another trainer.
         """
-        loss = _requested(cfg)
+        loss = requested_loss(cfg)
         if loss is None:
             return
         from .trainer import AxolotlPairwiseTrainer
@@ -83,13 +83,14 @@ class FocalPOPlugin(BasePlugin):
                 f"{AxolotlPairwiseTrainer.__name__}: it would have trained another loss. Remove "
                 "what replaces the trainer (trainer_cls, another plugin)."
             )
-        trainer.set_loss(loss)
+        if trainer.pairwise_loss != loss:
+            trainer.set_loss(loss)
         # Axolotl names the data in the model card for its own trainer class only.
         trainer.dataset_tags = [d["path"] for d in cfg.datasets if not Path(d["path"]).is_dir()]
 
 
-def _requested(cfg: Any) -> BoundLoss | None:
-    """The loss that a rewritten config asks for."""
+def requested_loss(cfg: Any) -> BoundLoss | None:
+    """The loss that a rewritten config asks for; None where it asks for none of ours."""
     name = cfg.get("focalpo_loss")
     return None if name is None else _bind(cfg, get_loss(name))
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+from axolotl.integrations.base import PluginManager
 
 from ..registry import BoundLoss
 from ..trl import PairwiseLossMixin
+from .plugin import requested_loss
 
 
 class AxolotlPairwiseTrainer(PairwiseLossMixin, AxolotlDPOTrainer):
-    """Named in ``trainer_cls`` by the plugin, which also sets its loss once it is built."""
+    """Named in ``trainer_cls`` by the plugin; trains the loss that Axolotl's config asks for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Axolotl hands its config to no trainer, and `axolotl evaluate` calls no hook that has it.
+        cfg = PluginManager.get_instance().cfg
+        loss = None if cfg is None else requested_loss(cfg)
+        if loss is not None:
+            self.set_loss(loss)
 
     def set_loss(
         self, loss: BoundLoss, packages: Sequence[str] = ("axolotl", "trl", "torch")

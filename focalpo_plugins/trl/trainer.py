@@ -129,9 +129,13 @@ class FocalPOConfig(DPOConfig):
 
 class PairwiseLossMixin(_Host):
     """A TRL DPO trainer's loss, exchanged.  Stands before the trainer in the list of bases, and
-    trains nothing before :meth:`set_loss` was called."""
+    trains nothing before :meth:`set_loss` was called.
 
-    _pairwise_loss: BoundLoss | None = None
+    Attributes:
+        pairwise_loss: the loss that is trained.
+    """
+
+    pairwise_loss: BoundLoss | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_host()
@@ -149,7 +153,7 @@ class PairwiseLossMixin(_Host):
             loss: a registered loss, bound to its options.
             packages: whose versions the line names.
         """
-        self._pairwise_loss = loss
+        self.pairwise_loss = loss
         is_focalpo = loss.name == "focalpo"
         self._name, self._paper = ("FocalPO", _PAPER) if is_focalpo else (loss.name, {})
         self._tag_names: list[str] = [*self._tag_names, loss.name]
@@ -172,7 +176,7 @@ class PairwiseLossMixin(_Host):
             )
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        if self._pairwise_loss is None:
+        if self.pairwise_loss is None:
             raise RuntimeError(
                 f"{type(self).__name__} has no pairwise loss yet, and would train DPO: call "
                 "set_loss() before training."
@@ -183,12 +187,12 @@ class PairwiseLossMixin(_Host):
             raise RuntimeError(
                 f"trl {version('trl')} computed the loss in a way that focalpo_plugins "
                 f"{version('focalpo_plugins')} does not know, and this step would not have trained "
-                f"{self._pairwise_loss.name}. Use a trl release that the README lists."
+                f"{self.pairwise_loss.name}. Use a trl release that the README lists."
             )
         return result
 
     def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss = self._pairwise_loss
+        loss = self.pairwise_loss
         assert loss is not None  # compute_loss
         smoothing = [self.label_smoothing if own else 0.0 for own in _seam(self.loss_types)]
         margins: list[Tensor] = []
@@ -213,10 +217,10 @@ class PairwiseLossMixin(_Host):
 
     def _record(self, margins: Tensor) -> None:
         """Add the margins of one step, from all ranks, to what is logged next."""
-        assert self._pairwise_loss is not None
+        assert self.pairwise_loss is not None
         # gather_for_metrics drops the rows that an uneven last batch repeats.
         margins = self.accelerator.gather_for_metrics(margins.detach())
-        sums = margin_sums(margins, self._pairwise_loss)
+        sums = margin_sums(margins, self.pairwise_loss)
         mode = self._mode()
         self._margin_sums[mode] = self._margin_sums.get(mode, 0) + sums
         self._steps_recorded += 1
@@ -224,9 +228,9 @@ class PairwiseLossMixin(_Host):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         mode = self._mode()
         sums = self._margin_sums.pop(mode, None)
-        if sums is not None and self._pairwise_loss is not None:
+        if sums is not None and self.pairwise_loss is not None:
             prefix = "eval_" if mode == "eval" else ""
-            for name, value in means(sums, self._pairwise_loss).items():
+            for name, value in means(sums, self.pairwise_loss).items():
                 logs[prefix + name] = value
         super().log(logs, *args, **kwargs)
 

@@ -437,7 +437,7 @@ def test_a_trainer_without_a_loss_trains_nothing(tokenizer, tmp_path):
 
 def test_host_is_restored_after_an_error(tokenizer, tmp_path, monkeypatch):
     host = trainer(FocalPOTrainer, tokenizer, tmp_path)
-    monkeypatch.setattr(host, "_pairwise_loss", lambda *_: 1 / 0)
+    monkeypatch.setattr(host, "pairwise_loss", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         host.compute_loss(host.model, batch(host))
     assert dpo_trainer.F is torch.nn.functional
