@@ -1,0 +1,201 @@
+"""The flags ``--loss`` and ``--NAME.option`` in OpenRLHF's parser, and what they are refused for."""
+
+from __future__ import annotations
+
+import sys
+from argparse import SUPPRESS, ArgumentError, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..loss import VARIANTS, check_beta, check_label_smoothing
+from ..registry import BoundLoss, PairwiseLoss, did_you_mean, get_loss, losses
+from . import cpu
+
+# OpenRLHF's own loss.  It stays OpenRLHF's, whatever a package may register under this name.
+_OF_HOST = "dpo"
+
+_HELP = {
+    "focalpo.gamma": "Focusing parameter; 0 is DPO",
+    "focalpo.variant": f"Modulating factor: {', '.join(VARIANTS)}",
+    "focalpo.allow_reversed": "Accept a gamma from which on training runs backwards",
+}
+
+
+def parse(
+    parse_original: Callable[..., Any],
+    parser: ArgumentParser,
+    args: Sequence[str] | None,
+    *more: Any,
+    **kwargs: Any,
+) -> Any:
+    """Parse with our flags in OpenRLHF's parser, and put the loss asked for in its trainer's place.
+
+    Whatever is wrong with the command line ends the process as argparse does: usage, message,
+    exit code 2.
+
+    Args:
+        parse_original: the parser's own ``parse_args`` or ``parse_known_args``.
+        parser: OpenRLHF's.
+        args: what ``parse_original`` is called with, as are ``more`` and ``kwargs``.
+
+    Raises:
+        RuntimeError: the loss asked for is ours, and the installed OpenRLHF constructs its own
+            elsewhere.
+    """
+    argv = list(sys.argv[1:] if args is None else args)
+    if not _add(parser, argv):
+        return parse_original(args, *more, **kwargs)
+    _check_spelling(parser, argv)
+    parsed = parse_original(args, *more, **kwargs)
+    loss = _check(parser, parsed[0] if isinstance(parsed, tuple) else parsed)
+    if loss is not None:
+        from .trainer import install
+
+        install(loss)
+    return parsed
+
+
+def _offered() -> dict[str, PairwiseLoss]:
+    return {name: loss for name, loss in losses().items() if name != _OF_HOST}
+
+
+def _flags() -> dict[str, tuple[PairwiseLoss, str]]:
+    """For each flag of a loss, without its dashes, the loss and the option."""
+    return {
+        f"{loss.name}.{option}": (loss, option)
+        for loss in _offered().values()
+        for option in loss.options
+    }
+
+
+def _add(parser: ArgumentParser, argv: Sequence[str]) -> bool:
+    """Add the flags, unless OpenRLHF has one of them itself and this run doesn't ask for ours."""
+    group = parser.add_argument_group(
+        "focalpo_plugins", "The loss of a pair as a function of its reward margin."
+    )
+    try:
+        group.add_argument(
+            "--loss",
+            type=_loss_name,
+            choices=[_OF_HOST, *_offered()],
+            default=_OF_HOST,
+            help="Loss to train with; dpo is OpenRLHF's own (default: dpo)",
+        )
+        for flag, (loss, option) in _flags().items():
+            # Left out of the namespace unless given, which tells what the user asked for.
+            default = loss.options[option]
+            kind: dict[str, Any] = {"type": _number} if isinstance(default, (int, float)) else {}
+            if isinstance(default, bool):
+                kind = {"action": "store_false" if default else "store_true"}
+            text = _HELP.get(flag, f"Option of the loss {loss.name}")
+            group.add_argument(f"--{flag}", default=SUPPRESS, help=f"{text} (default: {default})", **kind)
+    except ArgumentError as error:
+        from .trainer import versions
+
+        if any(word.split("=")[0] == "--loss" for word in argv):
+            parser.error(
+                f"{versions()}: OpenRLHF now has a flag that focalpo_plugins adds ({error}). Use an "
+                "openrlhf release that the README lists, or set FOCALPO_AUTOLOAD=0."
+            )
+        return False
+    return True
+
+
+def _loss_name(name: str) -> str:
+    known = [_OF_HOST, *_offered()]
+    if name not in known:
+        raise ArgumentTypeError(
+            f"must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}."
+        )
+    return name
+
+
+def _number(text: str) -> float | str:
+    """``text`` as a float where it reads as one; the loss itself refuses anything else."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _check_spelling(parser: ArgumentParser, argv: Sequence[str]) -> None:
+    """Refuse a flag of ours that is misspelt or abbreviated.
+
+    argparse takes an abbreviation for the one flag that begins with it.  OpenRLHF's own
+    abbreviations stay as they are; ours could come to stand for another loss's flag.
+    """
+    ours = ["--loss", *(f"--{flag}" for flag in _flags())]
+    known = {name for action in parser._actions for name in action.option_strings}
+    of_host = known - set(ours)
+    for word in argv:
+        name = word.split("=")[0]
+        if name in known or not name.startswith("--") or name == "--":
+            continue
+        abbreviates = [flag for flag in ours if flag.startswith(name)]
+        of_loss = any(name.startswith(f"--{loss}.") for loss in _offered())
+        if (abbreviates or of_loss) and not any(flag.startswith(name) for flag in of_host):
+            parser.error(
+                f"{name} is no flag, got {word!r}{did_you_mean(name, ours)} The flags of "
+                "focalpo_plugins have to be written out."
+            )
+
+
+def _check(parser: ArgumentParser, namespace: Namespace) -> BoundLoss | None:
+    """The loss asked for, None for OpenRLHF's own; leaves the namespace as that loss needs it."""
+    values = vars(namespace)
+    name = values["loss"]
+    try:
+        cpu.check(namespace)
+        for flag, (loss, _) in _flags().items():
+            if flag in values and loss.name != name:
+                raise ValueError(
+                    f"--{flag} is a flag of --loss {loss.name}, got {values[flag]!r} with --loss "
+                    f"{name}. Give --loss {loss.name}, or remove --{flag}."
+                )
+        if name == _OF_HOST:
+            del values["loss"]  # OpenRLHF, and what it logs, sees nothing of us
+            return None
+        bound = _bind(get_loss(name), values)
+        _check_host_flags(values, name)
+    except ValueError as error:
+        parser.error(str(error))
+    for option, value in bound.options.items():
+        values[f"{name}.{option}"] = value
+    return bound
+
+
+def _bind(loss: PairwiseLoss, values: dict[str, Any]) -> BoundLoss:
+    given = {
+        option: values[f"{loss.name}.{option}"]
+        for option in loss.options
+        if f"{loss.name}.{option}" in values
+    }
+    try:
+        return loss.bind(**given)
+    except ValueError as error:
+        message = str(error)
+        for option in loss.options:
+            message = message.replace(f"{option}=True", f"--{loss.name}.{option}")
+        raise ValueError(f"--{loss.name}.{message}") from None
+
+
+def _check_host_flags(values: dict[str, Any], name: str) -> None:
+    """OpenRLHF's own flags that go into the loss; it doesn't check them itself."""
+    from .trainer import versions
+
+    for flag in ("model.beta", "model.label_smoothing", "model.ipo_enable"):
+        if flag not in values:
+            raise ValueError(
+                f"{versions()}: OpenRLHF has no flag --{flag}, which goes into the loss {name}. Use "
+                "an openrlhf release that the README lists."
+            )
+    for check, option in ((check_beta, "beta"), (check_label_smoothing, "label_smoothing")):
+        try:
+            check(values[f"model.{option}"])
+        except ValueError as error:
+            raise ValueError(f"--model.{error}") from None
+    if values["model.ipo_enable"]:
+        raise ValueError(
+            f"--model.ipo_enable must be left out with --loss {name}, got both: IPO is a loss of its "
+            "own. Remove one of the two."
+        )
