@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def run_python(*arguments: str, path: Path | None = None, **variables: str) -> subprocess.CompletedProcess:

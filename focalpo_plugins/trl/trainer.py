@@ -24,7 +24,7 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
 from ..diagnostics import margin_sums, means
-from ..loss import check_beta
+from ..loss import check_beta, check_label_smoothing
 from ..registry import BoundLoss, get_loss
 
 # For each TRL loss type that a pairwise loss can take the place of, the log-sigmoids it calls,
@@ -258,6 +258,7 @@ def check_host() -> None:
 def check_arguments(args: DPOConfig) -> None:
     """Raise ``ValueError`` where TRL's arguments ask for what a pairwise loss can't be part of."""
     check_beta(args.beta)
+    check_label_smoothing(args.label_smoothing)
     types = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
     check_loss_types(types)
     divergence = str(getattr(args.f_divergence_type, "value", args.f_divergence_type))

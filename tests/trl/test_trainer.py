@@ -1,0 +1,502 @@
+"""TRL's trainer with our loss, against TRL's own and against float64 worked out from the logits."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from conftest import run_python
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer
+
+from focalpo_plugins import FocalPOConfig, FocalPOTrainer, focalpo_loss
+from focalpo_plugins.registry import get_loss
+from focalpo_plugins.trl import PairwiseLossMixin
+
+WORDS = [f"w{i}" for i in range(40)]
+PAIRS = [  # completions of different lengths, so that rows are padded
+    {
+        "prompt": f"w{i} w{i + 1}",
+        "chosen": " " + " ".join(WORDS[i + 2 : i + 4 + i % 3]),
+        "rejected": " " + " ".join(WORDS[i + 9 : i + 10 + i % 4]),
+    }
+    for i in range(8)
+]
+GAMMA = 0.5  # far enough from DPO that a mix-up shows
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def model(seed: int = 0, kind: str = "llama") -> torch.nn.Module:
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": 43,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,  # wide, so that margins are far from 0
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+    if kind == "mixtral":
+        config = MixtralConfig(
+            **sizes, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True
+        )
+        return MixtralForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+def trainer(
+    cls: type[DPOTrainer],
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    *,
+    policy: Any = None,
+    reference: Any = "another",
+    peft_config: Any = None,
+    eval_dataset: Any = None,
+    **arguments: Any,
+) -> DPOTrainer:
+    """A trainer whose policy and reference differ, as they do after some steps."""
+    config = FocalPOConfig if issubclass(cls, FocalPOTrainer) else DPOConfig
+    arguments = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "beta": 0.3,
+        "gradient_checkpointing": False,
+        **arguments,
+    }
+    return cls(
+        policy if policy is not None else model(0),
+        model(1) if reference == "another" else reference,
+        args=config(str(folder), **arguments),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(PAIRS),
+        eval_dataset=eval_dataset,
+        peft_config=peft_config,
+    )
+
+
+def batch(host: DPOTrainer) -> dict[str, torch.Tensor]:
+    return next(iter(host.get_train_dataloader()))
+
+
+def loss_and_grads(host: DPOTrainer, inputs: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    host.model.zero_grad()
+    loss = host.compute_loss(host.model, inputs)
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in host.model.parameters() if p.grad is not None]
+
+
+def logps(network: torch.nn.Module, inputs: dict) -> torch.Tensor:
+    """Log-probabilities of the completions ``(2B,)`` in float64, from the logits."""
+    with torch.no_grad():
+        logits = network(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    log_probs = logits[:, :-1].double().log_softmax(-1)
+    tokens = log_probs.gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
+    return (tokens * inputs["completion_mask"][:, 1:]).sum(-1)
+
+
+def margins_of(host: DPOTrainer, inputs: dict, per_token: bool = False) -> torch.Tensor:
+    """beta times the difference of log-ratios ``(B,)``, in float64."""
+    ratios = logps(host.model, inputs) - logps(host.ref_model, inputs)
+    if per_token:
+        ratios = ratios / inputs["completion_mask"].sum(1)
+    chosen, rejected = ratios.chunk(2)
+    return host.beta * (chosen - rejected)
+
+
+def by_formula(z: torch.Tensor) -> torch.Tensor:
+    """Eq. 4 as it stands."""
+    p = torch.sigmoid(z)
+    return -(p**GAMMA) * torch.log(p)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"label_smoothing": 0.2},
+        {"loss_type": ["sigmoid_norm"]},
+        {"loss_type": ["sigmoid_norm"], "label_smoothing": 0.2},
+        {"loss_type": ["robust"], "label_smoothing": 0.2},
+        {"loss_type": ["sigmoid", "robust"], "loss_weights": [0.7, 2.0], "label_smoothing": 0.2},
+    ],
+    ids=str,
+)
+def test_loss_against_the_formula(tokenizer, tmp_path, arguments):
+    """sigmoid: (1 - e) L(z) + e L(-z), though TRL itself drops e there.
+    robust: ((1 - e) L(z) - e L(-z)) / (1 - 2e), TRL's own weighting of its two terms."""
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_gamma=GAMMA, **arguments)
+    inputs = batch(host)
+    types = arguments.get("loss_type", ["sigmoid"])
+    e = arguments.get("label_smoothing", 0.0)
+    expected = 0.0
+    for loss_type, weight in zip(types, arguments.get("loss_weights", [1.0]), strict=True):
+        z = margins_of(host, inputs, per_token=loss_type == "sigmoid_norm")
+        if loss_type == "robust":
+            losses = ((1 - e) * by_formula(z) - e * by_formula(-z)) / (1 - 2 * e)
+        else:
+            losses = (1 - e) * by_formula(z) + e * by_formula(-z)
+        expected += weight * losses.mean().item()
+    assert z.abs().max() > 0.05  # policy and reference differ
+    assert loss_and_grads(host, inputs)[0].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_sft_beside_sigmoid(tokenizer, tmp_path):
+    """The sft term is TRL's own: what it adds to our loss it adds to TRL's."""
+    with_sft = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.4]}
+    loss = {}
+    for cls in (DPOTrainer, FocalPOTrainer):
+        for name, arguments in (("alone", {}), ("sft", with_sft)):
+            host = trainer(cls, tokenizer, tmp_path, **arguments)
+            loss[cls, name] = loss_and_grads(host, batch(host))[0].item()
+    added = loss[FocalPOTrainer, "sft"] - loss[FocalPOTrainer, "alone"]
+    assert added > 0.5
+    assert added == pytest.approx(loss[DPOTrainer, "sft"] - loss[DPOTrainer, "alone"], rel=1e-5)
+
+
+HOST_FEATURES: list[dict[str, Any]] = [
+    {},
+    {"loss_type": ["sigmoid_norm"]},
+    {"loss_type": ["robust"], "label_smoothing": 0.1},
+    {"loss_type": ["sigmoid", "sft"]},
+    {"ld_alpha": 0.5},
+    {"use_weighting": True},
+    {"precompute_ref_log_probs": True},
+    {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
+    {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    {"model_kind": "mixtral", "router_aux_loss_coef": 0.3},
+    {"peft_config": LoraConfig(r=4, init_lora_weights=False), "reference": None},
+]
+
+
+@pytest.mark.parametrize("feature", HOST_FEATURES, ids=str)
+def test_gamma_zero_is_the_hosts_dpo_to_the_last_bit(tokenizer, tmp_path, feature):
+    """Three steps with each thing that TRL does around the loss: losses and gradient norms."""
+    histories = []
+    for cls in (DPOTrainer, FocalPOTrainer):
+        arguments = dict(feature)
+        kind = arguments.pop("model_kind", "llama")
+        if cls is FocalPOTrainer:
+            arguments["focalpo_gamma"] = 0.0
+        if kind == "mixtral":
+            arguments["reference"] = model(1, kind)
+        torch.manual_seed(0)
+        host = trainer(cls, tokenizer, tmp_path, policy=model(0, kind), **arguments)
+        host.train()
+        histories.append(
+            [(entry["loss"], entry["grad_norm"]) for entry in host.state.log_history if "loss" in entry]
+        )
+    assert len(histories[0]) == 3
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize("feature", HOST_FEATURES, ids=str)
+def test_gamma_changes_the_loss_with_every_feature(tokenizer, tmp_path, feature):
+    """So that the test above can't pass by the loss being DPO's all along."""
+    arguments = dict(feature)
+    kind = arguments.pop("model_kind", "llama")
+    if kind == "mixtral":
+        arguments["reference"] = model(1, kind)
+    losses = []
+    for gamma in (0.0, GAMMA):
+        torch.manual_seed(0)
+        policy = model(0, kind)
+        host = trainer(
+            FocalPOTrainer, tokenizer, tmp_path, policy=policy, focalpo_gamma=gamma, **arguments
+        )
+        losses.append(loss_and_grads(host, batch(host))[0].item())
+    assert losses[1] < losses[0] - 0.01
+
+
+def test_ref_adapter(tokenizer, tmp_path):
+    """Training an existing adapter again: TRL keeps a copy named "ref", the margins start at 0 and
+    the first loss is 2^-gamma ln 2."""
+    from peft import get_peft_model
+
+    policy = get_peft_model(model(0), LoraConfig(r=4, init_lora_weights=False))
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path, policy=policy, reference=None)
+    assert "ref" in host.model.peft_config
+    loss = loss_and_grads(host, batch(host))[0].item()
+    assert loss == pytest.approx(2**-0.05 * math.log(2), rel=1e-6)
+
+
+def test_diagnostics_in_train_and_eval_logs(tokenizer, tmp_path):
+    """The same four pairs, whole or in two accumulation steps, give the same means; the held-out
+    pairs' means carry the prefix eval_."""
+    logged = []
+    for split in ({}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}):
+        host = trainer(
+            FocalPOTrainer,
+            tokenizer,
+            tmp_path,
+            focalpo_gamma=GAMMA,
+            eval_dataset=Dataset.from_list(PAIRS[:3]),
+            eval_strategy="steps",
+            eval_steps=1,
+            max_steps=1,
+            **split,
+        )
+        first = margins_of(host, batch(host))
+        host.train()
+        logged.append({k: v for entry in host.state.log_history for k, v in entry.items()})
+    assert {f"{prefix}focalpo/{name}" for prefix in ("", "eval_") for name in ("p", "weight", "reversed")} <= {*logged[0]}
+    assert first.numel() == 2
+    for name in ("p", "weight", "margin_correct", "margin_incorrect", "reversed"):
+        assert logged[0].get(f"focalpo/{name}") == pytest.approx(logged[1].get(f"focalpo/{name}"), rel=1e-5)
+    right = logged[0].get("focalpo/margin_correct")
+    assert right is None or right > 0
+
+
+def test_diagnostics_of_the_first_batch(tokenizer, tmp_path):
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_gamma=GAMMA, max_steps=1)
+    torch.manual_seed(host.args.seed)
+    inputs = batch(host)
+    z = margins_of(host, inputs)
+    host.compute_loss(host.model, inputs)
+    logs: dict[str, float] = {}
+    host.log(logs)
+    p = torch.sigmoid(z)
+    assert logs["focalpo/p"] == pytest.approx(p.mean().item(), rel=1e-5)
+    weight = (p**GAMMA * (1 + GAMMA * torch.log(p))).mean().item()
+    assert logs["focalpo/weight"] == pytest.approx(weight, rel=1e-5)
+    for name, ranked in (("margin_correct", z > 0), ("margin_incorrect", z <= 0)):
+        if ranked.any():
+            assert logs[f"focalpo/{name}"] == pytest.approx(z[ranked].mean().item(), rel=1e-4)
+        else:
+            assert f"focalpo/{name}" not in logs
+
+
+def without_triton() -> dict[str, Any]:
+    """transformers also swaps in Liger's Triton layers, which no CPU runs; the loss is not one."""
+    layers = ("rope", "rms_norm", "swiglu", "cross_entropy", "fused_linear_cross_entropy")
+    return {"use_liger_kernel": True, "liger_kernel_config": dict.fromkeys(layers, False)}
+
+
+@pytest.mark.parametrize("smoothing", (0.0, 0.2))
+@pytest.mark.parametrize("variant, gamma", [("correct", GAMMA), ("correct_exact", GAMMA), ("incorrect", 1.0), ("correct", 0.0)])
+def test_liger_equals_the_plain_path(tokenizer, tmp_path, variant, gamma, smoothing):
+    options = {"focalpo_gamma": gamma, "focalpo_variant": variant, "label_smoothing": smoothing}
+    plain = trainer(FocalPOTrainer, tokenizer, tmp_path, **options)
+    fused = trainer(FocalPOTrainer, tokenizer, tmp_path, **options, **without_triton())
+    inputs = batch(plain)
+    expected, expected_grads = loss_and_grads(plain, inputs)
+    loss, grads = loss_and_grads(fused, inputs)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert len(grads) == len(expected_grads) > 0
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
+    logs: list[dict[str, float]] = [{}, {}]
+    for host, entry in zip((plain, fused), logs, strict=True):
+        host.log(entry)
+    ours = [name for name in logs[0] if name.startswith("focalpo/")]
+    assert len(ours) >= 4
+    for name in ours:
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-4), name
+
+
+def test_liger_trains(tokenizer, tmp_path):
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path, policy=model(0), reference=model(0), **without_triton())
+    host.train()
+    history = [entry["loss"] for entry in host.state.log_history if "loss" in entry]
+    assert history[0] == pytest.approx(2**-0.05 * math.log(2), rel=1e-6)
+    assert history[-1] < history[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, name",
+    [
+        ({"loss_type": ["sigmoid_norm"]}, "loss_type"),
+        ({"loss_type": ["robust"]}, "loss_type"),
+        ({"ld_alpha": 0.5}, "ld_alpha"),
+        ({"use_weighting": True}, "use_weighting"),
+        ({"loss_weights": [2.0]}, "loss_weights"),
+    ],
+)
+def test_liger_refuses_what_trl_would_drop(tokenizer, tmp_path, arguments, name):
+    with pytest.raises(ValueError, match=f"^use_liger_kernel can't be combined with {name}, got"):
+        trainer(FocalPOTrainer, tokenizer, tmp_path, **without_triton(), **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"loss_type": ["hinge"]}, "got 'hinge': it has no log-sigmoid"),
+        ({"loss_type": ["ipo"]}, "got 'ipo': it has no log-sigmoid"),
+        ({"loss_type": ["nca_pair"]}, "got 'nca_pair': its log-sigmoids are of each reward"),
+        ({"loss_type": ["bco_pair"]}, "got 'bco_pair': its log-sigmoids are of each reward"),
+        ({"loss_type": ["exo_pair"]}, "got 'exo_pair': its log-sigmoid is one term"),
+        ({"loss_type": ["discopop"]}, "got 'discopop': its log-sigmoid is blended"),
+        ({"loss_type": ["aot"]}, "got 'aot': it sorts the batch"),
+        ({"loss_type": ["aot_unpaired"]}, "got 'aot_unpaired': it sorts the batch"),
+        ({"loss_type": ["sppo_hard"]}, "got 'sppo_hard': it has no log-sigmoid"),
+        ({"loss_type": ["apo_zero"]}, "got 'apo_zero': it has no log-sigmoid"),
+        ({"loss_type": ["apo_down"]}, "got 'apo_down': it has no log-sigmoid"),
+        ({"loss_type": ["sigmoid", "hinge"]}, "loss_type must be of sigmoid, sigmoid_norm, robust, sft, got 'hinge'"),
+        ({"loss_type": ["sft"]}, "there is no preference loss in it"),
+        ({"f_divergence_type": "js_divergence"}, "f_divergence_type must be reverse_kl, got 'js_divergence'"),
+        ({"beta": 0.0}, "beta must be a finite number above 0, got 0.0"),
+        ({"focalpo_gamma": 2.0}, "focalpo_gamma must be below 1/ln 2"),
+        ({"focalpo_gamma": -1.0}, "focalpo_gamma must be a finite number of at least 0, got -1.0"),
+        ({"focalpo_variant": "corect"}, "focalpo_variant must be one of correct, correct_exact, incorrect, got 'corect'"),
+        ({"focalpo_loss": "focal"}, "focalpo_loss must be one of focalpo"),
+        ({"label_smoothing": 0.5}, "label_smoothing must be at least 0 and below 0.5, got 0.5"),
+    ],
+    ids=str,
+)
+def test_refusals(tokenizer, tmp_path, arguments, message):
+    """Before the model is touched: the one given here can't be loaded."""
+    with pytest.raises(ValueError) as error:
+        trainer(FocalPOTrainer, tokenizer, tmp_path, policy="no/such-model", **arguments)
+    assert message in str(error.value)
+
+
+def test_every_loss_type_of_this_trl_is_ours_or_refused_with_its_reason():
+    """TRL's own message lists its loss types; a new one must not slip through unnamed."""
+    import re
+
+    from focalpo_plugins.trl.trainer import _SEAM, _WHY_NOT
+
+    source = Path(dpo_trainer.__file__).read_text()
+    known = set(re.findall(r'loss_type == "(\w+)"', source))
+    assert len(known) > 10
+    assert known <= {*_SEAM, *_WHY_NOT}
+
+
+def test_needs_its_own_config(tokenizer, tmp_path):
+    with pytest.raises(TypeError, match="^args must be a FocalPOConfig, got DPOConfig"):
+        FocalPOTrainer(model(0), args=DPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+def test_a_trainer_without_a_loss_trains_nothing(tokenizer, tmp_path):
+    class Forgetful(PairwiseLossMixin, DPOTrainer):
+        pass
+
+    host = trainer(Forgetful, tokenizer, tmp_path)
+    with pytest.raises(RuntimeError, match="^Forgetful has no pairwise loss yet, and would train DPO"):
+        host.train()
+
+
+def test_host_is_restored_after_an_error(tokenizer, tmp_path, monkeypatch):
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path)
+    monkeypatch.setattr(host, "_pairwise_loss", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        host.compute_loss(host.model, batch(host))
+    assert dpo_trainer.F is torch.nn.functional
+
+
+def test_startup_line_and_tags(tokenizer, tmp_path, capsys):
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "focalpo_plugins: active" in line]
+    assert "loss=focalpo gamma=0.05 variant=correct z*=-20.00" in line
+    assert f"beta=0.3 trainer=FocalPOTrainer focalpo_plugins=0.1.0 trl={trl.__version__} torch=" in line
+    host.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "- focalpo\n" in card
+    assert "2501.06645" in card
+
+
+def test_gradients_against_the_core(tokenizer, tmp_path):
+    """The gradient that reaches the policy is the core's slope at the host's margins, carried back
+    through the same logits: TRL's DPO gradient of each pair times the core's weight."""
+    from focalpo_plugins import focalpo_weight
+
+    ours = trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_gamma=GAMMA, per_device_train_batch_size=1)
+    dpo = trainer(DPOTrainer, tokenizer, tmp_path, per_device_train_batch_size=1)
+    inputs = batch(ours)
+    weight = focalpo_weight(margins_of(ours, inputs), GAMMA).item()
+    _, grads = loss_and_grads(ours, inputs)
+    _, dpo_grads = loss_and_grads(dpo, inputs)
+    for grad, dpo_grad in zip(grads, dpo_grads, strict=True):
+        torch.testing.assert_close(grad, weight * dpo_grad, rtol=1e-4, atol=1e-7)
+    assert abs(weight - 1) > 0.1
+
+
+@pytest.fixture
+def edited_trl(tmp_path):
+    """A function that puts an edited copy of the installed TRL first on the path."""
+
+    def edit(old: str, new: str) -> Path:
+        copy = tmp_path / "edited"
+        shutil.copytree(Path(trl.__file__).parent, copy / "trl")
+        module = copy / "trl" / "trainer" / "dpo_trainer.py"
+        source = module.read_text()
+        assert old in source
+        module.write_text(source.replace(old, new))
+        return copy
+
+    return edit
+
+
+SCRIPT = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import test_trainer as t
+host = t.trainer(t.FocalPOTrainer, t.tokenizer.__wrapped__(), Path(sys.argv[1]))
+host.train()
+print("trained", [entry["loss"] for entry in host.state.log_history if "loss" in entry])
+"""
+
+
+@pytest.mark.parametrize(
+    "new, stops_at",
+    [
+        # The branch calls another function: other branches still have a log-sigmoid.
+        ("-torch.log(torch.sigmoid(self.beta * delta_score))", "called logsigmoid 0 times"),
+        ("-F.logsigmoid(self.beta * delta_score) + 0 * F.logsigmoid(delta_score)", "called logsigmoid 2 times"),
+    ],
+)
+def test_a_trl_that_moves_the_branch_is_stopped_at_the_first_step(edited_trl, tmp_path, new, stops_at):
+    copy = edited_trl("-F.logsigmoid(self.beta * delta_score)\n", new + "\n")
+    run = run_python("-c", SCRIPT, str(tmp_path / "out"), path=f"{copy}:{Path(__file__).parents[1]}")
+    assert run.returncode != 0
+    assert "trained" not in run.stdout
+    (message,) = [line for line in run.stderr.splitlines() if line.startswith("RuntimeError: ")]
+    assert f"trl {trl.__version__} {stops_at}" in message
+    assert "focalpo_plugins 0.1.0 expects 1" in message
+
+
+def test_a_trl_without_the_seam_is_refused_before_training(edited_trl, tmp_path):
+    """As TRL 0.28 and older do, the loss is computed in another method."""
+    copy = edited_trl("    def _compute_loss(self, ", "    def _computes_loss(self, ")
+    run = run_python("-c", SCRIPT, str(tmp_path / "out"), path=f"{copy}:{Path(__file__).parents[1]}")
+    assert run.returncode != 0
+    assert "does not know where trl" in run.stderr.strip().splitlines()[-1]
+    assert "0%" not in run.stderr  # no progress bar: nothing was trained
+
+
+def test_loss_value_is_the_cores(tokenizer, tmp_path):
+    """The trainer's loss is the mean of the core's per-pair losses at the host's margins."""
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_variant="incorrect", focalpo_gamma=1.0)
+    inputs = batch(host)
+    expected = focalpo_loss(margins_of(host, inputs), 1.0, "incorrect").mean().item()
+    assert loss_and_grads(host, inputs)[0].item() == pytest.approx(expected, rel=1e-5)
+    assert get_loss("focalpo").bind(gamma=1.0, variant="incorrect")(margins_of(host, inputs)).shape == (4,)
