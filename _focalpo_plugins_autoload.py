@@ -1,4 +1,4 @@
-"""Entry point of the group ``torch.backends``: torch calls :func:`autoload` at every ``import torch``.
+"""Entry point of the group ``torch.backends``: ``import torch`` calls :func:`autoload`.
 
 It stands outside the package, and imports nothing but the standard library, so that a broken
 package can't break ``import torch``.  In a process that is no host it looks at the command line

@@ -4,13 +4,13 @@ Everything here is per pair and knows no trainer.  With the reward margin
 ``z = beta * (logratio_chosen - logratio_rejected)`` and ``p = sigmoid(z)``, DPO's loss is
 ``-log p``.  FocalPO (arXiv 2501.06645, section 3) multiplies it by a modulating factor:
 
-==================  ====================  ===========================================================
+==================  ====================  =========================================================
 variant             modulating factor     in the paper
-==================  ====================  ===========================================================
-``correct``         ``p**gamma``          Eq. 4, its default; focuses on pairs already ranked right
+==================  ====================  =========================================================
+``correct``         ``p**gamma``          Eq. 4, its default; focuses on pairs ranked right
 ``correct_exact``   ``(1 - p)**-gamma``   Eq. 3, which Eq. 4 approximates
-``incorrect``       ``(1 - p)**gamma``    Fig. 1 and 4 with gamma 1; focuses on pairs ranked wrong
-==================  ====================  ===========================================================
+``incorrect``       ``(1 - p)**gamma``    Fig. 1 and 4, gamma 1; focuses on pairs ranked wrong
+==================  ====================  =========================================================
 
 The arithmetic runs in float32 at least, in log space, and the result has the input's dtype.
 """
@@ -18,8 +18,9 @@ The arithmetic runs in float32 at least, in log space, and the result has the in
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Real
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,9 +70,7 @@ def focalpo_loss(
     if gamma == 0:
         # DPO's own expression: no other one equals it in the last bit.
         return label_smoothed(lambda z: -F.logsigmoid(z), margins, label_smoothing)
-    return label_smoothed(
-        lambda z: _FocalPOFunction.apply(z, float(gamma), variant), margins, label_smoothing
-    )
+    return label_smoothed(lambda z: _focalpo(z, float(gamma), variant), margins, label_smoothing)
 
 
 def focalpo_weight(
@@ -137,7 +136,9 @@ def reversal_margin(gamma: float, variant: str = "correct") -> float:
     return -1 / gamma - math.log(-math.expm1(-1 / gamma))
 
 
-def label_smoothed(loss: Callable[[Tensor], Tensor], margins: Tensor, label_smoothing: float) -> Tensor:
+def label_smoothed(
+    loss: Callable[[Tensor], Tensor], margins: Tensor, label_smoothing: float
+) -> Tensor:
     """``(1 - e) * loss(z) + e * loss(-z)``, conservative DPO's label smoothing, for any pairwise
     loss of the margin ``z``.
 
@@ -176,7 +177,7 @@ def check_beta(beta: float) -> None:
     """Raise ``ValueError`` unless ``beta``, the scale of the implicit reward, is above 0."""
     if not _is_number(beta) or beta <= 0:
         raise ValueError(
-            f"beta must be a finite number above 0, got {beta!r}: the paper uses 0.01 for Mistral-7B."
+            f"beta must be a finite number above 0, got {beta!r}: the paper uses 0.01."
         )
 
 
@@ -270,6 +271,11 @@ class _FocalPOFunction(torch.autograd.Function):
         return grad.to(margins.dtype), None, None
 
 
+def _focalpo(margins: Tensor, gamma: float, variant: str) -> Tensor:
+    losses: Tensor = _FocalPOFunction.apply(margins, gamma, variant)  # type: ignore[no-untyped-call]
+    return losses
+
+
 def _value(z: Tensor, gamma: float, variant: str) -> Tensor:
     """The loss, in the dtype of ``z``."""
     log_p = F.logsigmoid(z)
@@ -323,9 +329,13 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def _check_margins(margins: Tensor) -> None:
     if not isinstance(margins, Tensor) or not margins.is_floating_point():
         got = margins.dtype if isinstance(margins, Tensor) else type(margins).__name__
-        raise TypeError(f"margins must be a floating-point tensor, got {got}: convert with .float().")
+        raise TypeError(
+            f"margins must be a floating-point tensor, got {got}: convert with .float()."
+        )
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
     # Not math.isfinite: torch.compile can't trace it once it has seen two values of gamma.
-    return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf
+    return bool(-math.inf < value < math.inf)  # type: ignore[operator]

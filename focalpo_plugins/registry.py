@@ -6,7 +6,8 @@ import difflib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Protocol
@@ -102,7 +103,7 @@ class BoundLoss:
         return weight(margins, **_accepted(weight, self.options))
 
     def describe(self) -> str:
-        """``loss=focalpo gamma=0.05 ... z*=-20.00 loss_at_margin_0=0.6695`` for the start-up line."""
+        """For the start-up line: ``loss=focalpo gamma=0.05 ... loss_at_margin_0=0.6695``."""
         options = [f"{name}={value}" for name, value in self.options.items() if value is not False]
         parts = [f"loss={self.name}", *options]
         reversal = self.source.reversal
@@ -131,15 +132,27 @@ def get_loss(name: str) -> PairwiseLoss:
         raise ValueError(
             f"loss must be one of {', '.join(found)}, got {name!r}"
             f"{did_you_mean(name, found)}."
-            + "".join(f" The package {package} failed to register: {why}." for package, why in failed)
+            + "".join(
+                f" The package {package} failed to register: {why}." for package, why in failed
+            )
         )
     return found[name]
+
+
+@contextmanager
+def named(prefix: str) -> Iterator[None]:
+    """Put the user's prefix, ``focalpo_`` or ``--focalpo.``, before the message of a ValueError
+    raised inside, which begins with the name of the value that is wrong."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``; did you mean 'gamma'?`` or, with nothing near, ``; known: ...``."""
     known = list(known)
-    near = difflib.get_close_matches(word, known, n=1)
+    near = difflib.get_close_matches(word.lower(), known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}"
 
 

@@ -1,4 +1,4 @@
-"""Fixtures of every room: processes as a user starts them, and the third party's package."""
+"""Fixtures of every room: other people's packages, whole and broken."""
 
 from __future__ import annotations
 
@@ -8,19 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness import SUPPORT
 
-HERE = Path(__file__).parent
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def run_python(*arguments: str, path: Path | None = None, **variables: str) -> subprocess.CompletedProcess:
-    """A fresh interpreter, with ``path`` before everything else that it imports from."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("FOCALPO_", "PYTHONPATH"))}
-    if path is not None:
-        env["PYTHONPATH"] = str(path)
-    return subprocess.run(
-        [sys.executable, *arguments], env={**env, **variables}, capture_output=True, text=True
-    )
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +20,7 @@ def hinge_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps"]
     # A copy: building in the source folder leaves files there.
     source = tmp_path_factory.mktemp("source")
-    for file in (HERE / "hinge_package").iterdir():
+    for file in (SUPPORT / "hinge_package").iterdir():
         if file.is_file():
             (source / file.name).write_bytes(file.read_bytes())
     subprocess.run([*pip, "--target", str(target), str(source)], check=True)

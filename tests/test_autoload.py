@@ -7,7 +7,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
-from conftest import run_python
+from harness import run_python
 
 HOSTS = ("axolotl", "openrlhf", "trl", "transformers")
 REPORT = """
@@ -95,7 +95,9 @@ def test_a_host_survives_a_broken_package(broken_package: Path, tmp_path: Path):
     (config / "__init__.py").write_text("")
     (config / "config.py").write_text("validate_config = 'the host\\'s own'\n")
     script = Path(host_script(tmp_path))
-    script.write_text(REPORT + "import axolotl.utils.config as config; print(config.validate_config)\n")
+    script.write_text(
+        REPORT + "import axolotl.utils.config as config; print(config.validate_config)\n"
+    )
     run = run_python(str(script), path=broken_package)
     assert run.stdout.splitlines()[1] == "the host's own", run.stderr
     assert run.stderr.count("autoload failed (RuntimeError: broken on purpose)") == 1

@@ -17,7 +17,11 @@ from focalpo_plugins.loss import REVERSAL_GAMMA
 LN2 = math.log(2)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Gammas that each variant accepts: the paper's, a middling one, and one near the edge.
-GAMMAS = {"correct": (0.05, 0.5, 1.4), "correct_exact": (0.05, 0.5, 0.999), "incorrect": (0.05, 1, 5)}
+GAMMAS = {
+    "correct": (0.05, 0.5, 1.4),
+    "correct_exact": (0.05, 0.5, 0.999),
+    "incorrect": (0.05, 1, 5),
+}
 CASES = [(variant, gamma) for variant in VARIANTS for gamma in GAMMAS[variant]]
 MARGINS = [0.0, 1e-3, 0.5, 2.24, 5.0, 20.0, 88.0, 104.0, 710.0, 1e4]
 MARGINS = sorted({*MARGINS, *(-z for z in MARGINS)})
@@ -41,7 +45,9 @@ def reference(z: float, gamma: float, variant: str) -> tuple[mpmath.mpf, mpmath.
     return -(q**s) * log_p, -(q**s) * (q - s * p * log_p)
 
 
-def value_and_grad(z: torch.Tensor, gamma: float, variant: str) -> tuple[torch.Tensor, torch.Tensor]:
+def value_and_grad(
+    z: torch.Tensor, gamma: float, variant: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     z = z.detach().clone().requires_grad_()
     losses = focalpo_loss(z, gamma, variant)
     (grad,) = torch.autograd.grad(losses.sum(), z)
@@ -59,7 +65,11 @@ def rounding(z: float, gamma: float, expected: float, dtype: torch.dtype) -> flo
     condition = 4 * (1 + (1 + gamma) * abs(z)) * arithmetic + torch.finfo(dtype).eps
     # A denormal may be flushed to 0, which loses at most the smallest normal number.
     tiny = min(torch.finfo(torch.float32).tiny, torch.finfo(dtype).tiny)
-    return condition * abs(expected) + tiny + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return (
+        condition * abs(expected)
+        + tiny
+        + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    )
 
 
 def test_values_by_hand():
@@ -73,7 +83,9 @@ def test_values_by_hand():
     log43 = math.log(4 / 3)
     assert focalpo_loss(zero).item() == pytest.approx(2**-0.05 * LN2, rel=1e-15)
     assert focalpo_loss(zero).item() == pytest.approx(0.6695, abs=5e-5)
-    assert focalpo_loss(zero, 0.05, "correct_exact").item() == pytest.approx(2**0.05 * LN2, rel=1e-15)
+    assert focalpo_loss(zero, 0.05, "correct_exact").item() == pytest.approx(
+        2**0.05 * LN2, rel=1e-15
+    )
     assert focalpo_loss(zero, 1, "incorrect").item() == pytest.approx(LN2 / 2, rel=1e-15)
     assert focalpo_loss(log3, 1).item() == pytest.approx(0.75 * log43, rel=1e-14)
     assert focalpo_loss(log3, 1, "incorrect").item() == pytest.approx(0.25 * log43, rel=1e-14)
@@ -105,7 +117,9 @@ def test_every_finite_margin(variant: str, gamma: float, dtype: torch.dtype):
         ), margin
         # Near z* the gradient is a difference of near equals: its rounding is that of its terms.
         scale = max(abs(expected_grad), gamma_term(margin, gamma, variant))
-        assert grad == pytest.approx(expected_grad, abs=rounding(margin, gamma, scale, dtype)), margin
+        assert grad == pytest.approx(expected_grad, abs=rounding(margin, gamma, scale, dtype)), (
+            margin
+        )
 
 
 def gamma_term(z: float, gamma: float, variant: str) -> float:
@@ -168,14 +182,18 @@ def test_gradient_is_equation_6(gamma: float):
     z = torch.linspace(-15, 15, 301, dtype=torch.float64)
     p, q = torch.sigmoid(z), torch.sigmoid(-z)
     equation_6 = q * p**gamma + torch.log(p) * gamma * p**gamma * q
-    torch.testing.assert_close(value_and_grad(z, gamma, "correct")[1], -equation_6, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        value_and_grad(z, gamma, "correct")[1], -equation_6, rtol=1e-12, atol=1e-15
+    )
 
 
 @pytest.mark.parametrize("variant, gamma", [*CASES, *((variant, 0) for variant in VARIANTS)])
 def test_weight_times_dpo_gradient_is_the_gradient(variant: str, gamma: float):
     z = torch.linspace(-15, 15, 301, dtype=torch.float64)
     expected = -torch.sigmoid(-z) * focalpo_weight(z, gamma, variant)
-    torch.testing.assert_close(value_and_grad(z, gamma, variant)[1], expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        value_and_grad(z, gamma, variant)[1], expected, rtol=1e-12, atol=1e-15
+    )
 
 
 @pytest.mark.parametrize("gamma", (0.0, 0.05, 0.3, 0.7, 1.0))
@@ -265,7 +283,9 @@ def test_autocast_does_not_lower_the_arithmetic(variant: str, gamma: float):
 
 def test_saves_one_tensor():
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: saved.append(x.shape) or x, lambda x: x
+    ):
         focalpo_loss(torch.zeros(7, requires_grad=True)).sum()
     assert saved == [(7,)]
 
@@ -289,15 +309,27 @@ def test_module_holds_the_scalars():
         ({"gamma": math.inf}, "gamma must be a finite number of at least 0, got inf"),
         ({"gamma": "0.05"}, "gamma must be a finite number of at least 0, got '0.05'"),
         ({"gamma": True}, "gamma must be a finite number of at least 0, got True"),
-        ({"gamma": REVERSAL_GAMMA}, "gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 1.44"),
-        ({"gamma": 1, "variant": "correct_exact"}, "gamma must be below 1 for variant 'correct_exact', got 1"),
-        ({"variant": "corect"}, "variant must be one of correct, correct_exact, incorrect, got 'corect'"),
+        (
+            {"gamma": REVERSAL_GAMMA},
+            "gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 1.44",
+        ),
+        (
+            {"gamma": 1, "variant": "correct_exact"},
+            "gamma must be below 1 for variant 'correct_exact', got 1",
+        ),
+        (
+            {"variant": "corect"},
+            "variant must be one of correct, correct_exact, incorrect, got 'corect'",
+        ),
         ({"label_smoothing": 0.5}, "label_smoothing must be at least 0 and below 0.5, got 0.5"),
         ({"label_smoothing": -0.1}, "label_smoothing must be at least 0 and below 0.5, got -0.1"),
     ],
 )
 def test_refusals(arguments: dict, message: str):
-    for build in (lambda: focalpo_loss(torch.zeros(1), **arguments), lambda: FocalPOLoss(**arguments)):
+    for build in (
+        lambda: focalpo_loss(torch.zeros(1), **arguments),
+        lambda: FocalPOLoss(**arguments),
+    ):
         with pytest.raises(ValueError) as error:
             build()
         assert str(error.value).startswith(message)
@@ -319,7 +351,9 @@ def test_refuses_margins_that_are_no_float_tensor(margins: object):
 def test_override(gamma: float, variant: str):
     """Past the bound the gradient is what the formula says: upwards at margin 0 for correct, and
     for correct_exact upwards at a large margin."""
-    z = torch.tensor([0.0 if variant == "correct" else 5.0], dtype=torch.float64, requires_grad=True)
+    z = torch.tensor(
+        [0.0 if variant == "correct" else 5.0], dtype=torch.float64, requires_grad=True
+    )
     focalpo_loss(z, gamma, variant, allow_reversed=True).sum().backward()
     assert z.grad.item() == pytest.approx(float(reference(z.item(), gamma, variant)[1]), rel=1e-12)
     assert z.grad.item() > 0

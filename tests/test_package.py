@@ -7,12 +7,21 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
-from conftest import run_python
+from harness import run_python
 
 import focalpo_plugins
 
 PACKAGE = Path(focalpo_plugins.__file__).parent
-HOSTS = {"axolotl", "openrlhf", "trl", "transformers", "accelerate", "deepspeed", "peft", "liger_kernel"}
+HOSTS = {
+    "axolotl",
+    "openrlhf",
+    "trl",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "peft",
+    "liger_kernel",
+}
 CORE = ("loss", "hookspecs", "registry", "diagnostics")
 ROOMS = {
     "axolotl": {"axolotl", "pydantic"},
@@ -22,7 +31,9 @@ ROOMS = {
 
 def loaded_by(statement: str) -> set[str]:
     """Top-level names of the modules that a fresh interpreter holds after ``statement``."""
-    run = run_python("-c", f"{statement}; import sys; print(*sys.modules)", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    run = run_python(
+        "-c", f"{statement}; import sys; print(*sys.modules)", TORCH_DEVICE_BACKEND_AUTOLOAD="0"
+    )
     assert run.returncode == 0, run.stderr
     return {name.partition(".")[0] for name in run.stdout.split()}
 
@@ -42,7 +53,9 @@ def test_the_core_loads_no_host():
 def imports_of(file: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(file.read_text())))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    names |= {
+        node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level
+    }
     return {name.partition(".")[0] for name in names}
 
 
@@ -72,7 +85,11 @@ def test_the_wheel_holds_what_it_should():
     """Fails for an editable install: the tests run against an installed wheel."""
     dist = distribution("focalpo_plugins")
     files = {str(file) for file in dist.files}
-    assert {"focalpo_plugins/py.typed", "focalpo_plugins/loss.py", "_focalpo_plugins_autoload.py"} <= files
+    assert {
+        "focalpo_plugins/py.typed",
+        "focalpo_plugins/loss.py",
+        "_focalpo_plugins_autoload.py",
+    } <= files
     assert not any(file.startswith(("tests/", "examples/")) for file in files)
     assert dist.locate_file("focalpo_plugins/loss.py").resolve() == (PACKAGE / "loss.py").resolve()
     assert dist.version == focalpo_plugins.__version__

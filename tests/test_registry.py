@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_python
+from harness import run_python
 
 from focalpo_plugins import focalpo_loss, focalpo_weight
 from focalpo_plugins.registry import get_loss, losses
@@ -43,7 +43,9 @@ def test_bad_options(options: dict, message: str):
 
 
 def test_unknown_loss_names_the_nearest():
-    with pytest.raises(ValueError, match="^loss must be one of focalpo.*got 'focal'; did you mean 'focalpo'"):
+    with pytest.raises(
+        ValueError, match="^loss must be one of focalpo.*got 'focal'; did you mean 'focalpo'"
+    ):
         get_loss("focal")
 
 

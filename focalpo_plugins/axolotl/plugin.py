@@ -14,7 +14,7 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.schemas.enums import RLType
 
 from ..loss import check_beta, check_label_smoothing
-from ..registry import BoundLoss, PairwiseLoss, did_you_mean, get_loss, losses
+from ..registry import BoundLoss, PairwiseLoss, did_you_mean, get_loss, losses, named
 from . import TRAINER
 
 
@@ -31,17 +31,23 @@ class FocalPOPlugin(BasePlugin):
             ValueError: the config asks for what can't be trained; the message names the key.
             RuntimeError: the installed TRL computes its loss elsewhere.
         """
-        if cfg.get("trainer_cls") == TRAINER and cfg.get("rl") == "dpo":
-            _requested(cfg)  # written by us, in another process
-            return
-        name = cfg.get("rl")
-        of_host = [rl.value for rl in RLType]
+        name, trainer = cfg.get("rl"), cfg.get("trainer_cls")
+        if name == "dpo" and trainer == TRAINER and _requested(cfg) is not None:
+            return  # rewritten before, in the process that started this one
         _check_keys(cfg, name)
-        if name is None or name in of_host:
+        if trainer is not None and (trainer == TRAINER or str(name) in losses()):
+            raise ValueError(
+                f"trainer_cls must be unset, got {trainer!r} under rl: {name}: a loss of ours "
+                "brings its trainer. Remove trainer_cls and set rl: focalpo."
+            )
+        of_host = [rl.value for rl in RLType]
+        if not isinstance(name, str) or name in of_host:
             return
         if name not in losses():
             known = [*of_host, *losses()]
-            raise ValueError(f"rl must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}.")
+            raise ValueError(
+                f"rl must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}."
+            )
         _check_values(cfg, get_loss(name))
         cfg["rl"] = "dpo"
         cfg["trainer_cls"] = TRAINER
@@ -91,10 +97,8 @@ def _bind(cfg: Any, loss: PairwiseLoss) -> BoundLoss:
         value = cfg.get(f"{loss.name}_{option}")
         if value is not None:
             given[option] = _as_number(value) if isinstance(default, float) else value
-    try:
+    with named(f"{loss.name}_"):
         return loss.bind(**given)
-    except ValueError as error:
-        raise ValueError(f"{loss.name}_{error}") from None
 
 
 def _check_keys(cfg: Any, rl: str) -> None:
@@ -119,17 +123,14 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
     check_host()
     _bind(cfg, loss)
 
-    trl_beta = (cfg.get("trl") or {}).get("beta")
-    betas = {"rl_beta": cfg.get("rl_beta"), "trl.beta": trl_beta}
-    for key, beta in betas.items():
+    betas = {"rl_": cfg.get("rl_beta"), "trl.": (cfg.get("trl") or {}).get("beta")}
+    for prefix, beta in betas.items():
         if beta is not None:
-            try:
+            with named(prefix):
                 check_beta(_as_number(beta))
-            except ValueError as error:
-                raise ValueError(str(error).replace("beta", key, 1)) from None
     if None not in betas.values() and len({_as_number(beta) for beta in betas.values()}) > 1:
         raise ValueError(
-            f"rl_beta must equal trl.beta, got {betas['rl_beta']!r} and {trl_beta!r}: Axolotl "
+            f"rl_beta must equal trl.beta, got {betas['rl_']!r} and {betas['trl.']!r}: Axolotl "
             "trains with trl.beta. Remove one of them."
         )
 
@@ -138,19 +139,10 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
         check_loss_types([types] if isinstance(types, str) else list(types), "dpo_loss_type")
     smoothing = cfg.get("dpo_label_smoothing")
     if smoothing is not None:
-        try:
+        with named("dpo_"):
             check_label_smoothing(_as_number(smoothing))
-        except ValueError as error:
-            raise ValueError(f"dpo_{error}") from None
     if cfg.get("dpo_use_liger_kernel"):
         _check_liger(cfg)
-
-    trainer = cfg.get("trainer_cls")
-    if trainer is not None:
-        raise ValueError(
-            f"trainer_cls must be unset with rl: {loss.name}, got {trainer!r}: the loss comes with "
-            f"a trainer of its own. Remove trainer_cls."
-        )
 
 
 def _check_liger(cfg: Any) -> None:
@@ -162,8 +154,9 @@ def _check_liger(cfg: Any) -> None:
     for key in ("dpo_loss_weights", "dpo_use_weighting", "precompute_ref_log_probs"):
         if cfg.get(key):
             raise ValueError(
-                f"dpo_use_liger_kernel can't be combined with {key}, got {cfg[key]!r}: TRL's fused "
-                f"loss would ignore or refuse it. Set dpo_use_liger_kernel to false, or remove {key}."
+                f"dpo_use_liger_kernel can't be combined with {key}, got {cfg[key]!r}: TRL's "
+                "fused loss would ignore or refuse it. Set dpo_use_liger_kernel to false, or "
+                f"remove {key}."
             )
 
 

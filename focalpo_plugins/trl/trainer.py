@@ -16,16 +16,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
 from ..diagnostics import margin_sums, means
 from ..loss import check_beta, check_label_smoothing
-from ..registry import BoundLoss, get_loss
+from ..registry import BoundLoss, get_loss, named
+
+if TYPE_CHECKING:
+    # What the mixin's super() is, in its place in the list of bases.
+    from trl import DPOTrainer as _Host
+else:
+    _Host = object
 
 # For each TRL loss type that a pairwise loss can take the place of, the log-sigmoids it calls,
 # each with whether our label smoothing goes in: `robust` does its own, with a second log-sigmoid.
@@ -90,24 +95,25 @@ class FocalPOConfig(DPOConfig):
         Raises:
             ValueError: a field is out of range; the message names it.
         """
-        prefixed = {
+        options = {
             "gamma": self.focalpo_gamma,
             "variant": self.focalpo_variant,
             "allow_reversed": self.focalpo_allow_reversed,
         }
-        loss = _named("focalpo_", get_loss, self.focalpo_loss)
-        if loss.name == "focalpo":
-            return _named("focalpo_", lambda: loss.bind(**prefixed))
-        for name, value in prefixed.items():
-            if value != type(self).__dataclass_fields__[f"focalpo_{name}"].default:
-                raise ValueError(
-                    f"focalpo_{name} is an option of the loss focalpo, got {value!r} with "
-                    f"focalpo_loss={loss.name!r}: remove it."
-                )
-        return loss.bind()
+        with named("focalpo_"):
+            loss = get_loss(self.focalpo_loss)
+            if loss.name == "focalpo":
+                return loss.bind(**options)
+            for name, default in get_loss("focalpo").options.items():
+                if options[name] != default:
+                    raise ValueError(
+                        f"{name} is an option of focalpo alone, got {options[name]!r} with "
+                        f"focalpo_loss={loss.name!r}: remove it."
+                    )
+            return loss.bind()
 
 
-class PairwiseLossMixin:
+class PairwiseLossMixin(_Host):
     """A TRL DPO trainer's loss, exchanged.  Stands before the trainer in the list of bases, and
     trains nothing before :meth:`set_loss` was called."""
 
@@ -129,7 +135,7 @@ class PairwiseLossMixin:
             packages: whose versions the line names.
         """
         self._pairwise_loss = loss
-        self._tag_names = [*self._tag_names, loss.name]
+        self._tag_names: list[str] = [*self._tag_names, loss.name]
         self.model.add_model_tags([loss.name])
         if self.use_liger_kernel:
             from .liger import FusedPairwiseLoss
@@ -138,7 +144,9 @@ class PairwiseLossMixin:
                 loss, beta=self.beta, label_smoothing=self.label_smoothing, record=self._record
             )
         if self.accelerator.is_main_process:
-            versions = " ".join(f"{name}={version(name)}" for name in ("focalpo_plugins", *packages))
+            versions = " ".join(
+                f"{name}={version(name)}" for name in ("focalpo_plugins", *packages)
+            )
             print(
                 f"focalpo_plugins: active. {loss.describe()} beta={self.beta} "
                 f"trainer={type(self).__name__} {versions}",
@@ -185,7 +193,9 @@ class PairwiseLossMixin:
         margins = self.accelerator.gather_for_metrics(margins.detach())
         sums = margin_sums(margins, self._pairwise_loss)
         mode = self._mode()
-        self._margin_sums[mode] = self._margin_sums[mode] + sums if mode in self._margin_sums else sums
+        self._margin_sums[mode] = (
+            self._margin_sums[mode] + sums if mode in self._margin_sums else sums
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         mode = self._mode()
@@ -211,14 +221,17 @@ class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
     """
 
     _name = "FocalPO"
-    _paper = {
-        "title": "FocalPO: Enhancing Preference Optimizing by Focusing on Correct Preference Rankings",
+    _paper: ClassVar = {
+        "title": (
+            "FocalPO: Enhancing Preference Optimizing by Focusing on Correct Preference Rankings"
+        ),
         "id": "2501.06645",
         "citation": (
             "@inproceedings{liu2025focalpo,\n"
             "    title = {{FocalPO: Enhancing Preference Optimizing by Focusing on Correct "
             "Preference Rankings}},\n"
-            "    author = {Tong Liu and Xiao Yu and Wenxuan Zhou and Jindong Gu and Volker Tresp},\n"
+            "    author = {Tong Liu and Xiao Yu and Wenxuan Zhou and Jindong Gu and "
+            "Volker Tresp},\n"
             "    booktitle = {ACL (Short Papers)},\n"
             "    year = 2025\n"
             "}"
@@ -264,8 +277,8 @@ def check_arguments(args: DPOConfig) -> None:
     divergence = str(getattr(args.f_divergence_type, "value", args.f_divergence_type))
     if divergence != "reverse_kl":
         raise ValueError(
-            f"f_divergence_type must be reverse_kl, got {divergence!r}: with another divergence the "
-            "log-sigmoid's argument is no difference of log-ratios. Remove it."
+            f"f_divergence_type must be reverse_kl, got {divergence!r}: with another divergence "
+            "the log-sigmoid's argument is no difference of log-ratios. Remove it."
         )
     if args.use_liger_kernel:
         _check_liger(args, types)
@@ -333,12 +346,3 @@ class _Functional:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._functional, name)
-
-
-def _named(prefix: str, function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)``; the message of its ``ValueError``, which begins with the name of the
-    option, gets the user's name for it."""
-    try:
-        return function(*args)
-    except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from None

@@ -10,12 +10,17 @@ from typing import Any
 import pytest
 import torch
 import trl
-from conftest import run_python
 from datasets import Dataset
+from harness import SUPPORT, run_python
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
@@ -212,7 +217,11 @@ def test_gamma_zero_is_the_hosts_dpo_to_the_last_bit(tokenizer, tmp_path, featur
         host = trainer(cls, tokenizer, tmp_path, policy=model(0, kind), **arguments)
         host.train()
         histories.append(
-            [(entry["loss"], entry["grad_norm"]) for entry in host.state.log_history if "loss" in entry]
+            [
+                (entry["loss"], entry["grad_norm"])
+                for entry in host.state.log_history
+                if "loss" in entry
+            ]
         )
     assert len(histories[0]) == 3
     assert histories[0] == histories[1]
@@ -267,10 +276,16 @@ def test_diagnostics_in_train_and_eval_logs(tokenizer, tmp_path):
         first = margins_of(host, batch(host))
         host.train()
         logged.append({k: v for entry in host.state.log_history for k, v in entry.items()})
-    assert {f"{prefix}focalpo/{name}" for prefix in ("", "eval_") for name in ("p", "weight", "reversed")} <= {*logged[0]}
+    assert {
+        f"{prefix}focalpo/{name}"
+        for prefix in ("", "eval_")
+        for name in ("p", "weight", "reversed")
+    } <= {*logged[0]}
     assert first.numel() == 2
     for name in ("p", "weight", "margin_correct", "margin_incorrect", "reversed"):
-        assert logged[0].get(f"focalpo/{name}") == pytest.approx(logged[1].get(f"focalpo/{name}"), rel=1e-5)
+        assert logged[0].get(f"focalpo/{name}") == pytest.approx(
+            logged[1].get(f"focalpo/{name}"), rel=1e-5
+        )
     right = logged[0].get("focalpo/margin_correct")
     assert right is None or right > 0
 
@@ -301,7 +316,10 @@ def without_triton() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("smoothing", (0.0, 0.2))
-@pytest.mark.parametrize("variant, gamma", [("correct", GAMMA), ("correct_exact", GAMMA), ("incorrect", 1.0), ("correct", 0.0)])
+@pytest.mark.parametrize(
+    "variant, gamma",
+    [("correct", GAMMA), ("correct_exact", GAMMA), ("incorrect", 1.0), ("correct", 0.0)],
+)
 def test_liger_equals_the_plain_path(tokenizer, tmp_path, variant, gamma, smoothing):
     options = {"focalpo_gamma": gamma, "focalpo_variant": variant, "label_smoothing": smoothing}
     plain = trainer(FocalPOTrainer, tokenizer, tmp_path, **options)
@@ -323,7 +341,9 @@ def test_liger_equals_the_plain_path(tokenizer, tmp_path, variant, gamma, smooth
 
 
 def test_liger_trains(tokenizer, tmp_path):
-    host = trainer(FocalPOTrainer, tokenizer, tmp_path, policy=model(0), reference=model(0), **without_triton())
+    host = trainer(
+        FocalPOTrainer, tokenizer, tmp_path, policy=model(0), reference=model(0), **without_triton()
+    )
     host.train()
     history = [entry["loss"] for entry in host.state.log_history if "loss" in entry]
     assert history[0] == pytest.approx(2**-0.05 * math.log(2), rel=1e-6)
@@ -359,13 +379,22 @@ def test_liger_refuses_what_trl_would_drop(tokenizer, tmp_path, arguments, name)
         ({"loss_type": ["sppo_hard"]}, "got 'sppo_hard': it has no log-sigmoid"),
         ({"loss_type": ["apo_zero"]}, "got 'apo_zero': it has no log-sigmoid"),
         ({"loss_type": ["apo_down"]}, "got 'apo_down': it has no log-sigmoid"),
-        ({"loss_type": ["sigmoid", "hinge"]}, "loss_type must be of sigmoid, sigmoid_norm, robust, sft, got 'hinge'"),
+        (
+            {"loss_type": ["sigmoid", "hinge"]},
+            "loss_type must be of sigmoid, sigmoid_norm, robust, sft, got 'hinge'",
+        ),
         ({"loss_type": ["sft"]}, "there is no preference loss in it"),
-        ({"f_divergence_type": "js_divergence"}, "f_divergence_type must be reverse_kl, got 'js_divergence'"),
+        (
+            {"f_divergence_type": "js_divergence"},
+            "f_divergence_type must be reverse_kl, got 'js_divergence'",
+        ),
         ({"beta": 0.0}, "beta must be a finite number above 0, got 0.0"),
         ({"focalpo_gamma": 2.0}, "focalpo_gamma must be below 1/ln 2"),
         ({"focalpo_gamma": -1.0}, "focalpo_gamma must be a finite number of at least 0, got -1.0"),
-        ({"focalpo_variant": "corect"}, "focalpo_variant must be one of correct, correct_exact, incorrect, got 'corect'"),
+        (
+            {"focalpo_variant": "corect"},
+            "focalpo_variant must be one of correct, correct_exact, incorrect, got 'corect'",
+        ),
         ({"focalpo_loss": "focal"}, "focalpo_loss must be one of focalpo"),
         ({"label_smoothing": 0.5}, "label_smoothing must be at least 0 and below 0.5, got 0.5"),
     ],
@@ -400,7 +429,9 @@ def test_a_trainer_without_a_loss_trains_nothing(tokenizer, tmp_path):
         pass
 
     host = trainer(Forgetful, tokenizer, tmp_path)
-    with pytest.raises(RuntimeError, match="^Forgetful has no pairwise loss yet, and would train DPO"):
+    with pytest.raises(
+        RuntimeError, match="^Forgetful has no pairwise loss yet, and would train DPO"
+    ):
         host.train()
 
 
@@ -414,9 +445,14 @@ def test_host_is_restored_after_an_error(tokenizer, tmp_path, monkeypatch):
 
 def test_startup_line_and_tags(tokenizer, tmp_path, capsys):
     host = trainer(FocalPOTrainer, tokenizer, tmp_path)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "focalpo_plugins: active" in line]
+    (line,) = [
+        line for line in capsys.readouterr().err.splitlines() if "focalpo_plugins: active" in line
+    ]
     assert "loss=focalpo gamma=0.05 variant=correct z*=-20.00" in line
-    assert f"beta=0.3 trainer=FocalPOTrainer focalpo_plugins=0.1.0 trl={trl.__version__} torch=" in line
+    assert (
+        f"beta=0.3 trainer=FocalPOTrainer focalpo_plugins=0.1.0 trl={trl.__version__} torch="
+        in line
+    )
     host.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert "- focalpo\n" in card
@@ -428,7 +464,9 @@ def test_gradients_against_the_core(tokenizer, tmp_path):
     through the same logits: TRL's DPO gradient of each pair times the core's weight."""
     from focalpo_plugins import focalpo_weight
 
-    ours = trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_gamma=GAMMA, per_device_train_batch_size=1)
+    ours = trainer(
+        FocalPOTrainer, tokenizer, tmp_path, focalpo_gamma=GAMMA, per_device_train_batch_size=1
+    )
     dpo = trainer(DPOTrainer, tokenizer, tmp_path, per_device_train_batch_size=1)
     inputs = batch(ours)
     weight = focalpo_weight(margins_of(ours, inputs), GAMMA).item()
@@ -471,12 +509,17 @@ print("trained", [entry["loss"] for entry in host.state.log_history if "loss" in
     [
         # The branch calls another function: other branches still have a log-sigmoid.
         ("-torch.log(torch.sigmoid(self.beta * delta_score))", "called logsigmoid 0 times"),
-        ("-F.logsigmoid(self.beta * delta_score) + 0 * F.logsigmoid(delta_score)", "called logsigmoid 2 times"),
+        (
+            "-F.logsigmoid(self.beta * delta_score) + 0 * F.logsigmoid(delta_score)",
+            "called logsigmoid 2 times",
+        ),
     ],
 )
-def test_a_trl_that_moves_the_branch_is_stopped_at_the_first_step(edited_trl, tmp_path, new, stops_at):
+def test_a_trl_that_moves_the_branch_is_stopped_at_the_first_step(
+    edited_trl, tmp_path, new, stops_at
+):
     copy = edited_trl("-F.logsigmoid(self.beta * delta_score)\n", new + "\n")
-    run = run_python("-c", SCRIPT, str(tmp_path / "out"), path=f"{copy}:{Path(__file__).parents[1]}")
+    run = run_python("-c", SCRIPT, str(tmp_path / "out"), path=f"{copy}:{SUPPORT}")
     assert run.returncode != 0
     assert "trained" not in run.stdout
     (message,) = [line for line in run.stderr.splitlines() if line.startswith("RuntimeError: ")]
@@ -487,7 +530,7 @@ def test_a_trl_that_moves_the_branch_is_stopped_at_the_first_step(edited_trl, tm
 def test_a_trl_without_the_seam_is_refused_before_training(edited_trl, tmp_path):
     """As TRL 0.28 and older do, the loss is computed in another method."""
     copy = edited_trl("    def _compute_loss(self, ", "    def _computes_loss(self, ")
-    run = run_python("-c", SCRIPT, str(tmp_path / "out"), path=f"{copy}:{Path(__file__).parents[1]}")
+    run = run_python("-c", SCRIPT, str(tmp_path / "out"), path=f"{copy}:{SUPPORT}")
     assert run.returncode != 0
     assert "does not know where trl" in run.stderr.strip().splitlines()[-1]
     assert "0%" not in run.stderr  # no progress bar: nothing was trained
@@ -495,8 +538,12 @@ def test_a_trl_without_the_seam_is_refused_before_training(edited_trl, tmp_path)
 
 def test_loss_value_is_the_cores(tokenizer, tmp_path):
     """The trainer's loss is the mean of the core's per-pair losses at the host's margins."""
-    host = trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_variant="incorrect", focalpo_gamma=1.0)
+    host = trainer(
+        FocalPOTrainer, tokenizer, tmp_path, focalpo_variant="incorrect", focalpo_gamma=1.0
+    )
     inputs = batch(host)
     expected = focalpo_loss(margins_of(host, inputs), 1.0, "incorrect").mean().item()
     assert loss_and_grads(host, inputs)[0].item() == pytest.approx(expected, rel=1e-5)
-    assert get_loss("focalpo").bind(gamma=1.0, variant="incorrect")(margins_of(host, inputs)).shape == (4,)
+    assert get_loss("focalpo").bind(gamma=1.0, variant="incorrect")(
+        margins_of(host, inputs)
+    ).shape == (4,)

@@ -1,6 +1,7 @@
 """A third party's loss: what another package needs to write."""
 
 import torch
+
 from focalpo_plugins import hookimpl
 
 

@@ -1,0 +1,222 @@
+"""`axolotl train` and the other commands, from one YAML, in real processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from harness import EXAMPLES, PLUGIN, Axolotl, Run
+
+FIRST = 2**-0.05 * math.log(2)  # 0.66953: every margin is 0 before the first step
+DIAGNOSTICS = ("p", "weight", "reversed")
+
+
+@pytest.fixture(scope="session")
+def plain(once: Axolotl) -> Run:
+    """Six steps with evaluation and two checkpoints, without a `plugins:` line."""
+    return once.train(eval_strategy="steps", eval_steps=3)
+
+
+def same(a: Run, b: Run, rel: float = 0.0, names: tuple[str, ...] = ("loss", "grad_norm")) -> None:
+    assert len(a.steps(*names)) == len(b.steps(*names)) > 0
+    for ours, theirs in zip(a.steps(*names), b.steps(*names), strict=True):
+        assert ours == pytest.approx(theirs, rel=rel, abs=rel)
+
+
+def test_first_loss_and_startup_line(plain: Run):
+    assert plain.steps("loss")[0][0] == pytest.approx(FIRST, abs=1e-6)
+    lines = [line for line in plain.output.splitlines() if "focalpo_plugins: active" in line]
+    assert len(lines) == 1
+    for part in (
+        "loss=focalpo gamma=0.05 variant=correct z*=-20.00",
+        "beta=0.1",
+        "trainer=AxolotlPairwiseTrainer",
+        "focalpo_plugins=0.1.0",
+        "axolotl=",
+        "trl=",
+        "torch=",
+    ):
+        assert part in lines[0]
+
+
+def test_diagnostics_are_logged_in_train_and_eval(plain: Run):
+    """At the first step p is 1/2 and the weight 2^-0.05 (1 - 0.05 ln 2) = 0.93246."""
+    train = [entry for entry in plain.log if "loss" in entry]
+    evaluated = [entry for entry in plain.log if "eval_loss" in entry]
+    assert len(train) == 6 and len(evaluated) == 2
+    for name in DIAGNOSTICS:
+        assert all(f"focalpo/{name}" in entry for entry in train)
+        assert all(f"eval_focalpo/{name}" in entry for entry in evaluated)
+    assert train[0]["focalpo/p"] == pytest.approx(0.5, abs=1e-6)
+    assert train[0]["focalpo/weight"] == pytest.approx(0.93246, abs=1e-5)
+    assert train[0]["focalpo/margin_incorrect"] == 0
+    assert 0 < evaluated[-1]["eval_focalpo/p"] < 1
+    # The host's own mean margin is the pair-weighted mean of ours over the two groups.
+    last = evaluated[-1]
+    accuracy, margin = last["eval_rewards/accuracies"], last["eval_rewards/margins"]
+    low, high = sorted((last["eval_focalpo/margin_incorrect"], last["eval_focalpo/margin_correct"]))
+    assert low <= margin <= high
+    assert 0 <= accuracy <= 1
+
+
+def test_model_card_is_tagged(plain: Run):
+    assert re.search(r"^- focalpo$", (plain.checkpoints[-1] / "README.md").read_text(), re.M)
+    assert "- dpo" in (plain.checkpoints[-1] / "README.md").read_text()
+
+
+def test_gamma_zero_is_rl_dpo_step_for_step(axolotl: Axolotl):
+    dpo = axolotl.train(rl="dpo", focalpo_gamma=None, focalpo_variant=None)
+    assert "focalpo_plugins: active" not in dpo.output
+    assert dpo.steps("loss")[0][0] == pytest.approx(math.log(2), abs=1e-6)
+    zero = axolotl.train(focalpo_gamma=0.0, output_dir=str(axolotl.folder / "zero"))
+    same(zero, dpo)
+    names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen")
+    same(zero, dpo, names=names)
+
+
+def test_plugins_line_without_autoload(axolotl: Axolotl, plain: Run):
+    run = axolotl.train(plugins=[PLUGIN], variables={"FOCALPO_AUTOLOAD": "0"})
+    same(run, plain)
+    assert run.output.count("focalpo_plugins: active") == 1
+
+
+def test_resume_matches_the_uninterrupted_run(axolotl: Axolotl, plain: Run):
+    """From the checkpoint after step 3, with the same YAML."""
+    config = axolotl.config(resume_from_checkpoint=str(plain.checkpoints[0]))
+    run = axolotl("train", config)
+    assert run.code == 0, run.output[-6000:]
+    assert [entry["step"] for entry in run.log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    same(run, plain)
+    assert "active" in run.output
+
+
+def test_precomputed_reference(axolotl: Axolotl, plain: Run):
+    run = axolotl.train(precompute_ref_log_probs=True)
+    same(run, plain, rel=1e-5)
+
+
+ADAPTER = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
+
+
+def test_lora_and_merge(axolotl: Axolotl):
+    run = axolotl.train(**ADAPTER, max_steps=3)
+    assert run.steps("loss")[0][0] == pytest.approx(FIRST, abs=1e-6)
+    assert run.steps("loss")[-1][0] != run.steps("loss")[0][0]
+    config = axolotl.config(**ADAPTER, lora_model_dir=str(run.folder))
+    merged = axolotl("merge-lora", config)
+    assert merged.code == 0, merged.output[-6000:]
+    assert list((run.folder / "merged").glob("*.safetensors"))
+
+
+def test_qlora(axolotl: Axolotl):
+    run = axolotl.train(**{**ADAPTER, "adapter": "qlora"}, load_in_4bit=True, max_steps=3)
+    assert run.steps("loss")[0][0] == pytest.approx(FIRST, abs=1e-6)
+    assert "focalpo_plugins: active" in run.output
+
+
+def test_preprocess_and_evaluate(axolotl: Axolotl):
+    config = axolotl.config(eval_strategy="steps", eval_steps=3)
+    prepared = axolotl("preprocess", config)
+    assert prepared.code == 0, prepared.output[-6000:]
+    assert list((axolotl.folder / "prepared").iterdir())
+    evaluated = axolotl("evaluate", config)
+    assert evaluated.code == 0, evaluated.output[-6000:]
+    # Axolotl's evaluate scores the policy that it was given: still the reference.
+    assert "focalpo_plugins: active" in evaluated.output
+    losses = re.findall(r"eval_loss: ([\d.]+)", evaluated.output)
+    assert losses and float(losses[-1]) == pytest.approx(FIRST, abs=1e-4)
+
+
+def test_third_partys_loss(axolotl: Axolotl, hinge_package: Path):
+    """relu(offset - 0) at the first step, with the package's own key."""
+    run = axolotl.train(
+        rl="hinge",
+        hinge_offset=0.75,
+        focalpo_gamma=None,
+        focalpo_variant=None,
+        max_steps=3,
+        variables={"PYTHONPATH": str(hinge_package)},
+    )
+    assert run.steps("loss")[0][0] == pytest.approx(0.75, abs=1e-6)
+    assert "loss=hinge offset=0.75" in run.output
+    assert "hinge/p" in run.log[0] and "hinge/weight" not in run.log[0]
+
+
+ZERO3 = {
+    "zero_optimization": {"stage": 3, "overlap_comm": False},
+    "bf16": {"enabled": "auto"},
+    "gradient_accumulation_steps": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_clipping": "auto",
+}
+
+
+def test_zero3_on_two_ranks_agrees_with_one_process(axolotl: Axolotl, plain: Run):
+    """Two ranks of four pairs each, against two accumulation steps of four pairs in one process."""
+    (axolotl.folder / "zero3.json").write_text(json.dumps(ZERO3))
+    run = axolotl.train(
+        "--launcher",
+        "torchrun",
+        "--",
+        "--nproc_per_node",
+        "2",
+        deepspeed=str(axolotl.folder / "zero3.json"),
+        gradient_accumulation_steps=1,
+        plugins=["test_only_plugins.GlooOnCPU"],
+        variables={"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"},
+    )
+    assert "zero_optimization" in run.output or "ZeRO" in run.output or "deepspeed" in run.output
+    assert run.output.count("focalpo_plugins: active") == 1
+    assert run.steps("loss")[0][0] == pytest.approx(FIRST, abs=1e-6)
+    same(run, plain, rel=1e-3, names=("loss", "focalpo/p", "focalpo/weight"))
+
+
+def test_refused_by_the_command_itself(axolotl: Axolotl):
+    run = axolotl("train", axolotl.config(focalpo_gama=0.1))
+    assert run.code != 0
+    assert (
+        "focalpo_gama is no key of focalpo_plugins, got 0.1; did you mean 'focalpo_gamma'?"
+        in run.output
+    )
+    assert "Loading model" not in run.output
+    assert not run.folder.exists() or not run.checkpoints
+
+
+def test_another_plugins_trainer_is_refused_before_the_model_loads(axolotl: Axolotl):
+    run = axolotl("train", axolotl.config(plugins=["test_only_plugins.OtherTrainer"]))
+    assert run.code != 0
+    assert (
+        "plugins holds test_only_plugins.OtherTrainer, whose trainer DPOTrainer would run"
+        in run.output
+    )
+    assert not run.checkpoints
+
+
+def test_the_tiny_run_learns(axolotl: Axolotl):
+    """As the README starts it: held-out accuracy ends clearly above chance, where an untrained
+    policy's ties and coin tosses leave it."""
+    config = axolotl.config()
+    import yaml
+
+    full = yaml.safe_load((EXAMPLES / "tiny_focalpo.yml").read_text())
+    whole = yaml.safe_load(config.read_text()) | {
+        key: value
+        for key, value in full.items()
+        if key
+        not in ("base_model", "datasets", "test_datasets", "output_dir", "dataset_prepared_path")
+    }
+    whole["test_datasets"] = [
+        {**full["test_datasets"][0], "path": str(axolotl.tiny / "test.jsonl")}
+    ]
+    for key in {"max_steps", "save_steps", "eval_strategy"} - set(full):
+        whole.pop(key, None)
+    config.write_text(yaml.safe_dump(whole))
+    run = axolotl("train", config)
+    assert run.code == 0, run.output[-6000:]
+    accuracies = [entry["eval_rewards/accuracies"] for entry in run.log if "eval_loss" in entry]
+    assert len(accuracies) >= 2
+    assert accuracies[-1] > 0.7

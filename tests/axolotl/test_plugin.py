@@ -1,0 +1,284 @@
+"""What the plug-in does to a config: the rewriting, and every refusal.
+
+A config goes through Axolotl's own ``load_cfg``, in one process that is named as Axolotl's command
+is, so that the autoload is armed in it as in ``axolotl train``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import PLUGIN, Axolotl, run_python
+
+LOAD = """
+import json, sys
+from axolotl.cli.config import load_cfg
+from axolotl.integrations.base import PluginManager
+
+results = []
+for path in sys.argv[1:]:
+    PluginManager.get_instance().plugins.clear()  # as in a process of its own
+    try:
+        cfg = load_cfg(path)
+        keys = ("rl", "trainer_cls", "plugins", "focalpo_loss", "focalpo_gamma", "focalpo_variant")
+        results.append({key: cfg.get(key) for key in keys})
+    except Exception as error:
+        results.append(f"{type(error).__name__}: {error}")
+print("RESULTS", json.dumps(results, default=lambda value: getattr(value, "value", str(value))))
+"""
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": (
+        {"focalpo_gama": 0.1},
+        "focalpo_gama is no key of focalpo_plugins, got 0.1; did you mean 'focalpo_gamma'?",
+    ),
+    "the plug-in's own key": (
+        {"focalpo_loss": "focalpo"},
+        "focalpo_loss is no key of focalpo_plugins",
+    ),
+    "keys under dpo": (
+        {"rl": "dpo"},
+        "focalpo_gamma belongs to rl: focalpo, got 0.05 under rl: dpo. Set rl: focalpo, or remove",
+    ),
+    "keys under ipo": (
+        {"rl": "ipo"},
+        "focalpo_gamma belongs to rl: focalpo, got 0.05 under rl: ipo",
+    ),
+    "keys without rl": (
+        {"rl": None},
+        "focalpo_gamma belongs to rl: focalpo, got 0.05 under rl: None",
+    ),
+    "rl misspelt": ({"rl": "FocalP0"}, "got 'FocalP0'; did you mean 'focalpo'?"),
+    "gamma negative": (
+        {"focalpo_gamma": -0.1},
+        "focalpo_gamma must be a finite number of at least 0, got -0.1",
+    ),
+    "gamma a word": (
+        {"focalpo_gamma": "small"},
+        "focalpo_gamma must be a finite number of at least 0, got 'small'",
+    ),
+    "gamma nan": ({"focalpo_gamma": float("nan")}, "focalpo_gamma must be a finite number"),
+    "gamma true": (
+        {"focalpo_gamma": True},
+        "focalpo_gamma must be a finite number of at least 0, got True",
+    ),
+    "gamma backwards": (
+        {"focalpo_gamma": 1.5},
+        "focalpo_gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 1.5",
+    ),
+    "exact gamma 1": (
+        {"focalpo_gamma": 1.0, "focalpo_variant": "correct_exact"},
+        "focalpo_gamma must be below 1 for variant 'correct_exact', got 1.0",
+    ),
+    "variant misspelt": (
+        {"focalpo_variant": "corect"},
+        "focalpo_variant must be one of correct, correct_exact, incorrect, got 'corect'",
+    ),
+    "beta 0": ({"rl_beta": 0}, "rl_beta must be a finite number above 0, got 0"),
+    "beta negative in trl": (
+        {"rl_beta": None, "trl": {"beta": -1}},
+        "trl.beta must be a finite number above 0, got -1",
+    ),
+    "betas that disagree": (
+        {"rl_beta": 0.1, "trl": {"beta": 0.2}},
+        "rl_beta must equal trl.beta, got 0.1 and 0.2",
+    ),
+    "loss type hinge": (
+        {"dpo_loss_type": ["hinge"]},
+        "dpo_loss_type must be of sigmoid, sigmoid_norm, robust, sft, got 'hinge': it has no",
+    ),
+    "loss type nca": (
+        {"dpo_loss_type": ["nca_pair"]},
+        "got 'nca_pair': its log-sigmoids are of each",
+    ),
+    "loss type among good ones": ({"dpo_loss_type": ["sigmoid", "ipo"]}, "got 'ipo'"),
+    "loss type sft alone": ({"dpo_loss_type": ["sft"]}, "there is no preference loss in it"),
+    "label smoothing": (
+        {"dpo_label_smoothing": 0.5},
+        "dpo_label_smoothing must be at least 0 and below 0.5, got 0.5",
+    ),
+    "the user's trainer": (
+        {"trainer_cls": "trl.DPOTrainer"},
+        "trainer_cls must be unset, got 'trl.DPOTrainer' under rl: focalpo",
+    ),
+    "our trainer under dpo": (
+        {
+            "rl": "dpo",
+            "focalpo_gamma": None,
+            "focalpo_variant": None,
+            "trainer_cls": "focalpo_plugins.axolotl.trainer.AxolotlPairwiseTrainer",
+            "plugins": [PLUGIN],
+        },
+        "trainer_cls must be unset, got",
+    ),
+    "liger with weights": (
+        {"dpo_use_liger_kernel": True, "dpo_loss_type": ["sigmoid"], "dpo_loss_weights": [2.0]},
+        "dpo_use_liger_kernel can't be combined with dpo_loss_weights, got [2.0]",
+    ),
+    "liger with weighting": (
+        {"dpo_use_liger_kernel": True, "dpo_use_weighting": True},
+        "dpo_use_liger_kernel can't be combined with dpo_use_weighting, got True",
+    ),
+    "liger with precomputed reference": (
+        {"dpo_use_liger_kernel": True, "precompute_ref_log_probs": True},
+        "dpo_use_liger_kernel can't be combined with precompute_ref_log_probs, got True",
+    ),
+}
+
+REWRITTEN = {
+    "rl": "dpo",
+    "trainer_cls": "focalpo_plugins.axolotl.trainer.AxolotlPairwiseTrainer",
+    "plugins": [PLUGIN],
+    "focalpo_loss": "focalpo",
+    "focalpo_gamma": 0.05,
+    "focalpo_variant": "correct",
+}
+ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "as it is": ({}, REWRITTEN),
+    "defaults": (
+        {"focalpo_gamma": None, "focalpo_variant": None},
+        {**REWRITTEN, "focalpo_gamma": None, "focalpo_variant": None},
+    ),
+    "a float that YAML takes for a string": ({"focalpo_gamma": "5e-2"}, REWRITTEN),
+    "beside another plugin": (
+        {"plugins": ["test_only_plugins.GlooOnCPU"]},
+        {**REWRITTEN, "plugins": ["test_only_plugins.GlooOnCPU", PLUGIN]},
+    ),
+    "backwards on purpose": (
+        {"focalpo_gamma": 1.5, "focalpo_allow_reversed": True},
+        {**REWRITTEN, "focalpo_gamma": 1.5},
+    ),
+    "betas that agree": ({"rl_beta": 0.1, "trl": {"beta": 0.1}}, REWRITTEN),
+    "loss types": (
+        {"dpo_loss_type": ["sigmoid", "sft"], "dpo_loss_weights": [1.0, 0.1]},
+        REWRITTEN,
+    ),
+    "dpo": (
+        {"rl": "dpo", "focalpo_gamma": None, "focalpo_variant": None},
+        dict.fromkeys(REWRITTEN) | {"rl": "dpo"},
+    ),
+    "dpo with the plugin listed": (
+        {"rl": "dpo", "focalpo_gamma": None, "focalpo_variant": None, "plugins": [PLUGIN]},
+        dict.fromkeys(REWRITTEN) | {"rl": "dpo", "plugins": [PLUGIN]},
+    ),
+}
+
+
+def load(folder: Path, configs: list[Path], **variables: str) -> list[Any]:
+    script = folder / "axolotl"  # the name that the autoload knows
+    script.write_text(LOAD)
+    run = run_python(
+        str(script),
+        *map(str, configs),
+        path=Path(__file__).parents[1] / "support",
+        AXOLOTL_DO_NOT_TRACK="1",
+        CUDA_VISIBLE_DEVICES="",
+        **variables,
+    )
+    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULTS ")]
+    assert lines, run.stderr[-6000:]
+    return json.loads(lines[0].removeprefix("RESULTS "))
+
+
+CASES = {name: case[0] for name, case in {**REFUSED, **ACCEPTED}.items()}
+
+
+@pytest.fixture(scope="module")
+def outcomes(once: Axolotl, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What ``load_cfg`` makes of each case: by autoload, and by the ``plugins:`` line alone."""
+    folder = tmp_path_factory.mktemp("load")
+    found = {}
+    for way, variables in (("autoload", {}), ("plugins line", {"FOCALPO_AUTOLOAD": "0"})):
+        configs = []
+        for changes in CASES.values():
+            if way == "plugins line" and PLUGIN not in changes.get("plugins", []):
+                changes = {**changes, "plugins": [*changes.get("plugins", []), PLUGIN]}
+            configs.append(once.config(**changes))
+        found[way] = dict(zip(CASES, load(folder, configs, **variables), strict=True))
+    return found
+
+
+@pytest.mark.parametrize("way", ["autoload", "plugins line"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(outcomes, way, case):
+    outcome = outcomes[way][case]
+    assert isinstance(outcome, str), f"accepted as {outcome}"
+    assert REFUSED[case][1] in outcome
+
+
+@pytest.mark.parametrize("way", ["autoload", "plugins line"])
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_accepted(outcomes, way, case):
+    expected = ACCEPTED[case][1]
+    if way == "plugins line" and expected["plugins"] is None:
+        expected = {**expected, "plugins": [PLUGIN]}
+    assert outcomes[way][case] == expected
+
+
+def test_registering_twice_changes_nothing():
+    """Ray's worker registers the plug-in again on the config that the driver rewrote."""
+    from axolotl.utils.dict import DictDefault
+
+    from focalpo_plugins.axolotl import FocalPOPlugin
+
+    cfg = DictDefault({"rl": "focalpo", "focalpo_gamma": 0.3, "rl_beta": 0.1})
+    FocalPOPlugin().register(cfg)
+    once = dict(cfg)
+    assert once["rl"] == "dpo"
+    FocalPOPlugin().register(cfg)
+    assert dict(cfg) == once
+    # And what is wrong is refused there too.
+    cfg["focalpo_gamma"] = 7.0
+    with pytest.raises(ValueError, match="^focalpo_gamma must be below"):
+        FocalPOPlugin().register(cfg)
+
+
+def test_another_trainer_than_ours_never_trains():
+    from axolotl.utils.dict import DictDefault
+
+    from focalpo_plugins.axolotl import FocalPOPlugin
+
+    cfg = DictDefault({"rl": "dpo", "focalpo_loss": "focalpo"})
+    with pytest.raises(RuntimeError, match="^Axolotl built object where rl: focalpo needs Axolotl"):
+        FocalPOPlugin().post_trainer_create(cfg, object())
+
+
+def test_broken_plug_in_does_not_stop_rl_dpo(once: Axolotl, tmp_path: Path):
+    """Our modules raise, yet a run that doesn't ask for us loads its config; one that does stops."""
+    from importlib.metadata import distribution
+
+    dist = distribution("focalpo_plugins")
+    for file in dist.files:
+        if file.suffix != ".pyc" and ".." not in file.parts:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_bytes(Path(dist.locate_file(file)).read_bytes())
+    (tmp_path / "focalpo_plugins" / "loss.py").write_text("raise RuntimeError('broken on purpose')")
+    plain = once.config(rl="dpo", focalpo_gamma=None, focalpo_variant=None)
+    script = tmp_path / "axolotl"
+    script.write_text(LOAD)
+    run = run_python(
+        str(script), str(plain), str(once.config()), path=tmp_path, AXOLOTL_DO_NOT_TRACK="1"
+    )
+    (line,) = [line for line in run.stdout.splitlines() if line.startswith("RESULTS ")]
+    dpo, focalpo = json.loads(line.removeprefix("RESULTS "))
+    assert dpo["rl"] == "dpo"
+    assert focalpo == "RuntimeError: broken on purpose"
+
+
+def test_axolotl_itself_would_train_dpo(once: Axolotl, tmp_path: Path):
+    """Why stray keys are refused: without us Axolotl takes them, and drops them."""
+    config = once.config(rl="dpo")
+    (outcome,) = load(tmp_path, [config], FOCALPO_AUTOLOAD="0")
+    assert outcome["rl"] == "dpo"
+    assert outcome["focalpo_gamma"] is None
+
+
+def test_help_is_not_slowed_by_a_listed_loss():
+    """`axolotl --help` works with us installed, and says nothing of us."""
+    done = subprocess.run(["axolotl", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "focalpo" not in done.stderr
