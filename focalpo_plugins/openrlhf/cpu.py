@@ -73,7 +73,7 @@ def check(namespace: SimpleNamespace | Any) -> None:
 
 
 def _modules_of_flash_attn() -> None:
-    """OpenRLHF imports flash-attn's Python part whatever the attention; that imports its kernels."""
+    """OpenRLHF imports flash-attn's Python part in any case, and that imports its kernels."""
     if importlib.util.find_spec("flash_attn_2_cuda") is None:
         empty = ModuleType("flash_attn_2_cuda")
         empty.__spec__ = ModuleSpec(empty.__name__, None)

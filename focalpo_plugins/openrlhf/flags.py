@@ -1,4 +1,4 @@
-"""The flags ``--loss`` and ``--NAME.option`` in OpenRLHF's parser, and what they are refused for."""
+"""The flags ``--loss`` and ``--NAME.option`` in OpenRLHF's parser, and what they may say."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..loss import VARIANTS, check_beta, check_label_smoothing
-from ..registry import BoundLoss, PairwiseLoss, did_you_mean, get_loss, losses
+from ..registry import BoundLoss, PairwiseLoss, did_you_mean, get_loss, losses, named
 from . import cpu
 
 # OpenRLHF's own loss.  It stays OpenRLHF's, whatever a package may register under this name.
@@ -88,14 +88,16 @@ def _add(parser: ArgumentParser, argv: Sequence[str]) -> bool:
             if isinstance(default, bool):
                 kind = {"action": "store_false" if default else "store_true"}
             text = _HELP.get(flag, f"Option of the loss {loss.name}")
-            group.add_argument(f"--{flag}", default=SUPPRESS, help=f"{text} (default: {default})", **kind)
+            group.add_argument(
+                f"--{flag}", default=SUPPRESS, help=f"{text} (default: {default})", **kind
+            )
     except ArgumentError as error:
         from .trainer import versions
 
         if any(word.split("=")[0] == "--loss" for word in argv):
             parser.error(
-                f"{versions()}: OpenRLHF now has a flag that focalpo_plugins adds ({error}). Use an "
-                "openrlhf release that the README lists, or set FOCALPO_AUTOLOAD=0."
+                f"{versions()}: OpenRLHF has a flag that focalpo_plugins would add ({error}). Use "
+                "an openrlhf release that the README lists, or set FOCALPO_AUTOLOAD=0."
             )
         return False
     return True
@@ -186,16 +188,14 @@ def _check_host_flags(values: dict[str, Any], name: str) -> None:
     for flag in ("model.beta", "model.label_smoothing", "model.ipo_enable"):
         if flag not in values:
             raise ValueError(
-                f"{versions()}: OpenRLHF has no flag --{flag}, which goes into the loss {name}. Use "
-                "an openrlhf release that the README lists."
+                f"{versions()}: OpenRLHF has no flag --{flag}, which goes into the loss {name}. "
+                "Use an openrlhf release that the README lists."
             )
-    for check, option in ((check_beta, "beta"), (check_label_smoothing, "label_smoothing")):
-        try:
+    for option, check in (("beta", check_beta), ("label_smoothing", check_label_smoothing)):
+        with named("--model."):
             check(values[f"model.{option}"])
-        except ValueError as error:
-            raise ValueError(f"--model.{error}") from None
     if values["model.ipo_enable"]:
         raise ValueError(
-            f"--model.ipo_enable must be left out with --loss {name}, got both: IPO is a loss of its "
-            "own. Remove one of the two."
+            f"--model.ipo_enable must be left out with --loss {name}, got both: IPO is a loss of "
+            "its own. Remove one of the two."
         )

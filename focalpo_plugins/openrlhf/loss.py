@@ -14,9 +14,9 @@ from ..registry import get_loss
 class FocalPOLoss(nn.Module):
     r"""Four tensors of log-probabilities in; mean loss and both rewards out.
 
-    .. math:: z = \beta\,\big((\log\pi_w - \log\pi_l) - (\log\mathrm{ref}_w - \log\mathrm{ref}_l)\big)
+    .. math:: z = \beta\,\big((\pi_w - \pi_l) - (\pi^{ref}_w - \pi^{ref}_l)\big)
 
-    goes to the loss; the rewards and the mean are those of OpenRLHF's ``DPOLoss``, whose arguments
+    of the log-probabilities goes to the loss; the rewards and the mean are those of OpenRLHF's ``DPOLoss``, whose arguments
     come first so that this one can be constructed in its place.
 
     Args:
@@ -31,7 +31,9 @@ class FocalPOLoss(nn.Module):
 
     Example:
         >>> loss_fn = FocalPOLoss(beta=0.1, gamma=0.05)
-        >>> loss, chosen_rewards, rejected_rewards = loss_fn(chosen, rejected, ref_chosen, ref_rejected)
+        >>> loss, chosen_rewards, rejected_rewards = loss_fn(
+        ...     policy_chosen, policy_rejected, reference_chosen, reference_rejected
+        ... )
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""OpenRLHF's DPO trainer with another pairwise loss; the only change with respect to it is the loss.
+"""OpenRLHF's DPO trainer with another pairwise loss; the only change to it is the loss.
 
 ``DPOTrainer.__init__`` constructs ``DPOLoss``, a name of its module, which for the length of that
 call stands for our loss.  What it constructed is looked at, and so is at every step that our loss
@@ -42,7 +42,8 @@ def install(loss: BoundLoss) -> None:
         raise _moved(loss, "its command's train() constructs no DPOTrainer")
     if command.get("DPOTrainer") is not DPOTrainer:
         raise _moved(loss, f"its command's DPOTrainer is not that of {dpo_trainer.__name__}")
-    if "DPOLoss" not in DPOTrainer.__init__.__code__.co_names or not hasattr(dpo_trainer, "DPOLoss"):
+    names = DPOTrainer.__init__.__code__.co_names
+    if "DPOLoss" not in names or not hasattr(dpo_trainer, "DPOLoss"):
         raise _moved(loss, "DPOTrainer.__init__ constructs no DPOLoss")
     command["DPOTrainer"] = PairwiseDPOTrainer
 
@@ -54,7 +55,9 @@ class PairwiseDPOTrainer(DPOTrainer):
         RuntimeError: OpenRLHF constructed its own loss, or trains a step without calling ours.
     """
 
-    def __init__(self, model: Any, ref_model: Any, strategy: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, ref_model: Any, strategy: Any, *args: Any, **kwargs: Any
+    ) -> None:
         name = strategy.args.loss
         options = vars(getattr(strategy.args, name, SimpleNamespace()))
         with _dpo_loss_replaced(functools.partial(FocalPOLoss, loss=name, **options)):
@@ -78,7 +81,9 @@ class PairwiseDPOTrainer(DPOTrainer):
                 flush=True,
             )
 
-    def save_logs_and_checkpoints(self, args: Any, global_step: int, *more: Any, **kwargs: Any) -> None:
+    def save_logs_and_checkpoints(
+        self, args: Any, global_step: int, *more: Any, **kwargs: Any
+    ) -> None:
         super().save_logs_and_checkpoints(args, global_step, *more, **kwargs)
         if global_step % args.logger.logging_steps == 0:
             self._sums.pop("train", None)
@@ -136,6 +141,6 @@ def _dpo_loss_replaced(replacement: Callable[..., FocalPOLoss]) -> Iterator[None
 def _moved(loss: BoundLoss | str, why: str) -> RuntimeError:
     name = loss if isinstance(loss, str) else loss.name
     return RuntimeError(
-        f"{versions()}: {why}, where OpenRLHF is known to; this run would have trained another loss "
-        f"under the name {name}. Use an openrlhf release that the README lists."
+        f"{versions()}: {why}, unlike in the releases that are known; this run would have trained "
+        f"another loss under the name {name}. Use an openrlhf release that the README lists."
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -14,12 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
+from harness import EXAMPLES, SUPPORT
 
 COMMAND = "openrlhf.cli.train_dpo"
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 @pytest.fixture(scope="session")
@@ -39,43 +36,20 @@ def openrlhf() -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two small layers, and pairs in which the shorter answer is the chosen one."""
-    folder = tmp_path_factory.mktemp("tiny")
-    rng = random.Random(0)
-    words = [a + b for a in "bdfgklmn" for b in ("a", "e", "i", "o", "u")]
+    """The tiny assets, built once; the builder does nothing where they are there."""
+    folder = EXAMPLES / "tiny"
+    with FileLock(tmp_path_factory.getbasetemp().parent / "tiny.lock"):
+        subprocess.run([sys.executable, str(EXAMPLES / "make_tiny.py")], check=True)
+    return folder
 
-    def message(role: str, length: int) -> dict[str, str]:
-        return {"role": role, "content": " ".join(rng.choices(words, k=length))}
 
-    for name, count in (("train", 40), ("test", 10)):
-        with open(folder / f"{name}.jsonl", "w") as file:
-            for _ in range(count):
-                prompt = message("user", rng.randint(3, 6))
-                chosen = [prompt, message("assistant", rng.randint(3, 6))]
-                rejected = [prompt, message("assistant", rng.randint(8, 14))]
-                file.write(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n")
-
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    special = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<unk>"]
-    vocabulary = {token: number for number, token in enumerate([*special, *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|end|>", unk_token="<unk>",
-        additional_special_tokens=special[2:4], chat_template=TEMPLATE,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=False,
-        initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    fast.save_pretrained(folder / "model")
+@pytest.fixture(scope="session")
+def few(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the first 40 pairs to train on, five steps of 8, and 12 to evaluate on."""
+    folder = tmp_path_factory.mktemp("few")
+    for name, count in (("train", 40), ("test", 12)):
+        lines = (tiny / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:count]))
     return folder
 
 
@@ -92,17 +66,22 @@ class Run:
     def output(self) -> str:
         return self.stdout[-4000:] + self.stderr[-8000:]
 
-    def scalars(self) -> dict[str, list[float]]:
-        """What TensorBoard shows, by tag; the parts of a resumed run one after the other."""
+    def steps(self, prefix: str = "") -> dict[int, dict[str, float]]:
+        """What TensorBoard shows: by step, the values by tag; of tags that begin so."""
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        found: dict[str, list[float]] = {}
+        found: dict[int, dict[str, float]] = {}
         for events in sorted((self.folder / "tensorboard").rglob("events.*")):
             accumulator = EventAccumulator(str(events))
             accumulator.Reload()
             for tag in accumulator.Tags()["scalars"]:
-                found.setdefault(tag, []).extend(event.value for event in accumulator.Scalars(tag))
+                for event in accumulator.Scalars(tag):
+                    if tag.startswith(prefix):
+                        found.setdefault(event.step, {})[tag.removeprefix(prefix)] = event.value
         return found
+
+    def said(self, what: str) -> list[str]:
+        return [line for line in self.stderr.splitlines() if what in line]
 
 
 def free_port() -> str:
@@ -112,7 +91,13 @@ def free_port() -> str:
 
 
 def environment(path: Sequence[Path | str] = (), **variables: str) -> dict[str, str]:
-    dropped = ("FOCALPO_", "PYTHONPATH", "TORCH_DEVICE_BACKEND_AUTOLOAD", "DS_ACCELERATOR", "WANDB_")
+    dropped = (
+        "FOCALPO_",
+        "PYTHONPATH",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD",
+        "DS_ACCELERATOR",
+        "WANDB_",
+    )
     env = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     env["PATH"] = str(Path(sys.executable).parent) + os.pathsep + env["PATH"]
     env |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
@@ -121,7 +106,7 @@ def environment(path: Sequence[Path | str] = (), **variables: str) -> dict[str, 
 
 
 @pytest.fixture(scope="session")
-def train(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+def train(tiny: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     """``train(*flags, launcher="python")`` runs OpenRLHF's own command on the tiny data."""
 
     def run(
@@ -144,22 +129,26 @@ def train(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         }[launcher]
         env = environment(path, **(one_rank if launcher == "python" else {}), **variables)
         done = subprocess.run(
-            [*start, *tiny_flags(tiny, folder), *flags], env=env, cwd=folder, capture_output=True, text=True
+            [*start, *tiny_flags(tiny, few, folder), *flags],
+            env=env,
+            cwd=folder,
+            capture_output=True,
+            text=True,
         )
         return Run(done.returncode, done.stdout, done.stderr, folder)
 
     return run
 
 
-def tiny_flags(tiny: Path, folder: Path) -> list[str]:
+def tiny_flags(tiny: Path, few: Path, folder: Path) -> list[str]:
     flags = {
         "--model.model_name_or_path": tiny / "model",
-        "--data.dataset": tiny / "train.jsonl",
-        "--data.max_len": 64,
+        "--data.dataset": few / "train.jsonl",
+        "--data.max_len": 128,
         "--ds.attn_implementation": "eager",
         "--train.micro_batch_size": 2,
         "--train.batch_size": 8,
-        "--adam.lr": 5e-3,
+        "--adam.lr": 1e-3,
         "--ckpt.output_dir": folder / "out",
         "--ckpt.path": folder / "checkpoints",
         "--logger.tensorboard_dir": folder / "tensorboard",
@@ -176,7 +165,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[tup
 
     def run(argvs: Sequence[Sequence[str]], *path: Path | str) -> list[tuple[int, str]]:
         done = subprocess.run(
-            [sys.executable, str(Path(__file__).parent / "many_commands.py")],
+            [sys.executable, str(SUPPORT / "many_commands.py")],
             input=json.dumps([list(argv) for argv in argvs]),
             env=environment(path, **one_rank),
             cwd=tmp_path_factory.mktemp("commands"),

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from focalpo_plugins.openrlhf import FocalPOLoss
 
 LN2, LN3 = math.log(2), math.log(3)
@@ -28,7 +29,9 @@ def test_by_hand():
     With gamma 1 the loss is -p log p: at z = 3/2, p = 0.8175745 and -log p = 0.2014133, product
     0.1646703; at z = 0, 1/2 ln 2 = 0.3465736; mean 0.2556219.
     """
-    tensors = (torch.tensor(x, dtype=torch.float64) for x in ([-2, -7], [-5, -9], [-4, -7], [-4, -9]))
+    tensors = (
+        torch.tensor(x, dtype=torch.float64) for x in ([-2, -7], [-5, -9], [-4, -7], [-4, -9])
+    )
     loss, chosen, rejected = FocalPOLoss(0.5, gamma=1.0)(*tensors)
     assert loss.item() == pytest.approx(0.2556219, abs=1e-7)
     assert chosen.tolist() == [1, 0]
@@ -87,7 +90,11 @@ def test_records_the_margins_that_the_loss_sees():
         ((0.1, 0.0, True), {}, "ipo must be false with the loss 'focalpo', got True"),
         ((0.1,), {"gamma": -1.0}, "gamma must be a finite number of at least 0, got -1.0"),
         ((0.1,), {"gama": 1.0}, "gama is no option of the loss 'focalpo'; did you mean 'gamma'?"),
-        ((0.1,), {"loss": "focalp"}, "loss must be one of focalpo, got 'focalp'; did you mean 'focalpo'?"),
+        (
+            (0.1,),
+            {"loss": "focalp"},
+            "loss must be one of focalpo, got 'focalp'; did you mean 'focalpo'?",
+        ),
     ],
 )
 def test_refusals(arguments: tuple, options: dict, message: str):

@@ -88,7 +88,15 @@ LET_THROUGH = [
     [*OURS, "--focalpo.gamma", "5e-2", "--focalpo.variant", "correct_exact"],
     [*OURS, "--focalpo.gamma", "1.5", "--focalpo.allow_reversed"],
     [*OURS, "--focalpo.gamma", "1.5", "--focalpo.variant", "incorrect"],
-    [*OURS, "--model.beta", "0.01", "--model.label_smoothing", "0.49", "--model.nll_loss_coef", "0.2"],
+    [
+        *OURS,
+        "--model.beta",
+        "0.01",
+        "--model.label_smoothing",
+        "0.49",
+        "--model.nll_loss_coef",
+        "0.2",
+    ],
     ["--loss", "hinge", "--hinge.offset", "2"],
     # OpenRLHF's own loss is OpenRLHF's, values that ours would refuse included.
     ["--model.ipo_enable"],

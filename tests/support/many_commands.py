@@ -15,10 +15,6 @@ from focalpo_plugins.openrlhf.train_dpo import main
 
 cpu.stand_in()
 
-import openrlhf.datasets  # noqa: E402, F401
-import openrlhf.trainer.dpo_trainer  # noqa: E402, F401
-import openrlhf.utils.deepspeed  # noqa: E402, F401
-
 
 def end_of(argv):
     with tempfile.TemporaryFile("w+") as output:

@@ -1,0 +1,296 @@
+"""Whole runs of OpenRLHF's command, through the launchers that people start it with."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from harness import SUPPORT, run_python
+
+FIRST = 2**-0.05 * math.log(2)  # 0.66953: every margin is 0 before the first step
+OURS = ("--loss", "focalpo")
+NAMES = {"p", "weight", "reversed", "margin_correct", "margin_incorrect"}
+
+
+def finished(run):
+    assert run.returncode == 0, run.output
+    return run
+
+
+@pytest.fixture(scope="module")
+def zero3(train: Callable, few: Path):
+    """Four epochs with ZeRO-3 on two ranks, an evaluation after each, no accumulation."""
+    evaluate = ("--eval.dataset", str(few / "test.jsonl"), "--eval.split", "train")
+    return finished(
+        train(
+            *OURS, *evaluate, "--ds.zero_stage", "3", "--train.micro_batch_size", "4",
+            "--train.max_epochs", "4", "--lr_scheduler", "constant",
+            launcher="torchrun", ranks=2,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpointed(train: Callable):
+    """Two epochs with ZeRO-2 on two ranks under DeepSpeed's launcher, accumulating over two."""
+    return finished(
+        train(
+            *OURS, "--ckpt.save_steps", "3", "--train.max_epochs", "2", "--lr_scheduler", "constant",
+            launcher="deepspeed", ranks=2,
+        )
+    )  # fmt: skip
+
+
+SMOOTHED = (
+    "--model.label_smoothing",
+    "0.1",
+    "--model.nll_loss_coef",
+    "0.2",
+    "--ds.zero_stage",
+    "2",
+)
+
+
+@pytest.fixture(scope="module")
+def dpo(train: Callable):
+    """OpenRLHF's own loss, with us installed, on one rank; with all that composes with the loss."""
+    return finished(train("--loss", "dpo", *SMOOTHED))
+
+
+def test_first_loss(zero3, checkpointed):
+    assert zero3.steps("train/")[1]["loss"] == pytest.approx(FIRST, abs=1e-5)
+    assert checkpointed.steps("train/")[1]["loss"] == pytest.approx(FIRST, abs=1e-5)
+
+
+def test_says_once_that_it_is_active(zero3, checkpointed):
+    versions = " ".join(
+        f"{name}={version(name)}" for name in ("focalpo_plugins", "openrlhf", "deepspeed", "torch")
+    )
+    line = (
+        "focalpo_plugins: active. loss=focalpo gamma=0.05 variant=correct z*=-20.00 "
+        "loss_at_margin_0=0.6695 beta=0.1 label_smoothing=0.0 trainer=PairwiseDPOTrainer "
+        + versions
+    )
+    assert zero3.said("focalpo_plugins: active") == [line]
+    assert checkpointed.said("focalpo_plugins: active") == [line]
+
+
+def test_warns_once_of_the_cpu(zero3, dpo):
+    for run in (zero3, dpo):
+        assert len(run.said("focalpo_plugins: CPU mode.")) == 1
+
+
+def test_learns(zero3):
+    """Over four epochs of the same 40 pairs the accuracy of a pair rises well above chance."""
+    epochs = [
+        [step["acc"] for number, step in zero3.steps("train/").items() if lo < number <= lo + 5]
+        for lo in (0, 5, 10, 15)
+    ]
+    first, *_, last = (sum(epoch) / 5 for epoch in epochs)
+    assert last > max(0.75, first + 0.2)
+
+
+def test_diagnostics_of_the_first_step(zero3, checkpointed):
+    """p is 1/2 and the weight 2^-0.05 (1 - 0.05 ln 2) = 0.93246; no pair is ranked right yet."""
+    for run in (zero3, checkpointed):
+        first = run.steps("train/focalpo/")[1]
+        assert set(first) == NAMES - {"margin_correct"}
+        assert first["p"] == pytest.approx(0.5, abs=1e-6)
+        assert first["weight"] == pytest.approx(0.93246, abs=1e-5)
+        assert first["margin_incorrect"] == first["reversed"] == 0
+
+
+def test_diagnostics_are_of_all_ranks(zero3):
+    """OpenRLHF logs mean rewards and the share ranked right, reduced over its ranks: the mean margin
+    is their difference, and ours, put together from the pairs ranked right and wrong, is the same.
+
+    Without accumulation both are of the eight pairs of one step."""
+    mixed = 0
+    for step in zero3.steps("train/").values():
+        right, wrong = (
+            step.get(f"focalpo/margin_{which}", 0) for which in ("correct", "incorrect")
+        )
+        margin = step["acc"] * right + (1 - step["acc"]) * wrong
+        assert margin == pytest.approx(step["chosen_reward"] - step["reject_reward"], abs=1e-4)
+        mixed += 0 < step["acc"] < 1
+    assert mixed, "no step had pairs ranked right and pairs ranked wrong"
+
+
+def test_diagnostics_are_of_all_accumulated_batches(zero3, checkpointed):
+    """The same pairs, once as two batches of four and once as four batches of two: the diagnostics
+    of a step are the same, to what bf16 makes of differently padded batches."""
+    whole, accumulated = zero3.steps("train/focalpo/"), checkpointed.steps("train/focalpo/")
+    for step in range(1, 6):
+        assert accumulated[step]["p"] == pytest.approx(whole[step]["p"], abs=0.01)
+    assert len({round(whole[step]["p"], 2) for step in range(1, 6)}) > 1
+
+
+def test_diagnostics_in_evaluation_and_progress_bar(zero3):
+    evaluated = zero3.steps("eval/")
+    assert sorted(evaluated) == [5, 10, 15, 20]
+    for step in evaluated.values():
+        assert {name for name in NAMES if f"focalpo/{name}" in step} >= NAMES - {"margin_incorrect"}
+        assert step["focalpo/margin_correct"] > 0 >= step.get("focalpo/margin_incorrect", 0)
+    bars = [line for line in zero3.stderr.replace("\r", "\n").split("\n") if "focalpo/p=" in line]
+    assert any("Eval stage" in bar for bar in bars) and any("Train step" in bar for bar in bars)
+
+
+def test_saved_model_loads(zero3, tiny: Path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trained = AutoModelForCausalLM.from_pretrained(zero3.folder / "out", dtype=torch.float32)
+    start = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(zero3.folder / "out")(
+        "What colour is it?", return_tensors="pt"
+    )
+    with torch.no_grad():
+        logits = trained(**ids).logits
+        assert torch.isfinite(logits).all()
+        assert (logits - start(**ids).logits).abs().max() > 0.1
+
+
+def same(ours, others, *, less: str = "") -> None:
+    """Step for step what OpenRLHF logged, and the saved weights, all to the last bit."""
+    logged = {
+        step: {tag: value for tag, value in values.items() if not less or less not in tag}
+        for step, values in ours.steps().items()
+    }
+    assert len(logged) == 5
+    assert logged == others.steps()
+    weights = [(run.folder / "out" / "model.safetensors").read_bytes() for run in (ours, others)]
+    assert weights[0] == weights[1]
+
+
+def test_gamma_zero_is_dpo(train: Callable, dpo, tmp_path: Path):
+    """In a process, moreover, in which torch is imported before OpenRLHF's command is known."""
+    (tmp_path / "sitecustomize.py").write_text("import torch\n")
+    gamma_0 = finished(train(*OURS, "--focalpo.gamma", "0", *SMOOTHED, path=[tmp_path]))
+    assert len(gamma_0.said("focalpo_plugins: active. loss=focalpo gamma=0.0")) == 1
+    same(gamma_0, dpo, less="focalpo/")
+
+
+def test_dpo_is_untouched(train: Callable, dpo):
+    without_us = finished(
+        train(*SMOOTHED, module="openrlhf_on_a_cpu", path=[SUPPORT], FOCALPO_AUTOLOAD="0")
+    )
+    same(dpo, without_us)
+    assert not dpo.said("focalpo_plugins: active")
+
+
+def test_stop_and_resume(train: Callable, checkpointed, tmp_path: Path):
+    """From the checkpoint of step 3, in the middle of an epoch, to the same end.
+
+    40 pairs divide by the batch of 8; where they don't, OpenRLHF skips pairs when it resumes."""
+    shutil.copytree(
+        checkpointed.folder / "checkpoints" / "global_step3",
+        tmp_path / "checkpoints" / "global_step3",
+    )
+    (tmp_path / "checkpoints" / "latest").write_text("global_step3")
+    resumed = finished(
+        train(
+            *OURS, "--ckpt.load_enable", "--train.max_epochs", "2", "--lr_scheduler", "constant",
+            launcher="torchrun", ranks=2, folder=tmp_path,
+        )
+    )  # fmt: skip
+    assert "consumed_samples: 24" in resumed.stdout
+    whole, rest = checkpointed.steps("train/"), resumed.steps("train/")
+    assert sorted(whole) == list(range(1, 11)) and sorted(rest) == list(range(4, 11))
+    for step, values in rest.items():
+        for tag in ("loss", "focalpo/p", "chosen_reward"):
+            assert values[tag] == pytest.approx(whole[step][tag], rel=1e-6), (step, tag)
+
+
+def test_wrapper_qlora_and_wandb(train: Callable):
+    """The wrapper with the autoload off, 4-bit weights under LoRA, the reference offloaded, and W&B,
+    which OpenRLHF then logs to instead of TensorBoard."""
+    run = finished(
+        train(
+            *OURS, "--ds.load_in_4bit", "--ds.lora.rank", "4", "--ref.offload",
+            "--logger.wandb.key", "none",
+            module="focalpo_plugins.openrlhf.train_dpo",
+            TORCH_DEVICE_BACKEND_AUTOLOAD="0", WANDB_MODE="offline",
+        )
+    )  # fmt: skip
+    assert len(run.said("focalpo_plugins: active")) == 1
+    (log,) = run.folder.glob("wandb/offline-run-*/run-*.wandb")
+    for name in NAMES:
+        assert f"train/focalpo/{name}".encode() in log.read_bytes()
+    assert (run.folder / "out" / "adapter_config.json").is_file()
+    assert (run.folder / "out" / "adapter_model.safetensors").stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module")
+def host_source() -> Path:
+    import importlib.util
+
+    return Path(importlib.util.find_spec("openrlhf").origin).parent
+
+
+# An edit of OpenRLHF's trainer, what is said about it, and whether a model has been loaded by then.
+CONSTRUCTION = "self.loss_fn = DPOLoss("
+MOVED = {
+    "constructed elsewhere": (
+        [(CONSTRUCTION, "self.loss_fn = make_loss(")],
+        "def make_loss(*args):\n    return DPOLoss(*args)\n",
+        "DPOTrainer.__init__ constructs no DPOLoss",
+        False,
+    ),
+    "constructed by another name": (
+        [(CONSTRUCTION, "self.loss_fn = DPOLoss and Renamed(")],
+        "from openrlhf.models import DPOLoss as Renamed\n",
+        "its loss_fn is DPOLoss",
+        True,
+    ),
+    "called by another name": (
+        [(CONSTRUCTION, "self.other = Renamed(0.1)\n        self.loss_fn = DPOLoss(")]
+        + [("preference_loss, chosen_reward, reject_reward = self.loss_fn(",)
+           + ("preference_loss, chosen_reward, reject_reward = self.other(",)],
+        "from openrlhf.models import DPOLoss as Renamed\n",
+        "a step was trained that did not call loss_fn",
+        True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", MOVED)
+def test_a_host_that_moves_its_loss(train: Callable, host_source: Path, tmp_path: Path, how: str):
+    """A copy of OpenRLHF, edited as a later release might be, first on the path: the run stops."""
+    edits, added, message, model_loaded = MOVED[how]
+    shutil.copytree(
+        host_source, tmp_path / "openrlhf", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    trainer = tmp_path / "openrlhf" / "trainer" / "dpo_trainer.py"
+    source = trainer.read_text()
+    for old, new in edits:
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    trainer.write_text(source.replace("\n\nclass DPOTrainer", f"\n{added}\n\nclass DPOTrainer", 1))
+    run = train(*OURS, path=[tmp_path])
+    assert run.returncode == 1
+    versions = f"focalpo_plugins {version('focalpo_plugins')} with openrlhf {version('openrlhf')}"
+    assert f"RuntimeError: {versions}: {message}" in run.stderr
+    assert "under the name focalpo" in run.stderr
+    assert ("LlamaForCausalLM" in run.stdout) == model_loaded
+    assert not (run.folder / "out" / "model.safetensors").exists()
+
+
+def test_other_commands_are_left_alone(tmp_path: Path):
+    """What is watched in the one command is watched nowhere else."""
+    package = tmp_path / "openrlhf" / "cli"
+    package.mkdir(parents=True)
+    for command in ("train_sft", "train_dpo"):
+        (package / f"{command}.py").write_text(
+            "import argparse, sys, torch\n"
+            "print(hasattr(argparse.ArgumentParser.parse_args, '__wrapped__'))\n"
+            "print('focalpo_plugins' in sys.modules, torch.cuda.current_device.__name__)\n"
+        )
+    ends = [
+        run_python("-m", f"openrlhf.cli.{command}", path=tmp_path).stdout.split()
+        for command in ("train_sft", "train_dpo")
+    ]
+    assert ends == [["False", "False", "current_device"], ["True", "True", "<lambda>"]]
