@@ -16,8 +16,8 @@ class FocalPOLoss(nn.Module):
 
     .. math:: z = \beta\,\big((\pi_w - \pi_l) - (\pi^{ref}_w - \pi^{ref}_l)\big)
 
-    of the log-probabilities goes to the loss; the rewards and the mean are those of OpenRLHF's ``DPOLoss``, whose arguments
-    come first so that this one can be constructed in its place.
+    of the log-probabilities goes to the loss.  The rewards and the mean are those of OpenRLHF's
+    ``DPOLoss``, whose arguments come first so that this one can be constructed in its place.
 
     Args:
         beta: scale of the implicit reward.

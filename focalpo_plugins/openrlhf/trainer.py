@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from openrlhf.trainer import dpo_trainer
@@ -37,8 +37,11 @@ def install(loss: BoundLoss) -> None:
     """
     command = vars(sys.modules["__main__"])
     train = command.get("train")
-    code = getattr(train, "__code__", None)
-    if getattr(train, "__globals__", None) is not command or "DPOTrainer" not in code.co_names:
+    if not (
+        isinstance(train, FunctionType)
+        and train.__globals__ is command
+        and "DPOTrainer" in train.__code__.co_names
+    ):
         raise _moved(loss, "its command's train() constructs no DPOTrainer")
     if command.get("DPOTrainer") is not DPOTrainer:
         raise _moved(loss, f"its command's DPOTrainer is not that of {dpo_trainer.__name__}")

@@ -45,7 +45,7 @@ def checkpointed(train: Callable):
     )  # fmt: skip
 
 
-SMOOTHED = (
+WITH_NLL = (
     "--model.label_smoothing",
     "0.1",
     "--model.nll_loss_coef",
@@ -57,8 +57,8 @@ SMOOTHED = (
 
 @pytest.fixture(scope="module")
 def dpo(train: Callable):
-    """OpenRLHF's own loss, with us installed, on one rank; with all that composes with the loss."""
-    return finished(train("--loss", "dpo", *SMOOTHED))
+    """OpenRLHF's own loss, with us installed, on one rank, beside another loss."""
+    return finished(train("--loss", "dpo", *WITH_NLL))
 
 
 def test_first_loss(zero3, checkpointed):
@@ -85,13 +85,10 @@ def test_warns_once_of_the_cpu(zero3, dpo):
 
 
 def test_learns(zero3):
-    """Over four epochs of the same 40 pairs the accuracy of a pair rises well above chance."""
-    epochs = [
-        [step["acc"] for number, step in zero3.steps("train/").items() if lo < number <= lo + 5]
-        for lo in (0, 5, 10, 15)
-    ]
-    first, *_, last = (sum(epoch) / 5 for epoch in epochs)
-    assert last > max(0.75, first + 0.2)
+    """From the first epoch to the last of the same 40 pairs, 3 of them with swapped labels."""
+    accuracy = [step["acc"] for _, step in sorted(zero3.steps("train/").items())]
+    first, last = sum(accuracy[:5]) / 5, sum(accuracy[15:]) / 5
+    assert last > max(0.65, first + 0.3)
 
 
 def test_diagnostics_of_the_first_step(zero3, checkpointed):
@@ -169,14 +166,14 @@ def same(ours, others, *, less: str = "") -> None:
 def test_gamma_zero_is_dpo(train: Callable, dpo, tmp_path: Path):
     """In a process, moreover, in which torch is imported before OpenRLHF's command is known."""
     (tmp_path / "sitecustomize.py").write_text("import torch\n")
-    gamma_0 = finished(train(*OURS, "--focalpo.gamma", "0", *SMOOTHED, path=[tmp_path]))
+    gamma_0 = finished(train(*OURS, "--focalpo.gamma", "0", *WITH_NLL, path=[tmp_path]))
     assert len(gamma_0.said("focalpo_plugins: active. loss=focalpo gamma=0.0")) == 1
     same(gamma_0, dpo, less="focalpo/")
 
 
 def test_dpo_is_untouched(train: Callable, dpo):
     without_us = finished(
-        train(*SMOOTHED, module="openrlhf_on_a_cpu", path=[SUPPORT], FOCALPO_AUTOLOAD="0")
+        train(*WITH_NLL, module="openrlhf_on_a_cpu", path=[SUPPORT], FOCALPO_AUTOLOAD="0")
     )
     same(dpo, without_us)
     assert not dpo.said("focalpo_plugins: active")
@@ -205,13 +202,25 @@ def test_stop_and_resume(train: Callable, checkpointed, tmp_path: Path):
             assert values[tag] == pytest.approx(whole[step][tag], rel=1e-6), (step, tag)
 
 
-def test_wrapper_qlora_and_wandb(train: Callable):
+@pytest.fixture
+def in_blocks_of_64(tiny: Path, tmp_path: Path) -> Path:
+    """An untrained model of sizes that bitsandbytes' 4-bit kernels for a CPU can handle: not the
+    tiny one's 352."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    config = AutoConfig.from_pretrained(tiny / "model", hidden_size=128, intermediate_size=128)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_wrapper_qlora_and_wandb(train: Callable, in_blocks_of_64: Path):
     """The wrapper with the autoload off, 4-bit weights under LoRA, the reference offloaded, and W&B,
     which OpenRLHF then logs to instead of TensorBoard."""
     run = finished(
         train(
             *OURS, "--ds.load_in_4bit", "--ds.lora.rank", "4", "--ref.offload",
-            "--logger.wandb.key", "none",
+            "--logger.wandb.key", "none", "--model.model_name_or_path", str(in_blocks_of_64),
             module="focalpo_plugins.openrlhf.train_dpo",
             TORCH_DEVICE_BACKEND_AUTOLOAD="0", WANDB_MODE="offline",
         )
@@ -283,6 +292,8 @@ def test_other_commands_are_left_alone(tmp_path: Path):
     """What is watched in the one command is watched nowhere else."""
     package = tmp_path / "openrlhf" / "cli"
     package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").touch()
     for command in ("train_sft", "train_dpo"):
         (package / f"{command}.py").write_text(
             "import argparse, sys, torch\n"

@@ -9,11 +9,14 @@ import os
 import sys
 import tempfile
 import traceback
+from importlib import import_module
 
 from focalpo_plugins.openrlhf import cpu
 from focalpo_plugins.openrlhf.train_dpo import main
 
 cpu.stand_in()
+for module in ("datasets", "trainer.dpo_trainer", "utils.deepspeed"):
+    import_module(f"openrlhf.{module}")
 
 
 def end_of(argv):
