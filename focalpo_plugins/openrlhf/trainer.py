@@ -45,7 +45,7 @@ def install(loss: BoundLoss) -> None:
         raise _moved(loss, "its command's train() constructs no DPOTrainer")
     if command.get("DPOTrainer") is not DPOTrainer:
         raise _moved(loss, f"its command's DPOTrainer is not that of {dpo_trainer.__name__}")
-    names = DPOTrainer.__init__.__code__.co_names
+    names = vars(DPOTrainer)["__init__"].__code__.co_names
     if "DPOLoss" not in names or not hasattr(dpo_trainer, "DPOLoss"):
         raise _moved(loss, "DPOTrainer.__init__ constructs no DPOLoss")
     command["DPOTrainer"] = PairwiseDPOTrainer
