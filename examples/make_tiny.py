@@ -43,6 +43,12 @@ CHAT_TEMPLATE = (
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 
+
+def both_ways(*opposites: tuple[str, str]) -> dict[str, str]:
+    """Each word of a pair by the other."""
+    return dict([*opposites, *((b, a) for a, b in opposites)])
+
+
 # Each topic: ways to ask, ways to answer, a longer reason, and value -> things that have it.
 FACTS = [
     (
@@ -63,41 +69,23 @@ FACTS = [
         ["What is the opposite of {x}?", "Name the opposite of {x}.", "Give the reverse of {x}."],
         ["The opposite of {x} is {v}.", "{v} is the other side of {x}."],
         "Where something stops being {x} altogether, we call it {v}.",
-        dict(
-            pair.split()
-            for pair in [
-                "cold hot",
-                "hot cold",
-                "small big",
-                "big small",
-                "slow fast",
-                "fast slow",
-                "dark light",
-                "light dark",
-                "wet dry",
-                "dry wet",
-                "old new",
-                "new old",
-                "low high",
-                "high low",
-                "sad happy",
-                "happy sad",
-                "soft hard",
-                "hard soft",
-                "weak strong",
-                "strong weak",
-                "poor rich",
-                "rich poor",
-                "thin thick",
-                "thick thin",
-                "loud quiet",
-                "quiet loud",
-                "near far",
-                "far near",
-                "full empty",
-                "empty full",
-            ]
-        ),
+        both_ways(
+            ("cold", "hot"),
+            ("small", "big"),
+            ("slow", "fast"),
+            ("dark", "light"),
+            ("wet", "dry"),
+            ("old", "new"),
+            ("low", "high"),
+            ("sad", "happy"),
+            ("soft", "hard"),
+            ("weak", "strong"),
+            ("poor", "rich"),
+            ("thin", "thick"),
+            ("loud", "quiet"),
+            ("near", "far"),
+            ("full", "empty"),
+        ),  # fmt: skip
     ),
     (
         ["What kind of thing is a {x}?", "Where does a {x} belong?", "How would you class a {x}?"],

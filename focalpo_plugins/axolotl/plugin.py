@@ -8,6 +8,7 @@ in the config, which is what reaches Ray's workers; there it is registered a sec
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
@@ -31,7 +32,13 @@ class FocalPOPlugin(BasePlugin):
             ValueError: the config asks for what can't be trained; the message names the key.
             RuntimeError: the installed TRL computes its loss elsewhere.
         """
+        of_host = [rl.value for rl in RLType]
+        known = [*of_host, *losses()]
         name, trainer = cfg.get("rl"), cfg.get("trainer_cls")
+        if isinstance(name, str) and name not in known:
+            raise ValueError(
+                f"rl must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}."
+            )
         if name == "dpo" and trainer == TRAINER and _requested(cfg) is not None:
             return  # rewritten before, in the process that started this one
         _check_keys(cfg, name)
@@ -40,14 +47,8 @@ class FocalPOPlugin(BasePlugin):
                 f"trainer_cls must be unset, got {trainer!r} under rl: {name}: a loss of ours "
                 "brings its trainer. Remove trainer_cls and set rl: focalpo."
             )
-        of_host = [rl.value for rl in RLType]
         if not isinstance(name, str) or name in of_host:
             return
-        if name not in losses():
-            known = [*of_host, *losses()]
-            raise ValueError(
-                f"rl must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}."
-            )
         _check_values(cfg, get_loss(name))
         cfg["rl"] = "dpo"
         cfg["trainer_cls"] = TRAINER
@@ -83,6 +84,8 @@ class FocalPOPlugin(BasePlugin):
                 "what replaces the trainer (trainer_cls, another plugin)."
             )
         trainer.set_loss(loss)
+        # Axolotl names the data in the model card for its own trainer class only.
+        trainer.dataset_tags = [d["path"] for d in cfg.datasets if not Path(d["path"]).is_dir()]
 
 
 def _requested(cfg: Any) -> BoundLoss | None:

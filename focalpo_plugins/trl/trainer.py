@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,6 +53,20 @@ _WHY_NOT = {
     "sppo_hard": "it has no log-sigmoid of the margin",
     "apo_zero": "it has no log-sigmoid of the margin",
     "apo_down": "it has no log-sigmoid of the margin",
+}
+
+
+# What TRL's model card says of the method.
+_PAPER = {
+    "title": "FocalPO: Enhancing Preference Optimizing by Focusing on Correct Preference Rankings",
+    "id": "2501.06645",
+    "citation": """\
+@inproceedings{liu2025focalpo,
+    title = {{FocalPO: Enhancing Preference Optimizing by Focusing on Correct Preference Rankings}},
+    author = {Tong Liu and Xiao Yu and Wenxuan Zhou and Jindong Gu and Volker Tresp},
+    booktitle = {ACL (Short Papers)},
+    year = 2025
+}""",
 }
 
 
@@ -135,6 +149,8 @@ class PairwiseLossMixin(_Host):
             packages: whose versions the line names.
         """
         self._pairwise_loss = loss
+        is_focalpo = loss.name == "focalpo"
+        self._name, self._paper = ("FocalPO", _PAPER) if is_focalpo else (loss.name, {})
         self._tag_names: list[str] = [*self._tag_names, loss.name]
         self.model.add_model_tags([loss.name])
         if self.use_liger_kernel:
@@ -219,24 +235,6 @@ class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
         ValueError: the config asks for something that the loss can't be composed with.
         RuntimeError: the installed TRL computes its loss elsewhere.
     """
-
-    _name = "FocalPO"
-    _paper: ClassVar = {
-        "title": (
-            "FocalPO: Enhancing Preference Optimizing by Focusing on Correct Preference Rankings"
-        ),
-        "id": "2501.06645",
-        "citation": (
-            "@inproceedings{liu2025focalpo,\n"
-            "    title = {{FocalPO: Enhancing Preference Optimizing by Focusing on Correct "
-            "Preference Rankings}},\n"
-            "    author = {Tong Liu and Xiao Yu and Wenxuan Zhou and Jindong Gu and "
-            "Volker Tresp},\n"
-            "    booktitle = {ACL (Short Papers)},\n"
-            "    year = 2025\n"
-            "}"
-        ),
-    }
 
     def __init__(
         self,

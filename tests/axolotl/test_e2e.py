@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from harness import EXAMPLES, PLUGIN, Axolotl, Run
+from harness import PLUGIN, Axolotl, Run
 
 FIRST = 2**-0.05 * math.log(2)  # 0.66953: every margin is 0 before the first step
 DIAGNOSTICS = ("p", "weight", "reversed")
@@ -16,8 +16,9 @@ DIAGNOSTICS = ("p", "weight", "reversed")
 
 @pytest.fixture(scope="session")
 def plain(once: Axolotl) -> Run:
-    """Six steps with evaluation and two checkpoints, without a `plugins:` line."""
-    return once.train(eval_strategy="steps", eval_steps=3)
+    """Six steps with evaluation and two checkpoints, without a `plugins:` line, by Axolotl's default
+    launcher."""
+    return once.train("--launcher", "accelerate", eval_steps=3)
 
 
 def same(a: Run, b: Run, rel: float = 0.0, names: tuple[str, ...] = ("loss", "grad_norm")) -> None:
@@ -46,7 +47,8 @@ def test_diagnostics_are_logged_in_train_and_eval(plain: Run):
     """At the first step p is 1/2 and the weight 2^-0.05 (1 - 0.05 ln 2) = 0.93246."""
     train = [entry for entry in plain.log if "loss" in entry]
     evaluated = [entry for entry in plain.log if "eval_loss" in entry]
-    assert len(train) == 6 and len(evaluated) == 2
+    assert len(train) == 6
+    assert [entry["step"] for entry in evaluated] == [0, 3, 6]
     for name in DIAGNOSTICS:
         assert all(f"focalpo/{name}" in entry for entry in train)
         assert all(f"eval_focalpo/{name}" in entry for entry in evaluated)
@@ -62,9 +64,12 @@ def test_diagnostics_are_logged_in_train_and_eval(plain: Run):
     assert 0 <= accuracy <= 1
 
 
-def test_model_card_is_tagged(plain: Run):
-    assert re.search(r"^- focalpo$", (plain.checkpoints[-1] / "README.md").read_text(), re.M)
-    assert "- dpo" in (plain.checkpoints[-1] / "README.md").read_text()
+def test_model_card_names_the_method(plain: Run):
+    card = (plain.folder / "README.md").read_text()
+    assert re.search(r"^- focalpo$", card, re.M)
+    assert re.search(r"^- dpo$", card, re.M)
+    assert "trained with FocalPO" in card
+    assert "2501.06645" in card
 
 
 def test_gamma_zero_is_rl_dpo_step_for_step(axolotl: Axolotl):
@@ -118,7 +123,7 @@ def test_qlora(axolotl: Axolotl):
 
 
 def test_preprocess_and_evaluate(axolotl: Axolotl):
-    config = axolotl.config(eval_strategy="steps", eval_steps=3)
+    config = axolotl.config(eval_steps=3)
     prepared = axolotl("preprocess", config)
     assert prepared.code == 0, prepared.output[-6000:]
     assert list((axolotl.folder / "prepared").iterdir())
@@ -169,7 +174,7 @@ def test_zero3_on_two_ranks_agrees_with_one_process(axolotl: Axolotl, plain: Run
         plugins=["test_only_plugins.GlooOnCPU"],
         variables={"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"},
     )
-    assert "zero_optimization" in run.output or "ZeRO" in run.output or "deepspeed" in run.output
+    assert (run.checkpoints[-1] / "zero_to_fp32.py").exists()  # DeepSpeed wrote the checkpoint
     assert run.output.count("focalpo_plugins: active") == 1
     assert run.steps("loss")[0][0] == pytest.approx(FIRST, abs=1e-6)
     same(run, plain, rel=1e-3, names=("loss", "focalpo/p", "focalpo/weight"))
@@ -197,26 +202,22 @@ def test_another_plugins_trainer_is_refused_before_the_model_loads(axolotl: Axol
 
 
 def test_the_tiny_run_learns(axolotl: Axolotl):
-    """As the README starts it: held-out accuracy ends clearly above chance, where an untrained
-    policy's ties and coin tosses leave it."""
-    config = axolotl.config()
-    import yaml
-
-    full = yaml.safe_load((EXAMPLES / "tiny_focalpo.yml").read_text())
-    whole = yaml.safe_load(config.read_text()) | {
-        key: value
-        for key, value in full.items()
-        if key
-        not in ("base_model", "datasets", "test_datasets", "output_dir", "dataset_prepared_path")
-    }
-    whole["test_datasets"] = [
-        {**full["test_datasets"][0], "path": str(axolotl.tiny / "test.jsonl")}
-    ]
-    for key in {"max_steps", "save_steps", "eval_strategy"} - set(full):
-        whole.pop(key, None)
-    config.write_text(yaml.safe_dump(whole))
-    run = axolotl("train", config)
+    """The whole run.  Before it policy and reference are equal, so every margin is 0 and the strict
+    comparison counts no pair as ranked right; the honest start is chance, 1/2, whose standard error
+    over 304 pairs is 0.029.  0.65 is five of these above it."""
+    run = axolotl("train", axolotl.config(whole=True))
     assert run.code == 0, run.output[-6000:]
-    accuracies = [entry["eval_rewards/accuracies"] for entry in run.log if "eval_loss" in entry]
-    assert len(accuracies) >= 2
-    assert accuracies[-1] > 0.7
+    held_out = [entry for entry in run.log if "eval_loss" in entry]
+    assert [entry["step"] for entry in held_out] == [0, 20, 40, 60]
+    assert held_out[0]["eval_loss"] == pytest.approx(FIRST, abs=1e-5)
+    assert held_out[0]["eval_rewards/margins"] == 0
+    assert held_out[-1]["eval_rewards/accuracies"] > 0.65
+    margins = [entry["eval_rewards/margins"] for entry in held_out]
+    assert margins == sorted(margins)
+    assert margins[-1] > 0.2
+    assert held_out[-1]["eval_loss"] < held_out[0]["eval_loss"] - 0.05
+    assert (
+        held_out[-1]["eval_focalpo/margin_correct"]
+        > 0
+        > held_out[-1]["eval_focalpo/margin_incorrect"]
+    )

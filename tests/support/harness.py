@@ -60,36 +60,34 @@ class Axolotl:
         self.tiny = tiny
         self.folder = folder
 
-    def config(self, **changes: Any) -> Path:
-        """``tiny_focalpo.yml``, cut to six steps and with ``changes``; None removes a key."""
+    def config(self, whole: bool = False, **changes: Any) -> Path:
+        """``tiny_focalpo.yml``, cut to six steps unless ``whole``, and with ``changes``; None
+        removes a key."""
         config = yaml.safe_load((EXAMPLES / "tiny_focalpo.yml").read_text())
-        config |= {
-            "base_model": str(self.tiny / "model"),
-            "dataset_prepared_path": str(self.folder / "prepared"),
-            "output_dir": str(self.folder / "out"),
+        cut = {
             "max_steps": 6,
             "micro_batch_size": 4,
             "gradient_accumulation_steps": 2,
-            "eval_strategy": "no",
-            "eval_on_start": None,
+            "warmup_steps": 0,
             "eval_steps": None,
-            "evals_per_epoch": None,
-            "num_epochs": 1,
-            "save_strategy": "steps",
-            "saves_per_epoch": None,
             "save_steps": 3,
-            "save_total_limit": None,
-            "logging_steps": 1,
+            "save_only_model": None,
+            "skip_prepare_dataset": None,
         }
-        for name, part in (("datasets", "train"), ("test_datasets", "test")):
-            config[name] = [{**config[name][0], "path": str(self.tiny / f"{part}.jsonl")}]
-        if (
-            "test_datasets" not in changes
-            and config["eval_strategy"] == "no"
-            and "eval_strategy" not in changes
-        ):
-            config["test_datasets"] = None
-        config = {key: value for key, value in (config | changes).items() if value is not None}
+        assert set(cut) <= set(config)
+        folders = {
+            "base_model": str(self.tiny / "model"),
+            "dataset_prepared_path": str(self.folder / "prepared"),
+            "output_dir": str(self.folder / "out"),
+            "datasets": [{**config["datasets"][0], "path": str(self.tiny / "train.jsonl")}],
+            "test_datasets": [
+                {**config["test_datasets"][0], "path": str(self.tiny / "test.jsonl")}
+            ],
+        }
+        config |= folders | ({} if whole else cut) | changes
+        if not config["eval_steps"]:
+            del config["test_datasets"]
+        config = {key: value for key, value in config.items() if value is not None}
         path = self.folder / f"{len(list(self.folder.glob('*.yml')))}.yml"
         path.write_text(yaml.safe_dump(config))
         return path
@@ -107,6 +105,8 @@ class Axolotl:
         }
         if "PYTHONPATH" in variables:
             variables["PYTHONPATH"] += os.pathsep + env["PYTHONPATH"]
+        if command in ("train", "evaluate") and "--launcher" not in more:
+            more = ("--launcher", "python", *more)  # one process less to start
         done = subprocess.run(
             ["axolotl", command, str(config), *more],
             env={**env, **variables},
