@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from argparse import SUPPRESS, ArgumentError, ArgumentParser, ArgumentTypeError, Namespace
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,38 +69,49 @@ def _flags() -> dict[str, tuple[PairwiseLoss, str]]:
 
 
 def _add(parser: ArgumentParser, argv: Sequence[str]) -> bool:
-    """Add the flags, unless OpenRLHF has one of them itself and this run doesn't ask for ours."""
+    """Add the flags, or none of them where OpenRLHF has one itself and this run asks for none."""
+    ours = _written()
+    taken = ours & _known(parser)
+    if taken:
+        if ours & {word.split("=")[0] for word in argv}:
+            from .trainer import versions
+
+            parser.error(
+                f"{versions()}: OpenRLHF has {', '.join(sorted(taken))} itself, which "
+                "focalpo_plugins would add. Use an openrlhf release that the README lists, or set "
+                "FOCALPO_AUTOLOAD=0."
+            )
+        return False
     group = parser.add_argument_group(
         "focalpo_plugins", "The loss of a pair as a function of its reward margin."
     )
-    try:
+    group.add_argument(
+        "--loss",
+        type=_loss_name,
+        choices=[_OF_HOST, *_offered()],
+        default=_OF_HOST,
+        help="Loss to train with; dpo is OpenRLHF's own (default: dpo)",
+    )
+    for flag, (loss, option) in _flags().items():
+        default = loss.options[option]
+        kind: dict[str, Any] = {"type": _number} if isinstance(default, (int, float)) else {}
+        if isinstance(default, bool):
+            kind = {"action": "store_false" if default else "store_true"}
+        text = _HELP.get(flag, f"Option of the loss {loss.name}")
+        # Left out of the namespace unless given, which tells what the user asked for.
         group.add_argument(
-            "--loss",
-            type=_loss_name,
-            choices=[_OF_HOST, *_offered()],
-            default=_OF_HOST,
-            help="Loss to train with; dpo is OpenRLHF's own (default: dpo)",
+            f"--{flag}", default=SUPPRESS, help=f"{text} (default: {default})", **kind
         )
-        for flag, (loss, option) in _flags().items():
-            # Left out of the namespace unless given, which tells what the user asked for.
-            default = loss.options[option]
-            kind: dict[str, Any] = {"type": _number} if isinstance(default, (int, float)) else {}
-            if isinstance(default, bool):
-                kind = {"action": "store_false" if default else "store_true"}
-            text = _HELP.get(flag, f"Option of the loss {loss.name}")
-            group.add_argument(
-                f"--{flag}", default=SUPPRESS, help=f"{text} (default: {default})", **kind
-            )
-    except ArgumentError as error:
-        from .trainer import versions
-
-        if any(word.split("=")[0] == "--loss" for word in argv):
-            parser.error(
-                f"{versions()}: OpenRLHF has a flag that focalpo_plugins would add ({error}). Use "
-                "an openrlhf release that the README lists, or set FOCALPO_AUTOLOAD=0."
-            )
-        return False
     return True
+
+
+def _written() -> set[str]:
+    """Our flags as they are written."""
+    return {"--loss", *(f"--{flag}" for flag in _flags())}
+
+
+def _known(parser: ArgumentParser) -> set[str]:
+    return {name for action in parser._actions for name in action.option_strings}
 
 
 def _loss_name(name: str) -> str:
@@ -126,8 +137,8 @@ def _check_spelling(parser: ArgumentParser, argv: Sequence[str]) -> None:
     argparse takes an abbreviation for the one flag that begins with it.  OpenRLHF's own
     abbreviations stay as they are; ours could come to stand for another loss's flag.
     """
-    ours = ["--loss", *(f"--{flag}" for flag in _flags())]
-    known = {name for action in parser._actions for name in action.option_strings}
+    ours = sorted(_written())
+    known = _known(parser)
     of_host = known - set(ours)
     for word in argv:
         name = word.split("=")[0]

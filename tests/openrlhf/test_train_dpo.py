@@ -219,13 +219,15 @@ def test_wrapper_qlora_and_wandb(train: Callable, in_blocks_of_64: Path):
     which OpenRLHF then logs to instead of TensorBoard."""
     run = finished(
         train(
-            *OURS, "--ds.load_in_4bit", "--ds.lora.rank", "4", "--ref.offload",
+            *OURS, "--model.label_smoothing", "0.1",
+            "--ds.load_in_4bit", "--ds.lora.rank", "4", "--ref.offload",
             "--logger.wandb.key", "none", "--model.model_name_or_path", str(in_blocks_of_64),
             module="focalpo_plugins.openrlhf.train_dpo",
             TORCH_DEVICE_BACKEND_AUTOLOAD="0", WANDB_MODE="offline",
         )
     )  # fmt: skip
-    assert len(run.said("focalpo_plugins: active")) == 1
+    (line,) = run.said("focalpo_plugins: active")
+    assert "label_smoothing=0.1" in line
     (log,) = run.folder.glob("wandb/offline-run-*/run-*.wandb")
     for name in NAMES:
         assert f"train/focalpo/{name}".encode() in log.read_bytes()
@@ -266,19 +268,25 @@ MOVED = {
 }  # fmt: skip
 
 
+CLASS = "\nclass DPOTrainer("
+
+
+def edit_copy(source: Path, folder: Path, module: str, edits: list[tuple[str, str]]) -> None:
+    """A copy of OpenRLHF in ``folder``, with one module of it edited."""
+    shutil.copytree(source, folder / "openrlhf", ignore=shutil.ignore_patterns("__pycache__"))
+    text = (folder / "openrlhf" / module).read_text()
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (folder / "openrlhf" / module).write_text(text)
+
+
 @pytest.mark.parametrize("how", MOVED)
 def test_a_host_that_moves_its_loss(train: Callable, host_source: Path, tmp_path: Path, how: str):
     """A copy of OpenRLHF, edited as a later release might be, first on the path: the run stops."""
     edits, added, message, model_loaded = MOVED[how]
-    shutil.copytree(
-        host_source, tmp_path / "openrlhf", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    trainer = tmp_path / "openrlhf" / "trainer" / "dpo_trainer.py"
-    source = trainer.read_text()
-    for old, new in edits:
-        assert source.count(old) == 1
-        source = source.replace(old, new)
-    trainer.write_text(source.replace("\n\nclass DPOTrainer", f"\n{added}\n\nclass DPOTrainer", 1))
+    added = f"\n{added}\n{CLASS}"
+    edit_copy(host_source, tmp_path, "trainer/dpo_trainer.py", [*edits, (CLASS, added)])
     run = train(*OURS, path=[tmp_path])
     assert run.returncode == 1
     versions = f"focalpo_plugins {version('focalpo_plugins')} with openrlhf {version('openrlhf')}"
@@ -305,3 +313,36 @@ def test_other_commands_are_left_alone(tmp_path: Path):
         for command in ("train_sft", "train_dpo")
     ]
     assert ends == [["False", "False", "current_device"], ["True", "True", "<lambda>"]]
+
+
+NO_MODEL = (
+    "--model.model_name_or_path",
+    "nobody/no-such-model",
+    "--ds.attn_implementation",
+    "eager",
+)
+PARSES = "    args = parser.parse_args()"
+
+
+def test_a_host_with_a_loss_flag_of_its_own(commands: Callable, host_source: Path, tmp_path: Path):
+    """Its own flag is left to it, and whoever asks for our loss with it is told."""
+    own_flag = '    parser.add_argument("--loss", default="dpo")\n' + PARSES
+    edit_copy(host_source, tmp_path, "cli/train_dpo.py", [(PARSES, own_flag)])
+    (code, output), (code_without, output_without) = commands(
+        [[*NO_MODEL, *OURS], NO_MODEL], tmp_path
+    )
+    assert code == 2
+    assert "OpenRLHF has --loss itself, which focalpo_plugins would add." in output
+    assert f"with openrlhf {version('openrlhf')}" in output
+    assert (code_without, "openrlhf/models/actor.py" in output_without) == (1, True)
+
+
+def test_a_host_that_ignores_unknown_flags(commands: Callable, host_source: Path, tmp_path: Path):
+    """``parse_known_args`` would drop our flags without a word if they were not in its parser."""
+    known = "    args, _ = parser.parse_known_args()"
+    edit_copy(host_source, tmp_path, "cli/train_dpo.py", [(PARSES, known)])
+    (code, output), (code_good, output_good) = commands(
+        [[*NO_MODEL, *OURS, "--focalpo.gamma", "-1"], [*NO_MODEL, *OURS]], tmp_path
+    )
+    assert code == 2 and "--focalpo.gamma must be a finite number of at least 0" in output
+    assert (code_good, "openrlhf/models/actor.py" in output_good) == (1, True)
