@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
@@ -94,14 +95,15 @@ def _add(parser: ArgumentParser, argv: Sequence[str]) -> bool:
     )
     for flag, (loss, option) in _flags().items():
         default = loss.options[option]
-        kind: dict[str, Any] = {"type": _number} if isinstance(default, (int, float)) else {}
+        kind: dict[str, Any] = {}
         if isinstance(default, bool):
             kind = {"action": "store_false" if default else "store_true"}
+        elif isinstance(default, (int, float)):
+            kind = {"type": functools.partial(_number, default)}
         text = _HELP.get(flag, f"Option of the loss {loss.name}")
+        text = f"{text} (default: {default})".replace("%", "%%")
         # Left out of the namespace unless given, which tells what the user asked for.
-        group.add_argument(
-            f"--{flag}", default=SUPPRESS, help=f"{text} (default: {default})", **kind
-        )
+        group.add_argument(f"--{flag}", default=SUPPRESS, help=text, **kind)
     return True
 
 
@@ -123,12 +125,14 @@ def _loss_name(name: str) -> str:
     return name
 
 
-def _number(text: str) -> float | str:
-    """``text`` as a float where it reads as one; the loss itself refuses anything else."""
+def _number(default: float, text: str) -> float:
+    """``text`` as a number of the type of ``default``; its range is the loss's to check."""
     try:
-        return float(text)
+        return type(default)(text)
     except ValueError:
-        return text
+        raise ArgumentTypeError(
+            f"must be a number, got {text!r}; it is {default} by default."
+        ) from None
 
 
 def _check_spelling(parser: ArgumentParser, argv: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ REFUSED = [
     ([*OURS, "--focalpo.gamma", "-0.1"], "--focalpo.gamma must be a finite number of at least 0, got -0.1"),
     ([*OURS, "--focalpo.gamma", "nan"], "--focalpo.gamma must be a finite number of at least 0, got nan"),
     ([*OURS, "--focalpo.gamma", "inf"], "--focalpo.gamma must be a finite number of at least 0, got inf"),
-    ([*OURS, "--focalpo.gamma", "x"], "--focalpo.gamma must be a finite number of at least 0, got 'x'"),
+    ([*OURS, "--focalpo.gamma", "x"], "argument --focalpo.gamma: must be a number, got 'x'; it is 0.05 by default."),
     (
         [*OURS, "--focalpo.gamma", "1.5"],
         "--focalpo.gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 1.5: from there on "
