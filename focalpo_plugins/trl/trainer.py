@@ -140,6 +140,7 @@ class PairwiseLossMixin(_Host):
             check_arguments(config)
         super().__init__(*args, **kwargs)
         self._margin_sums: dict[str, Tensor] = {}
+        self._steps_recorded = 0
 
     def set_loss(self, loss: BoundLoss, packages: Sequence[str] = ("trl", "torch")) -> None:
         """Train with ``loss`` from now on, and say so in one line on the main process.
@@ -153,7 +154,7 @@ class PairwiseLossMixin(_Host):
         self._name, self._paper = ("FocalPO", _PAPER) if is_focalpo else (loss.name, {})
         self._tag_names: list[str] = [*self._tag_names, loss.name]
         self.model.add_model_tags([loss.name])
-        if self.use_liger_kernel:
+        if hasattr(self, "liger_loss"):
             from .liger import FusedPairwiseLoss
 
             self.liger_loss = FusedPairwiseLoss(
@@ -176,7 +177,15 @@ class PairwiseLossMixin(_Host):
                 f"{type(self).__name__} has no pairwise loss yet, and would train DPO: call "
                 "set_loss() before training."
             )
-        return super().compute_loss(*args, **kwargs)
+        recorded = self._steps_recorded
+        result = super().compute_loss(*args, **kwargs)
+        if self._steps_recorded != recorded + 1:
+            raise RuntimeError(
+                f"trl {version('trl')} computed the loss in a way that focalpo_plugins "
+                f"{version('focalpo_plugins')} does not know, and this step would not have trained "
+                f"{self._pairwise_loss.name}. Use a trl release that the README lists."
+            )
+        return result
 
     def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = self._pairwise_loss
@@ -209,9 +218,8 @@ class PairwiseLossMixin(_Host):
         margins = self.accelerator.gather_for_metrics(margins.detach())
         sums = margin_sums(margins, self._pairwise_loss)
         mode = self._mode()
-        self._margin_sums[mode] = (
-            self._margin_sums[mode] + sums if mode in self._margin_sums else sums
-        )
+        self._margin_sums[mode] = self._margin_sums.get(mode, 0) + sums
+        self._steps_recorded += 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         mode = self._mode()
@@ -278,7 +286,7 @@ def check_arguments(args: DPOConfig) -> None:
             f"f_divergence_type must be reverse_kl, got {divergence!r}: with another divergence "
             "the log-sigmoid's argument is no difference of log-ratios. Remove it."
         )
-    if args.use_liger_kernel:
+    if args.use_liger_kernel and hasattr(DPOTrainer, "_compute_loss_liger"):
         _check_liger(args, types)
 
 

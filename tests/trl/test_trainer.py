@@ -527,6 +527,21 @@ def test_a_trl_that_moves_the_branch_is_stopped_at_the_first_step(
     assert "focalpo_plugins 0.1.0 expects 1" in message
 
 
+def test_a_trl_that_goes_around_the_seam_is_stopped_at_the_first_step(edited_trl, tmp_path):
+    """Another way to a loss than the two that are known: neither our log-sigmoid nor our fused loss
+    is asked."""
+    copy = edited_trl(
+        "            return self._compute_loss(model, inputs, return_outputs)\n",
+        "            return model(input_ids=inputs['input_ids']).logits.mean()\n",
+    )
+    run = run_python("-c", SCRIPT, str(tmp_path / "out"), path=f"{copy}:{SUPPORT}")
+    assert run.returncode != 0
+    assert "trained" not in run.stdout
+    assert (
+        f"trl {trl.__version__} computed the loss in a way that focalpo_plugins 0.1.0" in run.stderr
+    )
+
+
 def test_a_trl_without_the_seam_is_refused_before_training(edited_trl, tmp_path):
     """As TRL 0.28 and older do, the loss is computed in another method."""
     copy = edited_trl("    def _compute_loss(self, ", "    def _computes_loss(self, ")
