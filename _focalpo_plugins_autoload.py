@@ -10,7 +10,11 @@ import os
 import sys
 
 # The command's package or module, the host's module to wait for, and who is called with it.
-_HOSTS = (("axolotl", "axolotl.utils.config", "focalpo_plugins.axolotl.autoload"),)
+_HOSTS = (
+    ("axolotl", "axolotl.utils.config", "focalpo_plugins.axolotl.autoload"),
+    # At once, as soon as there is a torch: the CPU mode has to be there before the host is.
+    ("openrlhf.cli.train_dpo", "torch", "focalpo_plugins.openrlhf.autoload"),
+)
 
 
 def autoload():
@@ -41,7 +45,9 @@ def _command():
 def _when_imported(awaited, room):
     """Call ``room.patch(module)`` as soon as the module ``awaited`` has been executed."""
     module = sys.modules.get(awaited)
-    if module is None:
+    if awaited == "torch":  # calls us as the last thing that it does while it is imported
+        _patch(room, module)
+    elif module is None:
         sys.meta_path.insert(0, _Awaiting(awaited, room))
     elif getattr(module.__spec__, "_initializing", False):
         raise RuntimeError(f"{awaited} imported torch itself, before it was complete")
@@ -88,6 +94,6 @@ def _warn(error):
 
     warnings.warn(
         f"focalpo_plugins: autoload failed ({type(error).__name__}: {error}) and does nothing; its "
-        "losses are reached through the host's plugin line alone",
+        "losses are reached through the host's plugin line or our own command alone",
         stacklevel=2,
     )

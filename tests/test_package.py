@@ -25,6 +25,7 @@ HOSTS = {
 CORE = ("loss", "hookspecs", "registry", "diagnostics")
 ROOMS = {
     "axolotl": {"axolotl", "pydantic"},
+    "openrlhf": {"openrlhf"},
     "trl": {"trl", "liger_kernel"},
 }
 

@@ -1,0 +1,19 @@
+"""OpenRLHF: ``--loss focalpo`` on the command line of ``openrlhf.cli.train_dpo``.
+
+Nothing here imports OpenRLHF before its own command has: a machine without CUDA has to be readied
+for it first (:mod:`.cpu`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+COMMAND = "openrlhf.cli.train_dpo"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FocalPOLoss":
+        from .loss import FocalPOLoss
+
+        return FocalPOLoss
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

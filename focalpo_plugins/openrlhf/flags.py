@@ -1,0 +1,216 @@
+"""The flags ``--loss`` and ``--NAME.option`` in OpenRLHF's parser, and what they may say."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..loss import VARIANTS, check_beta, check_label_smoothing
+from ..registry import BoundLoss, PairwiseLoss, did_you_mean, get_loss, losses, named
+from . import cpu
+
+# OpenRLHF's own loss.  It stays OpenRLHF's, whatever a package may register under this name.
+_OF_HOST = "dpo"
+
+_HELP = {
+    "focalpo.gamma": "Focusing parameter; 0 is DPO",
+    "focalpo.variant": f"Modulating factor: {', '.join(VARIANTS)}",
+    "focalpo.allow_reversed": "Accept a gamma from which on training runs backwards",
+}
+
+
+def parse(
+    parse_original: Callable[..., Any],
+    parser: ArgumentParser,
+    args: Sequence[str] | None,
+    *more: Any,
+    **kwargs: Any,
+) -> Any:
+    """Parse with our flags in OpenRLHF's parser, and put the loss asked for in its trainer's place.
+
+    Whatever is wrong with the command line ends the process as argparse does: usage, message,
+    exit code 2.
+
+    Args:
+        parse_original: the parser's own ``parse_args`` or ``parse_known_args``.
+        parser: OpenRLHF's.
+        args: what ``parse_original`` is called with, as are ``more`` and ``kwargs``.
+
+    Raises:
+        RuntimeError: the loss asked for is ours, and the installed OpenRLHF constructs its own
+            elsewhere.
+    """
+    argv = list(sys.argv[1:] if args is None else args)
+    if not _add(parser, argv):
+        return parse_original(args, *more, **kwargs)
+    _check_spelling(parser, argv)
+    parsed = parse_original(args, *more, **kwargs)
+    loss = _check(parser, parsed[0] if isinstance(parsed, tuple) else parsed)
+    if loss is not None:
+        from .trainer import install
+
+        install(loss)
+    return parsed
+
+
+def _offered() -> dict[str, PairwiseLoss]:
+    return {name: loss for name, loss in losses().items() if name != _OF_HOST}
+
+
+def _flags() -> dict[str, tuple[PairwiseLoss, str]]:
+    """For each flag of a loss, without its dashes, the loss and the option."""
+    return {
+        f"{loss.name}.{option}": (loss, option)
+        for loss in _offered().values()
+        for option in loss.options
+    }
+
+
+def _add(parser: ArgumentParser, argv: Sequence[str]) -> bool:
+    """Add the flags, or none of them where OpenRLHF has one itself and this run asks for none."""
+    ours = _written()
+    taken = ours & _known(parser)
+    if taken:
+        if ours & {word.split("=")[0] for word in argv}:
+            from .trainer import versions
+
+            parser.error(
+                f"{versions()}: OpenRLHF has {', '.join(sorted(taken))} itself, which "
+                "focalpo_plugins would add. Use an openrlhf release that the README lists, or set "
+                "FOCALPO_AUTOLOAD=0."
+            )
+        return False
+    group = parser.add_argument_group(
+        "focalpo_plugins", "The loss of a pair as a function of its reward margin."
+    )
+    group.add_argument(
+        "--loss",
+        type=_loss_name,
+        choices=[_OF_HOST, *_offered()],
+        default=_OF_HOST,
+        help="Loss to train with; dpo is OpenRLHF's own (default: dpo)",
+    )
+    for flag, (loss, option) in _flags().items():
+        default = loss.options[option]
+        kind: dict[str, Any] = {}
+        if isinstance(default, bool):
+            kind = {"action": "store_false" if default else "store_true"}
+        elif isinstance(default, (int, float)):
+            kind = {"type": functools.partial(_number, default)}
+        text = _HELP.get(flag, f"Option of the loss {loss.name}")
+        text = f"{text} (default: {default})".replace("%", "%%")
+        # Left out of the namespace unless given, which tells what the user asked for.
+        group.add_argument(f"--{flag}", default=SUPPRESS, help=text, **kind)
+    return True
+
+
+def _written() -> set[str]:
+    """Our flags as they are written."""
+    return {"--loss", *(f"--{flag}" for flag in _flags())}
+
+
+def _known(parser: ArgumentParser) -> set[str]:
+    return {name for action in parser._actions for name in action.option_strings}
+
+
+def _loss_name(name: str) -> str:
+    known = [_OF_HOST, *_offered()]
+    if name not in known:
+        raise ArgumentTypeError(
+            f"must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}."
+        )
+    return name
+
+
+def _number(default: float, text: str) -> float:
+    """``text`` as a number of the type of ``default``; its range is the loss's to check."""
+    try:
+        return type(default)(text)
+    except ValueError:
+        raise ArgumentTypeError(
+            f"must be a number, got {text!r}; it is {default} by default."
+        ) from None
+
+
+def _check_spelling(parser: ArgumentParser, argv: Sequence[str]) -> None:
+    """Refuse a flag of ours that is misspelt or abbreviated.
+
+    argparse takes an abbreviation for the one flag that begins with it.  OpenRLHF's own
+    abbreviations stay as they are; ours could come to stand for another loss's flag.
+    """
+    ours = sorted(_written())
+    known = _known(parser)
+    of_host = known - set(ours)
+    for word in argv:
+        name = word.split("=")[0]
+        if name in known or not name.startswith("--") or name == "--":
+            continue
+        abbreviates = [flag for flag in ours if flag.startswith(name)]
+        of_loss = any(name.startswith(f"--{loss}.") for loss in _offered())
+        if (abbreviates or of_loss) and not any(flag.startswith(name) for flag in of_host):
+            parser.error(
+                f"{name} is no flag, got {word!r}{did_you_mean(name, ours)} The flags of "
+                "focalpo_plugins have to be written out."
+            )
+
+
+def _check(parser: ArgumentParser, namespace: Namespace) -> BoundLoss | None:
+    """The loss asked for, None for OpenRLHF's own; leaves the namespace as that loss needs it."""
+    values = vars(namespace)
+    name = values["loss"]
+    try:
+        cpu.check(namespace)
+        for flag, (loss, _) in _flags().items():
+            if flag in values and loss.name != name:
+                raise ValueError(
+                    f"--{flag} is a flag of --loss {loss.name}, got {values[flag]!r} with --loss "
+                    f"{name}. Give --loss {loss.name}, or remove --{flag}."
+                )
+        if name == _OF_HOST:
+            del values["loss"]  # OpenRLHF, and what it logs, sees nothing of us
+            return None
+        bound = _bind(get_loss(name), values)
+        _check_host_flags(values, name)
+    except ValueError as error:
+        parser.error(str(error))
+    for option, value in bound.options.items():
+        values[f"{name}.{option}"] = value
+    return bound
+
+
+def _bind(loss: PairwiseLoss, values: dict[str, Any]) -> BoundLoss:
+    given = {
+        option: values[f"{loss.name}.{option}"]
+        for option in loss.options
+        if f"{loss.name}.{option}" in values
+    }
+    try:
+        return loss.bind(**given)
+    except ValueError as error:
+        message = str(error)
+        for option in loss.options:
+            message = message.replace(f"{option}=True", f"--{loss.name}.{option}")
+        raise ValueError(f"--{loss.name}.{message}") from None
+
+
+def _check_host_flags(values: dict[str, Any], name: str) -> None:
+    """OpenRLHF's own flags that go into the loss; it doesn't check them itself."""
+    from .trainer import versions
+
+    for flag in ("model.beta", "model.label_smoothing", "model.ipo_enable"):
+        if flag not in values:
+            raise ValueError(
+                f"{versions()}: OpenRLHF has no flag --{flag}, which goes into the loss {name}. "
+                "Use an openrlhf release that the README lists."
+            )
+    for option, check in (("beta", check_beta), ("label_smoothing", check_label_smoothing)):
+        with named("--model."):
+            check(values[f"model.{option}"])
+    if values["model.ipo_enable"]:
+        raise ValueError(
+            f"--model.ipo_enable must be left out with --loss {name}, got both: IPO is a loss of "
+            "its own. Remove one of the two."
+        )

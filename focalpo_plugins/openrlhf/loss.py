@@ -1,0 +1,89 @@
+"""A registered pairwise loss in the contract of OpenRLHF's ``DPOLoss``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..loss import check_beta, check_label_smoothing
+from ..registry import get_loss
+
+
+class FocalPOLoss(nn.Module):
+    r"""Four tensors of log-probabilities in; mean loss and both rewards out.
+
+    .. math:: z = \beta\,\big((\pi_w - \pi_l) - (\pi^{ref}_w - \pi^{ref}_l)\big)
+
+    of the log-probabilities goes to the loss.  The rewards and the mean are those of OpenRLHF's
+    ``DPOLoss``, whose arguments come first so that this one can be constructed in its place.
+
+    Args:
+        beta: scale of the implicit reward.
+        label_smoothing: share ``e`` of labels taken to be flipped: ``(1 - e) L(z) + e L(-z)``.
+        ipo: must be false; IPO is another loss.
+        loss: a registered loss.
+        options: its options, such as ``gamma`` and ``variant``; those not given at their defaults.
+
+    Raises:
+        ValueError: a value is out of range, or the loss or an option is not known.
+
+    Example:
+        >>> loss_fn = FocalPOLoss(beta=0.1, gamma=0.05)
+        >>> loss, chosen_rewards, rejected_rewards = loss_fn(
+        ...     policy_chosen, policy_rejected, reference_chosen, reference_rejected
+        ... )
+    """
+
+    def __init__(
+        self,
+        beta: float,
+        label_smoothing: float = 0.0,
+        ipo: bool = False,
+        *,
+        loss: str = "focalpo",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        check_beta(beta)
+        check_label_smoothing(label_smoothing)
+        if ipo:
+            raise ValueError(
+                f"ipo must be false with the loss {loss!r}, got {ipo!r}: IPO is a loss of its own. "
+                "Choose one of the two."
+            )
+        self.beta = beta
+        self.label_smoothing = label_smoothing
+        self.pairwise_loss = get_loss(loss).bind(**options)
+        #: Called with the margins ``(B,)`` of every batch.
+        self.record: Callable[[Tensor], None] | None = None
+
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed log-probabilities ``(B,)`` of the answers, under the policy and the reference.
+
+        Returns:
+            The mean loss ``()``, the chosen rewards ``(B,)`` and the rejected rewards ``(B,)``,
+            the rewards detached.
+        """
+        policy_logratios = policy_chosen_logps - policy_rejected_logps
+        reference_logratios = reference_chosen_logps - reference_rejected_logps
+        margins = self.beta * (policy_logratios - reference_logratios)
+        if self.record is not None:
+            self.record(margins)
+        loss = self.pairwise_loss(margins, self.label_smoothing).mean()
+        chosen_rewards = self.beta * (policy_chosen_logps - reference_chosen_logps).detach()
+        rejected_rewards = self.beta * (policy_rejected_logps - reference_rejected_logps).detach()
+        return loss, chosen_rewards, rejected_rewards
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.pairwise_loss.describe()}, beta={self.beta}, "
+            f"label_smoothing={self.label_smoothing}"
+        )

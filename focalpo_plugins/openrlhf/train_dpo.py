@@ -1,0 +1,24 @@
+"""``python -m focalpo_plugins.openrlhf.train_dpo``: OpenRLHF's command with ``--loss``, where the
+autoload is off.  It takes the same flags, and the same launchers run it."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from importlib.util import find_spec
+
+from . import COMMAND
+
+
+def main() -> None:
+    """Run OpenRLHF's command in this process."""
+    if find_spec("openrlhf") is None:
+        sys.exit("focalpo_plugins: OpenRLHF is not installed here; the README tells how.")
+    from .autoload import patch
+
+    patch()
+    runpy.run_module(COMMAND, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""OpenRLHF's command in processes as a user starts them, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from filelock import FileLock
+from harness import EXAMPLES, SUPPORT
+
+COMMAND = "openrlhf.cli.train_dpo"
+
+
+@pytest.fixture(scope="session")
+def openrlhf() -> SimpleNamespace:
+    """The parts of the real OpenRLHF that tests call, imported as its command is: CPU mode first."""
+    from focalpo_plugins.openrlhf import cpu
+
+    cpu.stand_in()
+    from openrlhf.datasets import RewardDataset
+    from openrlhf.models import Actor, DPOLoss
+    from openrlhf.trainer.dpo_trainer import DPOTrainer
+
+    return SimpleNamespace(
+        Actor=Actor, DPOLoss=DPOLoss, DPOTrainer=DPOTrainer, RewardDataset=RewardDataset
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny assets, built once; the builder does nothing where they are there."""
+    folder = EXAMPLES / "tiny"
+    with FileLock(tmp_path_factory.getbasetemp().parent / "tiny.lock"):
+        subprocess.run([sys.executable, str(EXAMPLES / "make_tiny.py")], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def few(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the first 40 pairs to train on, five steps of 8, and 12 to evaluate on."""
+    folder = tmp_path_factory.mktemp("few")
+    for name, count in (("train", 40), ("test", 12)):
+        lines = (tiny / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:count]))
+    return folder
+
+
+@dataclass
+class Run:
+    """What a training run left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    folder: Path
+
+    @property
+    def output(self) -> str:
+        return self.stdout[-4000:] + self.stderr[-8000:]
+
+    def steps(self, prefix: str = "") -> dict[int, dict[str, float]]:
+        """What TensorBoard shows: by step, the values by tag; of tags that begin so."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        found: dict[int, dict[str, float]] = {}
+        for events in sorted((self.folder / "tensorboard").rglob("events.*")):
+            accumulator = EventAccumulator(str(events))
+            accumulator.Reload()
+            for tag in accumulator.Tags()["scalars"]:
+                for event in accumulator.Scalars(tag):
+                    if tag.startswith(prefix):
+                        found.setdefault(event.step, {})[tag.removeprefix(prefix)] = event.value
+        return found
+
+    def said(self, what: str) -> list[str]:
+        return [line for line in self.stderr.splitlines() if what in line]
+
+
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
+
+
+def environment(path: Sequence[Path | str] = (), **variables: str) -> dict[str, str]:
+    dropped = (
+        "FOCALPO_",
+        "PYTHONPATH",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD",
+        "DS_ACCELERATOR",
+        "WANDB_",
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    env["PATH"] = str(Path(sys.executable).parent) + os.pathsep + env["PATH"]
+    env |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+    env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**env, **variables}
+
+
+@pytest.fixture(scope="session")
+def train(tiny: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """``train(*flags, launcher="python")`` runs OpenRLHF's own command on the tiny data."""
+
+    def run(
+        *flags: str,
+        launcher: str = "python",
+        ranks: int = 1,
+        module: str = COMMAND,
+        folder: Path | None = None,
+        path: Sequence[Path | str] = (),
+        **variables: str,
+    ) -> Run:
+        folder = folder or tmp_path_factory.mktemp("run")
+        one_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        one_rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        start = {
+            "python": [sys.executable, "-m", module],
+            "torchrun": ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m", module],
+            "deepspeed": ["deepspeed", f"--num_gpus={ranks}", f"--master_port={free_port()}"]
+            + ["--module", module],
+        }[launcher]
+        env = environment(path, **(one_rank if launcher == "python" else {}), **variables)
+        done = subprocess.run(
+            [*start, *tiny_flags(tiny, few, folder), *flags],
+            env=env,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
+        return Run(done.returncode, done.stdout, done.stderr, folder)
+
+    return run
+
+
+def tiny_flags(tiny: Path, few: Path, folder: Path) -> list[str]:
+    flags = {
+        "--model.model_name_or_path": tiny / "model",
+        "--data.dataset": few / "train.jsonl",
+        "--data.max_len": 128,
+        "--ds.attn_implementation": "eager",
+        "--train.micro_batch_size": 2,
+        "--train.batch_size": 8,
+        "--adam.lr": 1e-3,
+        "--ckpt.output_dir": folder / "out",
+        "--ckpt.path": folder / "checkpoints",
+        "--logger.tensorboard_dir": folder / "tensorboard",
+    }
+    words = [str(word) for flag in flags.items() for word in flag]
+    return [*words, "--data.apply_chat_template"]
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[tuple[int, str]]]:
+    """``commands([argv, ...])`` runs OpenRLHF's command with each; exit codes and output."""
+    one_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    one_rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "COLUMNS": "200"}
+
+    def run(argvs: Sequence[Sequence[str]], *path: Path | str) -> list[tuple[int, str]]:
+        done = subprocess.run(
+            [sys.executable, str(SUPPORT / "many_commands.py")],
+            input=json.dumps([list(argv) for argv in argvs]),
+            env=environment(path, **one_rank),
+            cwd=tmp_path_factory.mktemp("commands"),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return [(code, output) for code, output in json.loads(done.stdout)]
+
+    return run

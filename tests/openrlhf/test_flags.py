@@ -1,0 +1,151 @@
+"""The command line, in OpenRLHF's real command: what it offers, refuses and lets through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# A model that no machine has: a command line that is accepted gets as far as looking for it, here.
+MODEL = "nobody/no-such-model"
+LOOKS_FOR_MODEL = "openrlhf/models/actor.py"
+EAGER = ["--ds.attn_implementation", "eager"]
+ACCEPTED = ["--model.model_name_or_path", MODEL, *EAGER]
+OURS = ["--loss", "focalpo"]
+
+REFUSED = [
+    (
+        ["--loss", "focalp"],
+        "argument --loss: must be one of dpo, focalpo, hinge, got 'focalp'; did you mean 'focalpo'?",
+    ),
+    (["--loss"], "argument --loss: expected one argument"),
+    ([*OURS, "--focalpo.gamma", "-0.1"], "--focalpo.gamma must be a finite number of at least 0, got -0.1"),
+    ([*OURS, "--focalpo.gamma", "nan"], "--focalpo.gamma must be a finite number of at least 0, got nan"),
+    ([*OURS, "--focalpo.gamma", "inf"], "--focalpo.gamma must be a finite number of at least 0, got inf"),
+    ([*OURS, "--focalpo.gamma", "x"], "argument --focalpo.gamma: must be a number, got 'x'; it is 0.05 by default."),
+    (
+        [*OURS, "--focalpo.gamma", "1.5"],
+        "--focalpo.gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 1.5: from there on "
+        "training runs backwards from the first step. The paper uses 0.05; "
+        "--focalpo.allow_reversed accepts it all the same.",
+    ),
+    (
+        [*OURS, "--focalpo.gamma=1", "--focalpo.variant=correct_exact"],
+        "--focalpo.gamma must be below 1 for variant 'correct_exact', got 1.0",
+    ),
+    (
+        [*OURS, "--focalpo.variant", "corect"],
+        "--focalpo.variant must be one of correct, correct_exact, incorrect, got 'corect'",
+    ),
+    (
+        ["--focalpo.gamma", "0.1"],
+        "--focalpo.gamma is a flag of --loss focalpo, got 0.1 with --loss dpo. Give --loss focalpo, or "
+        "remove --focalpo.gamma.",
+    ),
+    (
+        ["--loss", "dpo", "--focalpo.variant", "correct"],
+        "--focalpo.variant is a flag of --loss focalpo, got 'correct' with --loss dpo.",
+    ),
+    (
+        ["--loss", "hinge", "--focalpo.allow_reversed"],
+        "--focalpo.allow_reversed is a flag of --loss focalpo, got True with --loss hinge.",
+    ),
+    (["--loss", "hinge", "--hinge.offset", "0"], "--hinge.offset must be above 0, got 0.0: the paper uses 1."),
+    ([*OURS, "--model.ipo_enable"], "--model.ipo_enable must be left out with --loss focalpo, got both"),
+    ([*OURS, "--model.beta", "0"], "--model.beta must be a finite number above 0, got 0.0"),
+    ([*OURS, "--model.beta", "inf"], "--model.beta must be a finite number above 0, got inf"),
+    (
+        [*OURS, "--model.label_smoothing", "0.5"],
+        "--model.label_smoothing must be at least 0 and below 0.5, got 0.5",
+    ),
+    (
+        [*OURS, "--model.label_smoothing", "-0.1"],
+        "--model.label_smoothing must be at least 0 and below 0.5, got -0.1",
+    ),
+    # argparse alone would take each of these for the one flag that begins so.
+    ([*OURS, "--focalpo.gam", "0.1"], "--focalpo.gam is no flag, got '--focalpo.gam'; did you mean '--focalpo.gamma'?"),
+    ([*OURS, "--focalpo.g=0.1"], "--focalpo.g is no flag, got '--focalpo.g=0.1'"),
+    (["--los", "focalpo"], "--los is no flag, got '--los'; did you mean '--loss'?"),
+    # Misspelt.
+    ([*OURS, "--focalpo.gama", "0.1"], "--focalpo.gama is no flag, got '--focalpo.gama'; did you mean '--focalpo.gamma'?"),
+    # What needs CUDA, whatever the loss.
+    ([*OURS, "--ds.packing_samples"], "--ds.packing_samples must be left out without CUDA, got it on a CPU"),
+    (["--ds.packing_samples"], "--ds.packing_samples must be left out without CUDA, got it on a CPU"),
+    ([*OURS, "--ds.use_liger_kernel"], "--ds.use_liger_kernel must be left out without CUDA, got it on a CPU"),
+    (
+        [*OURS, "--ds.attn_implementation", "flash_attention_2"],
+        "--ds.attn_implementation must be eager or sdpa without CUDA, got 'flash_attention_2' on a CPU",
+    ),
+]  # fmt: skip
+
+# Each differs from a refused one in what was refused.
+LET_THROUGH = [
+    [],
+    ["--loss", "dpo"],
+    ["--loss=focalpo"],
+    [*OURS, "--focalpo.gamma", "0"],
+    [*OURS, "--focalpo.gamma", "5e-2", "--focalpo.variant", "correct_exact"],
+    [*OURS, "--focalpo.gamma", "1.5", "--focalpo.allow_reversed"],
+    [*OURS, "--focalpo.gamma", "1.5", "--focalpo.variant", "incorrect"],
+    [
+        *OURS,
+        "--model.beta",
+        "0.01",
+        "--model.label_smoothing",
+        "0.49",
+        "--model.nll_loss_coef",
+        "0.2",
+    ],
+    ["--loss", "hinge", "--hinge.offset", "2"],
+    # OpenRLHF's own loss is OpenRLHF's, values that ours would refuse included.
+    ["--model.ipo_enable"],
+    ["--model.beta", "0"],
+    ["--model.label_smoothing", "0.7"],
+    # OpenRLHF's own abbreviations.
+    [*OURS, "--loc", "0", "--logger.logging", "2"],
+]
+
+
+@pytest.fixture(scope="module")
+def ends(commands: Callable, hinge_package: Path) -> dict[tuple[str, ...], tuple[int, str]]:
+    argvs = [["--help"]] + [[*ACCEPTED, *argv] for argv in (*LET_THROUGH, *(r[0] for r in REFUSED))]
+    return dict(zip(map(tuple, argvs), commands(argvs, hinge_package), strict=True))
+
+
+def name(argv: object) -> str | None:
+    return " ".join(argv) or "nothing" if isinstance(argv, list) else ""
+
+
+@pytest.mark.parametrize("argv, message", REFUSED, ids=name)
+def test_refused(ends: dict, argv: list[str], message: str):
+    """With argparse's exit code and form, and before the model is looked for."""
+    code, output = ends[(*ACCEPTED, *argv)]
+    assert code == 2, output
+    assert f"train_dpo.py: error: {message}" in output
+    assert output.startswith("usage: train_dpo.py")
+    assert LOOKS_FOR_MODEL not in output
+
+
+@pytest.mark.parametrize("argv", LET_THROUGH, ids=name)
+def test_let_through(ends: dict, argv: list[str]):
+    """The one thing wrong with it is the model, which is looked for after everything is parsed."""
+    code, output = ends[(*ACCEPTED, *argv)]
+    assert code == 1, output
+    assert LOOKS_FOR_MODEL in output and "couldn't find them in the cached files" in output
+    assert "usage:" not in output
+
+
+def test_help(ends: dict):
+    code, output = ends[("--help",)]
+    assert code == 0
+    own, ours = output.split("\nfocalpo_plugins:\n")
+    assert "--model.beta" in own and "--loss" not in own.replace("[--loss {dpo,focalpo,hinge}]", "")
+    for text in (
+        "--loss {dpo,focalpo,hinge}",
+        "Focusing parameter; 0 is DPO (default: 0.05)",
+        "Modulating factor: correct, correct_exact, incorrect (default: correct)",
+        "--focalpo.allow_reversed",
+        "Option of the loss hinge (default: 1.0)",
+    ):
+        assert text in ours, output
