@@ -13,7 +13,12 @@ nox.options.error_on_missing_interpreters = True
 # The releases that the suite was last seen to pass with; users keep what their stack has.
 TORCH = "torch==2.13.0"
 AXOLOTL = "axolotl[deepspeed]==0.19.0"
-TEST_TOOLS = ("pytest", "pytest-xdist", "setuptools")
+OPENRLHF = "openrlhf==0.11.2"
+# What OpenRLHF pins and has no wheel for, built without the parts that need CUDA's compiler.
+FLASH_ATTN, DEEPSPEED = "flash-attn==2.8.3", "deepspeed==0.19.6"
+# A file at a time, so that the long runs which several of its tests look at are made once.
+TWO_AT_A_TIME = ("-n", "2", "--dist", "loadfile")
+TEST_TOOLS = ("pytest", "pytest-xdist", "setuptools", "pyyaml")
 
 
 def wheel(session: nox.Session) -> str:
@@ -26,12 +31,13 @@ def wheel(session: nox.Session) -> str:
     return str(next(out.glob("*.whl")))
 
 
-def test(session: nox.Session, *paths: str) -> None:
+def test(session: nox.Session, paths: list[str], *options: str) -> None:
     """Run the tests against the installed wheel, from a folder without the sources."""
+    session.env["OMP_NUM_THREADS"] = "1"
     tests = [str(Path(path).resolve()) for path in paths]
     config = str(Path("setup.cfg").resolve())
-    session.cd(session.create_tmp())
-    session.run("pytest", "-c", config, *tests, *session.posargs, external=False)
+    with session.chdir(session.create_tmp()):
+        session.run("pytest", "-c", config, *tests, *options, *session.posargs)
 
 
 @nox.session
@@ -49,7 +55,7 @@ def core(session: nox.Session) -> None:
     session.install(TORCH)
     session.install(wheel(session))
     session.install(*TEST_TOOLS, "hypothesis", "mpmath")
-    test(session, *sorted(str(path) for path in Path("tests").glob("test_*.py")))
+    test(session, sorted(map(str, Path("tests").glob("test_*.py"))), *TWO_AT_A_TIME)
 
 
 @nox.session
@@ -57,19 +63,33 @@ def axolotl(session: nox.Session) -> None:
     """TRL's and Axolotl's rooms, with the real Axolotl."""
     session.install(TORCH)
     session.install(AXOLOTL)
+    beside_the_host(session)
+    test(session, ["tests/trl", "tests/axolotl"], *TWO_AT_A_TIME)
+
+
+@nox.session
+def openrlhf(session: nox.Session) -> None:
+    """OpenRLHF's room, with the real OpenRLHF."""
+    session.install(TORCH, "wheel", "setuptools", "ninja", "packaging", "psutil")
+    no_cuda = {"FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE", "FLASH_ATTENTION_FORCE_BUILD": "TRUE"}
+    session.install(FLASH_ATTN, "--no-build-isolation", env=no_cuda)
+    session.install(DEEPSPEED, "--no-build-isolation", env={"DS_BUILD_OPS": "0"})
+    session.install(OPENRLHF)
+    beside_the_host(session)
+    test(session, ["tests/openrlhf"])
+
+
+def beside_the_host(session: nox.Session) -> None:
+    """Install the wheel, which must change nothing of the host's environment, and the assets."""
     session.install(*TEST_TOOLS)
     built = wheel(session)
     before = packages(session)
     session.install(built)
-    added = packages(session) ^ before
-    if not {line.partition("==")[0].partition(" ")[0] for line in added} <= {
-        "focalpo_plugins",
-        "pluggy",
-    }:
-        session.error(f"installing focalpo_plugins changed the host's environment: {added}")
+    changed = {line.replace("==", " ").split()[0] for line in packages(session) ^ before}
+    if not changed <= {"focalpo_plugins", "focalpo-plugins", "pluggy"}:
+        session.error(f"installing focalpo_plugins changed the host's environment: {changed}")
     session.env["TORCH_EXTENSIONS_DIR"] = str(Path(session.virtualenv.location) / "extensions")
     session.run("python", "examples/make_tiny.py")
-    test(session, "tests/trl", "tests/axolotl")
 
 
 def packages(session: nox.Session) -> set[str]:

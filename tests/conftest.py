@@ -1,4 +1,4 @@
-"""Fixtures of every room: other people's packages, whole and broken."""
+"""Fixtures of every room: the tiny assets, and other people's packages, whole and broken."""
 
 from __future__ import annotations
 
@@ -8,9 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import SUPPORT
+from filelock import FileLock
+from harness import EXAMPLES, SUPPORT
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny assets, built once; the builder does nothing where they are there."""
+    folder = EXAMPLES / "tiny"
+    with FileLock(tmp_path_factory.getbasetemp().parent / "tiny.lock"):
+        subprocess.run([sys.executable, str(EXAMPLES / "make_tiny.py")], check=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ flags=(
   --focalpo.variant correct           # [P] Eq. 4
   --model.beta 0.01                   # [S] the paper gives none for Llama-3
 
-  --ds.lora.rank 128                  # [Q]
-  --ds.lora.alpha 128                 # [Q]
+  --ds.lora.rank 16                   # [Q]
+  --ds.lora.alpha 16                  # [Q]
   --ds.lora.dropout 0.05              # [Q]
   --ds.lora.target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj # [Q]
 

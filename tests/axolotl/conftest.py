@@ -1,23 +1,11 @@
-"""The tiny assets of examples/, and Axolotl to run on them."""
+"""Axolotl, to run on the tiny assets of examples/."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
-from harness import EXAMPLES, Axolotl
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny assets, built once; the builder does nothing where they are there."""
-    folder = EXAMPLES / "tiny"
-    with FileLock(tmp_path_factory.getbasetemp().parent / "tiny.lock"):
-        subprocess.run([sys.executable, str(EXAMPLES / "make_tiny.py")], check=True)
-    return folder
+from harness import Axolotl
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from filelock import FileLock
-from harness import EXAMPLES, SUPPORT
+from harness import SUPPORT
 
 COMMAND = "openrlhf.cli.train_dpo"
 
@@ -32,15 +31,6 @@ def openrlhf() -> SimpleNamespace:
     return SimpleNamespace(
         Actor=Actor, DPOLoss=DPOLoss, DPOTrainer=DPOTrainer, RewardDataset=RewardDataset
     )
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny assets, built once; the builder does nothing where they are there."""
-    folder = EXAMPLES / "tiny"
-    with FileLock(tmp_path_factory.getbasetemp().parent / "tiny.lock"):
-        subprocess.run([sys.executable, str(EXAMPLES / "make_tiny.py")], check=True)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,88 @@
+"""Axolotl's trainer on the batch that every host is tried on: losses and gradients of each pair."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import one_batch
+import pytest
+import torch
+from datasets import Dataset
+
+from focalpo_plugins import focalpo_loss
+from focalpo_plugins.registry import get_loss
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
+    from axolotl.core.trainers.dpo.args import AxolotlDPOConfig
+    from transformers import AutoTokenizer
+
+    from focalpo_plugins.axolotl.trainer import AxolotlPairwiseTrainer
+
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return AxolotlPairwiseTrainer(
+        one_batch.model(1),
+        one_batch.model(2),
+        args=AxolotlDPOConfig(
+            str(tmp_path_factory.mktemp("one_batch")),
+            beta=one_batch.BETA,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_list([{"chosen": chat, "rejected": chat}]),
+        processing_class=AutoTokenizer.from_pretrained(tiny / "model"),
+    )
+
+
+def inputs(rows: list[int]) -> dict[str, torch.Tensor]:
+    """The rows as TRL's collator lays them out: chosen first, padded on the right."""
+    pairs = [one_batch.sequences()[row] for row in rows]
+    flat = [
+        (prompt, answer) for side in (1, 2) for prompt, answer in ((p[0], p[side]) for p in pairs)
+    ]
+    width = max(len(prompt) + len(answer) for prompt, answer in flat)
+
+    def padded(row: list[int]) -> list[int]:
+        return row + [one_batch.PAD] * (width - len(row))
+
+    return {
+        "input_ids": torch.tensor([padded([*p, *a]) for p, a in flat]),
+        "attention_mask": torch.tensor([padded([1] * len([*p, *a])) for p, a in flat]),
+        "completion_mask": torch.tensor([padded([0] * len(p) + [1] * len(a)) for p, a in flat]),
+    }
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gamma": 1.0, "variant": "incorrect"}, {"gamma": 0.5, "variant": "correct_exact"}],
+    ids=str,
+)
+def test_losses_and_gradients(trainer, monkeypatch, options: dict, label_smoothing: float):
+    """Padded together, and each pair by itself (the last one without any padding): the margins, the
+    losses and what reaches the margins are the core's at the float64 margins, to the rounding of
+    float32 log-probabilities."""
+    trainer.set_loss(get_loss("focalpo").bind(**options))
+    trainer.label_smoothing = label_smoothing
+    seen: list[torch.Tensor] = []
+    record = trainer._record
+    monkeypatch.setattr(trainer, "_record", lambda z: (z.retain_grad(), seen.append(z), record(z)))
+
+    z = torch.tensor(one_batch.MARGINS, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(one_batch.truth(), z.detach(), rtol=0, atol=1e-9)
+    losses = focalpo_loss(z, **options, label_smoothing=label_smoothing)
+    (slopes,) = torch.autograd.grad(losses.sum(), z)
+
+    near = {"rtol": 0, "atol": 2e-5}
+    whole = trainer.compute_loss(trainer.model, inputs([0, 1, 2, 3]))
+    whole.backward()
+    torch.testing.assert_close(whole.double(), losses.mean(), **near)
+    torch.testing.assert_close(seen[0].double(), z, **near)
+    torch.testing.assert_close(seen[0].grad.double() * 4, slopes, **near)
+    for row in range(4):
+        one = trainer.compute_loss(trainer.model, inputs([row]))
+        one.backward()
+        torch.testing.assert_close(one.double(), losses[row], **near)
+        torch.testing.assert_close(seen[-1].grad.double(), slopes[row : row + 1], **near)

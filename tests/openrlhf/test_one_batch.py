@@ -1,0 +1,83 @@
+"""OpenRLHF's log-probabilities and our loss on the batch that every host is tried on."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import one_batch
+import pytest
+import torch
+
+from focalpo_plugins import focalpo_loss
+from focalpo_plugins.openrlhf import FocalPOLoss
+
+
+@pytest.fixture(scope="module")
+def actors(openrlhf: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> list:
+    """Policy and reference as OpenRLHF loads them, then in float64, so that what is rounded is what
+    OpenRLHF's own float32 log-probabilities round."""
+    found = []
+    for seed in (1, 2):
+        folder = tmp_path_factory.mktemp("model")
+        one_batch.model(seed).save_pretrained(folder)
+        actor = openrlhf.Actor(str(folder), attn_implementation="eager", param_dtype="bf16")
+        found.append(actor.double().eval())
+    return found
+
+
+@pytest.fixture(scope="module")
+def trainer(openrlhf: SimpleNamespace):
+    """OpenRLHF's trainer, with just what it computes log-probabilities from."""
+    trainer = object.__new__(openrlhf.DPOTrainer)
+    trainer.tokenizer = SimpleNamespace(pad_token_id=one_batch.PAD)
+    trainer.strategy = SimpleNamespace(ring_attn_group=None)
+    return trainer
+
+
+def log_probs(trainer, actors: list, rows: list[int]) -> list[torch.Tensor]:
+    """The rows through OpenRLHF: chosen and rejected under the policy, then under the reference."""
+    pairs = [one_batch.sequences()[row] for row in rows]
+    batch = []
+    for side in (1, 2):
+        sequences = [[*pair[0], *pair[side]] for pair in pairs]
+        width = max(map(len, sequences))
+        batch += [
+            torch.tensor([s + [one_batch.PAD] * (width - len(s)) for s in sequences]),
+            torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences]),
+        ]
+    found = []
+    for actor in actors:
+        with torch.no_grad():
+            forward = trainer.concatenated_forward(actor, *batch, [len(pair[0]) for pair in pairs])
+        found += [logps.requires_grad_() for logps in forward[:2]]
+    return found
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gamma": 1.0, "variant": "incorrect"}, {"gamma": 0.5, "variant": "correct_exact"}],
+    ids=str,
+)
+def test_losses_and_gradients(trainer, actors, options: dict, label_smoothing: float):
+    """As in Axolotl's test of the same name: padded together, and each pair by itself."""
+    seen: list[torch.Tensor] = []
+    loss_fn = FocalPOLoss(one_batch.BETA, label_smoothing, **options)
+    loss_fn.record = lambda z: (z.retain_grad(), seen.append(z))
+
+    z = torch.tensor(one_batch.MARGINS, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(one_batch.truth(), z.detach(), rtol=0, atol=1e-9)
+    losses = focalpo_loss(z, **options, label_smoothing=label_smoothing)
+    (slopes,) = torch.autograd.grad(losses.sum(), z)
+
+    near = {"rtol": 0, "atol": 2e-5}
+    whole = loss_fn(*log_probs(trainer, actors, [0, 1, 2, 3]))[0]
+    whole.backward()
+    torch.testing.assert_close(whole.double(), losses.mean(), **near)
+    torch.testing.assert_close(seen[0].double(), z, **near)
+    torch.testing.assert_close(seen[0].grad.double() * 4, slopes, **near)
+    for row in range(4):
+        one = loss_fn(*log_probs(trainer, actors, [row]))[0]
+        one.backward()
+        torch.testing.assert_close(one.double(), losses[row], **near)
+        torch.testing.assert_close(seen[-1].grad.double(), slopes[row : row + 1], **near)
