@@ -419,6 +419,17 @@ def test_every_loss_type_of_this_trl_is_ours_or_refused_with_its_reason():
     assert known <= {*_SEAM, *_WHY_NOT}
 
 
+@pytest.mark.parametrize("name", ["FocalPOConfig", "FocalPOTrainer"])
+def test_public_names(name):
+    """What the package offers at its top is this room's, documented and argument by argument."""
+    import focalpo_plugins
+    import focalpo_plugins.trl
+
+    assert name in focalpo_plugins.__all__
+    assert getattr(focalpo_plugins, name) is getattr(focalpo_plugins.trl, name)
+    assert "Raises:" in getattr(focalpo_plugins, name).__doc__
+
+
 def test_needs_its_own_config(tokenizer, tmp_path):
     with pytest.raises(TypeError, match="^args must be a FocalPOConfig, got DPOConfig"):
         FocalPOTrainer(model(0), args=DPOConfig(str(tmp_path), use_cpu=True, bf16=False))
