@@ -16,8 +16,7 @@ AXOLOTL = "axolotl[deepspeed]==0.19.0"
 OPENRLHF = "openrlhf==0.11.2"
 # What OpenRLHF pins and has no wheel for, built without the parts that need CUDA's compiler.
 FLASH_ATTN, DEEPSPEED = "flash-attn==2.8.3", "deepspeed==0.19.6"
-# A file at a time, so that the long runs which several of its tests look at are made once.
-TWO_AT_A_TIME = ("-n", "2", "--dist", "loadfile")
+TWO_AT_A_TIME = ("-n", "2", "--dist", "loadgroup")
 TEST_TOOLS = ("pytest", "pytest-xdist", "setuptools", "pyyaml")
 
 

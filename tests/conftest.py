@@ -13,6 +13,17 @@ from harness import EXAMPLES, SUPPORT
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Runs that several tests look at: one worker gets all of a run's tests, and makes it once.
+SHARED_RUNS = ("plain", "outcomes")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture in SHARED_RUNS:
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(fixture))
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
