@@ -21,7 +21,9 @@ def plain(once: Axolotl) -> Run:
     return once.train("--launcher", "accelerate", eval_steps=3)
 
 
-def same(a: Run, b: Run, rel: float = 0.0, names: tuple[str, ...] = ("loss", "grad_norm")) -> None:
+def assert_same(
+    a: Run, b: Run, rel: float = 0.0, names: tuple[str, ...] = ("loss", "grad_norm")
+) -> None:
     assert len(a.steps(*names)) == len(b.steps(*names)) > 0
     for ours, theirs in zip(a.steps(*names), b.steps(*names), strict=True):
         assert ours == pytest.approx(theirs, rel=rel, abs=rel)
@@ -77,14 +79,14 @@ def test_gamma_zero_is_rl_dpo_step_for_step(axolotl: Axolotl):
     assert "focalpo_plugins: active" not in dpo.output
     assert dpo.steps("loss")[0][0] == pytest.approx(math.log(2), abs=1e-6)
     zero = axolotl.train(focalpo_gamma=0.0, output_dir=str(axolotl.folder / "zero"))
-    same(zero, dpo)
+    assert_same(zero, dpo)
     names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen")
-    same(zero, dpo, names=names)
+    assert_same(zero, dpo, names=names)
 
 
 def test_plugins_line_without_autoload(axolotl: Axolotl, plain: Run):
     run = axolotl.train(plugins=[PLUGIN], variables={"FOCALPO_AUTOLOAD": "0"})
-    same(run, plain)
+    assert_same(run, plain)
     assert run.output.count("focalpo_plugins: active") == 1
 
 
@@ -94,13 +96,13 @@ def test_resume_matches_the_uninterrupted_run(axolotl: Axolotl, plain: Run):
     run = axolotl("train", config)
     assert run.code == 0, run.output[-6000:]
     assert [entry["step"] for entry in run.log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
-    same(run, plain)
+    assert_same(run, plain)
     assert "active" in run.output
 
 
 def test_precomputed_reference(axolotl: Axolotl, plain: Run):
     run = axolotl.train(precompute_ref_log_probs=True)
-    same(run, plain, rel=1e-5)
+    assert_same(run, plain, rel=1e-5)
 
 
 ADAPTER = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
@@ -177,7 +179,7 @@ def test_zero3_on_two_ranks_agrees_with_one_process(axolotl: Axolotl, plain: Run
     assert (run.checkpoints[-1] / "zero_to_fp32.py").exists()  # DeepSpeed wrote the checkpoint
     assert run.output.count("focalpo_plugins: active") == 1
     assert run.steps("loss")[0][0] == pytest.approx(FIRST, abs=1e-6)
-    same(run, plain, rel=1e-3, names=("loss", "focalpo/p", "focalpo/weight"))
+    assert_same(run, plain, rel=1e-3, names=("loss", "focalpo/p", "focalpo/weight"))
 
 
 def test_refused_by_the_command_itself(axolotl: Axolotl):
