@@ -202,6 +202,54 @@ def test_stop_and_resume(train: Callable, checkpointed, tmp_path: Path):
             assert values[tag] == pytest.approx(whole[step][tag], rel=1e-6), (step, tag)
 
 
+def test_lora(train: Callable):
+    """An adapter starts as the reference, so the first loss is that of margin 0; then it learns."""
+    run = finished(train(*OURS, "--ds.lora.rank", "4", "--train.max_epochs", "2"))
+    losses = [step["loss"] for _, step in sorted(run.steps("train/").items())]
+    assert len(losses) == 10
+    assert losses[0] == pytest.approx(FIRST, abs=1e-5)
+    assert sum(losses[5:]) / 5 < FIRST - 0.005
+    assert (run.folder / "out" / "adapter_model.safetensors").stat().st_size > 10_000
+
+
+@pytest.fixture
+def experts(tiny: Path, tmp_path: Path) -> Path:
+    """An untrained mixture of experts that reads the tiny model's tokens."""
+    import torch
+    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    tokenizer.save_pretrained(tmp_path / "experts")
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    return tmp_path / "experts"
+
+
+def test_auxiliary_loss(train: Callable, experts: Path):
+    """OpenRLHF adds its load-balancing loss to ours as to its own: with gamma 0 all is the same to
+    the last bit, and without the auxiliary loss it is not."""
+    flags = ("--model.model_name_or_path", str(experts), "--model.aux_loss_coef")
+    dpo = finished(train("--loss", "dpo", *flags, "0.5"))
+    gamma_0 = finished(train(*OURS, "--focalpo.gamma", "0", *flags, "0.5"))
+    without = finished(train(*OURS, "--focalpo.gamma", "0", *flags, "0"))
+    same(gamma_0, dpo, less="focalpo/")
+    outs = [(run.folder / "out" / "model.safetensors").read_bytes() for run in (gamma_0, without)]
+    assert outs[0] != outs[1]
+
+
 @pytest.fixture
 def in_blocks_of_64(tiny: Path, tmp_path: Path) -> Path:
     """An untrained model of sizes that bitsandbytes' 4-bit kernels for a CPU can handle: not the
