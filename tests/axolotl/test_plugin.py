@@ -7,12 +7,14 @@ is, so that the autoload is armed in it as in ``axolotl train``.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PLUGIN, Axolotl, run_python
+from harness import PLUGIN, SUPPORT, Axolotl, run_python
 
 LOAD = """
 import json, sys
@@ -168,13 +170,16 @@ ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def load(folder: Path, configs: list[Path], **variables: str) -> list[Any]:
+def load(
+    folder: Path, configs: list[Path], *path: Path, **variables: str
+) -> list[dict[str, Any] | str]:
+    """What ``load_cfg`` makes of each config, with ``path`` before what is installed."""
     script = folder / "axolotl"  # the name that the autoload knows
     script.write_text(LOAD)
     run = run_python(
         str(script),
         *map(str, configs),
-        path=Path(__file__).parents[1] / "support",
+        path=os.pathsep.join(map(str, [*path, SUPPORT])),
         AXOLOTL_DO_NOT_TRACK="1",
         CUDA_VISIBLE_DEVICES="",
         **variables,
@@ -258,15 +263,26 @@ def test_broken_plug_in_does_not_stop_rl_dpo(once: Axolotl, tmp_path: Path):
             (tmp_path / file).write_bytes(Path(dist.locate_file(file)).read_bytes())
     (tmp_path / "focalpo_plugins" / "loss.py").write_text("raise RuntimeError('broken on purpose')")
     plain = once.config(rl="dpo", focalpo_gamma=None, focalpo_variant=None)
-    script = tmp_path / "axolotl"
-    script.write_text(LOAD)
-    run = run_python(
-        str(script), str(plain), str(once.config()), path=tmp_path, AXOLOTL_DO_NOT_TRACK="1"
-    )
-    (line,) = [line for line in run.stdout.splitlines() if line.startswith("RESULTS ")]
-    dpo, focalpo = json.loads(line.removeprefix("RESULTS "))
+    dpo, focalpo = load(tmp_path, [plain, once.config()], tmp_path)
     assert dpo["rl"] == "dpo"
     assert focalpo == "RuntimeError: broken on purpose"
+
+
+def test_a_trl_without_the_seam_is_refused_before_the_model_loads(once: Axolotl, tmp_path: Path):
+    """A copy of TRL whose loss is computed in another method, as in 0.28 and older."""
+    import trl
+
+    shutil.copytree(Path(trl.__file__).parent, tmp_path / "trl")
+    module = tmp_path / "trl" / "trainer" / "dpo_trainer.py"
+    source = module.read_text()
+    assert source.count("    def _compute_loss(self, ") == 1
+    module.write_text(
+        source.replace("    def _compute_loss(self, ", "    def _computes_loss(self, ")
+    )
+    plain = once.config(rl="dpo", focalpo_gamma=None, focalpo_variant=None)
+    dpo, focalpo = load(tmp_path, [plain, once.config()], tmp_path)
+    assert dpo["rl"] == "dpo"
+    assert focalpo.startswith("RuntimeError: focalpo_plugins 0.1.0 does not know where trl")
 
 
 def test_axolotl_itself_would_train_dpo(once: Axolotl, tmp_path: Path):

@@ -18,7 +18,7 @@ PLUGIN = "focalpo_plugins.axolotl.FocalPOPlugin"
 
 
 def run_python(
-    *arguments: str, path: Path | None = None, **variables: str
+    *arguments: str, path: Path | str | None = None, **variables: str
 ) -> subprocess.CompletedProcess:
     """A fresh interpreter, with ``path`` before everything else that it imports from."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("FOCALPO_", "PYTHONPATH"))}
