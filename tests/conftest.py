@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,17 @@ def hinge_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (source / file.name).write_bytes(file.read_bytes())
     subprocess.run([*pip, "--target", str(target), str(source)], check=True)
     return target
+
+
+@pytest.fixture
+def package_copy(tmp_path: Path) -> Path:
+    """A folder with the installed package once more, for a test to break."""
+    dist = distribution("focalpo_plugins")
+    for file in dist.files:
+        if file.suffix != ".pyc" and ".." not in file.parts:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(dist.locate_file(file), tmp_path / file)
+    return tmp_path
 
 
 @pytest.fixture

@@ -252,18 +252,12 @@ def test_another_trainer_than_ours_never_trains():
         FocalPOPlugin().post_trainer_create(cfg, object())
 
 
-def test_broken_plug_in_does_not_stop_rl_dpo(once: Axolotl, tmp_path: Path):
+def test_broken_plug_in_does_not_stop_rl_dpo(once: Axolotl, package_copy: Path):
     """Our modules raise, yet a run that doesn't ask for us loads its config; one that does stops."""
-    from importlib.metadata import distribution
-
-    dist = distribution("focalpo_plugins")
-    for file in dist.files:
-        if file.suffix != ".pyc" and ".." not in file.parts:
-            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / file).write_bytes(Path(dist.locate_file(file)).read_bytes())
-    (tmp_path / "focalpo_plugins" / "loss.py").write_text("raise RuntimeError('broken on purpose')")
+    loss = package_copy / "focalpo_plugins" / "loss.py"
+    loss.write_text("raise RuntimeError('broken on purpose')")
     plain = once.config(rl="dpo", focalpo_gamma=None, focalpo_variant=None)
-    dpo, focalpo = load(tmp_path, [plain, once.config()], tmp_path)
+    dpo, focalpo = load(package_copy, [plain, once.config()], package_copy)
     assert dpo["rl"] == "dpo"
     assert focalpo == "RuntimeError: broken on purpose"
 
