@@ -1,0 +1,66 @@
+"""Take preference pairs apart for KTO, which learns from single answers with a label.
+
+    python examples/make_kto_data.py MODEL DATA --split train --out outputs/kto/train.jsonl
+
+DATA has whole conversations in ``chosen`` and ``rejected``: a name on the hub, or a JSONL file.
+Each line written has ``prompt`` and ``completion``, as the chat template of MODEL's tokenizer
+renders them, and ``label``.  All chosen answers come first, then all rejected ones: KTO estimates
+its KL term from each answer's neighbours, which must not share its prompt.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from datasets import load_dataset
+from transformers import AutoTokenizer
+
+
+def render(tokenizer, messages: list[dict[str, str]]) -> tuple[str, str]:
+    """Prompt and completion of one conversation, as text."""
+    prompt = tokenizer.apply_chat_template(
+        messages[:-1], add_generation_prompt=True, tokenize=False
+    )
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    if not whole.startswith(prompt):
+        sys.exit(f"the chat template of {tokenizer.name_or_path} changes the prompt with the answer")
+    # What some templates write after the end of the turn is not the model's to learn.
+    completion = whole[len(prompt) :].rstrip()
+    # The tokenizer puts a BOS before the text by itself: one is enough.
+    if tokenizer.bos_token_id in tokenizer("").input_ids:
+        prompt = prompt.removeprefix(tokenizer.bos_token)
+    return prompt, completion
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", help="the tokenizer's name or folder")
+    parser.add_argument("data", help="a data set's name, or a .jsonl file")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--out", type=Path, required=True, help="the JSONL file to write")
+    args = parser.parse_args()
+
+    if args.data.endswith(".jsonl"):
+        pairs = load_dataset("json", data_files=args.data, split="train")
+    else:
+        pairs = load_dataset(args.data, split=args.split)
+    missing = {"chosen", "rejected"} - set(pairs.column_names)
+    if missing:
+        sys.exit(f"{args.data} has no column {sorted(missing)}, only {pairs.column_names}")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    # Written whole or not at all: training must not start on half a file.
+    half = args.out.with_suffix(".part")
+    with half.open("w", encoding="utf-8") as out:
+        for label, column in ((True, "chosen"), (False, "rejected")):
+            for messages in pairs[column]:
+                prompt, completion = render(tokenizer, messages)
+                line = {"prompt": prompt, "completion": completion, "label": label}
+                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+    half.replace(args.out)
+    print(f"{args.out}: {2 * len(pairs)} answers of {len(pairs)} pairs")
+
+
+if __name__ == "__main__":
+    main()
