@@ -24,7 +24,9 @@ def render(tokenizer, messages: list[dict[str, str]]) -> tuple[str, str]:
     )
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     if not whole.startswith(prompt):
-        sys.exit(f"the chat template of {tokenizer.name_or_path} changes the prompt with the answer")
+        sys.exit(
+            f"the chat template of {tokenizer.name_or_path} changes the prompt with the answer"
+        )
     # What some templates write after the end of the turn is not the model's to learn.
     completion = whole[len(prompt) :].rstrip()
     # The tokenizer puts a BOS before the text by itself: one is enough.

@@ -50,4 +50,6 @@ flags=(
   --logger.tensorboard_dir outputs/llama3_focalpo_openrlhf/tensorboard # [H]
 )
 
-exec deepspeed --num_gpus 8 --module openrlhf.cli.train_dpo "${flags[@]}" "$@"
+# DEEPSPEED replaces the launcher, for several nodes (examples/multinode.md).
+# shellcheck disable=SC2086
+exec ${DEEPSPEED:-deepspeed --num_gpus 8} --module openrlhf.cli.train_dpo "${flags[@]}" "$@"

@@ -11,8 +11,8 @@
 # Not run by the authors of this file for want of the GPUs: OpenRLHF's parser takes every flag, and
 # tiny_focalpo.sh runs the same code on a CPU.
 #
-# OpenRLHF adds no special tokens to the text of the chat template, and this model's template writes
-# no BOS: sequences start without one, where TRL would put one.
+# OpenRLHF adds no special tokens to the text of the chat template, and this model's own template
+# writes no BOS: zephyr.jinja is the same format with the one BOS that TRL would put.
 #
 # Sources: [P] the paper; [Z] the Zephyr DPO recipe of the alignment-handbook, where the paper is
 # silent; [T] to be as TRL, which [P] trained with, where OpenRLHF's default differs; [H] a matter
@@ -29,6 +29,7 @@ flags=(
   --data.dataset trl-lib/ultrafeedback_binarized               # [P]
   --data.dataset_split train
   --data.apply_chat_template          # whole conversations in chosen and rejected
+  --data.tokenizer_chat_template "$(cat "$(dirname "$0")/zephyr.jinja")" # [T]
   --data.max_len 1024                 # [Z]; OpenRLHF has no limit for the prompt alone ([Z] 512)
   --eval.dataset trl-lib/ultrafeedback_binarized
   --eval.split test
@@ -53,4 +54,6 @@ flags=(
   --logger.tensorboard_dir outputs/mistral_focalpo_openrlhf/tensorboard # [H]
 )
 
-exec deepspeed --num_gpus 8 --module openrlhf.cli.train_dpo "${flags[@]}" "$@"
+# DEEPSPEED replaces the launcher, for several nodes (examples/multinode.md).
+# shellcheck disable=SC2086
+exec ${DEEPSPEED:-deepspeed --num_gpus 8} --module openrlhf.cli.train_dpo "${flags[@]}" "$@"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate import PartialState
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import PluginManager
 
@@ -24,9 +25,33 @@ class AxolotlPairwiseTrainer(PairwiseLossMixin, AxolotlDPOTrainer):
         if loss is not None:
             self.set_loss(loss)
 
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The host's own, with one BOS where it leaves two.
+
+        Axolotl's strategies render text, TRL tokenizes it, and where the chat template writes a BOS
+        (Llama-3's does) the tokenizer puts another before it.  Axolotl means to take the second
+        out in a method that TRL no longer calls.
+        """
+        dataset = super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
+        bos = getattr(processing_class, "tokenizer", processing_class).bos_token_id
+        first: dict[str, Any] = next(iter(dataset), {})
+        if bos is None or first.get("prompt_ids", [])[:2] != [bos, bos]:
+            return dataset
+        with PartialState().main_process_first():
+            return dataset.map(_with_one_bos, fn_kwargs={"bos": bos})
+
     def set_loss(
         self, loss: BoundLoss, packages: Sequence[str] = ("axolotl", "trl", "torch")
     ) -> None:
         super().set_loss(loss, packages)
         # Axolotl's own list, beside TRL's.
         self.tag_names: list[str] = [*self.tag_names, loss.name]
+
+
+def _with_one_bos(row: dict[str, Any], bos: int) -> dict[str, Any]:
+    """The row as it is, but for the first of two BOS."""
+    if row["prompt_ids"][:2] == [bos, bos]:
+        row["prompt_ids"] = row["prompt_ids"][1:]
+    return row

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from harness import SUPPORT
+from harness import SUPPORT, free_port
 
 COMMAND = "openrlhf.cli.train_dpo"
 
@@ -72,12 +71,6 @@ class Run:
 
     def said(self, what: str) -> list[str]:
         return [line for line in self.stderr.splitlines() if what in line]
-
-
-def free_port() -> str:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
 
 
 def environment(path: Sequence[Path | str] = (), **variables: str) -> dict[str, str]:

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from harness import EXAMPLES
+from harness import EXAMPLES, launched
 
 SCRIPTS = sorted((EXAMPLES / "openrlhf").glob("*.sh"))
 COMMAND = "openrlhf.cli.train_dpo"
 # The last of two wins: a model that no machine has, and what flash-attn is refused for on a CPU.
 HERE = ["--model.model_name_or_path", "nobody/no-such-model", "--ds.attn_implementation", "eager"]
-
-
-def launched(script: Path, folder: Path) -> list[str]:
-    """The command line that a script starts its launcher with."""
-    for launcher in ("deepspeed", "torchrun"):
-        (folder / launcher).write_text('#!/bin/sh\nprintf "%s\\n" "$0" "$@"\n')
-        (folder / launcher).chmod(0o755)
-    env = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", str(script), "--local_rank", "0"],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.splitlines()
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -53,6 +55,45 @@ class Run:
         return [tuple(entry[name] for name in names) for entry in self.log if "loss" in entry]
 
 
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
+
+
+# For ranks without a GPU.
+ON_CPU = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+
+
+def axolotl_environment(**variables: str) -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("FOCALPO_", "PYTHONPATH"))}
+    env |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}",
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",  # the same sums in the same order, run after run
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(SUPPORT),
+    }
+    if "PYTHONPATH" in variables:
+        variables["PYTHONPATH"] += os.pathsep + env["PYTHONPATH"]
+    return {**env, **variables}
+
+
+@functools.cache
+def axolotl_server() -> subprocess.Popen:
+    """One for this test process, started when it is first asked for; it ends with its stdin."""
+    return subprocess.Popen(
+        [sys.executable, str(SUPPORT / "axolotl_server.py")],
+        env=axolotl_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
 class Axolotl:
     """Runs the installed ``axolotl`` command in a folder of its own."""
 
@@ -92,33 +133,49 @@ class Axolotl:
         path.write_text(yaml.safe_dump(config))
         return path
 
-    def __call__(self, command: str, config: Path, *more: str, **variables: str) -> Run:
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("FOCALPO_", "PYTHONPATH"))}
-        env |= {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}",
-            "AXOLOTL_DO_NOT_TRACK": "1",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",  # the same sums in the same order, run after run
-            "TOKENIZERS_PARALLELISM": "false",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": str(SUPPORT),
-        }
-        if "PYTHONPATH" in variables:
-            variables["PYTHONPATH"] += os.pathsep + env["PYTHONPATH"]
-        if command in ("train", "evaluate") and "--launcher" not in more:
-            more = ("--launcher", "python", *more)  # one process less to start
-        done = subprocess.run(
-            ["axolotl", command, str(config), *more],
-            env={**env, **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=self.folder,
-        )
+    def __call__(
+        self, command: str, config: Path, *more: str, ranks: int = 1, **variables: str
+    ) -> Run:
+        """The command on the config, in a process forked off a waiting one; or, where ``more`` names
+        a launcher or ``variables`` are read at import, in one of its own from the start."""
         folder = Path(yaml.safe_load(config.read_text())["output_dir"])
-        return Run(done.returncode, done.stdout, folder)
+        argv = [command, str(config), *more]
+        own = "--launcher" in more or set(variables) - set(ON_CPU)
+        if command in ("train", "evaluate") and "--launcher" not in more:
+            argv += ["--launcher", "python"]  # one process less to start
+        if own:
+            done = subprocess.run(
+                ["axolotl", *argv],
+                env=axolotl_environment(**variables),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=self.folder,
+            )
+            return Run(done.returncode, done.stdout, folder)
+        asked = {"argv": argv, "cwd": str(self.folder), "env": variables, "ranks": ranks}
+        server = axolotl_server()
+        print(json.dumps(asked), file=server.stdin, flush=True)
+        code, output = json.loads(server.stdout.readline())
+        return Run(code, output, folder)
 
     def train(self, *more: str, variables: dict[str, str] | None = None, **changes: Any) -> Run:
         run = self("train", self.config(**changes), *more, **(variables or {}))
         assert run.code == 0, run.output[-6000:]
         return run
+
+
+def launched(script: Path, folder: Path) -> list[str]:
+    """The command line that a script starts its launcher with."""
+    for launcher in ("deepspeed", "torchrun"):
+        (folder / launcher).write_text('#!/bin/sh\nprintf "%s\\n" "$0" "$@"\n')
+        (folder / launcher).chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", str(script), "--local_rank", "0"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines()

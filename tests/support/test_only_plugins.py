@@ -1,5 +1,9 @@
 """Axolotl plugins for the tests: they reach its child processes through the YAML."""
 
+import json
+import os
+from pathlib import Path
+
 from axolotl.integrations.base import BasePlugin
 
 
@@ -30,3 +34,45 @@ class OtherTrainer(BasePlugin):
         from trl import DPOTrainer
 
         return DPOTrainer
+
+
+class WhatIsTrained(BasePlugin):
+    """Writes beside the model what the trainer was given, and the first rows of both sets as its
+    collator makes a batch of them."""
+
+    def post_trainer_create(self, cfg, trainer):
+        if os.environ.get("RANK", "0") != "0":
+            return
+        args, state = trainer.args, trainer.accelerator.state
+        zero = state.deepspeed_plugin
+        seen = {
+            "trainer": type(trainer).__name__,
+            "ranks": state.num_processes,
+            "zero_stage": zero and zero.zero_stage,
+            "learning_rate": args.learning_rate,
+            "scheduler": args.lr_scheduler_type,
+            "warmup": getattr(args, "warmup_ratio", None) or args.warmup_steps,
+            "max_length": args.max_length,
+            "beta": args.beta,
+            "simpo_gamma": getattr(args, "simpo_gamma", None),
+            "cpo_alpha": getattr(args, "cpo_alpha", None),
+        }
+        for name in ("train", "eval"):
+            rows = getattr(trainer, f"{name}_dataset")
+            batch = trainer.data_collator([rows[i] for i in range(2)])
+            seen[name] = {
+                key: value.tolist() for key, value in batch.items() if hasattr(value, "tolist")
+            }
+        folder = Path(cfg.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "seen.json").write_text(json.dumps(seen))
+
+
+class RayOnCPU(BasePlugin):
+    """Takes Axolotl's demand for GPUs out of what it asks Ray for."""
+
+    def register(self, cfg):
+        import ray.train
+
+        scaling = ray.train.ScalingConfig
+        ray.train.ScalingConfig = lambda **asked: scaling(**{**asked, "use_gpu": False})

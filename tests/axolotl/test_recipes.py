@@ -1,0 +1,369 @@
+"""The YAMLs of examples/: their numbers are the paper's, and Axolotl trains with each of them.
+
+Model and data are small ones in the same formats (tests/support/formats.py), put in place by
+overrides alone; the full fine-tuning runs are trained on ZeRO-3 with two ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from formats import llama3_prompt, make_llama3, make_zephyr, rows, zephyr_prompt
+from harness import EXAMPLES, ON_CPU, Axolotl, Run
+from transformers import AutoTokenizer
+
+YAMLS = [
+    path for path in EXAMPLES.rglob("*.y*ml") if "eval" not in path.relative_to(EXAMPLES).parts
+]
+SWEEPS = [path for path in YAMLS if path.parent.name == "sweeps"]
+RECIPES = {path.stem: path for path in sorted(set(YAMLS) - set(SWEEPS))}
+CONFIGS = {name: yaml.safe_load(path.read_text()) for name, path in RECIPES.items()}
+PAPERS = [name for name in RECIPES if not name.startswith("tiny")]
+
+# Transcribed from the paper: section 4 and appendix C for each model...
+PAPER: dict[str, dict[str, Any]] = {
+    "llama3": {
+        "base_model": "meta-llama/Meta-Llama-3-8B-Instruct",
+        "data": "princeton-nlp/llama3-ultrafeedback-armorm",
+    },
+    "mistral": {
+        "base_model": "HuggingFaceH4/mistral-7b-sft-beta",
+        "data": "trl-lib/ultrafeedback_binarized",
+    },
+}
+GRID = [3e-7, 5e-7, 6e-7, 1e-6]
+# ... with what it leaves open as the SimPO (Llama-3) and Zephyr (Mistral) repositories have it.
+LENGTH = {"llama3": 2048, "mistral": 1024}
+EVERYWHERE = {
+    "num_epochs": 1,
+    "lr_scheduler": "cosine",
+    "warmup_ratio": 0.1,
+    "seed": 42,
+    "bf16": True,
+    "attn_implementation": "flash_attention_2",
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+}
+FOCALPO = {"rl": "focalpo", "focalpo_gamma": 0.05, "focalpo_variant": "correct", "rl_beta": 0.01}
+INCORRECT = {**FOCALPO, "focalpo_gamma": 1.0, "focalpo_variant": "incorrect"}
+LORA = {
+    "lora_r": 16,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "lora_target_linear": True,
+    "learning_rate": 5e-6,
+}
+KTO = {"rl": "kto", "rl_beta": 0.1, "kto_desirable_weight": 1.0, "kto_undesirable_weight": 1.0}
+TABLE: dict[str, dict[str, Any]] = {
+    "llama3_focalpo": {**FOCALPO, "learning_rate": 6e-7},
+    "mistral_focalpo": {**FOCALPO, "learning_rate": 5e-7},
+    "llama3_incorrect": {**INCORRECT, "learning_rate": 6e-7},
+    "mistral_incorrect": {**INCORRECT, "learning_rate": 5e-7},
+    "llama3_dpo": {"rl": "focalpo", "focalpo_gamma": 0.0, "rl_beta": 0.01, "learning_rate": 3e-7},
+    "mistral_dpo": {"rl": "dpo", "rl_beta": 0.01, "learning_rate": 5e-7},
+    # SimPO gives gamma / beta: .3 of 10 and .8 of 2.
+    "llama3_simpo": {
+        "rl": "simpo", "rl_beta": 10, "simpo_gamma": 3.0, "cpo_alpha": 0, "learning_rate": 1e-6
+    },
+    "mistral_simpo": {
+        "rl": "simpo", "rl_beta": 2, "simpo_gamma": 1.6, "cpo_alpha": 0, "learning_rate": 3e-7
+    },
+    "llama3_orpo": {"rl": "orpo", "orpo_alpha": 0.1, "learning_rate": 1e-6},
+    "mistral_orpo": {"rl": "orpo", "orpo_alpha": 0.1, "learning_rate": 5e-6},
+    "llama3_kto": {**KTO, "learning_rate": 5e-7},
+    "mistral_kto": {**KTO, "learning_rate": 5e-7},
+    "llama3_focalpo_lora": {**FOCALPO, **LORA, "adapter": "lora"},
+    "mistral_focalpo_lora": {**FOCALPO, **LORA, "adapter": "lora"},
+    "llama3_focalpo_qlora": {**FOCALPO, **LORA, "adapter": "qlora", "load_in_4bit": True},
+    "mistral_focalpo_qlora": {**FOCALPO, **LORA, "adapter": "qlora", "load_in_4bit": True},
+}  # fmt: skip
+# Table 1: AlpacaEval 2.0 WR and LC, Arena-Hard WR.
+TABLE_1 = {
+    "llama3_orpo": (33.8, 38.1, 26.0),
+    "llama3_kto": (31.8, 33.1, 11.7),
+    "llama3_dpo": (47.5, 48.2, 33.1),
+    "llama3_simpo": (47.5, 53.7, 33.8),
+    "llama3_focalpo": (49.8, 54.7, 34.6),
+    "mistral_orpo": (12.6, 14.7, 6.2),
+    "mistral_kto": (12.3, 14.9, 8.8),
+    "mistral_dpo": (18.6, 20.6, 16.4),
+    "mistral_simpo": (21.4, 17.0, 13.3),
+    "mistral_focalpo": (20.4, 23.9, 17.1),
+}
+# Every margin, or reward, is 0 before the first step: 2^-gamma ln 2; (1-p)^1 ln 2; 1 - p.
+FIRST_LOSS = {
+    "focalpo": 2**-0.05 * math.log(2),
+    "incorrect": math.log(2) / 2,
+    "dpo": math.log(2),
+    "kto": 0.5,
+}
+NO_SOURCE = {  # what names a place, is Axolotl's own business, or says where it comes from in words
+    "rl", "adapter", "load_in_4bit", "chat_template", "split", "type", "ds_type", "path",
+    "pad_token", "skip_prepare_dataset", "excess_length_strategy", "remove_unused_columns",
+}  # fmt: skip
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """``llama3_focalpo_lora`` is the model ``llama3`` and the method ``focalpo``."""
+    return name.split("_")[0], name.split("_")[1]
+
+
+def header(name: str) -> str:
+    return "\n".join(
+        line.lstrip("# ") for line in RECIPES[name].read_text().split("\n\n")[0].splitlines()
+    )
+
+
+def test_every_recipe_is_in_the_table():
+    assert len(PAPERS) == 16
+    assert set(PAPERS) == set(TABLE)
+    assert set(RECIPES) - set(PAPERS) == {"tiny_focalpo", "tiny_dpo"}
+
+
+def test_the_learning_rate_grid():
+    assert [path.name for path in SWEEPS] == ["learning_rate.yml"]
+    assert yaml.safe_load(SWEEPS[0].read_text()) == {"learning_rate": GRID}
+    for method in ("focalpo", "dpo", "simpo", "orpo", "kto"):
+        assert float(CONFIGS[f"llama3_{method}"]["learning_rate"]) in GRID
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_values_are_the_papers(name: str):
+    model, method = split_name(name)
+    config = CONFIGS[name]
+    assert config["base_model"] == PAPER[model]["base_model"]
+    if method != "kto":
+        for key, split in (("datasets", "train"), ("test_datasets", "test")):
+            assert [(d["path"], d["split"]) for d in config[key]] == [(PAPER[model]["data"], split)]
+    expected = {**EVERYWHERE, "sequence_len": LENGTH[model], **TABLE[name]}
+    if method == "simpo":  # Axolotl takes no ratio there
+        del expected["warmup_ratio"]
+        pairs = {"llama3": 59_876, "mistral": 62_135}[model]
+        assert config["warmup_steps"] == round(0.1 * pairs / 128)
+    for key, value in expected.items():
+        got = float(config[key]) if key == "learning_rate" else config[key]
+        assert got == value, key
+    loss_keys = {
+        key
+        for key in config
+        if key.startswith(("focalpo_", "rl_", "simpo", "orpo", "kto", "cpo", "dpo"))
+    }
+    assert loss_keys <= set(expected), "a setting of the loss that the table doesn't have"
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_batch_is_128(name: str):
+    """At 8 GPUs; the LoRA runs at one."""
+    config = CONFIGS[name]
+    gpus = 1 if "adapter" in config else 8
+    assert config["micro_batch_size"] * config["gradient_accumulation_steps"] * gpus == 128
+    assert ("Hardware: one GPU" if gpus == 1 else "Hardware: 8 GPUs") in header(name)
+    assert ("deepspeed" in config) == (gpus == 8)
+    if gpus == 8:
+        zero = json.loads((EXAMPLES.parent / config["deepspeed"]).read_text())
+        assert zero["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_header_says_what_it_is(name: str):
+    text = header(name)
+    for part in ("Hardware: ", "Launch, from the repository root", "Expected: ", "Sources: "):
+        assert part in text
+    assert f"axolotl train {RECIPES[name].relative_to(EXAMPLES.parent)}" in text
+    if name in TABLE_1:
+        wr, lc, arena = TABLE_1[name]
+        words = " ".join(text.split())
+        assert f"Table 1: AlpacaEval 2.0 WR {wr}, LC {lc}; Arena-Hard WR {arena}" in words
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_value_has_its_source_beside_it(name: str):
+    top, *body = RECIPES[name].read_text().split("\n\n")
+    named = set(re.findall(r"\[(\w+)\]", top))
+    used = set()
+    for line in "\n".join(body).splitlines():
+        sources = re.findall(r"\[([\w, ]+)\]", line.partition("#")[2])
+        used |= {source for group in sources for source in group.split(", ")}
+        key = re.match(r"[ -]*(\w+): \S", line)
+        if key and not sources and key[1] not in NO_SOURCE:
+            pytest.fail(f"no source beside {line!r}")
+    assert used == named
+
+
+def seen(run: Run) -> dict[str, Any]:
+    """What WhatIsTrained saw."""
+    return json.loads((run.folder / "seen.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def pairs(tiny: Path) -> dict[str, list[dict]]:
+    return {
+        split: [json.loads(line) for line in (tiny / f"{split}.jsonl").open()][:24]
+        for split in ("train", "test")
+    }
+
+
+@pytest.fixture(scope="session")
+def places(pairs: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model and its data for each of the paper's two, and the pairs taken apart for KTO."""
+    folder = tmp_path_factory.mktemp("recipes")
+    texts = [turn["content"] for pair in pairs["train"] for turn in pair["chosen"]]
+    for model, make in (("llama3", make_llama3), ("mistral", make_zephyr)):
+        make(folder / model, texts)
+        for split, some in pairs.items():
+            data = folder / f"{model}_{split}.jsonl"
+            data.write_text("".join(json.dumps(row) + "\n" for row in rows(some, model)))
+            out = folder / "kto" / data.name
+            script = [sys.executable, EXAMPLES / "make_kto_data.py", folder / model, data]
+            subprocess.run([*script, "--out", out], check=True)
+    return folder
+
+
+def small(name: str, places: Path, **changes: Any) -> dict[str, Any]:
+    """The recipe with a small model and its data in place, and what a CPU can't do left out."""
+    config = json.loads(json.dumps(CONFIGS[name]))
+    model, method = split_name(name)
+    data = places / "kto" if method == "kto" else places
+    for key, split in (("datasets", "train"), ("test_datasets", "test")):
+        here = {"path": str(data / f"{model}_{split}.jsonl"), "ds_type": "json", "split": "train"}
+        config[key][0] |= here
+    config |= {
+        "base_model": str(places / model),
+        "dataset_prepared_path": str(places / f"prepared_{name}"),
+        "output_dir": str(places / f"out_{name}"),
+        "max_steps": 2,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "eval_batch_size": 2,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "dataset_num_proc": 1,
+        "bf16": False,
+        "tf32": False,
+        "attn_implementation": "sdpa",
+        "plugins": ["test_only_plugins.WhatIsTrained"],
+    }
+    del config["saves_per_epoch"]
+    if "deepspeed" in config:
+        config["deepspeed"] = str(EXAMPLES.parent / config["deepspeed"])
+        config["plugins"].append("test_only_plugins.GlooOnCPU")
+    if config["optimizer"].startswith("paged"):
+        config["optimizer"] = "adamw_torch"
+    return config | changes
+
+
+@pytest.fixture(scope="session")
+def trained(places: Path) -> dict[str, Run]:
+    """Every recipe trained for two steps."""
+    axolotl = Axolotl(places, places)
+    found = {}
+    for name in PAPERS:
+        config = places / f"{name}.yml"
+        config.write_text(yaml.safe_dump(small(name, places)))
+        ranks = 2 if "deepspeed" in CONFIGS[name] else 1
+        found[name] = axolotl("train", config, ranks=ranks, **(ON_CPU if ranks > 1 else {}))
+    return found
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_it_trains(trained: dict[str, Run], name: str):
+    run = trained[name]
+    assert run.code == 0, run.output[-6000:]
+    losses = [loss for (loss,) in run.steps("loss")]
+    assert len(losses) == 2
+    assert [entry["step"] for entry in run.log if "eval_loss" in entry][-1] == 2
+    method = split_name(name)[1]
+    if method in FIRST_LOSS:
+        assert losses[0] == pytest.approx(FIRST_LOSS[method], abs=1e-5)
+    assert all(map(math.isfinite, losses))
+    config = CONFIGS[name]
+    given = seen(run)
+    assert given["ranks"] == (2 if "deepspeed" in config else 1)
+    assert given["zero_stage"] == (3 if "deepspeed" in config else None)
+    assert given["learning_rate"] == float(config["learning_rate"])
+    ours = config["rl"] == "focalpo"
+    assert (given["trainer"] == "AxolotlPairwiseTrainer") == ours
+    assert run.output.count("focalpo_plugins: active") == ours
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_trainer_is_given_the_recipes_settings(trained: dict[str, Run], pairs: dict, name: str):
+    """Not only does Axolotl take a key: it arrives."""
+    config, given = CONFIGS[name], seen(trained[name])
+    assert given["max_length"] == config["sequence_len"]
+    # Axolotl makes steps of the ratio, by all rows; and never one step.
+    steps = math.ceil(len(pairs["train"]) * (1 + (config["rl"] == "kto")) / (2 * given["ranks"]))
+    warmup = config.get("warmup_steps", int(config.get("warmup_ratio", 0) * steps))
+    assert given["warmup"] == (2 if warmup == 1 else warmup)
+    assert given["scheduler"] == "cosine"
+    beta = config.get("rl_beta", config.get("orpo_alpha"))
+    assert given["beta"] == beta
+    for key in ("simpo_gamma", "cpo_alpha"):
+        if key in config:
+            assert given[key] == config[key]
+
+
+def sequences(batch: dict[str, list]) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Each sequence of a batch without its padding, and the tokens of it that are learned."""
+    if "completion_mask" in batch:  # DPO and KTO
+        ids, pads, learned = (batch[k] for k in ("input_ids", "attention_mask", "completion_mask"))
+    else:  # CPO (SimPO) and ORPO
+        both = [
+            [*batch[f"chosen_{k}"], *batch[f"rejected_{k}"]]
+            for k in ("input_ids", "attention_mask", "labels")
+        ]
+        ids, pads = both[:2]
+        learned = [[label != -100 for label in row] for row in both[2]]
+    return {
+        (
+            tuple(token for token, real in zip(row, pad, strict=True) if real),
+            tuple(
+                token for token, real, is_it in zip(row, pad, mask, strict=True) if real and is_it
+            ),
+        )
+        for row, pad, mask in zip(ids, pads, learned, strict=True)
+    }
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("name", PAPERS)
+def test_tokens(trained: dict[str, Run], places: Path, pairs: dict, name: str, split: str):
+    """One BOS, then the prompt, masked; then the answer and the end of the turn, both learned.
+
+    The text of prompt and answer is written out here by the two formats' rules, and tokenized
+    without special tokens of the tokenizer's own.
+    """
+    model, method = split_name(name)
+    tokenizer = AutoTokenizer.from_pretrained(places / model)
+    write_prompt, end = {
+        "llama3": (llama3_prompt, "<|eot_id|>"), "mistral": (zephyr_prompt, "</s>")
+    }[model]  # fmt: skip
+    if (model, method) == ("mistral", "orpo"):
+        end = "</s>\n</s>"  # Axolotl's strategy for ORPO leaves the newline, and TRL ends it once more
+    expected = set()
+    for pair in pairs[split]:
+        prompt = write_prompt(pair["chosen"][0]["content"])
+        bare = prompt.removeprefix(tokenizer.bos_token)
+        length = 1 + len(tokenizer(bare, add_special_tokens=False).input_ids)
+        for column in ("chosen", "rejected"):
+            text = bare + pair[column][-1]["content"] + end
+            ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
+            expected.add((tuple(ids), tuple(ids[length:])))
+    batch = sequences(seen(trained[name])["train" if split == "train" else "eval"])
+    assert len(batch) >= 2
+    assert batch <= expected
+    for ids, learned in batch:
+        assert ids.count(tokenizer.bos_token_id) == 1
+        assert (
+            learned[-1]
+            == tokenizer.eos_token_id
+            == tokenizer.convert_tokens_to_ids(end[-len(tokenizer.eos_token) :])
+        )
