@@ -15,11 +15,11 @@ import alpaca_eval
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
-from alpaca_eval import constants, decoders
+from alpaca_eval import decoders
 from alpaca_eval.utils import load_configs
-from conftest import StandIn, llama3_tokenizer, mistral_tokenizer
+from chat_formats import llama3_tokenizer, mistral_tokenizer
 from harness import EXAMPLES
+from stand_in import StandIn
 from transformers import PreTrainedTokenizerFast
 
 FOLDER = EXAMPLES / "eval" / "alpaca_eval"
