@@ -204,6 +204,58 @@ def check_judgments(server: StandIn, board: pd.DataFrame, model: str) -> None:
     assert board.loc[model, "length_controlled_winrate"] == pytest.approx(WIN_RATE, abs=10)
 
 
+# In place of the engine: it writes down what alpaca_eval hands to vLLM, and answers as the server does.
+VLLM = """
+import json, re, types
+
+class SamplingParams:
+    def __init__(self, **kwargs):
+        vars(self).update(kwargs)
+
+class LLM:
+    def __init__(self, **kwargs):
+        self.kwargs = kwargs
+
+    def generate(self, prompts, sampling_params):
+        asked = {"engine": self.kwargs, "params": vars(sampling_params), "prompts": prompts}
+        with open("asked.jsonl", "a") as file:
+            file.write(json.dumps(asked) + chr(10))
+        texts = ["answer worth " + re.search(r"worth (\\d+)", prompt)[1] for prompt in prompts]
+        return [types.SimpleNamespace(outputs=[types.SimpleNamespace(text=t)]) for t in texts]
+"""
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_in_process(model: str, tmp_path: Path, stand_in: StandIn):
+    """configs.yaml: what vLLM is handed. ``use_beam_search`` is alpaca-eval 0.6.2's doing, of which the
+    README warns."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "vllm.py").write_text(VLLM)
+    run_alpaca_eval(
+        tmp_path,
+        stand_in,
+        "evaluate_from_model",
+        model,
+        f"--evaluation_dataset={write_dataset(tmp_path)}",
+    )
+    (asked,) = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
+    assert asked["engine"]["model"] == asked["engine"]["tokenizer"] == f"outputs/{model}"
+    assert asked["engine"]["tensor_parallel_size"] == 1
+    temperature, tokens, top_p, stop = DECODING[model]
+    params = {"temperature": temperature, "max_tokens": tokens, "top_p": top_p}
+    if stop:
+        params["stop_token_ids"] = stop
+    assert asked["params"] == params | {"use_beam_search": True}
+    tokenizer = TOKENIZERS[model]()
+    assert tokenizer(asked["prompts"])["input_ids"] == [
+        trained_on(model, tokenizer, f"Question {i}: write a text worth {ours}")
+        for i, (ours, _) in enumerate(WORTH)
+    ]
+    assert stand_in.completions == []
+    (board,) = (tmp_path / "results" / model).rglob("leaderboard.csv")
+    check_judgments(stand_in, pd.read_csv(board, index_col=0), model)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_served(model: str, tmp_path: Path, stand_in: StandIn):
     """served.yaml: what a vLLM server gets, and the judgment of what it answers."""
