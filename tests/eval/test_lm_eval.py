@@ -33,6 +33,15 @@ LEADERBOARD = {
     "gsm8k": (5, ["exact_match"]),
     "mmlu": (5, ["acc"]),
 }
+# Where lm-eval has them.
+FILES = {
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "truthfulqa_mc2": "truthfulqa/truthfulqa_mc2.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "gsm8k": "gsm8k/gsm8k.yaml",
+    "mmlu": "mmlu/default/_mmlu.yaml",
+}
 
 QUESTIONS = [
     ("What colour is a swan?", ["white", "It depends on many things.", "red", "one"], 0),
@@ -74,7 +83,8 @@ def test_group_is_the_leaderboards():
     }
     for name, (_, metrics) in LEADERBOARD.items():
         shipped = shipped_config(name)
-        # A group is named by `group`: under `task` lm-eval would call its 57 members all the same.
+        # A group has to be named by `group`: under `task` all its members get its own name, and
+        # lm-eval goes round in circles.
         assert ("group" in shipped) == ("group" in members[name])
         listed = shipped.get("metric_list", shipped.get("aggregate_metric_list"))
         assert set(metrics) <= {entry["metric"] for entry in listed}
@@ -93,14 +103,9 @@ def shipped_config(name: str) -> dict:
         include = config.pop("include", None)
         return {**(load(path.parent / include) if include else {}), **config}
 
-    found = []
-    for kind in ("task", "group"):
-        for path in SHIPPED.rglob("*.yaml"):
-            if f"{kind}: {name}\n" in path.read_text() + "\n":
-                config = load(path)
-                found += [config] if config.get(kind) == name else []
-    assert len(found) == 1, (name, found)
-    return found[0]
+    config = load(SHIPPED / FILES[name])
+    assert config.get("group", config["task"]) == name
+    return config
 
 
 def write_tasks(folder: Path) -> None:
@@ -140,13 +145,15 @@ def write_tasks(folder: Path) -> None:
         for question, choices, answer in QUESTIONS
     ]
 
-    def task(name: str, include: str, splits: dict[str, list], **more: object) -> None:
+    def task(
+        name: str, splits: dict[str, list], include: str | None = None, **more: object
+    ) -> None:
         files = {}
         for split, rows in splits.items():
             files[split] = str(folder / f"{name}-{split}.jsonl")
             Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
         config = {
-            "include": str(SHIPPED / include),
+            "include": str(SHIPPED / (include or FILES[name])),
             "task": name,
             "dataset_path": "json",
             "dataset_name": None,
@@ -157,21 +164,19 @@ def write_tasks(folder: Path) -> None:
     # One row many times: the examples in a prompt are the same, whichever are drawn.
     task(
         "arc_challenge",
-        "arc/arc_challenge.yaml",
         {"train": arc[:1] * 25, "validation": arc[:1], "test": arc},
     )
-    task("hellaswag", "hellaswag/hellaswag.yaml", {"train": swag[:1] * 10, "validation": swag})
-    task("winogrande", "winogrande/default.yaml", {"train": grande * 5, "validation": grande})
-    task("truthfulqa_mc2", "truthfulqa/truthfulqa_mc2.yaml", {"validation": truth})
+    task("hellaswag", {"train": swag[:1] * 10, "validation": swag})
+    task("winogrande", {"train": grande * 5, "validation": grande})
+    task("truthfulqa_mc2", {"validation": truth})
     task(
         "gsm8k",
-        "gsm8k/gsm8k.yaml",
         {"train": gsm * 5, "test": gsm},
         generation_kwargs={"until": ["Question:"], "do_sample": False, "max_gen_toks": 8},
     )
     subject = "mmlu/default/_default_template_yaml"
-    task("mmlu_anatomy", subject, {"dev": mmlu[:1] * 5, "test": mmlu[:4]})
-    task("mmlu_astronomy", subject, {"dev": mmlu[:1] * 5, "test": mmlu[4:]})
+    task("mmlu_anatomy", {"dev": mmlu[:1] * 5, "test": mmlu[:4]}, subject)
+    task("mmlu_astronomy", {"dev": mmlu[:1] * 5, "test": mmlu[4:]}, subject)
     shipped = shipped_config("mmlu")
     (folder / "mmlu.yaml").write_text(
         yaml.safe_dump(shipped | {"task": ["mmlu_anatomy", "mmlu_astronomy"]})
