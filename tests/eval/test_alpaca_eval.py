@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import alpaca_eval
@@ -155,7 +156,8 @@ def write_hub_cache(folder: Path) -> None:
     ).to_csv(snapshot / "df_gamed.csv", index=False)
 
 
-def run_alpaca_eval(tmp_path: Path, server: StandIn, *arguments: str, **variables: str):
+@pytest.fixture
+def run_alpaca_eval(tmp_path: Path, stand_in: StandIn) -> Callable[..., None]:
     """``alpaca_eval`` as a process of its own, on a copy of the package with our folders in it, as the
     README has the reader copy them."""
     copy = tmp_path / "site" / "alpaca_eval"
@@ -165,32 +167,36 @@ def run_alpaca_eval(tmp_path: Path, server: StandIn, *arguments: str, **variable
         served = copy / "models_configs" / model / "served.yaml"
         text = served.read_text()
         assert "http://127.0.0.1:8000/v1" in text
-        served.write_text(text.replace("http://127.0.0.1:8000/v1", server.url))
+        served.write_text(text.replace("http://127.0.0.1:8000/v1", stand_in.url))
     write_hub_cache(tmp_path / "hf")
-    env = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("OPENAI_", "PYTHONPATH"))}
     env |= {
-        "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), *filter(None, [env.get("PYTHONPATH")])]),
+        "PYTHONPATH": str(tmp_path / "site"),
         "OPENAI_API_KEY": "unused",
-        "OPENAI_BASE_URL": server.url,
+        "OPENAI_BASE_URL": stand_in.url,
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(tmp_path / "hf"),
-    }  # fmt: skip
-    command = [sys.executable, "-m", "alpaca_eval.main", *arguments]
-    done = subprocess.run(
-        [*command, "--annotators_config", JUDGE, "--precomputed_leaderboard", "None"],
-        env={**env, **variables},
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    return done.stdout
+    }
+
+    def run(*arguments: str) -> None:
+        command = [sys.executable, "-m", "alpaca_eval.main", *arguments]
+        done = subprocess.run(
+            [*command, "--annotators_config", JUDGE, "--precomputed_leaderboard", "None"],
+            env=env,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout[-6000:]
+
+    return run
 
 
-def check_judgments(server: StandIn, board: pd.DataFrame, model: str) -> None:
+def check_judgments(server: StandIn, results: Path, model: str) -> None:
     """One call a question, to the fixed judge, and the win rate that the stand-in's shares give."""
+    board = pd.read_csv(results / JUDGE / "leaderboard.csv", index_col=0)
     assert len(server.judgments) == len(WORTH)
     for asked in server.judgments:
         assert asked["model"] == "gpt-4-1106-preview"
@@ -226,14 +232,13 @@ class LLM:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_in_process(model: str, tmp_path: Path, stand_in: StandIn):
+def test_in_process(
+    model: str, tmp_path: Path, stand_in: StandIn, run_alpaca_eval: Callable[..., None]
+):
     """configs.yaml: what vLLM is handed. ``use_beam_search`` is alpaca-eval 0.6.2's doing, of which the
     README warns."""
-    (tmp_path / "site").mkdir()
     (tmp_path / "site" / "vllm.py").write_text(VLLM)
     run_alpaca_eval(
-        tmp_path,
-        stand_in,
         "evaluate_from_model",
         model,
         f"--evaluation_dataset={write_dataset(tmp_path)}",
@@ -252,16 +257,16 @@ def test_in_process(model: str, tmp_path: Path, stand_in: StandIn):
         for i, (ours, _) in enumerate(WORTH)
     ]
     assert stand_in.completions == []
-    (board,) = (tmp_path / "results" / model).rglob("leaderboard.csv")
-    check_judgments(stand_in, pd.read_csv(board, index_col=0), model)
+    check_judgments(stand_in, tmp_path / "results" / model, model)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_served(model: str, tmp_path: Path, stand_in: StandIn):
-    """served.yaml: what a vLLM server gets, and the judgment of what it answers."""
+def test_served(
+    model: str, tmp_path: Path, stand_in: StandIn, run_alpaca_eval: Callable[..., None]
+):
+    """served.yaml: what a vLLM server gets, and the judgment of what it answers; and, for one of the
+    two, the judgment alone once more."""
     run_alpaca_eval(
-        tmp_path,
-        stand_in,
         "evaluate_from_model",
         f"{model}/served.yaml",
         f"--evaluation_dataset={write_dataset(tmp_path)}",
@@ -283,5 +288,14 @@ def test_served(model: str, tmp_path: Path, stand_in: StandIn):
     outputs = json.loads((results / "model_outputs.json").read_text())
     assert [row["output"] for row in outputs] == [f"answer worth {ours}" for ours, _ in WORTH]
     assert {row["generator"] for row in outputs} == {model}
-    (board,) = results.rglob("leaderboard.csv")
-    check_judgments(stand_in, pd.read_csv(board, index_col=0), model)
+    check_judgments(stand_in, results, model)
+    if model == MODELS[0]:
+        stand_in.judgments.clear()
+        (results / JUDGE / "leaderboard.csv").unlink()
+        run_alpaca_eval(
+            "evaluate",
+            f"--model_outputs={results / 'model_outputs.json'}",
+            f"--reference_outputs={tmp_path / 'dataset.json'}",
+            "--caching_path=None",
+        )
+        check_judgments(stand_in, results, model)

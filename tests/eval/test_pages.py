@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from alpaca_eval import main as alpaca_main
+from alpaca_eval.annotators import PairwiseAnnotator
 from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
 from chat_formats import llama3_tokenizer, mistral_tokenizer
 from harness import EXAMPLES
@@ -46,11 +47,15 @@ def test_no_key_in_a_file():
 
 
 def test_alpaca_eval_commands():
-    """Function, options and judge exist."""
-    for name, function, *options in starting_with("alpaca_eval"):
-        known = inspect.signature(alpaca_main.ALL_FUNCTIONS[function]).parameters
+    """Function, options and judge exist: what a function doesn't know goes on to `evaluate`, and from
+    there to the annotator."""
+    known = set(inspect.signature(alpaca_main.evaluate).parameters)
+    for base in PairwiseAnnotator.__mro__:
+        known |= set(inspect.signature(base.__init__).parameters)
+    for _, function, *options in starting_with("alpaca_eval"):
         given = dict(zip(options[::2], options[1::2], strict=True))
-        assert {option.removeprefix("--") for option in given} <= set(known), name
+        own = inspect.signature(alpaca_main.ALL_FUNCTIONS[function]).parameters
+        assert {option.removeprefix("--") for option in given} <= known | set(own)
         judge = given["--annotators_config"]
         assert judge == "weighted_alpaca_eval_gpt4_turbo"
         assert (EVALUATORS_CONFIG_DIR / judge / "configs.yaml").is_file()
