@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -93,7 +92,14 @@ def test_copied_files_exist():
         ("llama3_focalpo", llama3_tokenizer, 0),
     ],
 )
-def test_bos_check(model: str, make: Callable, count: int, tmp_path: Path):
+def test_bos_check(
+    model: str,
+    make: Callable,
+    count: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
     """It prints 1 for a tokenizer that adds a BOS, and 0 for one that doesn't."""
     (command,) = [words for words in starting_with("python") if words[1] == "-c"]
     tokenizer = make()
@@ -101,6 +107,6 @@ def test_bos_check(model: str, make: Callable, count: int, tmp_path: Path):
         tokenizer.backend_tokenizer.post_processor = None
     tokenizer.save_pretrained(tmp_path)
     prompt = FOLDER / "alpaca_eval" / model / "prompt.txt"
-    arguments = [sys.executable, *command[1:-2], str(tmp_path), str(prompt)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-1] == str(count)
+    monkeypatch.setattr(sys, "argv", ["-c", str(tmp_path), str(prompt)])
+    exec(command[2], {})  # here, where transformers is loaded already
+    assert capsys.readouterr().out == f"{count}\n"
