@@ -17,7 +17,10 @@ OPENRLHF = "openrlhf==0.11.2"
 # What OpenRLHF pins and has no wheel for, built without the parts that need CUDA's compiler.
 FLASH_ATTN, DEEPSPEED = "flash-attn==2.8.3", "deepspeed==0.19.6"
 TWO_AT_A_TIME = ("-n", "2", "--dist", "loadgroup")
-TEST_TOOLS = ("pytest", "pytest-xdist", "setuptools", "pyyaml")
+# pytest-xdist 3.8.0 no longer keeps a group on one worker under pytest 9.2, and says nothing.
+TEST_TOOLS = ("pytest<9.2", "pytest-xdist", "setuptools", "pyyaml")
+# examples/eval/README.md installs the same; alpaca-eval needs the upper bounds.
+EVALUATION = ("lm-eval[hf]==0.4.13", "alpaca-eval==0.6.2", "setuptools<82", "datasets<4")
 
 
 def wheel(session: nox.Session) -> str:
@@ -76,6 +79,14 @@ def openrlhf(session: nox.Session) -> None:
     session.install(OPENRLHF)
     beside_the_host(session)
     test(session, ["tests/openrlhf"])
+
+
+@nox.session
+def evaluation(session: nox.Session) -> None:
+    """The files of examples/eval, in the tools that read them."""
+    session.install(TORCH)
+    session.install(*EVALUATION, *(tool for tool in TEST_TOOLS if tool != "setuptools"))
+    test(session, ["tests/eval"], *TWO_AT_A_TIME)
 
 
 def beside_the_host(session: nox.Session) -> None:
