@@ -123,6 +123,34 @@ def train(tiny: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
     return run
 
 
+@pytest.fixture
+def on_two_nodes(tiny: Path, few: Path, tmp_path: Path) -> Callable[..., Run]:
+    """``on_two_nodes(script, *flags)`` starts a launch script twice, as examples/multinode.md has it
+    for nodes without ssh, with the tiny model and data put in place by further flags."""
+
+    def run(script: Path, *flags: str) -> Run:
+        (tmp_path / "hosts").write_text("first slots=1\nsecond slots=1\n")
+        deepspeed = f"deepspeed --hostfile {tmp_path / 'hosts'} --no_ssh --master_addr 127.0.0.1"
+        port = free_port()
+        evaluate = ["--eval.dataset", str(few / "test.jsonl"), "--eval.split", "train"]
+        nodes = [
+            subprocess.Popen(
+                ["bash", str(script), *tiny_flags(tiny, few, tmp_path), *evaluate, *flags],
+                env=environment(DEEPSPEED=f"{deepspeed} --master_port {port} --node_rank {rank}"),
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        outputs = [node.communicate()[0] for node in nodes]
+        code = max((node.returncode for node in nodes), key=abs)
+        return Run(code, "", "".join(outputs), tmp_path)
+
+    return run
+
+
 def tiny_flags(tiny: Path, few: Path, folder: Path) -> list[str]:
     flags = {
         "--model.model_name_or_path": tiny / "model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -60,3 +61,15 @@ def test_the_papers_values(lines: dict, script: str, model: str, rate: str):
         ("--ds.zero_stage", "3"),
     ):
         assert line[line.index(flag) + 1] == value
+
+
+def test_a_script_trains_on_two_nodes(on_two_nodes: Callable):
+    """As examples/multinode.md has it; at the first step every margin is 0."""
+    run = on_two_nodes(EXAMPLES / "openrlhf" / "llama3_focalpo.sh")
+    assert run.returncode == 0, run.output
+    assert len(run.said("focalpo_plugins: active")) == 1
+    steps = run.steps("train/")
+    assert sorted(steps) == [1, 2, 3, 4, 5]  # 40 pairs, 8 to a step
+    assert steps[1]["loss"] == pytest.approx(2**-0.05 * math.log(2), abs=1e-5)
+    # The script's own: cosine with a tenth of five steps, rounded up, to warm up in.
+    assert steps[1]["lr"] == pytest.approx(1e-3)
