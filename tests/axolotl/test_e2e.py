@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
 
 import pytest
-from harness import PLUGIN, Axolotl, Run
+from harness import ON_CPU, PLUGIN, Axolotl, Run, zero3_on_cpu
 
 FIRST = 2**-0.05 * math.log(2)  # 0.66953: every margin is 0 before the first step
 DIAGNOSTICS = ("p", "weight", "reversed")
@@ -152,29 +151,18 @@ def test_third_partys_loss(axolotl: Axolotl, hinge_package: Path):
     assert "hinge/p" in run.log[0] and "hinge/weight" not in run.log[0]
 
 
-ZERO3 = {
-    "zero_optimization": {"stage": 3, "overlap_comm": False},
-    "bf16": {"enabled": "auto"},
-    "gradient_accumulation_steps": "auto",
-    "train_batch_size": "auto",
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_clipping": "auto",
-}
-
-
 def test_zero3_on_two_ranks_agrees_with_one_process(axolotl: Axolotl, plain: Run):
     """Two ranks of four pairs each, against two accumulation steps of four pairs in one process."""
-    (axolotl.folder / "zero3.json").write_text(json.dumps(ZERO3))
     run = axolotl.train(
         "--launcher",
         "torchrun",
         "--",
         "--nproc_per_node",
         "2",
-        deepspeed=str(axolotl.folder / "zero3.json"),
+        deepspeed=zero3_on_cpu(axolotl.folder),
         gradient_accumulation_steps=1,
         plugins=["test_only_plugins.GlooOnCPU"],
-        variables={"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"},
+        variables=ON_CPU,
     )
     assert (run.checkpoints[-1] / "zero_to_fp32.py").exists()  # DeepSpeed wrote the checkpoint
     assert run.output.count("focalpo_plugins: active") == 1

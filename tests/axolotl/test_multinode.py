@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import subprocess
 from pathlib import Path
 
 import pytest
-from harness import EXAMPLES, ON_CPU, Axolotl, Run, axolotl_environment, free_port
+from harness import ON_CPU, Axolotl, Run, at_once, axolotl_environment, free_port, zero3_on_cpu
 
 FIRST = 2**-0.05 * math.log(2)
-ZERO3 = str(EXAMPLES / "deepspeed" / "zero3.json")
 
 
 @pytest.fixture(scope="module")
 def one_node(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Three steps on two ranks."""
     axolotl = Axolotl(tiny, tmp_path_factory.mktemp("one_node"))
-    config = axolotl.config(deepspeed=ZERO3, max_steps=3, plugins=["test_only_plugins.GlooOnCPU"])
+    config = axolotl.config(
+        deepspeed=zero3_on_cpu(axolotl.folder), max_steps=3, plugins=["test_only_plugins.GlooOnCPU"]
+    )
     run = axolotl("train", config, ranks=2, **ON_CPU)
     assert run.code == 0, run.output[-6000:]
     return run
@@ -26,26 +26,20 @@ def one_node(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_torchrun_on_two_nodes(axolotl: Axolotl, one_node: Run):
     """The command of the page, once for each node: the losses of one node with two ranks."""
-    config = axolotl.config(deepspeed=ZERO3, max_steps=3, plugins=["test_only_plugins.GlooOnCPU"])
-    port = free_port()
-    nodes = [
-        subprocess.Popen(
-            ["axolotl", "train", str(config), "--launcher", "torchrun", "--"]
-            + ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank)]
-            + ["--rdzv_backend", "c10d", "--rdzv_id", "focalpo"]
-            + ["--rdzv_endpoint", f"127.0.0.1:{port}"],
-            env=axolotl_environment(**ON_CPU),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=axolotl.folder,
-        )
-        for rank in range(2)
-    ]
-    outputs = [node.communicate()[0] for node in nodes]
-    for node, output in zip(nodes, outputs, strict=True):
-        assert node.returncode == 0, output[-6000:]
-    run = Run(0, "".join(outputs), axolotl.folder / "out")
+    config = axolotl.config(
+        deepspeed=zero3_on_cpu(axolotl.folder), max_steps=3, plugins=["test_only_plugins.GlooOnCPU"]
+    )
+    command = ["axolotl", "train", str(config), "--launcher", "torchrun", "--", "--nnodes", "2"]
+    command += ["--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "focalpo"]
+    command += ["--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
+    ends = at_once(
+        [[*command, "--node_rank", str(rank)] for rank in range(2)],
+        [axolotl_environment(**ON_CPU)] * 2,
+        axolotl.folder,
+    )
+    for code, output in ends:
+        assert code == 0, output[-6000:]
+    run = Run(0, "".join(output for _, output in ends), axolotl.folder / "out")
     assert run.output.count("focalpo_plugins: active") == 1
     assert run.steps("loss")[0][0] == pytest.approx(FIRST, abs=1e-6)
     names = ("loss", "grad_norm", "focalpo/p")
@@ -59,7 +53,7 @@ def test_ray_with_two_workers(axolotl: Axolotl, one_node: Run):
         "--use-ray",
         "--ray-num-workers",
         "2",
-        deepspeed=ZERO3,
+        deepspeed=zero3_on_cpu(axolotl.folder),
         max_steps=3,
         resources_per_worker={"CPU": 1},
         plugins=["test_only_plugins.GlooOnCPU", "test_only_plugins.RayOnCPU"],

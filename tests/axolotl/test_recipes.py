@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from formats import llama3_prompt, make_llama3, make_zephyr, rows, zephyr_prompt
-from harness import EXAMPLES, ON_CPU, Axolotl, Run
+from harness import EXAMPLES, ON_CPU, Axolotl, Run, zero3_on_cpu
 from transformers import AutoTokenizer
 
 YAMLS = [
@@ -253,7 +253,7 @@ def small(name: str, places: Path, **changes: Any) -> dict[str, Any]:
     }
     del config["saves_per_epoch"]
     if "deepspeed" in config:
-        config["deepspeed"] = str(EXAMPLES.parent / config["deepspeed"])
+        config["deepspeed"] = zero3_on_cpu(places)
         config["plugins"].append("test_only_plugins.GlooOnCPU")
     if config["optimizer"].startswith("paged"):
         config["optimizer"] = "adamw_torch"

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from harness import SUPPORT, free_port
+from harness import SUPPORT, at_once, free_port
 
 COMMAND = "openrlhf.cli.train_dpo"
 
@@ -133,20 +133,12 @@ def on_two_nodes(tiny: Path, few: Path, tmp_path: Path) -> Callable[..., Run]:
         deepspeed = f"deepspeed --hostfile {tmp_path / 'hosts'} --no_ssh --master_addr 127.0.0.1"
         port = free_port()
         evaluate = ["--eval.dataset", str(few / "test.jsonl"), "--eval.split", "train"]
-        nodes = [
-            subprocess.Popen(
-                ["bash", str(script), *tiny_flags(tiny, few, tmp_path), *evaluate, *flags],
-                env=environment(DEEPSPEED=f"{deepspeed} --master_port {port} --node_rank {rank}"),
-                cwd=tmp_path,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        outputs = [node.communicate()[0] for node in nodes]
-        code = max((node.returncode for node in nodes), key=abs)
-        return Run(code, "", "".join(outputs), tmp_path)
+        command = ["bash", str(script), *tiny_flags(tiny, few, tmp_path), *evaluate, *flags]
+        launchers = [f"{deepspeed} --master_port {port} --node_rank {rank}" for rank in range(2)]
+        environments = [environment(DEEPSPEED=launcher) for launcher in launchers]
+        ends = at_once([command] * 2, environments, tmp_path)
+        code = max((code for code, _ in ends), key=abs)
+        return Run(code, "", "".join(output for _, output in ends), tmp_path)
 
     return run
 

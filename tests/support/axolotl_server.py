@@ -6,6 +6,7 @@ than all the rest of a short run.
 
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -17,6 +18,7 @@ MODULES = (
     "axolotl.core.builders", "axolotl.loaders", "axolotl.common.datasets", "trl", "deepspeed",
     "peft", "bitsandbytes",
 )  # fmt: skip
+LONGEST = 600  # seconds, after which a run that hangs is ended
 
 
 def fork(argv, cwd, env, output):
@@ -26,6 +28,7 @@ def fork(argv, cwd, env, output):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
+    signal.alarm(LONGEST)
     os.chdir(cwd)
     os.environ.update(env)
     sys.argv = ["axolotl", *argv]

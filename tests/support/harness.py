@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,22 @@ class Run:
         return [tuple(entry[name] for name in names) for entry in self.log if "loss" in entry]
 
 
+def at_once(
+    commands: list[list[str]], environments: list[dict[str, str]], folder: Path
+) -> list[tuple[int, str]]:
+    """Exit code and output of commands that wait for each other."""
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in commands]
+        processes = [
+            subprocess.Popen(command, env=env, cwd=folder, stdout=out, stderr=subprocess.STDOUT)
+            for command, env, out in zip(commands, environments, outputs, strict=True)
+        ]
+        codes = [process.wait() for process in processes]
+        for out in outputs:
+            out.seek(0)
+        return [(code, out.read()) for code, out in zip(codes, outputs, strict=True)]
+
+
 def free_port() -> str:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -63,6 +81,16 @@ def free_port() -> str:
 
 # For ranks without a GPU.
 ON_CPU = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+
+
+def zero3_on_cpu(folder: Path) -> str:
+    """A copy of examples/deepspeed/zero3.json without ``overlap_comm``: without a GPU's streams the
+    ranks' collectives come out of step."""
+    config = json.loads((EXAMPLES / "deepspeed" / "zero3.json").read_text())
+    config["zero_optimization"]["overlap_comm"] = False
+    path = folder / "zero3.json"
+    path.write_text(json.dumps(config))
+    return str(path)
 
 
 def axolotl_environment(**variables: str) -> dict[str, str]:
