@@ -1,0 +1,89 @@
+"""``focalpo``: look at a run before it is paid for, and at what it did.
+
+Each command is a module of its own, imported when it is used: ``focalpo --help`` imports neither
+torch nor a host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+_DATA_HELP = "preference file: .jsonl, .json, .parquet or .csv"
+
+
+class CommandError(Exception):
+    """What is wrong with the command line or with what it names, in one line for the user."""
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "focalpo") -> int:
+    """Run one command; ``argv`` is without the program's name.
+
+    Returns:
+        0, or 1 for the warnings of ``check --strict``, or 2 for an error, which is on stderr.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # Whatever follows `check --` is another program's command line.
+    host_argv = None
+    if argv[:1] == ["check"] and "--" in argv:
+        at = argv.index("--")
+        argv, host_argv = argv[:at], argv[at + 1 :]
+    args = _parser(prog).parse_args(argv)
+    args.host_argv = host_argv
+    try:
+        return int(import_module(f".{args.command}", __name__).run(args))
+    except CommandError as error:
+        print(f"{prog} {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prog} {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, description="FocalPO before, during and after a training run."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, summary: str, *, more: str = "", example: str
+    ) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}. {more}".strip(),
+            epilog="example:\n  " + "\n  ".join(example.format(prog=prog).splitlines()),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    curves = command(
+        "curves",
+        "draw the paper's Fig. 2, 3 and 4 for any gamma and variant",
+        more="The curves come from\nthe loss that is trained; the peak of the gradient and z* are marked.",
+        example="{prog} curves --gamma 0.05 0.5 --out curves",
+    )
+    curves.add_argument(
+        "--gamma",
+        type=float,
+        nargs="+",
+        default=[0.05],
+        help="one or more; Fig. 3 takes the first (default: 0.05)",
+    )
+    curves.add_argument(
+        "--variant",
+        default="correct",
+        help="correct, correct_exact or incorrect (default: correct)",
+    )
+    curves.add_argument("--out", default="curves", metavar="DIR", help="folder (default: curves)")
+    curves.add_argument(
+        "--format",
+        nargs="+",
+        default=["png", "csv"],
+        choices=["png", "svg", "csv"],
+        help="what to write; csv needs no matplotlib (default: png csv)",
+    )
+
+    return parser
