@@ -17,6 +17,8 @@ OPENRLHF = "openrlhf==0.11.2"
 # What OpenRLHF pins and has no wheel for, built without the parts that need CUDA's compiler.
 FLASH_ATTN, DEEPSPEED = "flash-attn==2.8.3", "deepspeed==0.19.6"
 TWO_AT_A_TIME = ("-n", "2", "--dist", "loadgroup")
+# What the extras `plots` and `tensorboard` bring.
+PICTURES = ("matplotlib", "tensorboard")
 TEST_TOOLS = ("pytest", "pytest-xdist", "setuptools", "pyyaml")
 
 
@@ -50,10 +52,10 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def core(session: nox.Session) -> None:
-    """What needs torch and pluggy alone."""
+    """What needs no host."""
     session.install(TORCH)
     session.install(wheel(session))
-    session.install(*TEST_TOOLS, "hypothesis", "mpmath")
+    session.install(*TEST_TOOLS, "hypothesis", "mpmath", *PICTURES)
     test(session, sorted(map(str, Path("tests").glob("test_*.py"))), *TWO_AT_A_TIME)
 
 

@@ -62,7 +62,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     curves = command(
         "curves",
         "draw the paper's Fig. 2, 3 and 4 for any gamma and variant",
-        more="The curves come from\nthe loss that is trained; the peak of the gradient and z* are marked.",
+        more="The curves come from\n"
+        "the loss that is trained; the peak of the gradient and z* are marked.",
         example="{prog} curves --gamma 0.05 0.5 --out curves",
     )
     curves.add_argument(
@@ -77,13 +78,34 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         default="correct",
         help="correct, correct_exact or incorrect (default: correct)",
     )
-    curves.add_argument("--out", default="curves", metavar="DIR", help="folder (default: curves)")
-    curves.add_argument(
+    _output(curves, "curves")
+
+    report = command(
+        "report",
+        "read the logs of runs and draw them side by side",
+        more="Margins, accuracies,\n"
+        "weights and loss: one picture, and one table, which is printed as well.",
+        example="{prog} report outputs/tiny_dpo outputs/tiny_focalpo\n"
+        "{prog} report DPO=outputs/a FocalPO=outputs/b/tensorboard",
+    )
+    report.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="output folder, checkpoint, trainer_state.json or TensorBoard folder; NAME=RUN names "
+        "it in the picture",
+    )
+    _output(report, "report")
+
+    return parser
+
+
+def _output(parser: argparse.ArgumentParser, folder: str) -> None:
+    parser.add_argument("--out", default=folder, metavar="DIR", help=f"folder (default: {folder})")
+    parser.add_argument(
         "--format",
         nargs="+",
         default=["png", "csv"],
         choices=["png", "svg", "csv"],
         help="what to write; csv needs no matplotlib (default: png csv)",
     )
-
-    return parser

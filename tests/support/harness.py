@@ -122,3 +122,11 @@ class Axolotl:
         run = self("train", self.config(**changes), *more, **(variables or {}))
         assert run.code == 0, run.output[-6000:]
         return run
+
+
+def focalpo(
+    *arguments: str | Path, path: Path | str | None = None, **variables: str
+) -> subprocess.CompletedProcess:
+    """The installed ``focalpo`` command."""
+    command = Path(sys.executable).parent / "focalpo"
+    return run_python(str(command), *map(str, arguments), path=path, **variables)
