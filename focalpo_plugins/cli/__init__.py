@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-_DATA_HELP = "preference file: .jsonl, .json, .parquet or .csv"
+_DATA_HELP = "preference file (.jsonl, .json, .parquet, .csv) with chosen, rejected and prompt"
 
 
 class CommandError(Exception):
@@ -96,6 +96,33 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "it in the picture",
     )
     _output(report, "report")
+
+    score = command(
+        "score",
+        "compute implicit rewards and margins of a preference file",
+        more="The reward of an\n"
+        "answer is beta * (log p under MODEL - log p under --ref); a margin is the chosen reward\n"
+        "less the rejected one. A run that was stopped goes on where it was.",
+        example="{prog} score outputs/tiny_focalpo --ref examples/tiny/model "
+        "examples/tiny/test.jsonl",
+    )
+    score.add_argument("model", metavar="MODEL", help="folder or hub name of the trained model")
+    score.add_argument("data", metavar="DATA", help=_DATA_HELP)
+    score.add_argument("--ref", required=True, metavar="MODEL", help="the model it started from")
+    score.add_argument("--beta", type=float, default=0.1, help="scale of the reward (default: 0.1)")
+    score.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="pairs at a time (default: 8)"
+    )
+    score.add_argument(
+        "--max-length", type=int, metavar="N", help="cut sequences to N tokens (default: never)"
+    )
+    score.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the weights (default: as they are saved)",
+    )
+    _output(score, "scores")
 
     return parser
 

@@ -120,7 +120,8 @@ def _read(path: Path, name: str | None) -> Run:
     """The log at ``path``, which is a log file, a checkpoint, or a folder that holds them."""
     if not path.exists():
         raise CommandError(f"RUN must be a run's folder or log, got {str(path)!r}: nothing there.")
-    states, events = [], []
+    states: list[Path] = []
+    events: list[Path] = []
     if path.is_file():
         (events if ".tfevents." in path.name else states).append(path)
     else:
