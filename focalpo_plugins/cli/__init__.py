@@ -59,6 +59,34 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+    check = command(
+        "check",
+        "show what a run will train on, and what it takes, before it is started",
+        more="No GPU\n"
+        "and no weights are needed: the host's own code reads config, data and tokenizer. Exit\n"
+        "code 0, 1 for warnings with --strict, 2 for errors.",
+        example="{prog} check examples/tiny_focalpo.yml --gpus 8\n"
+        "{prog} check --json -- --loss focalpo --data.dataset pairs.jsonl ...",
+    )
+    check.add_argument(
+        "config",
+        nargs="?",
+        metavar="CONFIG",
+        help="Axolotl YAML; or, after `--`, a command line of openrlhf.cli.train_dpo",
+    )
+    check.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="ranks that the run is meant for (default: the GPUs here, or 1)",
+    )
+    check.add_argument(
+        "--pair", type=int, default=0, metavar="N", help="which pair is shown (default: 0)"
+    )
+    check.add_argument("--strict", action="store_true", help="exit code 1 where there are warnings")
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+
     curves = command(
         "curves",
         "draw the paper's Fig. 2, 3 and 4 for any gamma and variant",
