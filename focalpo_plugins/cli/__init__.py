@@ -85,7 +85,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     check.add_argument("--strict", action="store_true", help="exit code 1 where there are warnings")
     check.add_argument("--json", action="store_true", help="print JSON")
-    check.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    check.add_argument("--debug", action="store_true", help="show where a host's error comes from")
 
     curves = command(
         "curves",

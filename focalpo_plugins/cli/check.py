@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def _plan(args: Namespace) -> tuple[Plan, str]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
 
-    gpus = args.gpus or max(1, torch.cuda.device_count())
+    gpus = max(1, torch.cuda.device_count()) if args.gpus is None else args.gpus
     if gpus < 1:
         raise CommandError(f"--gpus must be at least 1, got {args.gpus}.")
     name = "the OpenRLHF command line"
@@ -93,7 +93,9 @@ def _plan(args: Namespace) -> tuple[Plan, str]:
     except CommandError:
         raise
     except Exception as error:  # whatever the host finds wrong, it is the user's answer
-        raise CommandError(f"{name}: {_one_line(error)}") from (error if args.debug else None)
+        if args.debug:
+            raise
+        raise CommandError(f"{name}: {_one_line(error)}") from None
 
 
 def _need(module: str, what: str) -> None:
@@ -228,7 +230,7 @@ def _warnings(plan: Plan, counts: Counts) -> list[str]:
     if counts.truncated > _MUCH_CUT * counts.pairs:
         found.append(
             f"{_share(counts.truncated, counts.pairs)} of the pairs are truncated to "
-            f"{plan.max_length} tokens: their answers have no end."
+            f"{plan.max_length} tokens."
         )
     dropped = plan.rows - plan.kept
     if dropped > _MUCH_CUT * plan.rows:
@@ -363,7 +365,7 @@ def _as_json(
     warnings: list[str],
 ) -> dict[str, Any]:
     star = _reversal(plan)
-    whole = asdict(counts)
+    whole: dict[str, Any] = dict(vars(counts))  # asdict() can't copy a Counter
     for key in ("lengths", "trained"):
         values = whole.pop(key)
         whole[key] = {"min": min(values), "median": statistics.median(values), "max": max(values)}
@@ -395,7 +397,7 @@ def _as_json(
         "batch": plan.micro_batch * plan.accumulation * plan.ranks,
         "precision": plan.precision,
         "zero_stage": plan.state.zero_stage,
-        "memory_bytes": None if memory is None else {**asdict(memory), "state": memory.state},
+        "memory_bytes": None if memory is None else {**vars(memory), "state": memory.state},
         "pair": sides,
         "warnings": warnings,
     }
