@@ -142,6 +142,8 @@ def _load_cfg(config: Path, gpus: int, scratch: Path) -> tuple[Any, list[str]]:
         env = {"torch_version": str(torch.__version__).split("+", maxsplit=1)[0]}
         cli_config.gpu_capabilities = lambda: ({**_ASSUMED, "n_gpu": gpus}, env)
         config_module.is_torch_bf16_gpu_available = lambda: True  # for `bf16: auto`
+    # It readies this process for DeepSpeed or FSDP, and waits for the other ranks.
+    cli_config.prepare_optim_env = lambda cfg: None
     return cli_config.load_cfg(str(config), output_dir=str(scratch)), notes
 
 

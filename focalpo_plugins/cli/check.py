@@ -38,6 +38,7 @@ class Counts:
     identical: int = 0
     empty: int = 0
     doubled_bos: int = 0
+    bos_in_answer: int = 0
     bos: Counter[int] = field(default_factory=Counter)
     eos: Counter[int] = field(default_factory=Counter)
     starts_with_bos: int = 0
@@ -161,6 +162,7 @@ def _count(plan: Plan, number: int) -> tuple[Counts, Pair]:
             counts.eos[answer.count(eos)] += 1
             counts.starts_with_bos += side.ids[:1] == [bos]
             counts.doubled_bos += bos != eos and side.ids[:2] == [bos, bos]
+            counts.bos_in_answer += bos != eos and bos in answer
             counts.uncut_without_eos += not pair.truncated and eos not in answer
     assert shown is not None
     return counts, shown
@@ -204,6 +206,12 @@ def _warnings(plan: Plan, counts: Counts) -> list[str]:
         found.append(
             f"BOS doubled at the start of {_share(counts.doubled_bos, 2 * counts.pairs)} of the "
             "sequences: template and tokenizer both write it. Take it out of the template."
+        )
+    if counts.bos_in_answer:
+        found.append(
+            f"BOS in {_share(counts.bos_in_answer, 2 * counts.pairs)} of the answers: the host "
+            "took more than the answer for it, as Axolotl's chat_template strategies do where an "
+            "answer is empty. Remove those pairs."
         )
     bos = plan.tokenizer.bos_token_id
     adds_bos = bos is not None and plan.tokenizer("a")["input_ids"][:1] == [bos]
