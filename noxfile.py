@@ -63,7 +63,7 @@ def core(session: nox.Session) -> None:
 def axolotl(session: nox.Session) -> None:
     """TRL's and Axolotl's rooms, with the real Axolotl."""
     session.install(TORCH)
-    session.install(AXOLOTL)
+    session.install(AXOLOTL, "matplotlib")
     beside_the_host(session)
     test(session, ["tests/trl", "tests/axolotl"], *TWO_AT_A_TIME)
 

@@ -16,7 +16,7 @@ from harness import EXAMPLES, SUPPORT
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Runs that several tests look at: one worker gets all of a run's tests, and makes it once.
-SHARED_RUNS = ("plain", "outcomes")
+SHARED_RUNS = ("plain", "outcomes", "answers", "ends", "drawn")
 
 
 @pytest.hookimpl(tryfirst=True)
