@@ -71,14 +71,14 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
     tokenizer = load_tokenizer(cfg)
     data = load_preference_datasets(cfg=cfg)
     train, held_out = data.train_dataset, data.eval_dataset
-    everything = [train]
+    whole, rows = train, len(train)
     if not cfg.skip_prepare_dataset:
-        # The same rows before Axolotl dropped or cut what is too long; the evaluation's left out.
-        whole = DictDefault({**cfg, "skip_prepare_dataset": True, "test_datasets": None})
-        whole["val_set_size"] = 0
-        everything = [prepare_preference_datasets(whole, tokenizer)[0]]
-    split_off = len(held_out) if held_out is not None and not cfg.test_datasets else 0
-    rows = len(everything[0]) - split_off
+        # The same rows before Axolotl dropped or cut what is too long, the evaluation's left out.
+        uncut = DictDefault({**cfg, "skip_prepare_dataset": True, "test_datasets": None})
+        uncut["val_set_size"] = 0
+        whole = prepare_preference_datasets(uncut, tokenizer)[0]
+        split_off = len(held_out) if held_out is not None and not cfg.test_datasets else 0
+        rows = len(whole) - split_off
     if len(train) == 0:
         raise ValueError(
             f"datasets must hold a pair that fits into sequence_len, got {rows} pairs of which "
@@ -86,7 +86,7 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
         )
     if (cfg.excess_length_strategy or "").lower() == "truncate":
         # That cuts the text, before TRL sees it.
-        whole_texts = {_key(row) for row in everything[0]}
+        whole_texts = {_key(row) for row in whole}
         train = train.add_column(_CUT, [_key(row) not in whole_texts for row in train])
     trainer = _trainer(cfg, train, held_out, tokenizer, data.total_num_steps)
     dataset, collator = trainer.train_dataset, trainer.data_collator
@@ -98,8 +98,6 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
             "dpo_use_liger_kernel: the loss runs in Liger's fused class, with the values of the "
             "plain path; Axolotl swaps in Liger's Triton layers as well, which a CPU can't try."
         )
-    if cfg.dpo_padding_free:
-        warnings.append("dpo_padding_free: TRL switches it off again in some releases.")
     return Plan(
         host=f"Axolotl {version('axolotl')} with TRL {version('trl')}",
         loss=loss,
