@@ -19,7 +19,6 @@ from ..plan import ModelState, Pair, Plan, Sequence
 
 # What the run will have where there is no GPU to ask: an A100's, the least that trains in bf16.
 _ASSUMED = {"bf16": True, "fp8": False, "tf32": True, "compute_capability": "sm_80"}
-_CUT = "focalpo_check_cut"  # a column of our own in the data set
 # How it is computed, not what: off for the stand-in, which has to be built on any machine.
 _OFF_FOR_STAND_IN: dict[str, Any] = {
     "adapter": None,
@@ -71,7 +70,7 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
     tokenizer = load_tokenizer(cfg)
     data = load_preference_datasets(cfg=cfg)
     train, held_out = data.train_dataset, data.eval_dataset
-    whole, rows = train, len(train)
+    rows = len(train)
     if not cfg.skip_prepare_dataset:
         # The same rows before Axolotl dropped or cut what is too long, the evaluation's left out.
         uncut = DictDefault({**cfg, "skip_prepare_dataset": True, "test_datasets": None})
@@ -84,10 +83,6 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
             f"datasets must hold a pair that fits into sequence_len, got {rows} pairs of which "
             f"none fits into {cfg.sequence_len}. Raise sequence_len."
         )
-    if (cfg.excess_length_strategy or "").lower() == "truncate":
-        # That cuts the text, before TRL sees it.
-        whole_texts = {_key(row) for row in whole}
-        train = train.add_column(_CUT, [_key(row) not in whole_texts for row in train])
     trainer = _trainer(cfg, train, held_out, tokenizer, data.total_num_steps)
     dataset, collator = trainer.train_dataset, trainer.data_collator
     loss = getattr(trainer, "pairwise_loss", None)
@@ -190,15 +185,12 @@ def _pairs(dataset: Any, collator: Any) -> Iterator[Pair]:
             real = attention.bool()
             sides.append(Sequence(ids[real].tolist(), trained[real].bool().tolist()))
         answers = (row["chosen_ids"], row["rejected_ids"])
+        # What `excess_length_strategy: truncate` cut is cut here once more: TRL adds an EOS to it.
         cut = any(
             len(side.ids) < len(row["prompt_ids"]) + len(answer)
             for side, answer in zip(sides, answers, strict=True)
         )
-        yield Pair(sides[0], sides[1], truncated=cut or bool(row.get(_CUT)))
-
-
-def _key(row: Any) -> str:
-    return json.dumps([row[key] for key in ("prompt", "chosen", "rejected")], sort_keys=True)
+        yield Pair(sides[0], sides[1], truncated=cut)
 
 
 def _precision(cfg: Any) -> str:
