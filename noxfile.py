@@ -21,6 +21,8 @@ TWO_AT_A_TIME = ("-n", "2", "--dist", "loadgroup")
 TEST_TOOLS = ("pytest<9.2", "pytest-xdist", "setuptools", "pyyaml")
 # examples/eval/README.md installs the same; alpaca-eval needs the upper bounds.
 EVALUATION = ("lm-eval[hf]==0.4.13", "alpaca-eval==0.6.2", "setuptools<82", "datasets<4")
+# What the extras `plots` and `tensorboard` bring.
+PICTURES = ("matplotlib", "tensorboard")
 
 
 def wheel(session: nox.Session) -> str:
@@ -53,10 +55,10 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def core(session: nox.Session) -> None:
-    """What needs torch and pluggy alone."""
+    """What needs no host."""
     session.install(TORCH)
     session.install(wheel(session))
-    session.install(*TEST_TOOLS, "hypothesis", "mpmath")
+    session.install(*TEST_TOOLS, "hypothesis", "mpmath", *PICTURES)
     test(session, sorted(map(str, Path("tests").glob("test_*.py"))), *TWO_AT_A_TIME)
 
 
@@ -64,7 +66,7 @@ def core(session: nox.Session) -> None:
 def axolotl(session: nox.Session) -> None:
     """TRL's and Axolotl's rooms, with the real Axolotl."""
     session.install(TORCH)
-    session.install(AXOLOTL)
+    session.install(AXOLOTL, "matplotlib")
     beside_the_host(session)
     test(session, ["tests/trl", "tests/axolotl"], *TWO_AT_A_TIME)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -102,13 +103,17 @@ class BoundLoss:
             return None
         return weight(margins, **_accepted(weight, self.options))
 
+    def reversal(self) -> float:
+        """The margin below which the weight is negative; ``-inf`` where the loss names none."""
+        reversal = self.source.reversal
+        return -math.inf if reversal is None else reversal(**_accepted(reversal, self.options))
+
     def describe(self) -> str:
         """For the start-up line: ``loss=focalpo gamma=0.05 ... loss_at_margin_0=0.6695``."""
         options = [f"{name}={value}" for name, value in self.options.items() if value is not False]
         parts = [f"loss={self.name}", *options]
-        reversal = self.source.reversal
-        if reversal is not None:
-            parts.append(f"z*={reversal(**_accepted(reversal, self.options)):.2f}")
+        if self.source.reversal is not None:
+            parts.append(f"z*={self.reversal():.2f}")
         parts.append(f"loss_at_margin_0={self(torch.zeros(1)).item():.4f}")
         return " ".join(parts)
 

@@ -16,7 +16,9 @@ from harness import EXAMPLES, SUPPORT
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Runs that several tests look at: one worker gets all of a run's tests, and makes it once.
-SHARED_RUNS = ("plain", "outcomes", "trained", "one_node")
+SHARED_RUNS = (
+    "plain", "outcomes", "trained", "one_node", "answers", "ends", "drawn"
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)

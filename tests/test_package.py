@@ -22,11 +22,12 @@ HOSTS = {
     "peft",
     "liger_kernel",
 }
-CORE = ("loss", "hookspecs", "registry", "diagnostics")
+CORE = ("loss", "hookspecs", "registry", "diagnostics", "plan")
 ROOMS = {
-    "axolotl": {"axolotl", "pydantic"},
-    "openrlhf": {"openrlhf"},
-    "trl": {"trl", "liger_kernel"},
+    "axolotl": {"axolotl", "pydantic", "transformers"},
+    "openrlhf": {"openrlhf", "transformers", "peft"},
+    "trl": {"trl", "liger_kernel", "transformers"},
+    "cli": {"transformers", "peft"},  # to count a model's parameters, whoever trains it
 }
 
 

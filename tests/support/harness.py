@@ -207,3 +207,46 @@ def launched(script: Path, folder: Path) -> list[str]:
         check=True,
     )
     return done.stdout.splitlines()
+
+
+def focalpo(
+    *arguments: str | Path, path: Path | str | None = None, **variables: str
+) -> subprocess.CompletedProcess:
+    """The installed ``focalpo`` command."""
+    command = Path(sys.executable).parent / "focalpo"
+    return run_python(str(command), *map(str, arguments), path=path, **variables)
+
+
+class ManyFocalpo:
+    """``focalpo``, many times: each run is a process of its own, forked off one that has imported
+    ``modules``."""
+
+    def __init__(self, *modules: str, cwd: Path, **variables: str) -> None:
+        dropped = ("FOCALPO_", "PYTHONPATH", "TORCH_DEVICE_BACKEND_AUTOLOAD", "DS_ACCELERATOR")
+        env = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+        env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        env |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(SUPPORT / "many_focalpo.py"), *modules],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**env, "PYTHONPATH": str(SUPPORT), **variables},
+            cwd=cwd,
+            text=True,
+        )
+
+    def __call__(self, *argv: str | Path) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr."""
+        self.process.stdin.write(json.dumps([str(word) for word in argv]) + "\n")
+        self.process.stdin.flush()
+        report = self.process.stdout.readline()
+        assert report, "the process that runs focalpo died; its error is above"
+        return tuple(json.loads(report))
+
+    def __enter__(self) -> ManyFocalpo:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()

@@ -1,0 +1,244 @@
+"""What an Axolotl YAML will train on, read by Axolotl itself.
+
+Config, data and trainer come from the calls that ``axolotl train`` makes; only the model is another
+one: a tiny stand-in, since what the trainer does to the data doesn't depend on it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..plan import ModelState, Pair, Plan, Sequence
+
+# What the run will have where there is no GPU to ask: an A100's, the least that trains in bf16.
+_ASSUMED = {"bf16": True, "fp8": False, "tf32": True, "compute_capability": "sm_80"}
+# How it is computed, not what: off for the stand-in, which has to be built on any machine.
+_OFF_FOR_STAND_IN: dict[str, Any] = {
+    "adapter": None,
+    "bf16": False,
+    "fp16": False,
+    "tf32": False,
+    "bfloat16": None,
+    "float16": None,
+    "deepspeed": None,
+    "fsdp": None,
+    "fsdp_config": None,
+    "load_in_4bit": False,
+    "load_in_8bit": False,
+    "optimizer": "adamw_torch",
+    "gradient_checkpointing": False,
+    "torch_compile": False,
+    "precompute_ref_log_probs": False,
+    "dpo_use_liger_kernel": False,
+    "use_wandb": False,
+    "use_mlflow": False,
+    "use_comet": False,
+    "use_tensorboard": False,
+}
+
+
+def plan(config: Path, gpus: int, scratch: Path) -> Plan:
+    """Read the config at ``config`` as ``axolotl train`` would.
+
+    Args:
+        gpus: ranks that the run is reckoned for.
+        scratch: an empty folder, which takes the place of the config's ``output_dir``.
+
+    Raises:
+        ValueError: the config can't train pairs; anything else that Axolotl finds wrong comes as
+            Axolotl raises it.
+    """
+    cfg, notes = _load_cfg(config, gpus, scratch)
+    rl = getattr(cfg.rl, "value", cfg.rl)
+    if rl not in ("dpo", "ipo"):
+        raise ValueError(
+            f"rl must be focalpo, or another loss of preference pairs, got {rl!r}: there is "
+            "nothing here that could be checked. Set rl: focalpo."
+        )
+    from axolotl.common.datasets import load_preference_datasets
+    from axolotl.loaders import load_tokenizer
+    from axolotl.utils.data import prepare_preference_datasets
+    from axolotl.utils.dict import DictDefault
+
+    tokenizer = load_tokenizer(cfg)
+    data = load_preference_datasets(cfg=cfg)
+    train, held_out = data.train_dataset, data.eval_dataset
+    rows = len(train)
+    if not cfg.skip_prepare_dataset:
+        # The same rows before Axolotl dropped or cut what is too long, the evaluation's left out.
+        uncut = DictDefault({**cfg, "skip_prepare_dataset": True, "test_datasets": None})
+        uncut["val_set_size"] = 0
+        whole = prepare_preference_datasets(uncut, tokenizer)[0]
+        split_off = len(held_out) if held_out is not None and not cfg.test_datasets else 0
+        rows = len(whole) - split_off
+    if len(train) == 0:
+        raise ValueError(
+            f"datasets must hold a pair that fits into sequence_len, got {rows} pairs of which "
+            f"none fits into {cfg.sequence_len}. Raise sequence_len."
+        )
+    trainer = _trainer(cfg, train, held_out, tokenizer, data.total_num_steps)
+    dataset, collator = trainer.train_dataset, trainer.data_collator
+    loss = getattr(trainer, "pairwise_loss", None)
+
+    warnings = []
+    if cfg.dpo_use_liger_kernel:
+        warnings.append(
+            "dpo_use_liger_kernel: the loss runs in Liger's fused class, with the values of the "
+            "plain path; Axolotl swaps in Liger's Triton layers as well, which a CPU can't try."
+        )
+    return Plan(
+        host=f"Axolotl {version('axolotl')} with TRL {version('trl')}",
+        loss=loss,
+        host_loss=rl,
+        beta=trainer.beta,
+        label_smoothing=trainer.label_smoothing,
+        tokenizer=tokenizer,
+        rows=rows,
+        kept=len(dataset),
+        pairs=_pairs(dataset, collator),
+        max_length=getattr(collator, "max_length", None),
+        micro_batch=cfg.micro_batch_size,
+        accumulation=cfg.gradient_accumulation_steps,
+        ranks=gpus,
+        precision=_precision(cfg),
+        state=_state(cfg),
+        warnings=warnings,
+        notes=notes,
+    )
+
+
+def _load_cfg(config: Path, gpus: int, scratch: Path) -> tuple[Any, list[str]]:
+    os.environ.setdefault("AXOLOTL_LOG_LEVEL", "WARNING")
+    import axolotl.utils.config as config_module
+    from axolotl.cli import config as cli_config
+
+    from .autoload import patch
+
+    off = any(
+        os.environ.get(name) == "0"
+        for name in ("FOCALPO_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+    )
+    # In a process of Axolotl's own the autoload has done this already.
+    if not off and not hasattr(cli_config.validate_config, "__wrapped__"):
+        patch(config_module)
+        cli_config.validate_config = config_module.validate_config
+    notes = []
+    if not torch.cuda.is_available():
+        notes.append(f"no GPU here: Axolotl's validation was told of {gpus} x A100 (bf16, sm_80)")
+        env = {"torch_version": str(torch.__version__).split("+", maxsplit=1)[0]}
+        cli_config.gpu_capabilities = lambda: ({**_ASSUMED, "n_gpu": gpus}, env)
+        config_module.is_torch_bf16_gpu_available = lambda: True  # for `bf16: auto`
+    # It readies this process for DeepSpeed or FSDP, and waits for the other ranks.
+    cli_config.prepare_optim_env = lambda cfg: None
+    return cli_config.load_cfg(str(config), output_dir=str(scratch)), notes
+
+
+def _trainer(cfg: Any, train: Any, held_out: Any, tokenizer: Any, steps: int) -> Any:
+    """The trainer that Axolotl builds, with its preparation of the data and its collator."""
+    from axolotl.utils.dict import DictDefault
+    from axolotl.utils.trainer import setup_trainer
+
+    few = held_out.select(range(min(4, len(held_out)))) if held_out is not None else None
+    return setup_trainer(
+        cfg=DictDefault({**cfg, **_OFF_FOR_STAND_IN, "torch_dtype": torch.float32}),
+        train_dataset=train,
+        eval_dataset=few,
+        model=_stand_in(cfg, tokenizer),
+        model_ref=_stand_in(cfg, tokenizer),
+        tokenizer=tokenizer,
+        processor=None,
+        total_num_steps=steps,
+    )
+
+
+def _stand_in(cfg: Any, tokenizer: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            name_or_path=cfg.base_model,
+            vocab_size=len(tokenizer),
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+        )
+    )
+
+
+def _pairs(dataset: Any, collator: Any) -> Iterator[Pair]:
+    columns = {"prompt_ids", "chosen_ids", "rejected_ids"}
+    for row in dataset:
+        batch = collator([{key: row[key] for key in columns}])
+        sides = []
+        for ids, attention, trained in zip(
+            batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True
+        ):
+            real = attention.bool()
+            sides.append(Sequence(ids[real].tolist(), trained[real].bool().tolist()))
+        answers = (row["chosen_ids"], row["rejected_ids"])
+        # What `excess_length_strategy: truncate` cut is cut here once more: TRL adds an EOS to it.
+        cut = any(
+            len(side.ids) < len(row["prompt_ids"]) + len(answer)
+            for side, answer in zip(sides, answers, strict=True)
+        )
+        yield Pair(sides[0], sides[1], truncated=cut)
+
+
+def _precision(cfg: Any) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(cfg.torch_dtype, "fp32")
+
+
+def _state(cfg: Any) -> ModelState:
+    from axolotl.loaders.utils import load_model_config
+
+    weight_bytes = 4 if cfg.torch_dtype == torch.float32 else 2
+    zero_stage: int | None = 0
+    offloaded = set()
+    master = 0
+    if cfg.deepspeed:
+        given = cfg.deepspeed
+        if not isinstance(given, dict):
+            given = json.loads(Path(given).read_text(encoding="utf-8"))
+        zero = given.get("zero_optimization", {})
+        zero_stage = int(zero.get("stage", 0))
+        master = 4 if weight_bytes == 2 else 0
+        for what, key in (("optimizer", "offload_optimizer"), ("weights", "offload_param")):
+            if (zero.get(key) or {}).get("device", "none") != "none":
+                offloaded.add(what)
+    elif cfg.fsdp or cfg.fsdp_config:
+        zero_stage = None
+    states = 2.0 if "8bit" in str(cfg.optimizer) else 2.0 * (4 if master else weight_bytes)
+    lora = None
+    model_config = load_model_config(cfg)
+    if cfg.adapter:
+        lora = _lora(cfg, model_config)
+    return ModelState(
+        config=model_config,
+        lora=lora,
+        weight_bytes=weight_bytes,
+        four_bit=bool(cfg.load_in_4bit),
+        optimizer_bytes=master + states,
+        zero_stage=zero_stage,
+        # With adapters TRL switches them off for the reference instead.
+        reference=not cfg.adapter and not cfg.precompute_ref_log_probs,
+        offloaded=frozenset(offloaded),
+        fused_logits=bool(cfg.dpo_use_liger_kernel),
+    )
+
+
+def _lora(cfg: Any, model_config: Any) -> Any:
+    from axolotl.loaders.adapter import load_lora
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    return load_lora(model, cfg, config_only=True)[1]

@@ -1,0 +1,265 @@
+"""``focalpo curves``: the paper's Fig. 2, 3 and 4, from the loss that is trained."""
+
+from __future__ import annotations
+
+import csv
+import math
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import CommandError
+from .plots import line_looks, pyplot, save
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Beside the gammas asked for, Fig. 2 shows what a larger one would do.
+_LADDER = (0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One loss as a function of the margin; ``gamma`` 0 is DPO."""
+
+    variant: str
+    gamma: float
+
+    @property
+    def label(self) -> str:
+        if self.gamma == 0:
+            return "DPO"
+        factor = {
+            "correct": r"$p^{\gamma}$",
+            "correct_exact": r"$(1-p)^{-\gamma}$",
+            "incorrect": r"$(1-p)^{\gamma}$",
+        }[self.variant]
+        return rf"{factor}, $\gamma$ = {self.gamma:g}"
+
+    @property
+    def column(self) -> str:
+        """For the header of a CSV."""
+        return "dpo" if self.gamma == 0 else f"{self.variant}_gamma_{self.gamma:g}"
+
+    def loss(self, z: Tensor) -> Tensor:
+        from ..loss import focalpo_loss
+
+        return focalpo_loss(z, self.gamma, self.variant, allow_reversed=True)
+
+    def push(self, z: Tensor) -> Tensor:
+        """``-dL/dz``: how strongly a pair at margin ``z`` is pushed to the right order."""
+        import torch
+
+        z = z.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.loss(z).sum(), z)
+        return -slope
+
+    def peak(self) -> tuple[float, float] | None:
+        """Margin and height of the largest push; None where it grows without a peak, as DPO's."""
+        import torch
+
+        low, high = -80.0, 80.0
+        for _ in range(4):  # each round looks closer at what the last found
+            z = torch.linspace(low, high, 4001, dtype=torch.float64)
+            push = self.push(z)
+            top = int(push.argmax())
+            if top in (0, len(z) - 1) or push[top] - max(push[0], push[-1]) < 1e-12:
+                return None
+            low, high = float(z[top - 1]), float(z[top + 1])
+            if high - low < 1e-6:
+                break
+        return float(z[top]), float(push[top])
+
+    def reversal(self) -> float:
+        from ..loss import reversal_margin
+
+        return reversal_margin(self.gamma, self.variant)
+
+
+def run(args: Namespace) -> int:
+    from ..loss import check_gamma
+
+    for gamma in args.gamma:
+        try:
+            check_gamma(gamma, args.variant, allow_reversed=True)
+        except ValueError as error:
+            raise CommandError(f"--{error}") from None
+    draws = {"png", "svg"} & set(args.format)
+    plt = pyplot() if draws else None
+    folder = Path(args.out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"--out must be a folder, got {args.out!r}: {error.strerror}.") from None
+
+    dpo = Curve("correct", 0.0)
+    asked = [Curve(args.variant, gamma) for gamma in dict.fromkeys(args.gamma)]
+    asked = [curve for curve in asked if curve.gamma > 0] or [dpo]
+    opposite = Curve("correct" if args.variant == "incorrect" else "incorrect", 1.0)
+    if args.variant == "incorrect":
+        opposite = Curve("correct", 0.05)
+    for name, figure in (("fig2", _fig2), ("fig3", _fig3), ("fig4", _fig4)):
+        header, rows, drawn = figure(plt, dpo, asked, opposite)
+        written = []
+        if "csv" in args.format:
+            written.append(folder / f"{name}.csv")
+            with written[-1].open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(header)
+                writer.writerows([f"{value:.9g}" for value in row] for row in rows)
+        if plt is not None:
+            written += save(drawn, folder, name, args.format)
+            plt.close(drawn)
+        print("wrote " + ", ".join(map(str, written)))
+
+    print(f"\n{'loss':<28} {'L(0)':>8} {'push at 0':>10} {'peak at z':>10} {'height':>8} {'z*':>9}")
+    for curve in dict.fromkeys([dpo, *asked, opposite]):
+        print(_summary(curve))
+    print(
+        "push is -dL/dz; below z* a pair is pushed the wrong way. A run starts with z = 0, so its "
+        "first\nloss is L(0)."
+    )
+    return 0
+
+
+Figure = tuple[list[str], list[list[float]], Any]
+
+
+def _fig2(plt: Any, dpo: Curve, asked: Sequence[Curve], opposite: Curve) -> Figure:
+    """Loss over the preference probability: the original focal loss beside FocalPO's factor."""
+    import torch
+
+    p = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
+    z = torch.logit(p)
+    gammas = sorted({curve.gamma for curve in asked} | set(_LADDER))
+    right = asked[0].variant
+    left = "correct" if right == "incorrect" else "incorrect"
+    panels = [[dpo, *(Curve(variant, g) for g in gammas if g > 0)] for variant in (left, right)]
+    # Eq. 3's loss no longer falls from gamma 1 on: not what a ladder should lead to.
+    panels = [
+        [c for c in panel if c in asked or not (c.variant == "correct_exact" and c.gamma >= 1)]
+        for panel in panels
+    ]
+    curves = list(dict.fromkeys(curve for panel in panels for curve in panel))
+    header = ["p", *(curve.column for curve in curves)]
+    rows = torch.stack([p, *(curve.loss(z) for curve in curves)]).T.tolist()
+    if plt is None:
+        return header, rows, None
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    for axis, panel in zip(axes, panels, strict=True):
+        for curve, look in zip(panel, line_looks(), strict=False):
+            axis.plot(p, curve.loss(z), label=curve.label, **look)
+        axis.set_xlabel("preference probability p (no unit)")
+        axis.legend(title=f"factor on $-\\log p$: {panel[-1].variant}")
+        axis.set_xlim(0, 1)
+        axis.set_ylim(0, 5)
+    axes[0].set_ylabel("loss of a pair (nats)")
+    figure.suptitle("Fig. 2: DPO's loss, and what a modulating factor makes of it")
+    return header, rows, figure
+
+
+def _fig3(plt: Any, dpo: Curve, asked: Sequence[Curve], opposite: Curve) -> Figure:
+    """The gradient's two terms (Eq. 6) beside DPO's gradient."""
+    import torch
+
+    curve = asked[0]
+    z = _margins([curve])
+    total = curve.push(z)
+    # The factor is what the loss multiplies DPO's by, and the first term that factor times DPO's
+    # gradient; the second is what the factor's own derivative adds.
+    first = curve.loss(z) / dpo.loss(z) * dpo.push(z)
+    header = ["z", "dpo", "factor_term", "derivative_term", "total"]
+    rows = torch.stack([z, dpo.push(z), first, total - first, total]).T.tolist()
+    if plt is None:
+        return header, rows, None
+    figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    looks = line_looks()
+    lines = (
+        (total, "this loss: sum of both terms"),
+        (dpo.push(z), r"DPO: $1-p$"),
+        (first, r"term 1: factor $\times (1-p)$"),
+        (total - first, "term 2: from the factor's derivative"),
+    )
+    drawn = [axis.plot(z, values, label=label, **next(looks))[0] for values, label in lines]
+    axis.set_title(f"Fig. 3: the gradient and its terms (Eq. 6), {curve.label}")
+    _finish(axis, [curve], drawn[:1])
+    return header, rows, figure
+
+
+def _fig4(plt: Any, dpo: Curve, asked: Sequence[Curve], opposite: Curve) -> Figure:
+    """Gradients with a focus on pairs ranked right and on pairs ranked wrong."""
+    import torch
+
+    curves = list(dict.fromkeys([dpo, *asked, opposite]))
+    z = _margins(curves)
+    pushes = [curve.push(z) for curve in curves]
+    header = ["z", *(curve.column for curve in curves)]
+    rows = torch.stack([z, *pushes]).T.tolist()
+    if plt is None:
+        return header, rows, None
+    figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    drawn = [
+        axis.plot(z, push, label=curve.label, **look)[0]
+        for curve, push, look in zip(curves, pushes, line_looks(), strict=False)
+    ]
+    axis.set_title("Fig. 4: gradients by what they focus on")
+    _finish(axis, curves, drawn)
+    return header, rows, figure
+
+
+def _margins(curves: Sequence[Curve]) -> Tensor:
+    """Margins from beyond the lowest z* that is worth showing, to where every push has faded."""
+    import torch
+
+    ends = [c.reversal() for c in curves if -40 < c.reversal() < math.inf]
+    low = min([-10.0, *(math.floor(end) - 4.0 for end in ends)])
+    high = 8.0
+    return torch.linspace(low, high, round((high - low) * 20) + 1, dtype=torch.float64)
+
+
+def _finish(axis: Any, curves: Sequence[Curve], lines: Sequence[Any]) -> None:
+    """Name the axes, and mark the peak and z* of each curve, drawn as its line."""
+    axis.axhline(0, color="#888888", linewidth=0.8)
+    low, high = axis.get_lines()[0].get_xdata()[[0, -1]]
+    marks = {"markersize": 9, "markeredgecolor": "white", "linestyle": "", "zorder": 4}
+    used: dict[str, str] = {}
+    for curve, line in zip(curves, lines, strict=True):
+        peak, reversal = curve.peak(), curve.reversal()
+        found = []
+        if peak is not None:
+            found.append(f"peak at z = {peak[0]:.2f}")
+            if low < peak[0] < high:
+                used["o"] = "peak of the push"
+                axis.plot(*peak, "o", color=line.get_color(), **marks)
+        if reversal > -math.inf:
+            found.append(f"z* = {reversal:.2f}")
+            if low < reversal < high:
+                used["X"] = "z*, where the push changes sign"
+                axis.plot(reversal, 0, "X", color=line.get_color(), **marks)
+            else:
+                found[-1] += " (off the axis)"
+        if found:
+            line.set_label(line.get_label() + "\n" + ", ".join(found))
+    for mark, label in used.items():
+        axis.plot([], [], mark, color="#666666", label=label, **marks)
+    axis.set_xlim(low, high)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel("reward margin z (nats)")
+    axis.set_ylabel("push to the right order, $-dL/dz$ (no unit)")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, labelspacing=0.7)
+
+
+def _summary(curve: Curve) -> str:
+    import torch
+
+    zero = torch.zeros(1, dtype=torch.float64)
+    peak, reversal = curve.peak(), curve.reversal()
+    name = "dpo" if curve.gamma == 0 else f"{curve.variant} gamma={curve.gamma:g}"
+    at, height = (f"{peak[0]:.2f}", f"{peak[1]:.4f}") if peak else ("none", "")
+    star = f"{reversal:.2f}" if reversal > -math.inf else "none"
+    return (
+        f"{name:<28} {curve.loss(zero).item():>8.4f} {curve.push(zero).item():>10.4f} {at:>10} "
+        f"{height:>8} {star:>9}"
+    )

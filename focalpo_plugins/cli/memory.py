@@ -1,0 +1,87 @@
+"""What a model's state takes on a rank, reckoned from its config alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..plan import Plan
+
+GIB = 2**30
+#: What NF4 with double quantisation takes: 4 bits, and 0.127 for its scales (QLoRA, section 3).
+_NF4_BYTES = (4 + 0.127) / 8
+
+FORMULA = (
+    "weights/W + gradients/G + optimizer/O + reference/W, with W, G, O the number of ranks from "
+    "ZeRO stage 3, 2, 1 on and 1 below"
+)
+LEFT_OUT = "activations, DeepSpeed's buffers, CUDA's context, fragmentation"
+
+
+@dataclass
+class Estimate:
+    """Bytes on one rank, by what they are for."""
+
+    parameters: int
+    trained: int
+    weights: float
+    gradients: float
+    optimizer: float
+    reference: float
+    logits: float
+
+    @property
+    def state(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.reference
+
+
+def estimate(plan: Plan, length: int) -> Estimate | None:
+    """The estimate for sequences of ``length`` tokens, or None where the state's sharding isn't
+    known."""
+    state = plan.state
+    if state.zero_stage is None:
+        return None
+    total, trained, linear = _count(plan)
+    each, share = state.weight_bytes, [1, 1, 1]
+    for place, stage in enumerate((3, 2, 1)):  # weights, gradients, optimizer
+        if state.zero_stage >= stage:
+            share[place] = plan.ranks
+    frozen: float = total * each
+    if state.four_bit:
+        frozen = (total - linear) * each + linear * _NF4_BYTES
+    held = frozen + (trained * each if state.lora is not None else 0)
+    vocabulary = state.config.get_text_config().vocab_size
+    here = {what: what not in state.offloaded for what in ("weights", "optimizer", "reference")}
+    return Estimate(
+        parameters=total,
+        trained=trained,
+        weights=held / share[0] * here["weights"],
+        gradients=trained * each / share[1],
+        optimizer=trained * state.optimizer_bytes / share[2] * here["optimizer"],
+        reference=frozen / share[0] * (state.reference and here["reference"]),
+        # Chosen and rejected answers go through the model together, and their log-probabilities
+        # are taken in float32.
+        logits=0.0 if state.fused_logits else 2 * plan.micro_batch * length * vocabulary * 4.0,
+    )
+
+
+def _count(plan: Plan) -> tuple[int, int, int]:
+    """Parameters, those that are trained, and those of the linear layers but the output's."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(plan.state.config)
+    total = sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings()
+    linear = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    )
+    if plan.state.lora is None:
+        return total, total, linear
+    from peft import get_peft_model
+
+    with torch.device("meta"):
+        adapted = get_peft_model(model, plan.state.lora)
+    return total, sum(p.numel() for p in adapted.parameters() if p.requires_grad), linear

@@ -1,0 +1,76 @@
+"""What the pictures of all commands have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import CommandError
+
+# Okabe and Ito's colours, told apart without colour vision, from dark to light; each has a line
+# style of its own, so that the lines are told apart in grey print as well.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+STYLES: tuple[Any, ...] = (
+    "-",
+    (0, (6, 2)),
+    (0, (2, 1.5)),
+    (0, (7, 2, 1.5, 2)),
+    (0, (1, 1)),
+    (0, (9, 3)),
+    (0, (4, 1.5, 1, 1.5, 1, 1.5)),
+)
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing into files.
+
+    Raises:
+        CommandError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise CommandError(
+            "pictures need matplotlib, which is not installed: "
+            "pip install 'focalpo_plugins[plots]', or leave the picture out (see --help)."
+        ) from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update(
+        {
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#dddddd",
+            "grid.linewidth": 0.6,
+            "lines.linewidth": 1.8,
+            "legend.frameon": False,
+            "savefig.dpi": 150,
+            # Text stays text, and the same curves give the same file.
+            "svg.fonttype": "none",
+            "svg.hashsalt": "focalpo",
+        }
+    )
+    return pyplot
+
+
+def line_looks() -> Iterator[dict[str, Any]]:
+    """Colour and line style of the first line, the second, and so on."""
+    while True:
+        for colour, style in zip(COLOURS, STYLES, strict=True):
+            yield {"color": colour, "linestyle": style}
+
+
+def save(figure: Any, folder: Path, name: str, formats: Sequence[str]) -> list[Path]:
+    """Write the figure once for each picture format among ``formats``."""
+    written = []
+    for kind in formats:
+        if kind in ("png", "svg"):
+            written.append(folder / f"{name}.{kind}")
+            metadata = {"Date": None} if kind == "svg" else None
+            figure.savefig(written[-1], bbox_inches="tight", metadata=metadata)
+    return written

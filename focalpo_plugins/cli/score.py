@@ -1,0 +1,236 @@
+"""``focalpo score``: implicit rewards and margins of a preference file."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import CommandError
+from .plots import pyplot, save
+
+_BINS = 40
+_GROUPS = {"all pairs": None, "reference ranks right": True, "reference ranks wrong": False}
+
+
+def run(args: Namespace) -> int:
+    from ..loss import check_beta
+
+    try:
+        check_beta(args.beta)
+    except ValueError as error:
+        raise CommandError(f"--{error}") from None
+    if args.batch_size < 1:
+        raise CommandError(f"--batch-size must be at least 1, got {args.batch_size}.")
+    data = Path(args.data)
+    if not data.is_file():
+        raise CommandError(f"DATA must be a file, got {args.data!r}: there is none.")
+    draws = {"png", "svg"} & set(args.format)
+    plt = pyplot() if draws else None
+    folder = Path(args.out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"--out must be a folder, got {args.out!r}: {error.strerror}.") from None
+
+    header = {
+        "focalpo_score": 1,
+        "policy": _identity(args.model),
+        "reference": _identity(args.ref),
+        "data": hashlib.sha256(data.read_bytes()).hexdigest(),
+        "beta": args.beta,
+        "max_length": args.max_length,
+        "dtype": args.dtype,
+    }
+    scores = folder / "scores.jsonl"
+    done = _resume(scores, header)
+    if done:
+        print(f"{scores} has {len(done)} pairs already; going on from there")
+    try:
+        from ..trl.score import PairScorer
+    except ImportError as error:
+        raise CommandError(
+            f"scoring needs TRL, which prepares the data, and {error.name} is not installed: "
+            "pip install 'focalpo_plugins[trl]'."
+        ) from None
+    try:
+        scorer = PairScorer(
+            args.model, args.ref, data, max_length=args.max_length, dtype=args.dtype
+        )
+    except (ValueError, OSError) as error:
+        raise CommandError(str(error).splitlines()[0]) from None
+
+    from tqdm import tqdm
+
+    waiting = [place for place, row in enumerate(scorer.rows) if row not in done]
+    with (
+        scores.open("a", encoding="utf-8") as file,
+        tqdm(total=len(scorer.rows), initial=len(done), unit="pair") as bar,
+    ):
+        if not done and scores.stat().st_size == 0:
+            file.write(json.dumps(header) + "\n")
+        for start in range(0, len(waiting), args.batch_size):
+            batch = waiting[start : start + args.batch_size]
+            for found in scorer.score(batch):
+                record = _with_rewards(found, args.beta)
+                done[record["row"]] = record
+                file.write(json.dumps(record) + "\n")
+            file.flush()
+            bar.update(len(batch))
+
+    records = [done[row] for row in sorted(done)]
+    summary = {**header, "rows": scorer.total, "dropped": scorer.total - len(records)}
+    summary["groups"] = {name: _summary(records, right) for name, right in _GROUPS.items()}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    _print_summary(summary)
+    written = [scores, folder / "summary.json"]
+    edges, counts = _histogram(records)
+    if "csv" in args.format:
+        written.append(folder / "histogram.csv")
+        with written[-1].open("w", newline="", encoding="utf-8") as table:
+            writer = csv.writer(table)
+            writer.writerow(["from", "to", "reference_right", "reference_wrong"])
+            writer.writerows(zip(edges, edges[1:], *counts, strict=False))
+    if plt is not None:
+        written += save(_draw(plt, edges, counts), folder, "histogram", args.format)
+    print("wrote " + ", ".join(map(str, written)))
+    return 0
+
+
+def _identity(model: str) -> str:
+    """What tells one model from another: a hash of a folder's contents, or a hub name."""
+    folder = Path(model)
+    if not folder.is_dir():
+        if folder.is_absolute() or model.startswith("."):
+            raise CommandError(f"a model must be a folder or a hub name, got {model!r}.")
+        return model
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")]
+    if not any(p.name in ("config.json", "adapter_config.json") for p in files):
+        raise CommandError(f"a model folder must hold config.json, got {model!r} without one.")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _resume(scores: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The pairs that an earlier run has scored; its half-written last line is cut off.
+
+    Raises:
+        CommandError: the file is of another run, or none of ours.
+    """
+    if not scores.exists():
+        return {}
+    content = scores.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    try:
+        records = [json.loads(line) for line in whole.splitlines()]
+        if records and records[0].get("focalpo_score") != 1:
+            raise ValueError
+        done = {int(record["row"]): record for record in records[1:]}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CommandError(
+            f"{scores} is there already and is no record of ours: give another --out."
+        ) from None
+    if records:
+        differing = [key for key in header if records[0].get(key) != header[key]]
+        if differing:
+            raise CommandError(
+                f"{scores} was made with another {differing[0]}, {records[0].get(differing[0])} "
+                f"where this run has {header[differing[0]]}: give another --out, or remove it."
+            )
+    if len(whole) < len(content):
+        with scores.open("r+b") as file:
+            file.truncate(len(whole))
+    return done
+
+
+def _with_rewards(found: dict[str, Any], beta: float) -> dict[str, Any]:
+    """Rewards ``beta * (log p - log p_ref)``, their difference, and who ranks the pair right."""
+    chosen = beta * (found["chosen_logp"] - found["ref_chosen_logp"])
+    rejected = beta * (found["rejected_logp"] - found["ref_rejected_logp"])
+    return {
+        **found,
+        "chosen_reward": chosen,
+        "rejected_reward": rejected,
+        "margin": chosen - rejected,
+        "ref_right": found["ref_chosen_logp"] > found["ref_rejected_logp"],
+    }
+
+
+def _summary(records: Sequence[dict[str, Any]], ref_right: bool | None) -> dict[str, Any]:
+    group = [r for r in records if ref_right is None or r["ref_right"] is ref_right]
+    n = len(group)
+    if n == 0:
+        return {"pairs": 0}
+    margins = [r["margin"] for r in group]
+    mean = sum(margins) / n
+    variance = sum((m - mean) ** 2 for m in margins) / (n - 1) if n > 1 else math.nan
+    error = math.sqrt(variance / n)
+    return {
+        "pairs": n,
+        "accuracy": sum(m > 0 for m in margins) / n,
+        "margin": mean,
+        "margin_standard_error": None if math.isnan(error) else error,
+        "chosen_reward": sum(r["chosen_reward"] for r in group) / n,
+        "rejected_reward": sum(r["rejected_reward"] for r in group) / n,
+    }
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    print(f"\n{'':<22} {'pairs':>6} {'accuracy':>9} {'margin':>9} {'+- s.e.':>8} "
+          f"{'chosen':>9} {'rejected':>9}")  # fmt: skip
+    for name, group in summary["groups"].items():
+        line = f"{name:<22} {group['pairs']:>6}"
+        if group["pairs"]:
+            error = group["margin_standard_error"]
+            line += f" {group['accuracy']:>9.4f} {group['margin']:>9.4f} "
+            line += f"{'-' if error is None else f'{error:.4f}':>8} "
+            line += f"{group['chosen_reward']:>9.4f} {group['rejected_reward']:>9.4f}"
+        print(line)
+    print(
+        "\nRewards and margins in nats, at beta "
+        f"{summary['beta']:g}. The reference ranks a pair right where the summed\nlog-probability "
+        "of the chosen answer is above that of the rejected one; accuracy is the share\nof margins "
+        "above 0."
+    )
+    if summary["dropped"]:
+        print(
+            f"{summary['dropped']} of {summary['rows']} rows were dropped: their prompt alone "
+            "fills --max-length."
+        )
+
+
+def _histogram(records: Sequence[dict[str, Any]]) -> tuple[list[float], list[list[int]]]:
+    """Edges of the bins, and the pairs in each that the reference ranks right, and wrong."""
+    margins = [record["margin"] for record in records]
+    reach = max(map(abs, margins), default=0) or 1.0
+    # Around 0, which is then an edge: no bin holds margins of both signs.
+    edges = [reach * (2 * i / _BINS - 1) for i in range(_BINS + 1)]
+    counts = [[0] * _BINS, [0] * _BINS]
+    for record in records:
+        place = min(int((record["margin"] / reach + 1) / 2 * _BINS), _BINS - 1)
+        counts[not record["ref_right"]][place] += 1
+    return edges, counts
+
+
+def _draw(plt: Any, edges: list[float], counts: list[list[int]]) -> Any:
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    names = [
+        f"{name} ({sum(group)})" for name, group in zip(list(_GROUPS)[1:], counts, strict=True)
+    ]
+    axis.stairs(counts[0], edges, fill=True, color="#a6cbe3", edgecolor="#0072B2", label=names[0])
+    axis.stairs(counts[1], edges, color="#D55E00", linewidth=1.8, label=names[1])
+    axis.axvline(0, color="#888888", linewidth=1)
+    axis.set_xlabel("reward margin z (nats); right of 0 the model ranks the pair right")
+    axis.set_ylabel("pairs")
+    axis.legend(loc="upper left", bbox_to_anchor=(0, 1.14), ncols=2)
+    return figure

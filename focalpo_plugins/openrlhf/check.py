@@ -1,0 +1,221 @@
+"""What an OpenRLHF command line will train on, read by OpenRLHF itself.
+
+Its command runs up to the first thing that it does with the parsed flags; data set and tokenizer
+are then made by the calls that follow there.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import warnings
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+from ..plan import ModelState, Pair, Plan
+from ..plan import Sequence as Tokens
+from ..registry import get_loss
+from . import COMMAND, cpu
+from .autoload import patch
+
+_OURS = "focalpo_plugins.openrlhf.train_dpo"
+_NO_LIMIT = 10**9  # tokens
+
+
+class _Parsed(BaseException):
+    """Carries the flags out of the command."""
+
+    def __init__(self, flags: Any) -> None:
+        self.flags = flags
+
+
+def plan(argv: Sequence[str], gpus: int) -> Plan:
+    """Read the command line ``argv``, without the program's name, as OpenRLHF would.
+
+    Args:
+        gpus: ranks that the run is reckoned for.
+
+    Raises:
+        ValueError: the flags are wrong; the message is the parser's.
+        RuntimeError: the installed OpenRLHF starts its training otherwise.
+    """
+    args = _flags(argv)
+    if not args.model.model_name_or_path or not args.data.dataset:
+        missing = "model.model_name_or_path" if args.data.dataset else "data.dataset"
+        raise ValueError(f"--{missing} must be given: there is nothing to train on.")
+    import torch
+    from openrlhf.datasets import RewardDataset
+    from openrlhf.datasets.utils import blending_datasets
+    from openrlhf.utils import get_strategy, get_tokenizer
+
+    strategy = get_strategy(args)
+    tokenizer = get_tokenizer(
+        args.model.model_name_or_path,
+        None,
+        "right",
+        strategy,
+        use_fast=not args.data.disable_fast_tokenizer,
+    )
+    rows = blending_datasets(
+        args.data.dataset,
+        args.data.dataset_probs,
+        strategy,
+        args.train.seed,
+        max_count=args.data.max_samples,
+        dataset_split=args.data.dataset_split,
+    )
+    rows = rows.select(range(min(args.data.max_samples, len(rows))))
+
+    def dataset(max_length: int) -> Any:
+        return RewardDataset(
+            rows,
+            tokenizer,
+            max_length,
+            strategy,
+            input_template=args.data.input_template,
+            is_dpo=True,
+            num_processors=os.cpu_count() or 1,
+        )
+
+    trained, whole = dataset(args.data.max_len), dataset(_NO_LIMIT)
+    if len(trained) == 0:
+        raise ValueError(
+            f"--data.max_len must leave room for an answer, got {args.data.max_len}: no prompt of "
+            f"the {len(rows)} pairs fits. Raise it."
+        )
+
+    accumulation, rest = divmod(args.train.batch_size, args.train.micro_batch_size * gpus)
+    found = []
+    if accumulation == 0 or rest:
+        found.append(
+            f"--train.batch_size {args.train.batch_size} is no multiple of micro-batch x ranks, "
+            f"{args.train.micro_batch_size} x {gpus}: OpenRLHF rounds the accumulation down, and "
+            "DeepSpeed refuses a batch that doesn't come out."
+        )
+    if args.ds.use_liger_kernel:
+        found.append(
+            "--ds.use_liger_kernel swaps in Liger's Triton layers, which a CPU can't try; the loss "
+            "is not Liger's."
+        )
+    if args.model.ipo_enable:
+        found.append("--model.ipo_enable: IPO is trained, a loss of its own.")
+    notes = []
+    if not torch.cuda.is_available():
+        notes.append("no GPU here: flags that need one were taken as on a machine that has them")
+    loss = None
+    if getattr(args, "loss", None) is not None:
+        given = getattr(args, args.loss, None)
+        loss = get_loss(args.loss).bind(**(vars(given) if given is not None else {}))
+    return Plan(
+        host=f"OpenRLHF {version('openrlhf')}",
+        loss=loss,
+        host_loss="ipo" if args.model.ipo_enable else "dpo",
+        beta=args.model.beta,
+        label_smoothing=args.model.label_smoothing,
+        tokenizer=tokenizer,
+        rows=len(rows),
+        kept=len(trained),
+        pairs=_pairs(trained, whole, args.data.max_len),
+        max_length=args.data.max_len,
+        micro_batch=args.train.micro_batch_size,
+        accumulation=max(1, accumulation),
+        ranks=gpus,
+        precision=args.ds.param_dtype,
+        state=_state(args),
+        warnings=found,
+        notes=notes,
+    )
+
+
+def _flags(argv: Sequence[str]) -> Any:
+    """The parsed flags, after all that OpenRLHF's command does to them before it trains."""
+    import torch  # noqa: F401  (the CPU mode has to find it imported)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is the CPU mode: nothing is run
+        patch()
+    from openrlhf import utils
+
+    def stop(flags: Any) -> NoReturn:
+        raise _Parsed(flags)
+
+    def refuse(self: ArgumentParser, message: str) -> NoReturn:
+        raise ValueError(message)
+
+    before = sys.argv, cpu.active, ArgumentParser.error, utils.get_strategy
+    # The launcher and its flags may stand before the command's own.
+    starts = [i for i, word in enumerate(argv) if word in (COMMAND, _OURS)]
+    sys.argv = [COMMAND, *argv[starts[-1] + 1 if starts else 0 :]]
+    # What needs CUDA is no mistake here: the run is meant for a machine that has it.
+    cpu.active = False
+    ArgumentParser.error = refuse  # type: ignore[assignment, method-assign]
+    utils.get_strategy = stop  # the first thing that the command's train() calls, with its flags
+    try:
+        runpy.run_module(COMMAND, run_name="__main__", alter_sys=True)
+    except _Parsed as parsed:
+        return parsed.flags
+    except SystemExit as error:
+        raise ValueError(
+            f"OpenRLHF's command ended before it trained, with exit code {error.code}."
+        ) from None
+    finally:
+        sys.argv, cpu.active, ArgumentParser.error, utils.get_strategy = before  # type: ignore[method-assign]
+    raise RuntimeError(
+        f"openrlhf {version('openrlhf')} starts its training in a way that focalpo_plugins "
+        f"{version('focalpo_plugins')} does not know. Use a release that the README lists."
+    )
+
+
+def _pairs(trained: Any, whole: Any, max_length: int) -> Iterator[Pair]:
+    """The items of ``trained``, beside those of ``whole``, which nothing was cut from."""
+    # OpenRLHF keeps a prompt that leaves two tokens for the answer.
+    kept = [place for place, length in enumerate(whole.extras) if length < max_length - 2]
+    if len(kept) != len(trained):
+        raise RuntimeError(
+            f"openrlhf {version('openrlhf')} dropped {len(whole) - len(trained)} of {len(whole)} "
+            f"pairs where {len(whole) - len(kept)} were expected. Use a release that the README "
+            "lists."
+        )
+    for place, original in enumerate(kept):
+        chosen, _, rejected, _, prompt_length = trained[place]
+        uncut = whole[original]
+        cut = chosen.numel() < uncut[0].numel() or rejected.numel() < uncut[2].numel()
+        sides = [
+            # As DPOTrainer masks it: what is not the prompt goes into the loss.
+            Tokens(ids, [position >= prompt_length for position in range(len(ids))])
+            for ids in (chosen.flatten().tolist(), rejected.flatten().tolist())
+        ]
+        yield Pair(sides[0], sides[1], truncated=cut)
+
+
+def _state(args: Any) -> ModelState:
+    from transformers import AutoConfig
+
+    lora = None
+    if args.ds.lora.rank > 0:
+        from peft import LoraConfig, TaskType
+
+        lora = LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=args.ds.lora.rank,
+            lora_alpha=args.ds.lora.alpha,
+            target_modules=args.ds.lora.target_modules,
+            lora_dropout=args.ds.lora.dropout,
+        )
+    offloaded = {"optimizer"} if args.ds.adam_offload else set()
+    if args.ref.offload:
+        offloaded.add("reference")
+    return ModelState(
+        config=AutoConfig.from_pretrained(args.model.model_name_or_path, trust_remote_code=True),
+        lora=lora,
+        weight_bytes=2,
+        four_bit=args.ds.load_in_4bit,
+        # DeepSpeed's mixed precision: a float32 copy, and two moments, one for Muon.
+        optimizer_bytes=8.0 if args.optim == "muon" else 12.0,
+        zero_stage=args.ds.zero_stage,
+        reference=True,
+        offloaded=frozenset(offloaded),
+    )

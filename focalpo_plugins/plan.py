@@ -1,0 +1,97 @@
+"""What a host is about to train, as its room read it with the host's own code; see ``check``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .registry import BoundLoss
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Prompt and one answer as the model gets them, without padding.
+
+    Attributes:
+        ids: token ids.
+        trained: for each token, whether its log-probability goes into the loss.
+    """
+
+    ids: list[int]
+    trained: list[bool]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference pair as it is trained on; ``truncated`` where either side was cut."""
+
+    chosen: Sequence
+    rejected: Sequence
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """What the model's state takes on a rank.
+
+    Attributes:
+        config: transformers' config of the model, from which its parameters are counted.
+        lora: PEFT's config where adapters are trained, else None.
+        weight_bytes: of a weight as it is loaded, 2 or 4.
+        four_bit: whether the frozen weights are held in 4 bits.
+        optimizer_bytes: of the optimizer's state for a trained weight, master copy included.
+        zero_stage: DeepSpeed's, 0 where there is no sharding; None where it isn't known how the
+            state is sharded (FSDP), and nothing is estimated.
+        reference: whether a second copy of the model is held as reference.
+        offloaded: which of ``optimizer``, ``weights``, ``reference`` are held in the CPU's memory.
+        fused_logits: whether a fused loss never holds the logits.
+    """
+
+    config: Any
+    lora: Any
+    weight_bytes: int
+    four_bit: bool
+    optimizer_bytes: float
+    zero_stage: int | None
+    reference: bool
+    offloaded: frozenset[str] = frozenset()
+    fused_logits: bool = False
+
+
+@dataclass
+class Plan:
+    """A run before it is started.
+
+    Attributes:
+        host: its name and release.
+        loss: the loss of ours that it will train, None for the host's own.
+        host_loss: what it trains where ``loss`` is None.
+        rows: pairs in the data files.
+        kept: pairs that are trained on; the others are dropped by the host.
+        pairs: those, in their order.
+        max_length: tokens that a sequence is cut to.
+        micro_batch: pairs of a rank at a time.
+        accumulation: micro-batches of a step.
+        ranks: that the run is reckoned for.
+        precision: ``bf16``, ``fp16`` or ``fp32``.
+        warnings: the host's own traps, a sentence each.
+    """
+
+    host: str
+    loss: BoundLoss | None
+    host_loss: str
+    beta: float
+    label_smoothing: float
+    tokenizer: Any
+    rows: int
+    kept: int
+    pairs: Iterable[Pair]
+    max_length: int | None
+    micro_batch: int
+    accumulation: int
+    ranks: int
+    precision: str
+    state: ModelState
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)

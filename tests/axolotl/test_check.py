@@ -1,0 +1,280 @@
+"""``focalpo check`` on Axolotl YAMLs: what it says against what is worked out here by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Axolotl, ManyFocalpo
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+MODULES = ("axolotl.cli.config", "axolotl.common.datasets", "axolotl.utils.trainer")
+MODULES += ("axolotl.core.builders", "focalpo_plugins.axolotl.trainer", "peft", "tqdm")
+
+Answer = tuple[int, str, str]
+
+
+def text(role: str, content: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"
+
+
+class ByHand:
+    """The tokens of the rows of a file, from the template as it is written out here."""
+
+    def __init__(self, tiny: Path, data: Path) -> None:
+        self.tokenizer = Tokenizer.from_file(str(tiny / "model" / "tokenizer.json"))
+        self.pairs = []
+        for line in data.read_text().splitlines():
+            row = json.loads(line)
+            prompt = self.prompt(row["chosen"][0]["content"])
+            sides = {}
+            for side in ("chosen", "rejected"):
+                answer = row[side][1]["content"] + "<|eot_id|>"
+                sides[side] = (self.ids(prompt), self.ids(answer))
+            self.pairs.append(sides)
+
+    def prompt(self, question: str) -> str:
+        begin = "<|begin_of_text|>" + text("user", question)
+        return begin + "<|start_header_id|>assistant<|end_header_id|>\n\n"
+
+    def ids(self, written: str) -> list[int]:
+        return self.tokenizer.encode(written, add_special_tokens=False).ids
+
+
+@pytest.fixture(scope="module")
+def data(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven pairs, of which one has equal answers and one an empty answer, and one too long."""
+    rows = [json.loads(line) for line in (tiny / "test.jsonl").read_text().splitlines()[:13]]
+    rows[10]["rejected"] = rows[10]["chosen"]
+    rows[11]["chosen"][1]["content"] = ""
+    rows[12]["rejected"][1]["content"] = " ".join(["word"] * 200)
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def without_weights(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "model"
+    shutil.copytree(tiny / "model", folder)
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def doubling(without_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with a tokenizer that puts a BOS before every text, which the template does too."""
+    folder = tmp_path_factory.mktemp("doubling") / "model"
+    shutil.copytree(without_weights, folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bos = "<|begin_of_text|>"
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(once: Axolotl, data: Path, without_weights: Path, doubling: Path) -> dict[str, Answer]:
+    zero3 = once.folder / "zero3.json"
+    zero3.write_text(
+        json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"},
+                    "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"})
+    )  # fmt: skip
+
+    def config(**changes: Any) -> Path:
+        base = {
+            "base_model": str(without_weights),
+            "datasets": [{"path": str(data), "ds_type": "json", "split": "train",
+                          "type": "chat_template.argilla_chat"}],
+        }  # fmt: skip
+        return once.config(**{**base, **changes})
+
+    broken = once.folder / "broken.yml"
+    broken.write_text("rl: [focalpo\n")
+    lora = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16}
+    lora["lora_target_modules"] = ["q_proj", "v_proj"]
+    # Axolotl knows prepared data by a hash that doesn't tell how what is too long was treated.
+    truncate = {"excess_length_strategy": "truncate"}
+    truncate["dataset_prepared_path"] = str(once.folder / "prepared_truncated")
+    plain_dpo = {"rl": "dpo", "focalpo_gamma": None, "focalpo_variant": None}
+    cases = {
+        "plain": ["--json", config()],
+        "cut by TRL": ["--json", config(skip_prepare_dataset=True, sequence_len=40)],
+        "lora": ["--json", config(**truncate, **lora)],
+        "dpo": ["--json", "--gpus", "8", config(bf16=True, deepspeed=str(zero3), **plain_dpo)],
+        "traps": ["--strict", config(base_model=str(doubling), rl_beta=1.0, fp16=True)],
+        "unknown key": [config(focalpo_gama=0.1)],
+        "gamma": [config(focalpo_gamma=1.5)],
+        "sft": [config(**{**plain_dpo, "rl": None})],
+        "no file": [once.folder / "no.yml"],
+        "no yaml": [broken],
+    }
+    # A data set's worker processes would be forked off a fork of a process that has threads.
+    no_workers = {"AXOLOTL_DATASET_NUM_PROC": "0"}
+    with ManyFocalpo(*MODULES, cwd=once.folder, **no_workers) as focalpo:
+        return {name: focalpo("check", *map(str, words)) for name, words in cases.items()}
+
+
+def parameters(tiny: Path) -> int:
+    """Embedding (tied) vocabulary x 128, four layers of attention (q and o 128 x 128, k and v
+    128 x 64), MLP 3 x 128 x 352 and two norms, and the last norm."""
+    vocabulary = json.loads((tiny / "model" / "config.json").read_text())["vocab_size"]
+    layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 352 + 2 * 128
+    return vocabulary * 128 + 4 * layer + 128
+
+
+def read(answer: Answer) -> dict[str, Any]:
+    assert answer[0] == 0, answer[2][-3000:]
+    return json.loads(answer[1])
+
+
+def test_the_pair_is_the_one_that_is_trained_on(answers, tiny: Path, data: Path):
+    """Its tokens are those of one of the file's rows: Axolotl shuffles them."""
+    shown = read(answers["plain"])["pair"]
+    expected = [
+        {
+            side: (prompt + answer, [False] * len(prompt) + [True] * len(answer))
+            for side, (prompt, answer) in pair.items()
+        }
+        for pair in ByHand(tiny, data).pairs
+    ]
+    assert {side: (s["ids"], s["trained"]) for side, s in shown.items()} in expected
+    assert shown["chosen"]["tokens"][0] == "<|begin_of_text|>"
+    assert shown["chosen"]["tokens"][-1] == "<|eot_id|>"
+
+
+def test_what_is_counted(answers, tiny: Path, data: Path):
+    """13 rows, of which Axolotl drops the long one; one pair has equal answers.  For an empty
+    answer Axolotl trains on a whole conversation, with its own dummy message as prompt.
+    gamma 0.05: z* is ``logit(exp(-20))``, the first loss ``2^-0.05 ln 2``."""
+    found = read(answers["plain"])
+    assert (found["rows"], found["dropped"]) == (13, 1)
+    counts = found["counts"]
+    assert {k: counts[k] for k in ("pairs", "truncated", "identical", "empty", "doubled_bos")} == {
+        "pairs": 12, "truncated": 0, "identical": 1, "empty": 0, "doubled_bos": 0,
+    }  # fmt: skip
+    assert (counts["bos"], counts["bos_in_answer"]) == ({"1": 23, "2": 1}, 1)
+    assert any(w.startswith("BOS in 4.17 % of the answers") for w in found["warnings"])
+    trained, tokens = [], ByHand(tiny, data)
+    for number, pair in enumerate(tokens.pairs[:12]):
+        for side, (prompt, answer) in pair.items():
+            dummy = tokens.ids(tokens.prompt("[[dummy_message]]"))
+            before = dummy if (number, side) == (11, "chosen") else []
+            trained.append((len(prompt), len(before) + len(answer)))
+    for key, values in (
+        ("lengths", [p + a for p, a in trained]),
+        ("trained", [a for _, a in trained]),
+    ):
+        expected = {"min": min(values), "median": statistics.median(values), "max": max(values)}
+        assert counts[key] == expected
+    assert (found["loss"], found["beta"]) == ("focalpo", 0.1)
+    assert found["z_star"] == pytest.approx(-20, abs=1e-6)
+    assert found["first_loss"] == pytest.approx(2**-0.05 * math.log(2))
+    # micro_batch_size 4, two accumulated, one rank.
+    assert (found["batch"], found["ranks"]) == (8, 1)
+    assert any("8.33 % of the pairs are identical" in warning for warning in found["warnings"])
+
+
+def test_what_is_cut_is_counted(answers, tiny: Path, data: Path):
+    """At 40 tokens, without Axolotl's preparation: TRL drops prompts of 40 tokens and more, and
+    cuts the rest; the empty answer's pair is among them, with the dummy in it.  At 128 with
+    `truncate`, Axolotl cuts the one long answer."""
+    kept = [pair for pair in ByHand(tiny, data).pairs if len(pair["chosen"][0]) < 40]
+    empty = [len(pair["chosen"][1]) == 1 for pair in kept]
+    assert sum(empty) == 1
+    cut = [
+        is_empty or any(len(p) + len(a) > 40 for p, a in pair.values())
+        for pair, is_empty in zip(kept, empty, strict=True)
+    ]
+    assert 0 < sum(cut) < len(kept)
+    found = read(answers["cut by TRL"])
+    assert found["rows"] - found["dropped"] == len(kept)
+    assert found["counts"]["truncated"] == sum(cut)
+    assert found["counts"]["lengths"]["max"] == 40
+    found = read(answers["lora"])
+    assert (found["rows"], found["dropped"], found["counts"]["truncated"]) == (13, 0, 1)
+
+
+def test_memory(answers, tiny: Path):
+    """Float32, one rank: 4 bytes each for weights, gradients and reference, 8 for Adam.  bf16 under
+    ZeRO 3 on eight ranks: 2, 2 and 2, and 12 for Adam with its master copy, each divided by 8.
+    LoRA of rank 8 on q (128 to 128) and v (128 to 64) of four layers, no reference."""
+    n = parameters(tiny)
+    plain = read(answers["plain"])["memory_bytes"]
+    assert plain["parameters"] == plain["trained"] == n
+    assert plain["state"] == n * (4 + 4 + 8 + 4)
+    longest = read(answers["plain"])["counts"]["lengths"]["max"]
+    vocabulary = json.loads((tiny / "model" / "config.json").read_text())["vocab_size"]
+    assert plain["logits"] == 2 * 4 * longest * vocabulary * 4
+    zero3 = read(answers["dpo"])
+    assert (zero3["precision"], zero3["zero_stage"], zero3["batch"]) == ("bf16", 3, 64)
+    assert zero3["memory_bytes"]["state"] == n * (2 + 2 + 12 + 2) / 8
+    lora = read(answers["lora"])["memory_bytes"]
+    trained = 4 * 8 * ((128 + 128) + (128 + 64))
+    assert lora["trained"] == trained
+    assert lora["reference"] == 0
+    assert lora["state"] == (n + trained) * 4 + trained * (4 + 8)
+
+
+def test_it_is_printed_with_the_traps(answers):
+    """At beta 1 a pair passes z* = -20 where its log-ratios differ by 20 nats.  The tokenizer puts a
+    BOS before the template's."""
+    code, said, errors = answers["traps"]
+    assert code == 1, errors[-3000:]
+    assert "predicted first loss 0.6695 (DPO: 0.6931)" in said
+    assert "13 pairs, 1 dropped by the host (7.69 %)" in said
+    twice = "<|begin_of_text|>|<|begin_of_text|>"
+    assert f"[{twice}|<|start_header_id|>|user|<|end_header_id|>|\\n\\n|" in said
+    warnings = [line[9:] for line in said.splitlines() if line.startswith("WARNING  ")]
+    assert said.splitlines()[-1] == f"{len(warnings)} warnings, no errors"
+    assert warnings[0].startswith("fp16: ")
+    assert warnings[1].startswith("beta 1 is large for this gamma: z* = -20.00 is reached where")
+    assert "differ by 20 nats" in warnings[1]
+    assert warnings[2].startswith("BOS doubled at the start of 100 % of the sequences")
+
+
+def test_dpo_is_said_to_be_dpo(answers):
+    found = read(answers["dpo"])
+    assert (found["loss"], found["z_star"]) == ("dpo", None)
+    assert found["first_loss"] == pytest.approx(math.log(2))
+    assert found["warnings"][0].startswith("the loss is the host's own, dpo")
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("unknown key", "focalpo_gama is no key of focalpo_plugins, got 0.1; did you mean"),
+        ("gamma", "focalpo_gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 1.5"),
+        ("sft", "rl must be focalpo, or another loss of preference pairs, got None"),
+        ("no file", "CONFIG must be a YAML file, got"),
+        ("no yaml", "broken.yml"),
+    ],
+)
+def test_errors(answers, case: str, said: str):
+    code, output, errors = answers[case]
+    assert (code, output) == (2, "")
+    last = errors.splitlines()[-1]
+    assert last.startswith("focalpo check: error: ")
+    assert said in last
+    assert "Traceback" not in errors
+
+
+def test_nothing_is_left_behind(once: Axolotl, answers):
+    """The config's output folder isn't made, whose place a scratch folder takes."""
+    assert not (once.folder / "out").exists()
+
+
+def test_it_is_one_of_axolotl_s_commands():
+    done = subprocess.run(["axolotl", "focalpo", "check", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: axolotl focalpo check" in done.stdout
+    assert "example:\n  axolotl focalpo check examples/tiny_focalpo.yml" in done.stdout
