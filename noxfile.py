@@ -14,6 +14,8 @@ nox.options.error_on_missing_interpreters = True
 TORCH = "torch==2.13.0"
 AXOLOTL = "axolotl[deepspeed]==0.19.0"
 OPENRLHF = "openrlhf==0.11.2"
+# What Axolotl's extra `ray` brings.
+RAY = "ray[train]>=2.52.1"
 # What OpenRLHF pins and has no wheel for, built without the parts that need CUDA's compiler.
 FLASH_ATTN, DEEPSPEED = "flash-attn==2.8.3", "deepspeed==0.19.6"
 TWO_AT_A_TIME = ("-n", "2", "--dist", "loadgroup")
@@ -66,7 +68,7 @@ def core(session: nox.Session) -> None:
 def axolotl(session: nox.Session) -> None:
     """TRL's and Axolotl's rooms, with the real Axolotl."""
     session.install(TORCH)
-    session.install(AXOLOTL, "matplotlib")
+    session.install(AXOLOTL, RAY, "matplotlib")
     beside_the_host(session)
     test(session, ["tests/trl", "tests/axolotl"], *TWO_AT_A_TIME)
 

@@ -111,6 +111,7 @@ def answers(once: Axolotl, data: Path, without_weights: Path, doubling: Path) ->
         "cut by TRL": ["--json", config(skip_prepare_dataset=True, sequence_len=40)],
         "lora": ["--json", config(**truncate, **lora)],
         "dpo": ["--json", "--gpus", "8", config(bf16=True, deepspeed=str(zero3), **plain_dpo)],
+        "two BOS": ["--json", config(base_model=str(doubling), **plain_dpo)],
         "traps": ["--strict", config(base_model=str(doubling), rl_beta=1.0, fp16=True)],
         "unknown key": [config(focalpo_gama=0.1)],
         "gamma": [config(focalpo_gamma=1.5)],
@@ -227,19 +228,23 @@ def test_memory(answers, tiny: Path):
 
 def test_it_is_printed_with_the_traps(answers):
     """At beta 1 a pair passes z* = -20 where its log-ratios differ by 20 nats.  The tokenizer puts a
-    BOS before the template's."""
+    BOS before the template's, which FocalPO's trainer takes out again."""
     code, said, errors = answers["traps"]
     assert code == 1, errors[-3000:]
     assert "predicted first loss 0.6695 (DPO: 0.6931)" in said
     assert "13 pairs, 1 dropped by the host (7.69 %)" in said
-    twice = "<|begin_of_text|>|<|begin_of_text|>"
-    assert f"[{twice}|<|start_header_id|>|user|<|end_header_id|>|\\n\\n|" in said
+    assert "[<|begin_of_text|>|<|start_header_id|>|user|<|end_header_id|>|\\n\\n|" in said
     warnings = [line[9:] for line in said.splitlines() if line.startswith("WARNING  ")]
     assert said.splitlines()[-1] == f"{len(warnings)} warnings, no errors"
     assert warnings[0].startswith("fp16: ")
     assert warnings[1].startswith("beta 1 is large for this gamma: z* = -20.00 is reached where")
     assert "differ by 20 nats" in warnings[1]
-    assert warnings[2].startswith("BOS doubled at the start of 100 % of the sequences")
+    assert not any("BOS doubled" in warning for warning in warnings)
+
+
+def test_axolotls_own_dpo_has_two(answers):
+    warnings = read(answers["two BOS"])["warnings"]
+    assert any(w.startswith("BOS doubled at the start of 100 % of the sequences") for w in warnings)
 
 
 def test_dpo_is_said_to_be_dpo(answers):

@@ -245,7 +245,7 @@ def small(name: str, places: Path, **changes: Any) -> dict[str, Any]:
         "eval_batch_size": 2,
         "eval_steps": 2,
         "save_steps": 2,
-        "dataset_num_proc": 1,
+        "dataloader_num_workers": 0,
         "bf16": False,
         "tf32": False,
         "attn_implementation": "sdpa",

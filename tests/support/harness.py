@@ -114,7 +114,8 @@ def axolotl_server() -> subprocess.Popen:
     """One for this test process, started when it is first asked for; it ends with its stdin."""
     return subprocess.Popen(
         [sys.executable, str(SUPPORT / "axolotl_server.py")],
-        env=axolotl_environment(),
+        # A data set's worker processes would be forked off a fork of a process that has threads.
+        env=axolotl_environment(AXOLOTL_DATASET_NUM_PROC="0"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -147,6 +148,7 @@ class Axolotl:
         folders = {
             "base_model": str(self.tiny / "model"),
             "dataset_prepared_path": str(self.folder / "prepared"),
+            "dataloader_num_workers": 0,
             "output_dir": str(self.folder / "out"),
             "datasets": [{**config["datasets"][0], "path": str(self.tiny / "train.jsonl")}],
             "test_datasets": [
