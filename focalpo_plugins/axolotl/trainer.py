@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate import PartialState
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import PluginManager
 
@@ -26,7 +25,7 @@ class AxolotlPairwiseTrainer(PairwiseLossMixin, AxolotlDPOTrainer):
             self.set_loss(loss)
 
     def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any
+        self, dataset: Any, processing_class: Any, args: Any, *more: Any, **named: Any
     ) -> Any:
         """The host's own, with one BOS where it leaves two.
 
@@ -34,12 +33,12 @@ class AxolotlPairwiseTrainer(PairwiseLossMixin, AxolotlDPOTrainer):
         (Llama-3's does) the tokenizer puts another before it.  Axolotl means to take the second
         out in a method that TRL no longer calls.
         """
-        dataset = super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
+        dataset = super()._prepare_dataset(dataset, processing_class, args, *more, **named)
         bos = getattr(processing_class, "tokenizer", processing_class).bos_token_id
         first: dict[str, Any] = next(iter(dataset), {})
         if bos is None or first.get("prompt_ids", [])[:2] != [bos, bos]:
             return dataset
-        with PartialState().main_process_first():
+        with args.main_process_first():
             return dataset.map(_with_one_bos, fn_kwargs={"bos": bos})
 
     def set_loss(

@@ -93,6 +93,7 @@ def answers(once: Axolotl, data: Path, without_weights: Path, doubling: Path) ->
     def config(**changes: Any) -> Path:
         base = {
             "base_model": str(without_weights),
+            "output_dir": str(once.folder / "checked"),
             "datasets": [{"path": str(data), "ds_type": "json", "split": "train",
                           "type": "chat_template.argilla_chat"}],
         }  # fmt: skip
@@ -275,7 +276,7 @@ def test_errors(answers, case: str, said: str):
 
 def test_nothing_is_left_behind(once: Axolotl, answers):
     """The config's output folder isn't made, whose place a scratch folder takes."""
-    assert not (once.folder / "out").exists()
+    assert not (once.folder / "checked").exists()
 
 
 def test_it_is_one_of_axolotl_s_commands():
