@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from formats import llama3_prompt, make_llama3, make_zephyr, rows, zephyr_prompt
-from harness import EXAMPLES, ON_CPU, Axolotl, Run, zero3_on_cpu
+from harness import EXAMPLES, ON_CPU, Axolotl, Run, axolotl_environment, zero3_on_cpu
 from transformers import AutoTokenizer
 
 YAMLS = [
@@ -196,6 +196,59 @@ def test_every_value_has_its_source_beside_it(name: str):
         if key and not sources and key[1] not in NO_SOURCE:
             pytest.fail(f"no source beside {line!r}")
     assert used == named
+
+
+VALIDATE = """
+import json, os, sys
+import yaml
+from axolotl.cli.config import prepare_plugins
+from axolotl.utils import config
+from axolotl.utils.dict import DictDefault
+
+A100 = {"bf16": True, "fp8": False, "tf32": True, "compute_capability": "sm_80"}
+ends = {}
+for path in sys.argv[1:]:
+    cfg = DictDefault(yaml.safe_load(open(path)))
+    gpus = 1 if cfg.adapter else 8
+    os.environ["WORLD_SIZE"] = str(gpus)
+    if cfg.plugins:
+        prepare_plugins(cfg)
+    try:
+        cfg = config.validate_config(cfg, {**A100, "n_gpu": gpus}, {"torch_version": "2.13.0"})
+        ends[path] = [cfg.rl, cfg.trainer_cls, cfg.bf16, cfg.attn_implementation]
+    except Exception as error:
+        ends[path] = repr(error)
+print("ENDS", json.dumps(ends, default=lambda value: getattr(value, "value", str(value))))
+"""
+
+
+@pytest.fixture(scope="session")
+def validated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Each recipe as it stands through Axolotl's own validation, told of A100s."""
+    script = tmp_path_factory.mktemp("validate") / "axolotl"  # the name that our autoload looks at
+    script.write_text(VALIDATE)
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, RECIPES.values())],
+        env=axolotl_environment(),
+        cwd=EXAMPLES.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    ends = next(line for line in done.stdout.splitlines() if line.startswith("ENDS "))
+    return json.loads(ends.removeprefix("ENDS "))
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_axolotl_takes_it_as_it_stands(validated: dict[str, Any], name: str):
+    config, end = CONFIGS[name], validated[str(RECIPES[name])]
+    assert not isinstance(end, str), end
+    rl, trainer, bf16, attention = end
+    ours = config["rl"] == "focalpo"
+    assert rl == ("dpo" if ours else config["rl"])
+    expected = "focalpo_plugins.axolotl.trainer.AxolotlPairwiseTrainer" if ours else None
+    assert trainer == expected
+    assert (bf16, attention) == (config["bf16"], config["attn_implementation"])
 
 
 def seen(run: Run) -> dict[str, Any]:
