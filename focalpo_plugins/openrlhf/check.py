@@ -209,7 +209,7 @@ def _state(args: Any) -> ModelState:
     if args.ref.offload:
         offloaded.add("reference")
     return ModelState(
-        config=AutoConfig.from_pretrained(args.model.model_name_or_path, trust_remote_code=True),
+        config=AutoConfig.from_pretrained(args.model.model_name_or_path),
         lora=lora,
         weight_bytes=2,
         four_bit=args.ds.load_in_4bit,

@@ -135,6 +135,37 @@ def test_the_learning_rate_grid():
         assert float(CONFIGS[f"llama3_{method}"]["learning_rate"]) in GRID
 
 
+def test_axolotl_makes_four_runs_of_the_grid():
+    """By its own function for ``--sweep``, each in a folder of its own."""
+    from axolotl.cli.utils.train import generate_config_files
+
+    files = [
+        Path(file)
+        for file, grouped in generate_config_files(str(RECIPES["llama3_focalpo"]), str(SWEEPS[0]))
+        if grouped
+    ]
+    runs = [yaml.safe_load(file.read_text()) for file in files]
+    for file in files:
+        file.unlink()
+    assert sorted(float(run["learning_rate"]) for run in runs) == GRID
+    assert len({run["output_dir"] for run in runs}) == 4
+    same = {key: value for key, value in CONFIGS["llama3_focalpo"].items() if key != "output_dir"}
+    assert all(
+        {**run, "learning_rate": same["learning_rate"]} == {**same, "output_dir": run["output_dir"]}
+        for run in runs
+    )
+
+
+def test_offload_adds_only_the_offload():
+    plain, offload = (
+        json.loads((EXAMPLES / "deepspeed" / f"{name}.json").read_text())
+        for name in ("zero3", "zero3_offload")
+    )
+    for what in ("offload_optimizer", "offload_param"):
+        assert offload["zero_optimization"].pop(what) == {"device": "cpu", "pin_memory": True}
+    assert offload == plain
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_values_are_the_papers(name: str):
     model, method = split_name(name)

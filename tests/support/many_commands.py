@@ -1,15 +1,11 @@
-"""Run OpenRLHF's command with each of the command lines on stdin, and report how each ended.
-
-Every one runs in a process of its own, forked off this one once OpenRLHF is imported: importing
-it takes longer than all the rest.
-"""
+"""Run OpenRLHF's command with each of the command lines on stdin, and report how each ended."""
 
 import json
-import os
 import sys
 import tempfile
-import traceback
 from importlib import import_module
+
+from forks import fork, wait
 
 from focalpo_plugins.openrlhf import cpu
 from focalpo_plugins.openrlhf.train_dpo import main
@@ -20,24 +16,12 @@ for module in ("datasets", "trainer.dpo_trainer", "utils.deepspeed"):
 
 
 def end_of(argv):
+    def run():
+        sys.argv = ["train_dpo.py", *argv]
+        main()
+
     with tempfile.TemporaryFile("w+") as output:
-        child = os.fork()
-        if child == 0:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-            sys.argv = ["train_dpo.py", *argv]
-            code = 1
-            try:
-                main()
-                code = 0
-            except SystemExit as error:
-                code = error.code
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = wait(fork(run, output, output))
         output.seek(0)
         return [code, output.read()]
 
