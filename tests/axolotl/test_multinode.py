@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -49,16 +50,18 @@ def test_torchrun_on_two_nodes(axolotl: Axolotl, one_node: Run):
 
 def test_ray_with_two_workers(axolotl: Axolotl, one_node: Run):
     assert importlib.util.find_spec("ray"), 'pip install "axolotl[ray]"'
-    run = axolotl.train(
-        "--use-ray",
-        "--ray-num-workers",
-        "2",
-        deepspeed=zero3_on_cpu(axolotl.folder),
-        max_steps=3,
-        resources_per_worker={"CPU": 1},
-        plugins=["test_only_plugins.GlooOnCPU", "test_only_plugins.RayOnCPU"],
-        variables={**ON_CPU, "RAY_USAGE_STATS_ENABLED": "0"},
-    )
+    # Short, for its sockets' sake, and outside the environment, where Ray wants no such folder.
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+        run = axolotl.train(
+            "--use-ray",
+            "--ray-num-workers",
+            "2",
+            deepspeed=zero3_on_cpu(axolotl.folder),
+            max_steps=3,
+            resources_per_worker={"CPU": 1},
+            plugins=["test_only_plugins.GlooOnCPU", "test_only_plugins.RayOnCPU"],
+            variables={**ON_CPU, "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder},
+        )
     assert run.output.count("focalpo_plugins: active") == 1
     names = ("loss", "grad_norm", "focalpo/p")
     for ray, one in zip(run.steps(*names), one_node.steps(*names), strict=True):

@@ -181,6 +181,7 @@ class Axolotl:
                 stderr=subprocess.STDOUT,
                 text=True,
                 cwd=self.folder,
+                timeout=600,  # seconds: a run that hangs is a failure
             )
             return Run(done.returncode, done.stdout, folder)
         asked = {"argv": argv, "cwd": str(self.folder), "env": variables, "ranks": ranks}
