@@ -10,12 +10,23 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 _DATA_HELP = "preference file (.jsonl, .json, .parquet, .csv) with chosen, rejected and prompt"
 
 
 class CommandError(Exception):
     """What is wrong with the command line or with what it names, in one line for the user."""
+
+
+def output_folder(name: str) -> Path:
+    """The folder of ``--out``, made if it isn't there."""
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"--out must be a folder, got {name!r}: {error.strerror}.") from None
+    return folder
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "focalpo") -> int:

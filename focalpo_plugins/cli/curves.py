@@ -7,10 +7,9 @@ import math
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import CommandError
+from . import CommandError, output_folder
 from .plots import line_looks, pyplot, save
 
 if TYPE_CHECKING:
@@ -88,11 +87,7 @@ def run(args: Namespace) -> int:
             raise CommandError(f"--{error}") from None
     draws = {"png", "svg"} & set(args.format)
     plt = pyplot() if draws else None
-    folder = Path(args.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"--out must be a folder, got {args.out!r}: {error.strerror}.") from None
+    folder = output_folder(args.out)
 
     dpo = Curve("correct", 0.0)
     asked = [Curve(args.variant, gamma) for gamma in dict.fromkeys(args.gamma)]

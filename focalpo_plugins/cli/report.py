@@ -12,7 +12,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from . import CommandError
+from . import CommandError, output_folder
 from .plots import line_looks, pyplot, save
 
 # Our name of a quantity, and what hosts log it under after the split's prefix, best first.
@@ -84,11 +84,7 @@ def run(args: Namespace) -> int:
         name, separator, path = word.partition("=")
         runs.append(_read(Path(path), name) if separator else _read(Path(word), None))
     _tell_apart(runs)
-    folder = Path(args.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"--out must be a folder, got {args.out!r}: {error.strerror}.") from None
+    folder = output_folder(args.out)
 
     for each in runs:
         print(f"{each.name}: {each.source}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import CommandError
+from . import CommandError, output_folder
 from .plots import pyplot, save
 
 _BINS = 40
@@ -32,11 +32,7 @@ def run(args: Namespace) -> int:
         raise CommandError(f"DATA must be a file, got {args.data!r}: there is none.")
     draws = {"png", "svg"} & set(args.format)
     plt = pyplot() if draws else None
-    folder = Path(args.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"--out must be a folder, got {args.out!r}: {error.strerror}.") from None
+    folder = output_folder(args.out)
 
     header = {
         "focalpo_score": 1,
