@@ -1,0 +1,619 @@
+"""What does each loss do to the pairs that the reference ranks right, and to those it ranks wrong?
+
+Trains DPO, FocalPO at several gammas, `correct_exact` and `incorrect` with Axolotl, all from one
+model and, seed by seed, on the same batches; scores held-out pairs with `focalpo score`; and
+draws margins, accuracies and weights of both kinds of pairs, and the paired differences from DPO.
+
+    python examples/make_tiny.py
+    python examples/study/study.py --out outputs/study
+
+    python examples/study/study.py --model MODEL --data pairs.jsonl --out outputs/my_study \\
+        --set sequence_len=512 learning_rate=1e-4 max_steps=100 warmup_steps=10
+
+Run again, the same command goes on where it stopped; other --gamma and --seeds add to what is
+there. README.md beside this file says what such a study can show and what it can't.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from tqdm import tqdm
+
+from focalpo_plugins.cli import CommandError
+from focalpo_plugins.cli.plots import pyplot, save
+from focalpo_plugins.registry import get_loss
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+GROUPS = {"right": "reference ranks right", "wrong": "reference ranks wrong"}
+RESAMPLES = 10_000
+# Evaluation during training would cost time and change nothing: every model is scored at its end.
+NOT_IN_A_STUDY = ("test_datasets", "val_set_size", "eval_steps", "evals_per_epoch", "eval_strategy")
+OWN_KEYS = ("rl", "seed", "base_model", "datasets", "output_dir", "save_steps")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One of the losses compared; gamma 0 is DPO to the last bit, with the same tokens."""
+
+    variant: str
+    gamma: float
+
+    @property
+    def name(self) -> str:
+        if self.gamma == 0:
+            return "DPO"
+        prefix = {"correct": "FocalPO", "correct_exact": "exact", "incorrect": "incorrect"}
+        return f"{prefix[self.variant]} {self.gamma:g}"
+
+    @property
+    def folder(self) -> str:
+        return "dpo" if self.gamma == 0 else f"{self.variant}_{self.gamma:g}"
+
+    def weights(self, margins: np.ndarray) -> np.ndarray:
+        """What DPO's gradient of each pair is multiplied by at its margin."""
+        bound = get_loss("focalpo").bind(variant=self.variant, gamma=self.gamma)
+        weights = bound.weight(torch.from_numpy(margins))
+        assert weights is not None
+        return weights.numpy()
+
+
+@dataclass
+class Scores:
+    """The held-out pairs under one trained model; arrays over the pairs ``(N,)``."""
+
+    margin: np.ndarray
+    ranked: np.ndarray  # the policy itself prefers the chosen answer: log p_chosen > log p_rejected
+    right: np.ndarray  # the same of the reference
+    row: np.ndarray
+
+
+DPO = Loss("correct", 0.0)
+
+
+# ---- the material: one train file and one held-out file, with no prompt in both
+
+
+def conversations(row: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
+    """The row's pair as two whole conversations.
+
+    Raises:
+        ValueError: the row is in none of the forms that preference files have.
+    """
+    prompt, pair = row.get("prompt"), {side: row.get(side) for side in ("chosen", "rejected")}
+    if all(isinstance(answer, str) for answer in pair.values()) and isinstance(prompt, str):
+        start = [{"role": "user", "content": prompt}]
+        whole = {k: [*start, {"role": "assistant", "content": v}] for k, v in pair.items()}
+    elif all(isinstance(answer, list) and answer for answer in pair.values()):
+        start = prompt if isinstance(prompt, list) else []
+        whole = {k: v if v[: len(start)] == start else [*start, *v] for k, v in pair.items()}
+    else:
+        raise ValueError("chosen and rejected must both be lists of messages, or both texts "
+                         "beside a text prompt")  # fmt: skip
+    for side, messages in whole.items():
+        if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+            raise ValueError(f"{side} must hold messages with role and content")
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise ValueError(f"{side} must be a prompt and end with the assistant's answer")
+    if whole["chosen"][:-1] != whole["rejected"][:-1]:
+        raise ValueError("chosen and rejected must answer the same prompt")
+    return {
+        side: [{"role": m["role"], "content": m["content"]} for m in messages]
+        for side, messages in whole.items()
+    }
+
+
+def prompt_of(pair: dict[str, list[dict[str, str]]]) -> str:
+    return json.dumps(pair["chosen"][:-1])
+
+
+def read_pairs(path: Path) -> list[dict[str, list[dict[str, str]]]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise CommandError(f"a preference file can't be read: {error}") from None
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("a row must be an object with chosen and rejected")
+            pairs.append(conversations(row))
+        except ValueError as error:
+            raise CommandError(f"{path}, line {number}: {error}.") from None
+    if not pairs:
+        raise CommandError(f"{path} holds no pairs.")
+    return pairs
+
+
+def split(pairs: list[Any], share: float) -> tuple[list[Any], list[Any]]:
+    """Hold out ``share`` of the prompts, with all their pairs; which ones depends on their text
+    alone."""
+    prompts = {prompt_of(pair) for pair in pairs}
+    ordered = sorted(prompts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    held_out = set(ordered[: round(share * len(ordered))])
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    for pair in pairs:
+        parts[prompt_of(pair) in held_out].append(pair)
+    if not all(parts):
+        raise CommandError(
+            f"--held-out must leave prompts on both sides, got {share} of {len(prompts)} prompts."
+        )
+    return parts
+
+
+# ---- the runs
+
+
+def base_config(args: argparse.Namespace) -> dict[str, Any]:
+    """The YAML that every run shares, without what a run or the study itself sets."""
+    try:
+        config = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise CommandError(
+            f"--config must be an Axolotl YAML, got {args.config}: {error}"
+        ) from None
+    for word in args.set:
+        key, equals, value = word.partition("=")
+        if not equals or key in OWN_KEYS or key.startswith("focalpo_"):
+            raise CommandError(
+                f"--set takes KEY=VALUE of Axolotl's keys, got {word!r}; {', '.join(OWN_KEYS)} and "
+                "focalpo_* are the study's own."
+            )
+        config[key] = yaml.safe_load(value)
+    if not isinstance(config.get("max_steps"), int) or config["max_steps"] < 1:
+        raise CommandError(
+            f"max_steps must be a whole number of at least 1, got {config.get('max_steps')!r}: "
+            "the losses are compared after the same number of steps. Give --set max_steps=100."
+        )
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in NOT_IN_A_STUDY and not key.startswith("focalpo_")
+    }
+
+
+def two_files(config: Path) -> list[str]:
+    """The paths of the YAML's train and test set."""
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    try:
+        return [content[key][0]["path"] for key in ("datasets", "test_datasets")]
+    except (KeyError, IndexError, TypeError):
+        raise CommandError(
+            f"{config} must name a data set and a test set by their paths; or give --data."
+        ) from None
+
+
+def start(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
+    """Write or find the study's data; what all runs share, and the held-out file.
+
+    Raises:
+        CommandError: something is wrong with the arguments, or the folder is of another study.
+    """
+    config = base_config(args)
+    if args.model is not None:
+        config["base_model"] = args.model
+    if args.data is not None:
+        train, held_out = split(read_pairs(args.data), args.held_out)
+    else:
+        train, held_out = (read_pairs(Path(path)) for path in two_files(args.config))
+        known = {prompt_of(pair) for pair in train}
+        held_out = [pair for pair in held_out if prompt_of(pair) not in known]
+    data = args.out / "data"
+    texts = {
+        data / f"{name}.jsonl": "".join(json.dumps(pair) + "\n" for pair in pairs)
+        for name, pairs in (("train", train), ("held_out", held_out))
+    }
+    digest = hashlib.sha256("".join(texts.values()).encode()).hexdigest()
+    config["datasets"] = [
+        {
+            "path": str(data / "train.jsonl"),
+            "ds_type": "json",
+            "split": "train",
+            "type": "chat_template.argilla_chat",
+        }
+    ]
+    # Long pairs are cut by TRL, alike in every run, and no cache of another run is read.
+    config["skip_prepare_dataset"] = True
+    config |= {"rl": "focalpo", "save_steps": config["max_steps"], "save_only_model": True}
+    config |= {"logging_steps": 1}
+
+    stamp = args.out / "study.json"
+    about = {"config": config, "data": digest}
+    if stamp.is_file():
+        before = json.loads(stamp.read_text(encoding="utf-8"))
+        for key in {**before["config"], **config}:
+            old, new = before["config"].get(key), config.get(key)
+            if old != new:
+                raise CommandError(
+                    f"{args.out} holds a study with {key} {old!r}, and this one has {new!r}: give "
+                    "another --out."
+                )
+        if before["data"] != digest:
+            raise CommandError(f"{args.out} holds a study of other data: give another --out.")
+    else:
+        data.mkdir(parents=True, exist_ok=True)
+        for path, text in texts.items():
+            path.write_text(text, encoding="utf-8")
+        stamp.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    prompts = len({prompt_of(pair) for pair in held_out})
+    print(f"{len(train)} pairs to train on, {len(held_out)} held out on {prompts} other prompts")
+    return config, data / "held_out.jsonl"
+
+
+def command(words: Sequence[str], log: Path, bar: tqdm, cores: int) -> None:
+    """Run a command into ``log``, and move the bar with the training steps it reports.
+
+    Raises:
+        CommandError: the command failed; the message has its last lines.
+    """
+    env = {**os.environ, "OMP_NUM_THREADS": str(cores), "TOKENIZERS_PARALLELISM": "false"}
+    steps = 0
+    with log.open("wb") as out:
+        process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=env)
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=1)
+                seen = len(re.findall(rb"\{'loss': ", log.read_bytes()))
+                bar.update(seen - steps)
+                steps = seen
+                if process.returncode is not None:
+                    break
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if process.returncode != 0:
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+        raise CommandError(f"{' '.join(words)} failed; {log} ends:\n" + "\n".join(tail))
+
+
+def train_and_score(
+    loss: Loss, seed: int, config: dict[str, Any], held_out: Path, out: Path, bar: tqdm, cores: int
+) -> None:
+    """One run, each half of it only if it isn't there already."""
+    folder = out / "runs" / loss.folder / f"seed_{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    model = folder / "model"
+    if model.is_dir():
+        bar.update(config["max_steps"])
+    else:
+        own = {
+            "focalpo_variant": loss.variant,
+            "focalpo_gamma": loss.gamma,
+            "seed": seed,
+            "output_dir": str(folder / "unfinished"),
+        }
+        path = folder / "config.yml"
+        path.write_text(yaml.safe_dump({**config, **own}, sort_keys=False), encoding="utf-8")
+        command(["axolotl", "train", str(path)], folder / "train.log", bar, cores)
+        (folder / "unfinished").rename(model)  # a folder of this name is a finished run
+    if not (folder / "scores" / "summary.json").is_file():
+        words = ["focalpo", "score", str(model), str(held_out), "--ref", config["base_model"]]
+        words += ["--beta", str(config.get("rl_beta", 0.1)), "--out", str(folder / "scores")]
+        words += ["--max-length", str(config["sequence_len"])]
+        command([*words, "--format", "csv"], folder / "score.log", bar, cores)
+
+
+def run_all(
+    losses: Sequence[Loss], args: argparse.Namespace, config: dict[str, Any], held_out: Path
+) -> None:
+    runs = [(loss, seed) for seed in args.seeds for loss in losses]
+    cores = max(1, (os.cpu_count() or 1) // args.jobs)
+    stopped = threading.Event()
+    with (
+        tqdm(total=len(runs) * config["max_steps"], unit="step", smoothing=0) as bar,
+        ThreadPoolExecutor(args.jobs) as pool,
+    ):
+
+        def one(run: tuple[Loss, int]) -> None:
+            if stopped.is_set():
+                return
+            clock = time.perf_counter()
+            try:
+                train_and_score(*run, config, held_out, args.out, bar, cores)
+            except BaseException:
+                stopped.set()
+                raise
+            loss, seed = run
+            seconds = time.perf_counter() - clock
+            if seconds > 1:
+                bar.write(f"{loss.name}, seed {seed}: trained and scored in {seconds:.0f} s")
+
+        list(pool.map(one, runs))
+
+
+# ---- what came of it
+
+
+def check_paired(losses: Sequence[Loss], seeds: Iterable[int], out: Path) -> None:
+    """Every loss must have seen DPO's batches: the host logs the tokens of each step.
+
+    Raises:
+        CommandError: the runs of one seed differ.
+    """
+    for seed in seeds:
+        seen = {}
+        for loss in losses:
+            folder = out / "runs" / loss.folder / f"seed_{seed}"
+            (state,) = folder.glob("model/checkpoint-*/trainer_state.json")
+            history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+            steps = [entry for entry in history if "loss" in entry]
+            first = tuple(round(steps[0][f"logps/{side}"], 3) for side in ("chosen", "rejected"))
+            seen[loss.name] = (first, [entry["num_tokens"] for entry in steps])
+        for name, found in seen.items():
+            if found != seen["DPO"]:
+                raise CommandError(
+                    f"{name} and DPO were trained on other batches under seed {seed}: they can't "
+                    "be compared pair by pair."
+                )
+
+
+def read_scores(loss: Loss, seed: int, out: Path) -> Scores:
+    path = out / "runs" / loss.folder / f"seed_{seed}" / "scores" / "scores.jsonl"
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    records.sort(key=lambda record: record["row"])
+    return Scores(
+        margin=np.array([r["margin"] for r in records]),
+        ranked=np.array([r["chosen_logp"] > r["rejected_logp"] for r in records]),
+        right=np.array([r["ref_right"] for r in records]),
+        row=np.array([r["row"] for r in records]),
+    )
+
+
+def quantities(loss: Loss, scores: Scores) -> dict[str, np.ndarray]:
+    """Per pair ``(N,)``, what the results average over a group."""
+    weights = loss.weights(scores.margin)
+    return {
+        "margin": scores.margin,
+        "accuracy": (scores.margin > 0).astype(float),
+        "ranking": scores.ranked.astype(float),
+        "weight": weights,
+        # |dL/dz|, but for its sign where the loss is reversed.
+        "pull": weights / (1 + np.exp(scores.margin)),
+    }
+
+
+def bootstrap(
+    values: np.ndarray, prompts: np.ndarray, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """95 % interval of the mean of ``values`` ``(N,)``, with whole prompts drawn again: the pairs
+    of one prompt are no independent witnesses."""
+    _, where = np.unique(prompts, return_inverse=True)
+    sums, counts = np.bincount(where, values), np.bincount(where).astype(float)
+    k = len(sums)
+    rng = np.random.default_rng(0)
+    means = []
+    for start in range(0, resamples, 500):
+        drawn = rng.multinomial(k, np.full(k, 1 / k), size=min(500, resamples - start))
+        means.append(drawn @ sums / (drawn @ counts))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def summarise(
+    losses: Sequence[Loss], seeds: Sequence[int], held_out: Path, out: Path
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of results.csv, and those of differences.csv."""
+    names = np.array([prompt_of(pair) for pair in read_pairs(held_out)])
+    found = {(loss, seed): read_scores(loss, seed, out) for loss in losses for seed in seeds}
+    reference = found[DPO, seeds[0]]
+    groups = {"right": reference.right, "wrong": ~reference.right}
+    groups["all"] = np.ones_like(reference.right)
+    prompts = names[reference.row]
+    values = {key: quantities(key[0], scores) for key, scores in found.items()}
+    results, differences = [], []
+    for loss in losses:
+        for group, inside in groups.items():
+            if not inside.any():
+                continue
+            for seed in seeds:
+                of_run = values[loss, seed]
+                row: dict[str, Any] = {"loss": loss.name, "seed": seed, "group": group}
+                row["pairs"] = int(inside.sum())
+                row |= {k: of_run[k][inside].mean() for k in ("margin", "accuracy", "ranking")}
+                row["weight"] = of_run["weight"][inside].mean()
+                row["share_of_gradient"] = of_run["pull"][inside].sum() / of_run["pull"].sum()
+                results.append(row)
+            for quantity in ("margin", "accuracy", "ranking"):
+                per_seed = np.stack(
+                    [values[loss, s][quantity] - values[DPO, s][quantity] for s in seeds]
+                )[:, inside]
+                low, high = bootstrap(per_seed.mean(0), prompts[inside])
+                row = {"loss": loss.name, "group": group, "quantity": quantity}
+                row |= {"difference": per_seed.mean(), "low": low, "high": high}
+                row |= {"pairs": int(inside.sum()), "prompts": len(set(prompts[inside]))}
+                row["each_seed"] = " ".join(f"{mean:+.5f}" for mean in per_seed.mean(1))
+                differences.append(row)
+    return results, differences
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def print_table(losses: Sequence[Loss], results: list[Any], differences: list[Any]) -> None:
+    print(f"\n{'':<15}{'margin':^17} {'accuracy':^15} {'ranking':^15} {'weight':^15} "
+          f"margin less DPO's, right / wrong [95 % over prompts]")  # fmt: skip
+    print(f"{'':<15}{'right':>8} {'wrong':>8}" + f" {'right':>7} {'wrong':>7}" * 3)
+    for loss in losses:
+        line = f"{loss.name:<15}"
+        for quantity, width in (("margin", 8), ("accuracy", 7), ("ranking", 7), ("weight", 7)):
+            for group in GROUPS:
+                each = [
+                    r[quantity] for r in results if (r["loss"], r["group"]) == (loss.name, group)
+                ]
+                line += f"{np.mean(each) if each else np.nan:>{width}.3f} "
+        if loss != DPO:
+            for group in GROUPS:
+                for row in differences:
+                    if (row["loss"], row["group"], row["quantity"]) == (loss.name, group, "margin"):
+                        line += f" {row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+        print(line.rstrip())
+
+
+def draw(
+    plt: Any, losses: Sequence[Loss], results: list[Any], differences: list[Any], title: str
+) -> Any:
+    """Six panels over the same rows of losses; filled marks are the pairs ranked right."""
+    panels = (
+        ("margin", "reward margin z (nats)", False),
+        ("accuracy", "pairs with z above 0 (share)", False),
+        ("ranking", "pairs the model itself ranks right (share)", False),
+        ("weight", "weight on DPO's gradient (no unit)", False),
+        ("margin", "margin less DPO's (nats), 95 % interval", True),
+        ("accuracy", "accuracy less DPO's (share), 95 % interval", True),
+    )
+    looks = {
+        "right": {"color": "#0072B2", "marker": "o", "markerfacecolor": "#0072B2"},
+        "wrong": {"color": "#D55E00", "marker": "s", "markerfacecolor": "white"},
+    }
+    figure, axes = plt.subplots(
+        2, 3, figsize=(12, 2.4 + 0.62 * len(losses)), sharey=True, layout="constrained"
+    )
+    for axis, (quantity, label, paired) in zip(axes.flat, panels, strict=True):
+        axis.set_xlabel(label)
+        axis.grid(axis="y", visible=False)
+        axis.ticklabel_format(axis="x", style="plain", useOffset=False)
+        axis.locator_params(axis="x", nbins=4)
+        if paired:
+            axis.axvline(0, color="#888888", linewidth=1)
+        for place, loss in enumerate(losses):
+            for group, offset in (("right", -0.17), ("wrong", 0.17)):
+                at, look = place + offset, looks[group]
+                if paired:
+                    (row,) = [
+                        r for r in differences
+                        if (r["loss"], r["group"], r["quantity"]) == (loss.name, group, quantity)
+                    ]  # fmt: skip
+                    if loss == DPO:
+                        continue
+                    each = [float(word) for word in row["each_seed"].split()]
+                    axis.plot([row["low"], row["high"]], [at, at], color=look["color"])
+                    mean = row["difference"]
+                else:
+                    each = [
+                        r[quantity] for r in results
+                        if (r["loss"], r["group"]) == (loss.name, group)
+                    ]  # fmt: skip
+                    mean = np.mean(each)
+                if len(each) > 1:
+                    axis.plot(each, [at] * len(each), "|", color=look["color"], markersize=9)
+                axis.plot([mean], [at], linestyle="", markersize=6, **look)
+    axes[0, 0].set_yticks(range(len(losses)), [loss.name for loss in losses])
+    axes[0, 0].set_ylim(len(losses) - 0.4, -0.6)
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], linestyle="", label=GROUPS[group], **look) for group, look in looks.items()
+    ]
+    handles.append(Line2D([], [], linestyle="", marker="|", color="#555555", label="one seed"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    figure.supxlabel(title, fontsize=9)
+    return figure
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="\n".join(__doc__.splitlines()[1:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=EXAMPLES / "tiny_focalpo.yml",
+        help="Axolotl YAML that all runs share (default: examples/tiny_focalpo.yml)",
+    )
+    parser.add_argument("--model", help="the model to start from (default: the YAML's)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="preference file, .jsonl, split by prompt (default: the YAML's two data sets)",
+    )
+    parser.add_argument(
+        "--held-out", type=float, default=0.25, metavar="SHARE", help="of --data's prompts"
+    )
+    parser.add_argument("--gamma", type=float, nargs="*", default=[0.05, 0.1, 0.25, 0.5, 1.0],
+                        help="of FocalPO (default: 0.05 0.1 0.25 0.5 1)")  # fmt: skip
+    parser.add_argument("--exact", type=float, nargs="*", default=[0.05], metavar="GAMMA",
+                        help="gammas of correct_exact (default: 0.05)")  # fmt: skip
+    parser.add_argument("--incorrect", type=float, nargs="*", default=[1.0], metavar="GAMMA",
+                        help="gammas of incorrect (default: 1)")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
+                        help="other values for the YAML's keys")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, on a CPU")
+    parser.add_argument("--out", type=Path, default=Path("outputs/study"))
+    return parser.parse_args(argv)
+
+
+def chosen_losses(args: argparse.Namespace) -> list[Loss]:
+    asked = [("correct", g) for g in args.gamma]
+    asked += [("correct_exact", g) for g in args.exact]
+    asked += [("incorrect", g) for g in args.incorrect]
+    losses = [DPO]
+    for variant, gamma in asked:
+        flag = {"correct": "--gamma"}.get(variant, "--" + variant.removeprefix("correct_"))
+        try:
+            get_loss("focalpo").bind(variant=variant, gamma=gamma)
+        except ValueError as error:
+            raise CommandError(str(error).replace("gamma", flag, 1)) from None
+        if gamma and Loss(variant, gamma) not in losses:
+            losses.append(Loss(variant, gamma))
+    return losses
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        losses = chosen_losses(args)
+        plt = pyplot()
+        config, held_out = start(args)
+        run_all(losses, args, config, held_out)
+        check_paired(losses, args.seeds, args.out)
+        results, differences = summarise(losses, args.seeds, held_out, args.out)
+    except CommandError as error:
+        print(f"study: error: {error}", file=sys.stderr)
+        return 2
+    write_csv(args.out / "results.csv", results)
+    write_csv(args.out / "differences.csv", differences)
+    print_table(losses, results, differences)
+    pairs = {row["group"]: row["pairs"] for row in results}
+    title = (
+        f"held-out pairs: {pairs.get('right', 0)} that the reference ranks right, "
+        f"{pairs.get('wrong', 0)} wrong; mean of seeds "
+        f"{', '.join(map(str, args.seeds))}; {config['max_steps']} steps, beta {config.get('rl_beta', 0.1)}"
+    )
+    written = save(draw(plt, losses, results, differences, title), args.out, "study", ["png"])
+    names = [*written, args.out / "results.csv", args.out / "differences.csv"]
+    print("\nwrote " + ", ".join(map(str, names)))
+    print("It shows where each loss turns training, not which loss gives the better model.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""The mechanism study, run as a user runs it: real Axolotl, real scores."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from harness import EXAMPLES
+
+SCRIPT = EXAMPLES / "study" / "study.py"
+ARGUMENTS = ("--gamma", "1", "--exact", "--incorrect", "--seeds", "5", "--set", "max_steps=2")
+
+
+def study(*words: str, folder: Path) -> subprocess.CompletedProcess:
+    """The command, in a folder where the YAML's paths lead to the tiny assets."""
+    if not (folder / "examples").exists():
+        (folder / "examples").symlink_to(EXAMPLES)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *words],
+        cwd=folder,
+        env={**os.environ, "PATH": path, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("study", SCRIPT)
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules["study"] = loaded  # dataclasses look their module up
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    """DPO and FocalPO with gamma 1, two steps on one seed.  The first attempt finds a run of another
+    gamma's folder occupied by a file, so it stops after DPO, and the second goes on from there."""
+    folder = tmp_path_factory.mktemp("study")
+    blocked = folder / "out" / "runs" / "correct_1"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("in the way")
+    first = study(*ARGUMENTS, "--out", "out", folder=folder)
+    assert first.returncode != 0
+    assert "DPO, seed 5: trained and scored" in first.stderr + first.stdout
+    assert not (folder / "out" / "results.csv").exists()
+    blocked.unlink()
+    second = study(*ARGUMENTS, "--out", "out", folder=folder)
+    assert second.returncode == 0, second.stderr
+    assert "DPO, seed 5" not in second.stderr + second.stdout
+    assert "FocalPO 1, seed 5: trained and scored" in second.stderr + second.stdout
+    return folder
+
+
+def test_results_are_those_of_the_scores(done: Path):
+    """Margin, accuracy, ranking and share of the gradient of one group, from the scores' file."""
+    path = done / "out" / "runs" / "correct_1" / "seed_5" / "scores" / "scores.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    assert len(records) == 304
+    wrong = [r for r in records if r["ref_chosen_logp"] <= r["ref_rejected_logp"]]
+    (row,) = [
+        r
+        for r in rows(done / "out" / "results.csv")
+        if (r["loss"], r["group"]) == ("FocalPO 1", "wrong")
+    ]
+    assert int(row["pairs"]) == len(wrong) > 50
+    assert float(row["margin"]) == pytest.approx(np.mean([r["margin"] for r in wrong]), rel=1e-5)
+    right_now = np.mean([r["margin"] > 0 for r in wrong])
+    assert float(row["accuracy"]) == pytest.approx(right_now, rel=1e-5)
+    flipped = np.mean([r["chosen_logp"] > r["rejected_logp"] for r in wrong])
+    assert float(row["ranking"]) == pytest.approx(flipped, rel=1e-5, abs=1e-9)
+
+    def pull(record: dict) -> float:
+        p = 1 / (1 + np.exp(-record["margin"]))
+        return (1 - p) * p * (1 + np.log(p))  # -dL/dz of -p log p
+
+    share = sum(map(pull, wrong)) / sum(map(pull, records))
+    assert float(row["share_of_gradient"]) == pytest.approx(share, rel=1e-5)
+    p = 1 / (1 + np.exp(-np.array([r["margin"] for r in wrong])))
+    assert float(row["weight"]) == pytest.approx(np.mean(p * (1 + np.log(p))), rel=1e-5)
+
+
+def test_differences_are_paired_with_dpo(done: Path):
+    """The mean of the differences is the difference of the means, and DPO's own is 0."""
+    results = {(r["loss"], r["group"]): float(r["margin"]) for r in rows(done / "out/results.csv")}
+    for row in rows(done / "out" / "differences.csv"):
+        assert float(row["low"]) <= float(row["difference"]) <= float(row["high"])
+        if row["loss"] == "DPO":
+            assert float(row["difference"]) == float(row["low"]) == float(row["high"]) == 0
+        elif row["quantity"] == "margin":
+            expected = results[row["loss"], row["group"]] - results["DPO", row["group"]]
+            assert float(row["difference"]) == pytest.approx(expected, abs=1e-6)
+            assert float(row["low"]) < float(row["high"])
+
+
+def test_runs_are_of_the_losses_and_batches_asked_for(done: Path):
+    for name, first_loss in (("dpo", 0.6931), ("correct_1", 0.3466)):
+        folder = done / "out" / "runs" / name / "seed_5"
+        log = (folder / "train.log").read_text()
+        assert f"{{'loss': '{first_loss}'" in log  # 2^-gamma ln 2
+        assert "gamma=1.0" in log or name == "dpo"
+    assert (done / "out" / "study.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_other_batches_are_seen(done: Path, module: ModuleType, tmp_path: Path):
+    """One token more in one step of one run."""
+    losses = [module.DPO, module.Loss("correct", 1.0)]
+    module.check_paired(losses, [5], done / "out")
+    for loss in losses:
+        (state,) = (done / "out/runs" / loss.folder).glob(
+            "seed_5/model/checkpoint-2/trainer_state.json"
+        )
+        content = json.loads(state.read_text())
+        if loss is not module.DPO:
+            entry = [e for e in content["log_history"] if "loss" in e][1]
+            entry["num_tokens"] += 1
+        copy = tmp_path / state.relative_to(done / "out")
+        copy.parent.mkdir(parents=True)
+        copy.write_text(json.dumps(content))
+    with pytest.raises(module.CommandError, match="other batches under seed 5"):
+        module.check_paired(losses, [5], tmp_path)
+
+
+def test_another_study_is_not_mixed_in(done: Path):
+    before = (done / "out" / "results.csv").read_bytes()
+    other = study(*ARGUMENTS[:-1], "max_steps=3", "--out", "out", folder=done)
+    assert other.returncode == 2
+    assert "holds a study with max_steps 2, and this one has 3" in other.stderr
+    assert (done / "out" / "results.csv").read_bytes() == before
+
+
+def test_bootstrap_draws_whole_prompts(module: ModuleType):
+    """Two prompts, with values 0 and 1 of 50 pairs each: a resample has 0, 1 or 2 of the second
+    with 1/4, 1/2, 1/4, so the interval is [0, 1]; with 100 prompts of a pair each the standard
+    error is sqrt(1/4 / 100) = 0.05 and the interval about .5 -+ .098."""
+    values = np.repeat([0.0, 1.0], 50)
+    assert module.bootstrap(values, np.repeat(["a", "b"], 50)) == (0.0, 1.0)
+    low, high = module.bootstrap(values, np.arange(100).astype(str))
+    assert (low, high) == pytest.approx((0.402, 0.598), abs=0.011)
+
+
+def test_split_holds_out_whole_prompts(module: ModuleType):
+    def pair(prompt: str, answer: str) -> dict:
+        return module.conversations({"prompt": prompt, "chosen": answer, "rejected": "no"})
+
+    pairs = [pair(f"question {n % 10}", f"answer {n}") for n in range(40)]
+    train, held_out = module.split(pairs, 0.3)
+    assert len(held_out) == 12
+    assert not {module.prompt_of(p) for p in train} & {module.prompt_of(p) for p in held_out}
+    assert module.split(pairs[::-1], 0.3)[1] == held_out[::-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "content", "message"),
+    [
+        (("--gamma", "2"), None, "--gamma must be"),
+        (("--exact", "1.5"), None, "--exact must be"),
+        (("--set", "seed=4"), None, "'seed=4'"),
+        (("--set", "max_steps=many"), None, "max_steps must be a whole number"),
+        (("--config", "none.yml"), None, "--config must be an Axolotl YAML"),
+        (("--data", "d.jsonl"), "", "holds no pairs"),
+        (("--data", "d.jsonl"), "{", "d.jsonl, line 1"),
+        (("--data", "d.jsonl"), '{"chosen": "a"}', "line 1: chosen and rejected must both be"),
+        (
+            ("--data", "d.jsonl"),
+            '{"prompt": "a", "chosen": "b", "rejected": "c"}',
+            "--held-out must leave prompts on both sides",
+        ),
+    ],
+)
+def test_errors(tmp_path: Path, words: tuple[str, ...], content: str | None, message: str):
+    if content is not None:
+        (tmp_path / "d.jsonl").write_text(content + "\n" if content else "")
+    found = study(*words, "--out", "out", folder=tmp_path)
+    assert found.returncode == 2
+    assert message in found.stderr
+    assert "Traceback" not in found.stderr
+    assert not (tmp_path / "out" / "runs").exists()
