@@ -280,7 +280,7 @@ def _value(z: Tensor, gamma: float, variant: str) -> Tensor:
     """The loss, in the dtype of ``z``."""
     log_p = F.logsigmoid(z)
     if variant == "correct":
-        return -torch.exp(gamma * log_p) * log_p
+        return (gamma * log_p).exp_().mul_(log_p).neg_()  # in place: each tensor less is time
     s = _exponent(gamma, variant)
     log_q = F.logsigmoid(-z)
     # For z >= 0, -log p = (1 - p)(1 + t) log1p(t)/t with t = exp(-z): (1 - p)**s and 1 - p share
@@ -291,11 +291,14 @@ def _value(z: Tensor, gamma: float, variant: str) -> Tensor:
 
 def _slope(z: Tensor, gamma: float, variant: str) -> Tensor:
     """dL/dz, in the dtype of ``z``: Eq. 6 without the policy's own gradient."""
-    log_p, log_q = F.logsigmoid(z), F.logsigmoid(-z)
     if variant == "correct":
-        return -torch.exp(log_q + gamma * log_p) * (1 + gamma * log_p)
+        log_p = F.logsigmoid(z)
+        scaled = gamma * log_p
+        factor = torch.exp(scaled)
+        # -(1 - p) p^gamma (1 + gamma log p), with 1 - p = -expm1(log p) to the last digits.
+        return torch.expm1(log_p) * torch.addcmul(factor, factor, scaled)
     s = _exponent(gamma, variant)
-    return -torch.exp((s + 1) * log_q) * (1 + s * _entropy_ratio(z))
+    return -torch.exp((s + 1) * F.logsigmoid(-z)) * (1 + s * _entropy_ratio(z))
 
 
 def _entropy_ratio(z: Tensor) -> Tensor:
