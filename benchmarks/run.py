@@ -1,0 +1,106 @@
+"""Measure what the plug-in costs, as ratios: `python benchmarks/run.py [NAME ...]`.
+
+loss     the loss alone, forward and backward, against -F.logsigmoid and the formula as written
+start    `import torch` with and without our autoload, `import focalpo_plugins`
+trl      whole training steps, FocalPO against DPO, in TRL
+axolotl  the same in Axolotl
+openrlhf the same in OpenRLHF, and --focalpo.precompute_ref against its own way
+fused    memory and time of the loss part at Llama 3's vocabulary, by TRL's paths and ours
+
+Prints a table and writes outputs/bench.json. Without names, all whose host is installed are
+measured. `nox -s bench` makes the hosts' environments and runs it in each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from measure import CUDA, Result
+
+# Name: module, the host that it needs, rounds.
+BENCHMARKS = {
+    "loss": ("core_loss", None, 15),
+    "start": ("start_up", None, 15),
+    "trl": ("steps", "trl", 8),
+    "axolotl": ("steps", "axolotl", 8),
+    "fused": ("fused_head", "trl", 3),
+    "openrlhf": ("openrlhf_steps", "openrlhf", 4),
+}
+
+
+def machine() -> dict[str, str | int]:
+    """What the numbers were measured on."""
+    found: dict[str, str | int] = {
+        "cores": os.cpu_count() or 0,
+        "python": platform.python_version(),
+    }
+    cpu = Path("/proc/cpuinfo")
+    if cpu.is_file():
+        names = [line for line in cpu.read_text().splitlines() if line.startswith("model name")]
+        found["cpu"] = names[0].partition(":")[2].strip() if names else platform.machine()
+    if CUDA:
+        found["gpu"] = torch.cuda.get_device_name()
+    found["threads"] = torch.get_num_threads()
+    for package in ("focalpo_plugins", "torch", "trl", "axolotl", "openrlhf", "deepspeed",
+                    "transformers", "liger-kernel"):  # fmt: skip
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def line(result: Result) -> str:
+    def number(value: float) -> str:
+        return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+    return (
+        f"{result.case:<44} {result.quantity:<18} {number(result.ours):>11} "
+        f"{number(result.theirs):>11} {result.unit:<5} {result.ratio:>7.3f} "
+        f"[{result.low:.3f}, {result.high:.3f}]  vs {result.against}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--rounds", type=int, help="of each comparison (default: each one's own)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"))
+    args = parser.parse_args()
+    for name in args.names:
+        if name not in BENCHMARKS:
+            parser.error(f"NAME must be of {', '.join(BENCHMARKS)}, got {name!r}")
+    here = machine()
+    print(", ".join(f"{key} {value}" for key, value in here.items()), flush=True)
+    results: list[Result] = []
+    for name in args.names or BENCHMARKS:
+        module, host, rounds = BENCHMARKS[name]
+        if host is not None and find_spec(host) is None:
+            if args.names:
+                parser.error(f"{name} needs {host}, which is not installed")
+            continue
+        print(f"\n{name:<44} {'':<18} {'ours':>11} {'theirs':>11} {'':<5} {'ratio':>7} [quartiles]")
+        options = {"host": host} if module == "steps" else {}
+        for result in import_module(module).measure(args.rounds or rounds, **options):
+            results.append(result)
+            print(line(result), flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": here, "results": [result.as_dict() for result in results]}
+    args.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"\nwrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
