@@ -9,6 +9,7 @@ import nox
 
 nox.options.default_venv_backend = "venv"
 nox.options.error_on_missing_interpreters = True
+nox.options.sessions = ["lint", "core", "axolotl", "openrlhf", "evaluation"]
 
 # The releases that the suite was last seen to pass with; users keep what their stack has.
 TORCH = "torch==2.13.0"
@@ -67,21 +68,14 @@ def core(session: nox.Session) -> None:
 @nox.session
 def axolotl(session: nox.Session) -> None:
     """TRL's and Axolotl's rooms, with the real Axolotl."""
-    session.install(TORCH)
-    session.install(AXOLOTL, RAY, "matplotlib")
-    beside_the_host(session)
+    install_axolotl(session)
     test(session, ["tests/trl", "tests/axolotl"], *TWO_AT_A_TIME)
 
 
 @nox.session
 def openrlhf(session: nox.Session) -> None:
     """OpenRLHF's room, with the real OpenRLHF."""
-    session.install(TORCH, "wheel", "setuptools", "ninja", "packaging", "psutil")
-    no_cuda = {"FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE", "FLASH_ATTENTION_FORCE_BUILD": "TRUE"}
-    session.install(FLASH_ATTN, "--no-build-isolation", env=no_cuda)
-    session.install(DEEPSPEED, "--no-build-isolation", env={"DS_BUILD_OPS": "0"})
-    session.install(OPENRLHF)
-    beside_the_host(session)
+    install_openrlhf(session)
     test(session, ["tests/openrlhf"])
 
 
@@ -91,6 +85,34 @@ def evaluation(session: nox.Session) -> None:
     session.install(TORCH)
     session.install(*EVALUATION, *(tool for tool in TEST_TOOLS if tool != "setuptools"))
     test(session, ["tests/eval"], *TWO_AT_A_TIME)
+
+
+@nox.session
+@nox.parametrize("host", ["axolotl", "openrlhf"])
+def bench(session: nox.Session, host: str) -> None:
+    """What the plug-in costs, as ratios; `-- NAME ...` measures single benchmarks."""
+    {"axolotl": install_axolotl, "openrlhf": install_openrlhf}[host](session)
+    names = ["openrlhf"] if host == "openrlhf" else ["loss", "start", "trl", "axolotl", "fused"]
+    words = [word for word in session.posargs if not word.isidentifier() or word in names]
+    if session.posargs and not set(words) & set(names):
+        session.skip("none of the names is this host's")
+    out = f"outputs/bench_{host}.json"
+    session.run("python", "benchmarks/run.py", *(words or names), "--out", out)
+
+
+def install_axolotl(session: nox.Session) -> None:
+    session.install(TORCH)
+    session.install(AXOLOTL, RAY, "matplotlib")
+    beside_the_host(session)
+
+
+def install_openrlhf(session: nox.Session) -> None:
+    session.install(TORCH, "wheel", "setuptools", "ninja", "packaging", "psutil")
+    no_cuda = {"FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE", "FLASH_ATTENTION_FORCE_BUILD": "TRUE"}
+    session.install(FLASH_ATTN, "--no-build-isolation", env=no_cuda)
+    session.install(DEEPSPEED, "--no-build-isolation", env={"DS_BUILD_OPS": "0"})
+    session.install(OPENRLHF)
+    beside_the_host(session)
 
 
 def beside_the_host(session: nox.Session) -> None:

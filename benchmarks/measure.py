@@ -1,8 +1,8 @@
 """How everything in the suite is measured: two sides in turns, and a ratio of their medians.
 
 Machines are noisy and the noise drifts, so the two sides take turns, each going first in every
-other round.  A time by itself says little; the ratio does, with the quartiles of the rounds'
-own ratios as its spread.
+other round.  A time by itself says little; the ratio of the medians does, with its 95 % interval
+over rounds drawn again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from statistics import median, quantiles
+from random import Random
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 @dataclass
 class Result:
-    """One row: ``ratio`` is ours over theirs, ``low`` and ``high`` its quartiles over rounds."""
+    """One row: ``ratio`` is ours over theirs, between ``low`` and ``high`` with 95 %."""
 
     benchmark: str
     case: str
@@ -49,11 +50,18 @@ def compare(
     against: str,
 ) -> Result:
     """From what each round measured of both sides."""
-    ratios = [a / b if b else float(a == b) for a, b in zip(ours, theirs, strict=True)]
-    low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    pairs = list(zip(ours, theirs, strict=True))
+    random = Random(0)
+    drawn = sorted(_ratio(random.choices(pairs, k=len(pairs))) for _ in range(1000))
     a, b = median(ours), median(theirs)
-    ratio = a / b if b else float(a == b)
-    return Result(benchmark, case, quantity, unit, a, b, ratio, low, high, len(ratios), against)
+    low, high = drawn[25], drawn[-26]
+    return Result(
+        benchmark, case, quantity, unit, a, b, _ratio(pairs), low, high, len(pairs), against
+    )
+
+
+def _ratio(pairs: list[tuple[float, float]]) -> float:
+    return median(a for a, _ in pairs) / median(b for _, b in pairs)
 
 
 def in_turns(
@@ -89,16 +97,29 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 
     On a CPU the profiler's allocations and frees are added up; on CUDA the allocator is asked.
     """
+    profile = start_profile()
+    work()
+    return stop_profile(profile)
+
+
+def start_profile() -> Any:
+    """Begin to count what is allocated; :func:`stop_profile` gives the peak in bytes."""
     if CUDA:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
+        return torch.cuda.memory_allocated()
+    profile = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    )
+    profile.start()
+    return profile
+
+
+def stop_profile(profile: Any) -> int:
+    if CUDA:
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        work()
+        return int(torch.cuda.max_memory_allocated() - profile)
+    profile.stop()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -7,7 +7,8 @@ axolotl  the same in Axolotl
 openrlhf the same in OpenRLHF, and --focalpo.precompute_ref against its own way
 fused    memory and time of the loss part at Llama 3's vocabulary, by TRL's paths and ours
 
-Prints a table and writes outputs/bench.json. Without names, all whose host is installed are
+A round is a step in trl, axolotl and openrlhf. Prints a table and writes outputs/bench.json.
+Without names, all whose host is installed are
 measured. `nox -s bench` makes the hosts' environments and runs it in each.
 """
 
@@ -30,10 +31,10 @@ from measure import CUDA, Result
 BENCHMARKS = {
     "loss": ("core_loss", None, 15),
     "start": ("start_up", None, 15),
-    "trl": ("steps", "trl", 8),
-    "axolotl": ("steps", "axolotl", 8),
+    "trl": ("steps", "trl", 100),
+    "axolotl": ("steps", "axolotl", 100),
     "fused": ("fused_head", "trl", 3),
-    "openrlhf": ("openrlhf_steps", "openrlhf", 4),
+    "openrlhf": ("openrlhf_steps", "openrlhf", 60),
 }
 
 
@@ -90,7 +91,7 @@ def main() -> int:
             if args.names:
                 parser.error(f"{name} needs {host}, which is not installed")
             continue
-        print(f"\n{name:<44} {'':<18} {'ours':>11} {'theirs':>11} {'':<5} {'ratio':>7} [quartiles]")
+        print(f"\n{name:<44} {'':<18} {'ours':>11} {'theirs':>11} {'':<5} {'ratio':>7} [95 %]")
         options = {"host": host} if module == "steps" else {}
         for result in import_module(module).measure(args.rounds or rounds, **options):
             results.append(result)

@@ -1,7 +1,7 @@
 """Whole training steps in TRL and in Axolotl, FocalPO against the host's own DPO, in one process.
 
-Both trainers train the same small model on the same batches, a few steps each in turns, with
-optimizer, logging and all.  The model is small on purpose: it hides nothing of the loss.
+Both trainers train the same small model on the same batches, a step each in turns, with data
+loading, optimizer and logging.  The model is small on purpose: it hides nothing of the loss.
 """
 
 from __future__ import annotations
@@ -11,31 +11,44 @@ import io
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from measure import CUDA, Result, compare, in_turns, peak_bytes
+import torch
+from measure import CUDA, Result, compare, peak_bytes
 from transformers import TrainerCallback
 
 TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny"
-WARM_UP, STEPS = 3, 20
+WARM_UP = 5
 Trainers = dict[str, Any]
 
 
-class Clock(TrainerCallback):
-    """When each step ended, its logging included."""
+class Turns(TrainerCallback):
+    """Trains one step whenever the other trainer, in its own thread, has done one."""
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+    def __init__(self, mine: threading.Semaphore, other: threading.Semaphore) -> None:
+        self.mine, self.other = mine, other
+        self.began: float | None = None
+        self.seconds: list[float] = []
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if CUDA:
-            import torch
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        # A step lasts until the next one begins: its logging comes after its on_step_end.
+        self.hand_over()
+        self.mine.acquire()
+        self.began = time.perf_counter()
 
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.hand_over()
+
+    def hand_over(self) -> None:
+        if self.began is not None:
+            if CUDA:
+                torch.cuda.synchronize()
+            self.seconds.append(time.perf_counter() - self.began)
+            self.other.release()
 
 
 def trl_trainers(folder: Path) -> Trainers:
@@ -99,14 +112,40 @@ def axolotl_trainers(folder: Path) -> Trainers:
     return found
 
 
-def train(trainer: Any, clock: Clock, steps: int) -> list[float]:
-    """Seconds of each of ``steps`` steps, after a few that are not counted."""
-    trainer.args.max_steps = WARM_UP + steps
-    clock.ends.clear()
-    with contextlib.redirect_stdout(io.StringIO()):
-        trainer.train()
-    ends = clock.ends[WARM_UP - 1 :]
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)]
+def in_turns(trainers: Trainers, steps: int) -> tuple[list[float], ...]:
+    """Milliseconds of each step, in the trainers' order, but for the first few."""
+    batons = threading.Semaphore(1), threading.Semaphore(0)
+    turns = [Turns(*batons), Turns(*batons[::-1])]
+    errors: list[BaseException] = []
+
+    def train(trainer: Any, turn: Turns) -> None:
+        trainer.args.max_steps = WARM_UP + steps
+        trainer.add_callback(turn)
+        try:
+            trainer.train()
+        except BaseException as error:
+            errors.append(error)
+            turn.other.release(steps)
+
+    threads = [
+        threading.Thread(target=train, args=each)
+        for each in zip(trainers.values(), turns, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    for trainer, turn in zip(trainers.values(), turns, strict=True):
+        trainer.remove_callback(turn)
+    return tuple([1e3 * s for s in turn.seconds[WARM_UP:]] for turn in turns)
+
+
+def peak(trainer: Any) -> float:
+    """MiB at the peak of two steps; the model and the optimizer's state are there already."""
+    trainer.args.max_steps = 2
+    return peak_bytes(trainer.train) / 2**20
 
 
 def measure(rounds: int, *, host: str) -> Iterator[Result]:
@@ -117,21 +156,11 @@ def measure(rounds: int, *, host: str) -> Iterator[Result]:
         trainers = make(Path(folder))
         classes = {name: type(trainer).__name__ for name, trainer in trainers.items()}
         assert classes["dpo"] != classes["focalpo"], classes
-        clocks = {}
-        for name, trainer in trainers.items():
-            trainer.args.disable_tqdm = True
-            clocks[name] = Clock()
-            trainer.add_callback(clocks[name])
-
-        def step_time(name: str) -> float:
-            times = sorted(train(trainers[name], clocks[name], STEPS))
-            return 1e3 * times[len(times) // 2]
-
-        def peak(name: str) -> float:
-            return peak_bytes(lambda: train(trainers[name], clocks[name], 1)) / 2**20
-
+        quiet = io.StringIO()
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            theirs, ours = in_turns(trainers, rounds)
+            peaks = {name: [peak(t), peak(t)] for name, t in trainers.items()}
         case = f"{host}: {classes['focalpo']}, 16 pairs"
-        ours, theirs = in_turns(lambda: step_time("focalpo"), lambda: step_time("dpo"), rounds)
         yield compare(host, case, "step time", "ms", ours, theirs, classes["dpo"])
-        ours, theirs = in_turns(lambda: peak("focalpo"), lambda: peak("dpo"), 2)
-        yield compare(host, case, "peak memory", "MiB", ours, theirs, classes["dpo"])
+        most = peaks["focalpo"], peaks["dpo"]
+        yield compare(host, case, "peak memory", "MiB", *most, against=classes["dpo"])

@@ -606,7 +606,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     title = (
         f"held-out pairs: {pairs.get('right', 0)} that the reference ranks right, "
         f"{pairs.get('wrong', 0)} wrong; mean of seeds "
-        f"{', '.join(map(str, args.seeds))}; {config['max_steps']} steps, beta {config.get('rl_beta', 0.1)}"
+        f"{', '.join(map(str, args.seeds))}; {config['max_steps']} steps, "
+        f"beta {config.get('rl_beta', 0.1)}"
     )
     written = save(draw(plt, losses, results, differences, title), args.out, "study", ["png"])
     names = [*written, args.out / "results.csv", args.out / "differences.csv"]
