@@ -91,13 +91,15 @@ def evaluation(session: nox.Session) -> None:
 @nox.parametrize("host", ["axolotl", "openrlhf"])
 def bench(session: nox.Session, host: str) -> None:
     """What the plug-in costs, as ratios; `-- NAME ...` measures single benchmarks."""
-    {"axolotl": install_axolotl, "openrlhf": install_openrlhf}[host](session)
-    names = ["openrlhf"] if host == "openrlhf" else ["loss", "start", "trl", "axolotl", "fused"]
-    words = [word for word in session.posargs if not word.isidentifier() or word in names]
-    if session.posargs and not set(words) & set(names):
+    of_host = {"axolotl": ["loss", "start", "trl", "axolotl", "fused"], "openrlhf": ["openrlhf"]}
+    asked = [word for word in session.posargs if word in sum(of_host.values(), [])]
+    names = [name for name in of_host[host] if name in asked or not asked]
+    if not names:
         session.skip("none of the names is this host's")
+    {"axolotl": install_axolotl, "openrlhf": install_openrlhf}[host](session)
+    options = [word for word in session.posargs if word not in asked]
     out = f"outputs/bench_{host}.json"
-    session.run("python", "benchmarks/run.py", *(words or names), "--out", out)
+    session.run("python", "benchmarks/run.py", *names, *options, "--out", out)
 
 
 def install_axolotl(session: nox.Session) -> None:
