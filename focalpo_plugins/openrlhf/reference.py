@@ -19,7 +19,6 @@ import secrets
 import sys
 import time
 import warnings
-import weakref
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -31,9 +30,11 @@ from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
+_watch: Any = StorageWeakRef
 _DIGEST = 16  # bytes
 _MISSING = -torch.inf
 _NOT_FINITE = torch.inf
@@ -314,19 +315,24 @@ def _read(path: Path, key: str, digests: Tensor) -> Tensor:
 def _free(actor: Any) -> int:
     """Free the engine in ``actor``, and say how many bytes of weights it held on this rank."""
     engine, actor.model = actor.model, None
-    # Under ZeRO-3 a parameter is empty, and its share is beside it.
-    tensors = [getattr(parameter, "ds_tensor", parameter) for parameter in engine.parameters()]
-    held: int = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    watched = [weakref.ref(tensor) for tensor in tensors]
     engine.destroy()
-    del engine, tensors
+    held, storages = 0, []
+    for parameter in engine.parameters():
+        # Under ZeRO-3 a parameter is empty, and this rank's share is beside it.  DeepSpeed's hooks
+        # keep parameters alive after their engine, so they are emptied.
+        share = getattr(parameter, "ds_tensor", None)
+        for tensor in (parameter,) if share is None else (parameter, share):
+            held += tensor.nbytes
+            storages.append(_watch(tensor.untyped_storage()))
+            tensor.data = tensor.new_empty(0)
+    del engine
     gc.collect()
     get_accelerator().empty_cache()
-    kept = sum(reference() is not None for reference in watched)
+    kept = sum(not storage.expired() for storage in storages)
     if kept:
         warnings.warn(
-            f"focalpo_plugins: {kept} of {len(watched)} tensors of the reference are still held by "
-            "something, so that memory falls by less than its size.",
+            f"focalpo_plugins: {kept} of {len(storages)} tensors of the reference are still held "
+            "by something, so that memory falls by less than its size.",
             stacklevel=2,
         )
     return held
