@@ -66,7 +66,7 @@ class ReferenceLogps:
             RuntimeError: a pair is not one of those that the log-probabilities were computed of.
         """
         batch = (chosen_ids, chosen_mask, rejected_ids, rejected_mask, prompt_lengths)
-        rows = [self._rows.get(digest, -1) for digest in _digests(*batch)]
+        rows = [self._rows.get(digest, -1) for digest in pair_digests(*batch)]
         if -1 in rows:
             raise RuntimeError(
                 f"focalpo_plugins: the reference's log-probabilities of pair {rows.index(-1)} of a "
@@ -141,7 +141,7 @@ class _Pairs:
         share = range(strategy.get_rank(), len(self.data), strategy.world_size)
         for place in _bar(share, "Reading pairs", strategy):
             batch = self.batch([place])
-            (digest,) = _digests(*batch)
+            (digest,) = pair_digests(*batch)
             digests[place] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
             lengths[place] = max(batch[0].shape[1], batch[2].shape[1])
         digests, lengths = (strategy.all_reduce(found, "max") for found in (digests, lengths))
@@ -161,13 +161,14 @@ class _Pairs:
         return f"pair {place - trained} of the evaluation data"
 
 
-def _digests(
+def pair_digests(
     chosen_ids: Tensor,
     chosen_mask: Tensor,
     rejected_ids: Tensor,
     rejected_mask: Tensor,
     prompt_lengths: Sequence[int],
 ) -> list[bytes]:
+    """For each pair of a batch, what it is known by; arguments as for :class:`ReferenceLogps`."""
     sides = [
         [ids[mask.bool()] for ids, mask in zip(all_ids.cpu(), masks.cpu(), strict=True)]
         for all_ids, masks in ((chosen_ids, chosen_mask), (rejected_ids, rejected_mask))
