@@ -20,6 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -237,7 +238,8 @@ def _compute_and_write(
             os.replace(temporary, path)
     finally:
         if strategy.is_rank_0():
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # it is not there, nor is perhaps its folder
+                temporary.unlink()
     return logps
 
 

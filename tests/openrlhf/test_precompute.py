@@ -283,8 +283,10 @@ def in_trouble(train_many: Callable, variants, flags, in_turn, tmp_path_factory)
     runs, _ = in_turn
     whole, others = (file_of(runs[name]) for name in ("first", "other data"))
     content = whole.read_bytes()
+    place = content.index(logps(whole).numpy().tobytes())
     contents = {
-        "damaged": content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
+        # One bit of one log-probability.
+        "damaged": content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :],
         "half": content[: len(content) // 2],
         "of others": others.read_bytes(),
     }
