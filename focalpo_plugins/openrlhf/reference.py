@@ -103,10 +103,10 @@ def precompute(trainer: Any, strategy: Any, folder: Path, flag: str) -> Referenc
     path = folder / f"reference_logps-{key[:16]}.cache"
 
     logps = torch.full((len(pairs.digests), 2), _MISSING)
-    if strategy.is_rank_0() and path.exists():
+    if strategy.is_rank_0() and os.path.exists(path):
         try:
             logps = _read(path, key, pairs.digests)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             _say(f"{path} is damaged ({error}) and made anew.")
     # The largest: what the first rank has read, for all of them or none.
     logps = strategy.all_reduce(logps, "max")
