@@ -46,6 +46,7 @@ class ModelState:
         reference: whether a second copy of the model is held as reference.
         offloaded: which of ``optimizer``, ``weights``, ``reference`` are held in the CPU's memory.
         fused_logits: whether a fused loss never holds the logits.
+        reference_freed: whether the reference is held before the first step only.
     """
 
     config: Any
@@ -57,6 +58,7 @@ class ModelState:
     reference: bool
     offloaded: frozenset[str] = frozenset()
     fused_logits: bool = False
+    reference_freed: bool = False
 
 
 @dataclass

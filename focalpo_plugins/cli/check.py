@@ -325,6 +325,8 @@ def _print_memory(plan: Plan, memory: Estimate | None, line: Any) -> None:
         for part in ("weights", "gradients", "optimizer", "reference")
     ]
     line("memory", f"{_size(memory.state)} of state a rank ({sharding}): {', '.join(parts)}")
+    if memory.reference_before:
+        line("", f"reference {_size(memory.reference_before)} besides, before the first step alone")
     if state.offloaded:
         line("", f"held by the CPU: {', '.join(sorted(state.offloaded))}")
     line("", f"{memory.parameters:,} parameters, {memory.trained:,} trained, {plan.precision}")

@@ -19,7 +19,11 @@ LEFT_OUT = "activations, DeepSpeed's buffers, CUDA's context, fragmentation"
 
 @dataclass
 class Estimate:
-    """Bytes on one rank, by what they are for."""
+    """Bytes on one rank, by what they are for.
+
+    ``reference`` is what is held while training, ``reference_before`` what is held in its place
+    before the first step alone.
+    """
 
     parameters: int
     trained: int
@@ -27,6 +31,7 @@ class Estimate:
     gradients: float
     optimizer: float
     reference: float
+    reference_before: float
     logits: float
 
     @property
@@ -51,13 +56,15 @@ def estimate(plan: Plan, length: int) -> Estimate | None:
     held = frozen + (trained * each if state.lora is not None else 0)
     vocabulary = state.config.get_text_config().vocab_size
     here = {what: what not in state.offloaded for what in ("weights", "optimizer", "reference")}
+    reference = frozen / share[0] * (state.reference and here["reference"])
     return Estimate(
         parameters=total,
         trained=trained,
         weights=held / share[0] * here["weights"],
         gradients=trained * each / share[1],
         optimizer=trained * state.optimizer_bytes / share[2] * here["optimizer"],
-        reference=frozen / share[0] * (state.reference and here["reference"]),
+        reference=0.0 if state.reference_freed else reference,
+        reference_before=reference if state.reference_freed else 0.0,
         # Chosen and rejected answers go through the model together, and their log-probabilities
         # are taken in float32.
         logits=0.0 if state.fused_logits else 2 * plan.micro_batch * length * vocabulary * 4.0,

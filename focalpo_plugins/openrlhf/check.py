@@ -20,6 +20,7 @@ from ..plan import Sequence as Tokens
 from ..registry import get_loss
 from . import COMMAND, cpu
 from .autoload import patch
+from .flags import given_options
 
 _OURS = "focalpo_plugins.openrlhf.train_dpo"
 _NO_LIMIT = 10**9  # tokens
@@ -105,10 +106,10 @@ def plan(argv: Sequence[str], gpus: int) -> Plan:
     notes = []
     if not torch.cuda.is_available():
         notes.append("no GPU here: flags that need one were taken as on a machine that has them")
-    loss = None
+    loss, precomputed = None, False
     if getattr(args, "loss", None) is not None:
-        given = getattr(args, args.loss, None)
-        loss = get_loss(args.loss).bind(**(vars(given) if given is not None else {}))
+        options, flags = given_options(args)
+        loss, precomputed = get_loss(args.loss).bind(**options), flags.get("precompute_ref", False)
     return Plan(
         host=f"OpenRLHF {version('openrlhf')}",
         loss=loss,
@@ -124,7 +125,7 @@ def plan(argv: Sequence[str], gpus: int) -> Plan:
         accumulation=max(1, accumulation),
         ranks=gpus,
         precision=args.ds.param_dtype,
-        state=_state(args),
+        state=_state(args, precomputed),
         warnings=found,
         notes=notes,
     )
@@ -191,7 +192,7 @@ def _pairs(trained: Any, whole: Any, max_length: int) -> Iterator[Pair]:
         yield Pair(sides[0], sides[1], truncated=cut)
 
 
-def _state(args: Any) -> ModelState:
+def _state(args: Any, precomputed: bool) -> ModelState:
     from transformers import AutoConfig
 
     lora = None
@@ -217,5 +218,6 @@ def _state(args: Any) -> ModelState:
         optimizer_bytes=8.0 if args.optim == "muon" else 12.0,
         zero_stage=args.ds.zero_stage,
         reference=True,
+        reference_freed=precomputed,
         offloaded=frozenset(offloaded),
     )

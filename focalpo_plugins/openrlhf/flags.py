@@ -19,7 +19,13 @@ _HELP = {
     "focalpo.gamma": "Focusing parameter; 0 is DPO",
     "focalpo.variant": f"Modulating factor: {', '.join(VARIANTS)}",
     "focalpo.allow_reversed": "Accept a gamma from which on training runs backwards",
+    "precompute_ref": "Compute the reference's log-probabilities once, keep them in a file, and "
+    "free the reference before the first step",
+    "precompute_dir": "Folder of that file",
 }
+
+# Flags under every loss's name that are no options of it; not there if it has one of such a name.
+_OF_TRAINER = {"precompute_ref": False, "precompute_dir": "that of --ckpt.output_dir"}
 
 
 def parse(
@@ -56,6 +62,18 @@ def parse(
     return parsed
 
 
+def given_options(args: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was given under the name of ``args.loss``: options of the loss, and the trainer's flags.
+
+    Args:
+        args: as OpenRLHF hands them on, with a namespace for each prefix.
+    """
+    given = vars(getattr(args, args.loss, Namespace()))
+    options = get_loss(args.loss).options
+    of_loss = {name: value for name, value in given.items() if name in options}
+    return of_loss, {name: value for name, value in given.items() if name not in options}
+
+
 def _offered() -> dict[str, PairwiseLoss]:
     return {name: loss for name, loss in losses().items() if name != _OF_HOST}
 
@@ -65,8 +83,16 @@ def _flags() -> dict[str, tuple[PairwiseLoss, str]]:
     return {
         f"{loss.name}.{option}": (loss, option)
         for loss in _offered().values()
-        for option in loss.options
+        for option in _defaults(loss)
     }
+
+
+def _defaults(loss: PairwiseLoss) -> dict[str, Any]:
+    return {**_trainer_flags(loss), **loss.options}
+
+
+def _trainer_flags(loss: PairwiseLoss) -> dict[str, Any]:
+    return _OF_TRAINER if _OF_TRAINER.keys().isdisjoint(loss.options) else {}
 
 
 def _add(parser: ArgumentParser, argv: Sequence[str]) -> bool:
@@ -94,13 +120,14 @@ def _add(parser: ArgumentParser, argv: Sequence[str]) -> bool:
         help="Loss to train with; dpo is OpenRLHF's own (default: dpo)",
     )
     for flag, (loss, option) in _flags().items():
-        default = loss.options[option]
+        default = _defaults(loss)[option]
         kind: dict[str, Any] = {}
         if isinstance(default, bool):
             kind = {"action": "store_false" if default else "store_true"}
         elif isinstance(default, (int, float)):
             kind = {"type": functools.partial(_number, default)}
-        text = _HELP.get(flag, f"Option of the loss {loss.name}")
+        text = f"Option of the loss {loss.name}"
+        text = _HELP.get(flag if option in loss.options else option, text)
         text = f"{text} (default: {default})".replace("%", "%%")
         # Left out of the namespace unless given, which tells what the user asked for.
         group.add_argument(f"--{flag}", default=SUPPRESS, help=text, **kind)
@@ -174,6 +201,7 @@ def _check(parser: ArgumentParser, namespace: Namespace) -> BoundLoss | None:
             return None
         bound = _bind(get_loss(name), values)
         _check_host_flags(values, name)
+        _check_precompute(values, bound.source)
     except ValueError as error:
         parser.error(str(error))
     for option, value in bound.options.items():
@@ -194,6 +222,20 @@ def _bind(loss: PairwiseLoss, values: dict[str, Any]) -> BoundLoss:
         for option in loss.options:
             message = message.replace(f"{option}=True", f"--{loss.name}.{option}")
         raise ValueError(f"--{loss.name}.{message}") from None
+
+
+def _check_precompute(values: dict[str, Any], loss: PairwiseLoss) -> None:
+    """``precompute_dir`` goes with ``precompute_ref``; by default OpenRLHF's output folder."""
+    if not _trainer_flags(loss):
+        return
+    ref, folder = (f"{loss.name}.{flag}" for flag in _OF_TRAINER)
+    if values.get(ref):
+        values.setdefault(folder, values["ckpt.output_dir"])
+    elif folder in values:
+        raise ValueError(
+            f"--{folder} goes with --{ref}, got {values[folder]!r} alone. Give --{ref} as well, or "
+            f"remove --{folder}."
+        )
 
 
 def _check_host_flags(values: dict[str, Any], name: str) -> None:

@@ -1,4 +1,5 @@
-"""OpenRLHF's DPO trainer with another pairwise loss; the only change to it is the loss.
+"""OpenRLHF's DPO trainer with another pairwise loss; the only change to it is the loss, and where
+the reference's log-probabilities come from if they are precomputed.
 
 ``DPOTrainer.__init__`` constructs ``DPOLoss``, a name of its module, which for the length of that
 call stands for our loss.  What it constructed is looked at, and so is at every step that our loss
@@ -12,7 +13,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from types import FunctionType, SimpleNamespace
+from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from openrlhf.trainer import dpo_trainer
@@ -21,7 +23,9 @@ from torch import Tensor
 
 from ..diagnostics import margin_sums, means
 from ..registry import BoundLoss
+from .flags import given_options
 from .loss import FocalPOLoss
+from .reference import ReferenceLogps, precompute
 
 
 def versions() -> str:
@@ -62,7 +66,8 @@ class PairwiseDPOTrainer(DPOTrainer):
         self, model: Any, ref_model: Any, strategy: Any, *args: Any, **kwargs: Any
     ) -> None:
         name = strategy.args.loss
-        options = vars(getattr(strategy.args, name, SimpleNamespace()))
+        options, flags = given_options(strategy.args)
+        self._reference: ReferenceLogps | None = None
         with _dpo_loss_replaced(functools.partial(FocalPOLoss, loss=name, **options)):
             super().__init__(model, ref_model, strategy, *args, **kwargs)
         loss_fn = getattr(self, "loss_fn", None)
@@ -83,6 +88,14 @@ class PairwiseDPOTrainer(DPOTrainer):
                 file=sys.stderr,
                 flush=True,
             )
+        if flags.get("precompute_ref"):
+            folder, flag = Path(flags["precompute_dir"]), f"--{name}.precompute_dir"
+            self._reference = precompute(self, strategy, folder, flag)
+
+    def concatenated_forward(self, model: Any, *batch: Any) -> Any:
+        if self._reference is None or model is not self.ref_model:
+            return super().concatenated_forward(model, *batch)
+        return *self._reference(*batch), None, None
 
     def save_logs_and_checkpoints(
         self, args: Any, global_step: int, *more: Any, **kwargs: Any

@@ -143,6 +143,27 @@ def on_two_nodes(tiny: Path, few: Path, tmp_path: Path) -> Callable[..., Run]:
     return run
 
 
+@pytest.fixture(scope="session")
+def ranks_apart(tiny: Path, few: Path) -> Callable[..., list[Run]]:
+    """``ranks_apart(folder, flags, flags)`` starts the command without a launcher, once for each
+    rank, which share nothing but the network."""
+
+    def run(
+        folder: Path, *flags: Sequence[str], module: str, path: Sequence[Path | str], **more: str
+    ) -> list[Run]:
+        world = {"WORLD_SIZE": str(len(flags)), "MASTER_ADDR": "127.0.0.1"}
+        world |= {"MASTER_PORT": free_port(), "LOCAL_RANK": "0"}
+        command = [sys.executable, "-m", module, *tiny_flags(tiny, few, folder)]
+        ends = at_once(
+            [[*command, *own] for own in flags],
+            [environment(path, **world, RANK=str(rank), **more) for rank in range(len(flags))],
+            folder,
+        )
+        return [Run(code, "", output, folder) for code, output in ends]
+
+    return run
+
+
 def tiny_flags(tiny: Path, few: Path, folder: Path) -> list[str]:
     flags = {
         "--model.model_name_or_path": tiny / "model",
@@ -177,5 +198,24 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[tup
         )
         assert done.returncode == 0, done.stderr
         return [(code, output) for code, output in json.loads(done.stdout)]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train_many(
+    tiny: Path, few: Path, commands: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Run]]:
+    """``train_many({name: flags, ...})`` trains one after the other on one rank, in processes forked
+    off one that has everything imported."""
+
+    def run(runs: dict[str, Sequence[str]], *path: Path | str) -> dict[str, Run]:
+        folders = [tmp_path_factory.mktemp("run") for _ in runs]
+        argvs = [
+            [*tiny_flags(tiny, few, folder), *flags]
+            for folder, flags in zip(folders, runs.values(), strict=True)
+        ]
+        ends = zip(runs, commands(argvs, *path), folders, strict=True)
+        return {name: Run(code, "", output, folder) for name, (code, output), folder in ends}
 
     return run

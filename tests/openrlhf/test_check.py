@@ -63,6 +63,8 @@ def answers(
         "cut": argv(*focal, "--data.max_len", "40"),
         "zero 3": argv(*focal, "--ds.zero_stage", "3", "--train.batch_size", "32", before=eight),
         "lora": argv(*focal, *lora),
+        "precomputed": argv(*focal, "--focalpo.precompute_ref", before=()),
+        "precomputed, json": argv(*focal, "--focalpo.precompute_ref"),
         "dpo": argv("--ds.param_dtype", "fp16"),
         "flash": argv(*focal, "--ds.packing_samples", "--ds.attn_implementation", "flash_attention_2", before=("--strict",)),
         "no such pair": argv(*focal, before=("--pair", "99")),
@@ -150,6 +152,19 @@ def test_memory(answers, tiny: Path):
     trained = 4 * 8 * ((128 + 128) + (128 + 64))
     assert (lora["trained"], lora["reference"]) == (trained, 0)
     assert lora["state"] == (n + trained) * 2 + trained * (2 + 12)
+
+
+def test_memory_with_the_reference_precomputed(answers, tiny: Path):
+    """It is held before the first step, beside all but the gradients; then no more."""
+    n = parameters(tiny)
+    found = read(answers["precomputed, json"])["memory_bytes"]
+    assert (found["reference"], found["reference_before"]) == (0, 2 * n)
+    assert found["state"] == n * (2 + 2 + 12)
+    assert read(answers["plain"])["memory_bytes"]["reference_before"] == 0
+    code, said, errors = answers["precomputed"]
+    assert code == 0, errors[-3000:]
+    size = f"{2 * n / 2**20:.1f} MiB"
+    assert f"reference {size} besides, before the first step alone" in said
 
 
 def test_dpo_and_fp16_are_said_to_be_that(answers):

@@ -63,6 +63,25 @@ REFUSED = [
         [*OURS, "--model.label_smoothing", "-0.1"],
         "--model.label_smoothing must be at least 0 and below 0.5, got -0.1",
     ),
+    # The reference's log-probabilities: a flag of each loss of ours, whose options they aren't.
+    (
+        ["--loss", "dpo", "--focalpo.precompute_ref"],
+        "--focalpo.precompute_ref is a flag of --loss focalpo, got True with --loss dpo. Give --loss "
+        "focalpo, or remove --focalpo.precompute_ref.",
+    ),
+    (
+        ["--loss", "hinge", "--focalpo.precompute_ref"],
+        "--focalpo.precompute_ref is a flag of --loss focalpo, got True with --loss hinge.",
+    ),
+    (
+        [*OURS, "--focalpo.precompute_dir", "kept"],
+        "--focalpo.precompute_dir goes with --focalpo.precompute_ref, got 'kept' alone. Give "
+        "--focalpo.precompute_ref as well, or remove --focalpo.precompute_dir.",
+    ),
+    (
+        [*OURS, "--focalpo.precompute"],
+        "--focalpo.precompute is no flag, got '--focalpo.precompute'; did you mean",
+    ),
     # argparse alone would take each of these for the one flag that begins so.
     ([*OURS, "--focalpo.gam", "0.1"], "--focalpo.gam is no flag, got '--focalpo.gam'; did you mean '--focalpo.gamma'?"),
     ([*OURS, "--focalpo.g=0.1"], "--focalpo.g is no flag, got '--focalpo.g=0.1'"),
@@ -98,6 +117,8 @@ LET_THROUGH = [
         "0.2",
     ],
     ["--loss", "hinge", "--hinge.offset", "2"],
+    ["--loss", "hinge", "--hinge.precompute_ref"],
+    [*OURS, "--focalpo.precompute_ref", "--focalpo.precompute_dir", "kept"],
     # OpenRLHF's own loss is OpenRLHF's, values that ours would refuse included.
     ["--model.ipo_enable"],
     ["--model.beta", "0"],
@@ -147,5 +168,7 @@ def test_help(ends: dict):
         "Modulating factor: correct, correct_exact, incorrect (default: correct)",
         "--focalpo.allow_reversed",
         "Option of the loss hinge (default: 1.0)",
+        "--hinge.precompute_ref",
+        "Folder of that file (default: that of --ckpt.output_dir)",
     ):
         assert text in ours, output

@@ -1,0 +1,398 @@
+"""``--focalpo.precompute_ref``: the same training without the reference, in whole runs.
+
+Where losses are compared with those of OpenRLHF's own way, 0.01 is allowed: its reference sees a
+pair padded with another pair each time, ours once, and bf16 rounds differently by the padding.  The
+log-probabilities of another pair would be off by whole nats.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness import SUPPORT
+
+OURS = ("--loss", "focalpo")
+PRECOMPUTE = (*OURS, "--focalpo.precompute_ref")
+ROUNDING = 0.01
+
+
+def finished(run):
+    assert run.returncode == 0, run.output
+    return run
+
+
+def said(output: str) -> str:
+    """The one line about the log-probabilities."""
+    start = "focalpo_plugins: reference log-probs of "
+    (line,) = (part for part in output.splitlines() if part.startswith(start))
+    return line.removeprefix(start)
+
+
+def cached(folder: Path) -> Path:
+    """The one file in a folder of them."""
+    (path,) = folder.glob("reference_logps-*")
+    return path
+
+
+def logps(path: Path) -> torch.Tensor:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("logps")
+
+
+@pytest.fixture(scope="module")
+def data(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 pairs to train on and 11 to evaluate on, which don't divide by ranks and batch."""
+    folder = tmp_path_factory.mktemp("data")
+    shutil.copy(few / "train.jsonl", folder)
+    lines = (few / "test.jsonl").read_text().splitlines(keepends=True)
+    (folder / "test.jsonl").write_text("".join(lines[:11]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(data: Path) -> tuple[str, ...]:
+    """ZeRO-3, two epochs with an evaluation after each, accumulating over two batches of two."""
+    return (
+        "--eval.dataset", str(data / "test.jsonl"), "--eval.split", "train", "--ds.zero_stage", "3",
+        "--train.max_epochs", "2", "--lr_scheduler", "constant",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(train: Callable, on_two_ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """OpenRLHF's own way, and with the log-probabilities precomputed, with a checkpoint at step 3."""
+    flags = (*PRECOMPUTE, "--ckpt.save_steps", "3")
+    return tuple(
+        finished(
+            train(
+                *on_two_ranks, *more, launcher="torchrun", ranks=2, module="counted_forwards",
+                path=[SUPPORT], folder=(folder := tmp_path_factory.mktemp("run")), COUNTED=str(folder),
+            )
+        )
+        for more in (OURS, flags)
+    )  # fmt: skip
+
+
+def counted(folder: Path) -> list[dict[str, int]]:
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_same_losses(runs):
+    """Every number that is logged, in training and in evaluation, at every step."""
+    own, precomputed = (run.steps() for run in runs)
+    assert sorted(own) == list(range(1, 11))
+    assert {len(own[step]) for step in (5, 10)} == {len(precomputed[step]) for step in (5, 10)}
+    for step, values in own.items():
+        for tag in ("train/loss", "train/chosen_reward", "train/reject_reward", "train/focalpo/p"):
+            assert precomputed[step][tag] == pytest.approx(values[tag], abs=ROUNDING), (step, tag)
+    for step in (5, 10):
+        for tag in ("eval/eval_loss", "eval/focalpo/p"):
+            assert precomputed[step][tag] == pytest.approx(own[step][tag], abs=ROUNDING)
+    losses = [values["train/loss"] for values in own.values()]
+    assert max(losses) - min(losses) > 10 * ROUNDING
+
+
+def test_no_forward_of_the_reference(runs):
+    """A rank's epoch is ten batches of two, of its twenty pairs, and its evaluation three: of six
+    pairs, as 11 are filled up to 12.  OpenRLHF's own way runs the reference at each; ours once on
+    51 pairs, 26 batches, 13 for each rank, before it trains."""
+    trained, evaluated = 2 * 10, 2 * 3
+    for own, precomputed in zip(*(counted(run.folder) for run in runs), strict=True):
+        assert own["with gradients"] == precomputed["with gradients"] == trained
+        assert own["without"] == trained + evaluated + evaluated
+        assert precomputed["without"] == 13 + evaluated
+
+
+def test_the_reference_is_freed(runs):
+    """By the first step what is held is less by all that the reference was: half of its weights of
+    two bytes, at least, on each of two ranks."""
+    from safetensors.torch import load_file
+
+    weights = load_file(runs[0].folder / "out" / "model.safetensors").values()
+    half = sum(weight.numel() for weight in weights) * 2 / 2
+    for own, precomputed in zip(*(counted(run.folder) for run in runs), strict=True):
+        assert own["held"] - precomputed["held"] >= half
+        # The policy is held as the reference was.
+        assert precomputed["held"] == own["held"] / 2
+    assert "still held" not in runs[1].stderr
+    line = said(runs[1].stderr)
+    path = cached(runs[1].folder / "out")
+    assert line.startswith(f"51 pairs computed and kept in {path} in ")
+    assert "the reference is freed, " in line
+    assert "precomputed" not in runs[0].stderr and "Reference log-probs" not in runs[0].stderr
+
+
+def test_resume_on_nodes_that_share_no_folder(
+    runs, ranks_apart: Callable, on_two_ranks, few: Path, tmp_path: Path
+):
+    """From the checkpoint of step 3 to the same end, with the log-probabilities that the first rank
+    reads; the second is told of a folder where none can be."""
+    whole = runs[1]
+    shutil.copytree(
+        whole.folder / "checkpoints" / "global_step3", tmp_path / "checkpoints" / "global_step3"
+    )
+    (tmp_path / "checkpoints" / "latest").write_text("global_step3")
+    flags = (*on_two_ranks, *PRECOMPUTE, "--ckpt.load_enable", "--focalpo.precompute_dir")
+    folders = (whole.folder / "out", few / "train.jsonl" / "no folder")
+    first, second = ranks_apart(
+        tmp_path, *((*flags, str(folder)) for folder in folders),
+        module="counted_forwards", path=[SUPPORT], COUNTED=str(tmp_path),
+    )  # fmt: skip
+    finished(first), finished(second)
+    assert said(first.stderr).startswith("51 pairs read from ")
+    assert "consumed_samples: 24" in first.stderr
+    rest, before = first.steps("train/"), whole.steps("train/")
+    assert sorted(rest) == list(range(4, 11))
+    for step, values in rest.items():
+        for tag in ("loss", "focalpo/p", "chosen_reward"):
+            assert values[tag] == pytest.approx(before[step][tag], rel=1e-6), (step, tag)
+    for rank in counted(tmp_path):
+        # 14 of the 20 batches are left, and both evaluations.
+        assert (rank["with gradients"], rank["without"]) == (14, 2 * 3)
+
+
+@pytest.fixture(scope="module")
+def variants(tiny: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """References and data sets: 27 pairs, of which each epoch drops three, others each time."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("variants")
+    lines = (few / "train.jsonl").read_text().splitlines()[:27]
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    last = json.loads(lines[-1])
+    last["chosen"][-1]["content"] += " Yes."
+    (folder / "edited.jsonl").write_text("\n".join([*lines[:-1], json.dumps(last)]))
+
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    for name in ("same", "other", "nan"):
+        if name == "other":
+            with torch.no_grad():
+                model.model.norm.weight *= 1.1
+        if name == "nan":
+            bad = only_in_pair(3, [json.loads(line) for line in lines], tokenizer)
+            output = model.lm_head.weight.detach().clone()
+            model.config.tie_word_embeddings = False
+            model.lm_head.weight = torch.nn.Parameter(output)
+            with torch.no_grad():
+                model.model.embed_tokens.weight[bad] = torch.nan
+        # In several files, where the model has one.
+        model.save_pretrained(folder / name, max_shard_size="500KB")
+        tokenizer.save_pretrained(folder / name)
+    template = (tiny / "model" / "chat_template.jinja").read_text()
+    return SimpleNamespace(folder=folder, template=template.replace("\n\n", "\n"))
+
+
+def only_in_pair(number: int, rows: list[dict], tokenizer) -> int:
+    """A token that one pair alone has."""
+    tokens = [
+        set(tokenizer(" ".join(m["content"] for m in row["chosen"] + row["rejected"])).input_ids)
+        for row in rows
+    ]
+    others = set().union(*tokens[:number], *tokens[number + 1 :])
+    return min(tokens[number] - others - set(tokenizer.all_special_ids))
+
+
+@pytest.fixture(scope="module")
+def flags(variants) -> tuple[str, ...]:
+    return ("--data.dataset", str(variants.folder / "train.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def in_turn(
+    train_many: Callable, variants, flags, hinge_package: Path, tmp_path_factory
+) -> tuple[dict, Path]:
+    """Runs that share a folder for the log-probabilities, one after the other."""
+    shared = tmp_path_factory.mktemp("shared")
+    folder = variants.folder
+    adapter = ("--ds.lora.rank", "4", "--ds.lora.dropout", "0.1", "--train.max_epochs", "2")
+    precompute = (*flags, *PRECOMPUTE, "--focalpo.precompute_dir", str(shared))
+    hinge = (*flags, "--loss", "hinge", "--hinge.precompute_ref", "--hinge.precompute_dir")
+    reference = "--ref.model_name_or_path"
+    runs = {
+        "own way": (*flags, *OURS, *adapter),
+        "first": (*precompute, *adapter),
+        "second": (*precompute, *adapter),
+        "another loss": (*hinge, str(shared)),
+        "weights elsewhere": (*precompute, reference, str(folder / "same")),
+        "other weights": (*precompute, reference, str(folder / "other")),
+        "other data": (*precompute, "--data.dataset", str(folder / "edited.jsonl")),
+        "other template": (*precompute, "--data.tokenizer_chat_template", variants.template),
+        "other max_len": (*precompute, "--data.max_len", "40"),
+        "other attention": (*precompute, "--ds.attn_implementation", "sdpa"),
+    }
+    found = train_many(runs, hinge_package)
+    return {name: finished(run) for name, run in found.items()}, shared
+
+
+def test_same_losses_with_an_adapter(in_turn):
+    """Its dropout draws the same numbers, and the epochs, which drop different pairs, are whole."""
+    own, first = (in_turn[0][name].steps() for name in ("own way", "first"))
+    assert sorted(own) == list(range(1, 7))
+    for step, values in own.items():
+        assert first[step]["train/loss"] == pytest.approx(values["train/loss"], abs=ROUNDING)
+        assert first[step]["train/grad_norm"] == pytest.approx(values["train/grad_norm"], rel=0.1)
+    assert own[6]["train/chosen_reward"] != own[1]["train/chosen_reward"]
+
+
+def test_read_again_to_the_last_bit(in_turn):
+    first, second = (in_turn[0][name] for name in ("first", "second"))
+    assert said(first.stderr).startswith("27 pairs computed and kept in ")
+    assert said(second.stderr).startswith("27 pairs read from ")
+    assert first.steps() == second.steps()
+    adapters = [
+        (run.folder / "out" / "adapter_model.safetensors").read_bytes() for run in (first, second)
+    ]
+    assert adapters[0] == adapters[1]
+
+
+@pytest.mark.parametrize("name", ("another loss", "weights elsewhere"))
+def test_read(in_turn, name: str):
+    assert said(in_turn[0][name].stderr).startswith("27 pairs read from ")
+
+
+OTHERS = ("weights", "data", "template", "max_len", "attention")
+
+
+def test_computed_anew(in_turn):
+    """One file for each thing that was changed, and one for all else."""
+    runs, shared = in_turn
+    for name in OTHERS:
+        assert " pairs computed and kept in " in said(runs[f"other {name}"].stderr), name
+    files = {path.name for path in shared.iterdir()}
+    assert len(files) == 1 + len(OTHERS)
+    assert all(name.endswith(".cache") for name in files)
+
+
+def file_of(run) -> Path:
+    return Path(said(run.stderr).split(" kept in ")[1].split(" in ")[0])
+
+
+@pytest.fixture(scope="module")
+def in_trouble(train_many: Callable, variants, flags, in_turn, tmp_path_factory) -> tuple:
+    """Runs that find a damaged file, or half of one, or that of other pairs under its name; that
+    can't write; and whose reference gives NaN."""
+    runs, _ = in_turn
+    whole, others = (file_of(runs[name]) for name in ("first", "other data"))
+    content = whole.read_bytes()
+    place = content.index(logps(whole).numpy().tobytes())
+    contents = {
+        # One bit of one log-probability.
+        "damaged": content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :],
+        "half": content[: len(content) // 2],
+        "of others": others.read_bytes(),
+    }
+    folders = {name: tmp_path_factory.mktemp("cache") for name in (*contents, "nan")}
+    for name, damaged in contents.items():
+        (folders[name] / whole.name).write_bytes(damaged)
+    folders["no folder"] = variants.folder / "train.jsonl" / "in a file"
+    nan = ("--ref.model_name_or_path", str(variants.folder / "nan"))
+    found = train_many(
+        {
+            name: (*flags, *PRECOMPUTE, "--focalpo.precompute_dir", str(folder))
+            + (nan if name == "nan" else ())
+            for name, folder in folders.items()
+        }
+    )
+    return found, folders, whole
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("damaged", "its checksum is wrong"),
+        ("half", ""),
+        ("of others", "it is of another reference or other pairs"),
+    ],
+)
+def test_a_damaged_file_is_made_anew(in_trouble, name: str, why: str):
+    runs, folders, whole = in_trouble
+    run = finished(runs[name])
+    path = folders[name] / whole.name
+    (line,) = run.said("is damaged")
+    assert line.startswith(f"focalpo_plugins: {path} is damaged ({why}")
+    assert said(run.stderr).startswith(f"27 pairs computed and kept in {path} in ")
+    assert torch.equal(logps(cached(folders[name])), logps(whole))
+
+
+def stopped(run) -> str:
+    """Its one line, after which nothing was trained."""
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert (
+        "Train step" not in run.stderr and not (run.folder / "out" / "model.safetensors").exists()
+    )
+    return run.said("focalpo_plugins:")[-1]
+
+
+def test_a_folder_that_cannot_be_written_to(in_trouble):
+    runs, folders, _ = in_trouble
+    line = stopped(runs["no folder"])
+    start = "focalpo_plugins: --focalpo.precompute_dir must be a folder with room for 0.0 MiB"
+    assert line.startswith(f"{start} that can be written to, got {str(folders['no folder'])!r}: ")
+    assert line.endswith("Not a directory: " + repr(str(folders["no folder"])) + ". Name another.")
+    assert "Reference log-probs" not in runs["no folder"].stderr
+
+
+def test_a_log_probability_that_is_not_finite(in_trouble, variants):
+    """NaN in the embedding of a token that one pair alone has, counted from 0."""
+    runs, folders, _ = in_trouble
+    line = stopped(runs["nan"])
+    assert "the reference gives pair 3 of the training data, " in line
+    assert "a log-probability that is not finite (1 of 27 pairs): '<|begin_of_text|>" in line
+    assert list(folders["nan"].iterdir()) == []
+
+
+def batch(pairs: list[tuple[list[int], list[int], int]]) -> tuple:
+    """Token ids of both sides and the prompt's length, padded with token 9 on the right."""
+    sides = []
+    for side in (0, 1):
+        width = max(len(pair[side]) for pair in pairs)
+        sides += [
+            torch.tensor([pair[side] + [9] * (width - len(pair[side])) for pair in pairs]),
+            torch.tensor([[1] * len(p[side]) + [0] * (width - len(p[side])) for p in pairs]),
+        ]
+    return (*sides, [pair[2] for pair in pairs])
+
+
+KNOWN = [([1, 2, 3], [1, 2, 4, 5], 2), ([1, 2], [1, 6], 1), ([1, 2, 3, 9], [1, 6], 1)]
+
+
+@pytest.fixture(scope="module")
+def lookup(openrlhf: SimpleNamespace):
+    from focalpo_plugins.openrlhf.reference import ReferenceLogps, pair_digests
+
+    digests = [list(digest) for digest in pair_digests(*batch(KNOWN))]
+    values = torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.0]])
+    return ReferenceLogps(torch.tensor(digests, dtype=torch.uint8), values)
+
+
+def test_found_in_any_order_and_padding(lookup):
+    chosen, rejected = lookup(*batch([KNOWN[2], KNOWN[0]]))
+    assert (chosen.tolist(), rejected.tolist()) == ([-5.0, -1.0], [-6.0, -2.0])
+    chosen, rejected = lookup(*batch([KNOWN[1]]))
+    assert (chosen.tolist(), rejected.tolist()) == ([-3.0], [-4.0])
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ([1, 2, 4, 5], [1, 2, 3], 2),  # sides swapped
+        ([1, 2, 3], [1, 2, 4, 5], 1),  # another start of the answer
+        ([1, 2, 3], [1, 2, 4], 2),  # cut
+        ([1, 2, 3, 1], [2, 4, 5], 2),  # the same tokens in a row, divided elsewhere
+        ([1, 2, 3, 9], [1, 2, 4, 5], 2),  # the token that is also padding, at the end
+    ],
+    ids=str,
+)
+def test_a_pair_that_was_not_precomputed_stops_the_run(lookup, pair: tuple):
+    with pytest.raises(RuntimeError, match="of pair 1 of a batch were not precomputed"):
+        lookup(*batch([KNOWN[0], pair]))
