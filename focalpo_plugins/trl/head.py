@@ -13,7 +13,9 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
 # Gemma 2's final_logit_softcapping, Cohere's logit_scale, Granite's logits_scaling, ...
-_CHANGES_LOGITS = re.compile(r"(?!.*(attn|attention|router)).*logit.*(cap|scal)|lm_head_multiplier")
+_CHANGES_LOGITS = re.compile(
+    r"(?!.*(attn|attention|router)).*logit.*(cap|scal).*|lm_head_multiplier"
+)
 # Of the largest logit; bfloat16 rounds to half a percent.
 _TOLERANCE = 0.01
 

@@ -162,7 +162,8 @@ class PairwiseLossMixin(_Host):
         config = kwargs.get("args", args[2] if len(args) > 2 else None)
         if config is not None:
             self._fused = check_arguments(config, self._fused)
-        self._logits_compared = False
+        # By identity, the models whose output layer was seen to give their logits.
+        self._compared: set[int] = set()
         super().__init__(*args, **kwargs)
         self._margin_sums: dict[str, Tensor] = {}
         self._steps_recorded = 0
@@ -338,12 +339,12 @@ class PairwiseLossMixin(_Host):
         assert self._fused is not None
         head = head_of(model, self._fused)
         ids, completion = inputs["input_ids"], inputs["completion_mask"]
-        if not self._logits_compared:
+        if id(head.model) not in self._compared:
             check_config(head.model.config, self._fused)
             with torch.no_grad(), self._without_checkpointing():
                 few = ids[0][inputs["attention_mask"][0].bool()][:_TOKENS_COMPARED]
                 check_logits(head, few, self._fused)
-            self._logits_compared = True
+            self._compared.add(id(head.model))
         others = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
         arguments = {key: value for key, value in inputs.items() if key not in others}
         states = head.backbone(**arguments, use_cache=False).last_hidden_state
