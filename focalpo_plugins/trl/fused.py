@@ -10,9 +10,10 @@ label's log-softmax.  So they are computed a part at a time and thrown away:
    logits computed once more, and from it the gradients ``G W`` of ``h`` and ``G^T h`` of ``W``.
    Each row of the weight's gradient is written once, so it is rounded once.
 
-Step 3 is only for a trained ``W``.  For a frozen one (adapters) step 1 takes the gradient of each
-log-prob as well, before ``c`` is known, and nothing is computed twice.  Everything happens in the
-forward pass, because that is when DeepSpeed's ZeRO-3 has ``W`` in one piece.
+Step 3 is only for a trained ``W``; where one group holds all tokens it goes on with the logits of
+step 1.  For a frozen ``W`` (adapters) step 1 takes the gradient of each log-prob as well, before
+``c`` is known, and nothing is computed twice.  Everything happens in the forward pass, because that
+is when DeepSpeed's ZeRO-3 has ``W`` in one piece.
 
 Tokens without a label, those of prompts and padding, are left out before the first product.
 """
@@ -120,7 +121,8 @@ class _Part:
 class _TokenLogps(NamedTuple):
     logps: Tensor  # (N,)
     logsumexps: Tensor  # (N,)
-    gradients: Tensor | None  # of each log-prob with respect to its hidden state, (N, H)
+    gradients: Tensor | None = None  # of each log-prob with respect to its hidden state, (N, H)
+    softmax: Tensor | None = None  # (N, V)
 
 
 class _Fused(torch.autograd.Function):
@@ -143,7 +145,7 @@ class _Fused(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             part = _Part(hidden, labels, dtype)
             w, b = weight.to(dtype), _cast(bias, dtype)
-            tokens = _token_logps(part, w, b, logits_at_once, of_hidden and not of_head)
+            tokens = _token_logps(part, w, b, logits_at_once, of_hidden and not of_head, of_head)
             logps = part.by_sequence(tokens.logps)
 
             with torch.set_grad_enabled(grad):
@@ -158,7 +160,7 @@ class _Fused(torch.autograd.Function):
                 slopes = (slopes / scale)[part.places[0]]
                 if of_head:
                     gradients = _gradients(
-                        part, weight, bias, dtype, tokens.logsumexps, slopes,
+                        part, weight, bias, dtype, tokens, slopes,
                         (of_hidden, of_weight, of_bias), logits_at_once,
                     )  # fmt: skip
                 else:
@@ -186,12 +188,20 @@ class _Fused(torch.autograd.Function):
 
 
 def _token_logps(
-    part: _Part, weight: Tensor, bias: Tensor | None, logits_at_once: int, gradients: bool = False
+    part: _Part,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits_at_once: int,
+    gradients: bool = False,
+    keep: bool = False,
 ) -> _TokenLogps:
+    """With ``gradients`` those of the hidden states; with ``keep`` the softmax, where one group holds
+    all tokens."""
     count, wide = len(part.labels), _wide(weight.dtype)
     logps = torch.empty(count, dtype=wide, device=weight.device)
     sums = torch.empty_like(logps)
     of_states = torch.empty_like(part.states) if gradients else None
+    kept = None
     for rows in _groups(count, logits_at_once // len(weight)):
         logits = F.linear(part.states[rows], weight, bias).to(wide)
         labels = part.labels[rows, None]
@@ -206,7 +216,9 @@ def _token_logps(
             softmax = logits.div_(total)
             _subtract_onehot(softmax, labels.squeeze(-1))
             torch.mm(softmax.neg_().to(weight.dtype), weight, out=of_states[rows])
-    return _TokenLogps(logps, sums, of_states)
+        elif keep and len(labels) == count:
+            kept = logits.div_(total)
+    return _TokenLogps(logps, sums, of_states, kept)
 
 
 def _gradients(
@@ -214,27 +226,32 @@ def _gradients(
     weight: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
-    logsumexps: Tensor,
+    tokens: _TokenLogps,
     slopes: Tensor,
     wanted: tuple[bool, bool, bool],
     logits_at_once: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of states, weight and bias, from those of the log-probs, ``slopes`` ``(N,)``."""
-    states, wide = part.states, logsumexps.dtype
+    states, wide = part.states, tokens.logps.dtype
     of_states = torch.zeros_like(states, dtype=wide) if wanted[0] else None
     of_weight = torch.empty_like(weight) if wanted[1] else None
     of_bias = torch.empty_like(bias) if wanted[2] and bias is not None else None
-    for entries in _groups(len(weight), logits_at_once // max(1, len(states))):
+    at_once = len(weight) if tokens.softmax is not None else logits_at_once // max(1, len(states))
+    for entries in _groups(len(weight), at_once):
         w = weight[entries].to(dtype)
-        b = None if bias is None else bias[entries].to(dtype)
-        logits = F.linear(states, w, b).to(wide)
-        softmax = logits.sub_(logsumexps[:, None]).exp_()
+        if tokens.softmax is not None:
+            softmax = tokens.softmax
+        else:
+            b = None if bias is None else bias[entries].to(dtype)
+            logits = F.linear(states, w, b).to(wide)
+            softmax = logits.sub_(tokens.logsumexps[:, None]).exp_()
+            del logits
         _subtract_onehot(softmax, part.labels - entries.start)
         of_logits = softmax.mul_(-slopes[:, None])
         if of_bias is not None:
             of_bias[entries] = of_logits.sum(0).to(of_bias.dtype)
         narrow = of_logits.to(dtype)
-        del logits, softmax, of_logits
+        del softmax, of_logits
         if of_weight is not None:
             if of_weight.dtype == dtype:
                 torch.mm(narrow.t(), states, out=of_weight[entries])
@@ -258,8 +275,8 @@ def _subtract_onehot(rows: Tensor, labels: Tensor) -> None:
 
 def _groups(count: int, most: int) -> list[slice]:
     """``count`` things in groups of at most ``most``, and of one at least."""
-    size = max(1, most)
-    if size > 128:
+    size = max(1, min(most, count))
+    if 128 < size < count:
         size -= size % 128  # what a GPU's products like
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
