@@ -195,8 +195,8 @@ def _token_logps(
     gradients: bool = False,
     keep: bool = False,
 ) -> _TokenLogps:
-    """With ``gradients`` those of the hidden states; with ``keep`` the softmax, where one group holds
-    all tokens."""
+    """With ``gradients`` those of the hidden states; with ``keep`` the softmax, where one group is
+    all there is."""
     count, wide = len(part.labels), _wide(weight.dtype)
     logps = torch.empty(count, dtype=wide, device=weight.device)
     sums = torch.empty_like(logps)
