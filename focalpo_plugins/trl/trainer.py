@@ -486,8 +486,8 @@ def check_arguments(args: DPOConfig, fused: str | None = None) -> str | None:
     if fused is not None:
         if hasattr(DPOTrainer, "_truncate_inputs"):
             raise ValueError(
-                f"{fused} needs trl 1.0 or a later one, got trl {version('trl')}: it cuts sequences "
-                f"to max_length in the step itself. Install a later one, or remove {fused}."
+                f"{fused} needs trl 1.0 or a later one, got trl {version('trl')}: it cuts "
+                f"sequences in the step itself. Install a later one, or remove {fused}."
             )
         if args.use_liger_kernel and find_spec("liger_kernel") is None:
             raise ValueError(
