@@ -213,11 +213,11 @@ def _token_logps(
         logps[rows] = (picked - logs).squeeze(-1)
         sums[rows] = (top + logs).squeeze(-1)
         if of_states is not None:
-            softmax = logits.div_(total)
-            _subtract_onehot(softmax, labels.squeeze(-1))
-            torch.mm(softmax.neg_().to(weight.dtype), weight, out=of_states[rows])
+            _subtract_onehot(logits.div_(total), labels.squeeze(-1))
+            torch.mm(logits.neg_().to(weight.dtype), weight, out=of_states[rows])
         elif keep and len(labels) == count:
             kept = logits.div_(total)
+        del logits  # before the next ones are there
     return _TokenLogps(logps, sums, of_states, kept)
 
 
@@ -262,6 +262,7 @@ def _gradients(
                 of_states.addmm_(narrow, w)
             else:
                 of_states += torch.mm(narrow, w)
+        del narrow
     return of_states, of_weight, of_bias
 
 
