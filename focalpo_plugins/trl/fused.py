@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Logits held at a time: 256 MiB in float32, or 523 tokens of a vocabulary of 128,256.
-LOGITS_AT_ONCE = 2**26
+#: Logits held at a time: 128 MiB in float32, or 256 tokens of a vocabulary of 128,256.
+LOGITS_AT_ONCE = 2**25
 #: The label of a token that is in no log-prob.
 IGNORED = -100
 
