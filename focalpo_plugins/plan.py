@@ -45,7 +45,8 @@ class ModelState:
             state is sharded (FSDP), and nothing is estimated.
         reference: whether a second copy of the model is held as reference.
         offloaded: which of ``optimizer``, ``weights``, ``reference`` are held in the CPU's memory.
-        fused_logits: whether a fused loss never holds the logits.
+        logits_at_once: the most logits that a fused loss holds; None where all of a micro-batch's
+            are held.
         reference_freed: whether the reference is held before the first step only.
     """
 
@@ -57,7 +58,7 @@ class ModelState:
     zero_stage: int | None
     reference: bool
     offloaded: frozenset[str] = frozenset()
-    fused_logits: bool = False
+    logits_at_once: int | None = None
     reference_freed: bool = False
 
 

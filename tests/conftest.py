@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Runs that several tests look at: one worker gets all of a run's tests, and makes it once.
 SHARED_RUNS = (
-    "plain", "outcomes", "trained", "one_node", "answers", "ends", "drawn"
+    "plain", "outcomes", "trained", "one_node", "answers", "ends", "drawn", "adapted"
 )  # fmt: skip
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 PLUGIN = "focalpo_plugins.axolotl.FocalPOPlugin"
+#: The key that asks for the fused path, under any loss of ours.
+FUSED = "focalpo_fused"
 TRAINER = "focalpo_plugins.axolotl.trainer.AxolotlPairwiseTrainer"
 
 

@@ -1,4 +1,5 @@
-"""The keys that the plug-in adds to Axolotl's YAML: ``NAME_o`` for the option ``o`` of a loss."""
+"""The keys that the plug-in adds to Axolotl's YAML: ``NAME_o`` for the option ``o`` of a loss, and
+``focalpo_fused`` for whichever loss of ours is trained."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, create_model
 
 from ..registry import losses
+from . import FUSED
 
 
 def _keys() -> dict[str, Any]:
@@ -15,8 +17,12 @@ def _keys() -> dict[str, Any]:
         for loss in losses().values()
         for option, default in loss.options.items()
     }
-    # Written by the plugin, not by the user: which loss `rl` asked for before it became `dpo`.
-    return {**keys, "focalpo_loss": (str | None, None)}
+    return {
+        **keys,
+        FUSED: (bool | None, None),
+        # Written by the plugin, not by the user: which loss `rl` asked for before it became `dpo`.
+        "focalpo_loss": (str | None, None),
+    }
 
 
 FocalPOArgs: type[BaseModel] = create_model("FocalPOArgs", **_keys())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,10 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
     from axolotl.utils.data import prepare_preference_datasets
     from axolotl.utils.dict import DictDefault
 
+    from ..trl.fused import LOGITS_AT_ONCE
+    from ..trl.head import check_config
+    from .plugin import fused_key
+
     tokenizer = load_tokenizer(cfg)
     data = load_preference_datasets(cfg=cfg)
     train, held_out = data.train_dataset, data.eval_dataset
@@ -86,12 +91,17 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
     trainer = _trainer(cfg, train, held_out, tokenizer, data.total_num_steps)
     dataset, collator = trainer.train_dataset, trainer.data_collator
     loss = getattr(trainer, "pairwise_loss", None)
+    state = _state(cfg)
+    fused = fused_key(cfg) if loss is not None else None
+    if fused is not None:
+        check_config(state.config, fused)
 
     warnings = []
     if cfg.dpo_use_liger_kernel:
         warnings.append(
-            "dpo_use_liger_kernel: the loss runs in Liger's fused class, with the values of the "
-            "plain path; Axolotl swaps in Liger's Triton layers as well, which a CPU can't try."
+            "dpo_use_liger_kernel: the loss runs on our fused path, with the values of the plain "
+            "one; Axolotl swaps in Liger's Triton layers as well, which a CPU can't try. "
+            "focalpo_fused is the fused path alone."
         )
     return Plan(
         host=f"Axolotl {version('axolotl')} with TRL {version('trl')}",
@@ -108,7 +118,7 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
         accumulation=cfg.gradient_accumulation_steps,
         ranks=gpus,
         precision=_precision(cfg),
-        state=_state(cfg),
+        state=replace(state, logits_at_once=LOGITS_AT_ONCE if fused else None),
         warnings=warnings,
         notes=notes,
     )
@@ -231,7 +241,6 @@ def _state(cfg: Any) -> ModelState:
         # With adapters TRL switches them off for the reference instead.
         reference=not cfg.adapter and not cfg.precompute_ref_log_probs,
         offloaded=frozenset(offloaded),
-        fused_logits=bool(cfg.dpo_use_liger_kernel),
     )
 
 

@@ -16,7 +16,7 @@ from axolotl.utils.schemas.enums import RLType
 
 from ..loss import check_beta, check_label_smoothing
 from ..registry import BoundLoss, PairwiseLoss, did_you_mean, get_loss, losses, named
-from . import TRAINER
+from . import FUSED, TRAINER
 
 
 class FocalPOPlugin(BasePlugin):
@@ -95,6 +95,11 @@ def requested_loss(cfg: Any) -> BoundLoss | None:
     return None if name is None else _bind(cfg, get_loss(name))
 
 
+def fused_key(cfg: Any) -> str | None:
+    """The key that asks for the fused path; None where none does."""
+    return next((key for key in (FUSED, "dpo_use_liger_kernel") if cfg.get(key)), None)
+
+
 def _bind(cfg: Any, loss: PairwiseLoss) -> BoundLoss:
     given = {}
     for option, default in loss.options.items():
@@ -109,6 +114,7 @@ def _check_keys(cfg: Any, rl: str) -> None:
     of_loss = {
         f"{loss.name}_{option}": loss.name for loss in losses().values() for option in loss.options
     }
+    of_loss[FUSED] = rl if rl in losses() else "focalpo"
     for key in cfg:
         if str(key).startswith("focalpo_") and key not in of_loss:
             raise ValueError(
@@ -145,22 +151,28 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
     if smoothing is not None:
         with named("dpo_"):
             check_label_smoothing(_as_number(smoothing))
-    if cfg.get("dpo_use_liger_kernel"):
-        _check_liger(cfg)
-
-
-def _check_liger(cfg: Any) -> None:
-    if find_spec("liger_kernel") is None:
+    if cfg.get(FUSED) not in (None, True, False):
+        raise ValueError(f"{FUSED} must be true or false, got {cfg[FUSED]!r}.")
+    if cfg.get("dpo_use_liger_kernel") and find_spec("liger_kernel") is None:
         raise ValueError(
             "dpo_use_liger_kernel needs the package liger-kernel, which is not installed. Install "
-            "it, or set dpo_use_liger_kernel to false."
+            f"it, or set {FUSED} in its place, which needs nothing."
         )
-    for key in ("dpo_loss_weights", "dpo_use_weighting", "precompute_ref_log_probs"):
-        if cfg.get(key):
+    fused = fused_key(cfg)
+    if fused is not None:
+        _check_fused(cfg, fused)
+
+
+def _check_fused(cfg: Any, fused: str) -> None:
+    alone = {"dpo_loss_type": (None, "sigmoid", ["sigmoid"]), "dpo_loss_weights": (None, [1.0])}
+    one = dict.fromkeys(
+        ("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size"), (None, 1)
+    )
+    for key, fine in {**alone, "dpo_use_weighting": (None, False), **one}.items():
+        if cfg.get(key) not in fine:
             raise ValueError(
-                f"dpo_use_liger_kernel can't be combined with {key}, got {cfg[key]!r}: TRL's "
-                "fused loss would ignore or refuse it. Set dpo_use_liger_kernel to false, or "
-                f"remove {key}."
+                f"{fused} can't be combined with {key}, got {cfg[key]!r}: the fused path has no "
+                f"part for it. Set {fused} to false, or remove {key}."
             )
 
 

@@ -10,17 +10,19 @@ from axolotl.integrations.base import PluginManager
 
 from ..registry import BoundLoss
 from ..trl import PairwiseLossMixin
-from .plugin import requested_loss
+from .plugin import fused_key, requested_loss
 
 
 class AxolotlPairwiseTrainer(PairwiseLossMixin, AxolotlDPOTrainer):
     """Named in ``trainer_cls`` by the plugin; trains the loss that Axolotl's config asks for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
         # Axolotl hands its config to no trainer, and `axolotl evaluate` calls no hook that has it.
         cfg = PluginManager.get_instance().cfg
         loss = None if cfg is None else requested_loss(cfg)
+        if loss is not None:
+            self._fused = fused_key(cfg)
+        super().__init__(*args, **kwargs)
         if loss is not None:
             self.set_loss(loss)
 

@@ -330,7 +330,9 @@ def _print_memory(plan: Plan, memory: Estimate | None, line: Any) -> None:
     if state.offloaded:
         line("", f"held by the CPU: {', '.join(sorted(state.offloaded))}")
     line("", f"{memory.parameters:,} parameters, {memory.trained:,} trained, {plan.precision}")
-    if memory.logits:
+    if state.logits_at_once is not None:
+        line("", f"logits at most {_size(memory.logits)} besides: the loss takes them in parts")
+    elif memory.logits:
         line(
             "",
             f"logits {_size(memory.logits)} besides: 2 x {plan.micro_batch} sequences of "

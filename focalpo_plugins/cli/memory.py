@@ -55,6 +55,10 @@ def estimate(plan: Plan, length: int) -> Estimate | None:
         frozen = (total - linear) * each + linear * _NF4_BYTES
     held = frozen + (trained * each if state.lora is not None else 0)
     vocabulary = state.config.get_text_config().vocab_size
+    # Chosen and rejected answers go through the model together.
+    logits = 2 * plan.micro_batch * length * vocabulary
+    if state.logits_at_once is not None:
+        logits = min(logits, max(state.logits_at_once, vocabulary))
     here = {what: what not in state.offloaded for what in ("weights", "optimizer", "reference")}
     reference = frozen / share[0] * (state.reference and here["reference"])
     return Estimate(
@@ -65,9 +69,7 @@ def estimate(plan: Plan, length: int) -> Estimate | None:
         optimizer=trained * state.optimizer_bytes / share[2] * here["optimizer"],
         reference=0.0 if state.reference_freed else reference,
         reference_before=reference if state.reference_freed else 0.0,
-        # Chosen and rejected answers go through the model together, and their log-probabilities
-        # are taken in float32.
-        logits=0.0 if state.fused_logits else 2 * plan.micro_batch * length * vocabulary * 4.0,
+        logits=logits * 4.0,  # their log-probabilities are taken in float32
     )
 
 

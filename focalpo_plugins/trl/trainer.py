@@ -12,19 +12,26 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
+from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
 
 from ..diagnostics import margin_sums, means
 from ..loss import check_beta, check_label_smoothing
 from ..registry import BoundLoss, get_loss, named
+from .fused import IGNORED, FusedLoss, fused_logps, fused_pairwise_loss
+from .head import Head, check_config, check_logits, gathered, head_of
 
 if TYPE_CHECKING:
     # What the mixin's super() is, in its place in the list of bases.
@@ -56,6 +63,9 @@ _WHY_NOT = {
 }
 
 
+# Tokens of the first sequence on which the output layer is compared with the model, once.
+_TOKENS_COMPARED = 16
+
 # What TRL's model card says of the method.
 _PAPER = {
     "title": "FocalPO: Enhancing Preference Optimizing by Focusing on Correct Preference Rankings",
@@ -80,6 +90,9 @@ class FocalPOConfig(DPOConfig):
         focalpo_allow_reversed: accept a gamma from which on training runs backwards.
         focalpo_loss: the registered loss; another package's name trains that loss, with its
             options at their defaults.
+        focalpo_fused: compute the loss without ever holding the logits of the batch, with or
+            without a precomputed reference; Liger's package isn't needed. A TRL from 1.14 on has
+            such a path of its own, and takes it anyway.
 
     Raises:
         ValueError: a ``focalpo_*`` value is out of range.
@@ -97,6 +110,9 @@ class FocalPOConfig(DPOConfig):
     )
     focalpo_loss: str = field(
         default="focalpo", metadata={"help": "Name of the registered pairwise loss."}
+    )
+    focalpo_fused: bool = field(
+        default=False, metadata={"help": "Never hold the logits of the batch."}
     )
 
     def __post_init__(self) -> None:
@@ -136,15 +152,35 @@ class PairwiseLossMixin(_Host):
     """
 
     pairwise_loss: BoundLoss | None = None
+    ref_model: Any
+    # The key that asked for the fused path, None where none did.
+    _fused: str | None = None
+    _reference_freed = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_host()
         config = kwargs.get("args", args[2] if len(args) > 2 else None)
         if config is not None:
-            check_arguments(config)
+            self._fused = check_arguments(config, self._fused)
+        # By identity, the models whose output layer was seen to give their logits.
+        self._compared: set[int] = set()
         super().__init__(*args, **kwargs)
         self._margin_sums: dict[str, Tensor] = {}
         self._steps_recorded = 0
+        if self._fused is not None:
+            self._check_fused(self._fused)
+        if self.precompute_ref_logps and self.ref_model is not None:
+            self._free_reference()
+
+    # TRL asks itself whether to take Liger's path. It never does: ours stands in its place, and the
+    # argument of the same name still puts Liger's layers into the model.
+    @property
+    def use_liger_kernel(self) -> bool:
+        return False
+
+    @use_liger_kernel.setter
+    def use_liger_kernel(self, asked: bool) -> None:
+        pass
 
     def set_loss(self, loss: BoundLoss, packages: Sequence[str] = ("trl", "torch")) -> None:
         """Train with ``loss`` from now on, and say so in one line on the main process.
@@ -158,31 +194,34 @@ class PairwiseLossMixin(_Host):
         self._name, self._paper = ("FocalPO", _PAPER) if is_focalpo else (loss.name, {})
         self._tag_names: list[str] = [*self._tag_names, loss.name]
         self.model.add_model_tags([loss.name])
-        if hasattr(self, "liger_loss"):
-            from .liger import FusedPairwiseLoss
-
-            self.liger_loss = FusedPairwiseLoss(
-                loss, beta=self.beta, label_smoothing=self.label_smoothing, record=self._record
-            )
         if self.accelerator.is_main_process:
             versions = " ".join(
                 f"{name}={version(name)}" for name in ("focalpo_plugins", *packages)
             )
             print(
                 f"focalpo_plugins: active. {loss.describe()} beta={self.beta} "
-                f"trainer={type(self).__name__} {versions}",
+                f"{'path=fused ' if self._fused else ''}trainer={type(self).__name__} {versions}",
                 file=sys.stderr,
                 flush=True,
             )
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
         if self.pairwise_loss is None:
             raise RuntimeError(
                 f"{type(self).__name__} has no pairwise loss yet, and would train DPO: call "
                 "set_loss() before training."
             )
+        if self._fused is not None:
+            if return_outputs:
+                raise RuntimeError(
+                    f"{self._fused} has no outputs to return: the logits are never there as a "
+                    f"whole. Remove {self._fused}."
+                )
+            return self._fused_step(model, inputs)
         recorded = self._steps_recorded
-        result = super().compute_loss(*args, **kwargs)
+        result = super().compute_loss(model, inputs, return_outputs, **kwargs)
         if self._steps_recorded != recorded + 1:
             raise RuntimeError(
                 f"trl {version('trl')} computed the loss in a way that focalpo_plugins "
@@ -214,6 +253,144 @@ class PairwiseLossMixin(_Host):
             )
         self._record(margins[0])
         return result
+
+    def _fused_step(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The loss of a batch by the fused path, with what TRL logs on Liger's."""
+        ref_logps = None
+        if self.precompute_ref_logps:
+            ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        elif self.ref_model is not None:
+            ref_logps = self._inside(self.ref_model, self._fused_logps, inputs)
+        result, ref_logps = self._inside(model, self._fused_loss, inputs, ref_logps)
+
+        mode, metrics = self._mode(), self._metrics[self._mode()]
+        gather = self.accelerator.gather_for_metrics
+        if mode == "train":
+            tokens = gather(inputs["attention_mask"].sum()).sum().item()
+            self._total_train_tokens += tokens // getattr(self, "_tp_size", 1)
+        metrics["num_tokens"] = [self._total_train_tokens]
+        rewards = self.beta * (result.logps - ref_logps)
+        counts = inputs["completion_mask"][:, 1:].sum(1)
+        sides = zip(
+            ("chosen", "rejected"),
+            *(values.chunk(2) for values in (rewards, result.logps, result.mean_logits, counts)),
+            strict=True,
+        )
+        for side, reward, logps, mean_logits, count in sides:
+            metrics[f"rewards/{side}"].append(gather(reward).mean().item())
+            metrics[f"logps/{side}"].append(gather(logps).mean().item())
+            total, answers = gather(mean_logits).sum(), gather(count).sum()
+            metrics[f"logits/{side}"].append((total / answers.clamp_min(1)).item())
+        chosen, rejected = rewards.chunk(2)
+        margins = gather(chosen - rejected)
+        metrics["rewards/margins"].append(margins.mean().item())
+        metrics["rewards/accuracies"].append((margins > 0).float().mean().item())
+        self._record(chosen - rejected)
+        loss: Tensor = result.loss
+        return loss
+
+    def _inside(self, wrapper: Any, method: Callable[..., Any], inputs: Any, *more: Any) -> Any:
+        """``method(model, inputs, ...)`` in place of the forward of what ``wrapper`` wraps, so that
+        what DDP, DeepSpeed and FSDP do around a forward pass happens around it."""
+        model = self.accelerator.unwrap_model(wrapper)
+        return _ForwardRedirection()(
+            wrapper,
+            model,
+            # The wrappers may cast what passes through them, and some need a tensor to pass.
+            lambda ids: method(model, inputs, *more),
+            inputs["input_ids"],
+        )
+
+    def _fused_loss(
+        self, model: Any, inputs: Mapping[str, Tensor], ref_logps: Tensor | None
+    ) -> tuple[FusedLoss, Tensor]:
+        loss = self.pairwise_loss
+        assert loss is not None  # compute_loss
+        if ref_logps is None:
+            ref_logps = self._fused_logps(model, inputs)
+        with self.accelerator.autocast():
+            head, states, labels = self._states(model, inputs)
+            with gathered(head.weight, head.bias):
+                result = fused_pairwise_loss(
+                    states,
+                    head.weight,
+                    labels,
+                    ref_logps,
+                    lambda margins: loss(margins, self.label_smoothing),
+                    beta=self.beta,
+                    bias=head.bias,
+                )
+        return result, ref_logps
+
+    def _fused_logps(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The reference's log-probs ``(2B,)``: of ``model``, with its adapters off, or its adapter
+        "ref" on, where there is no reference model."""
+        if self.ref_model is None and is_peft_model(model):
+            adapter = use_adapter(model, "ref" if "ref" in model.peft_config else None)
+        else:
+            adapter = nullcontext()
+        with torch.no_grad(), self._without_checkpointing(), adapter, self.accelerator.autocast():
+            head, states, labels = self._states(model, inputs)
+            with gathered(head.weight, head.bias):
+                return fused_logps(states, head.weight, labels, bias=head.bias)
+
+    def _states(self, model: Any, inputs: Mapping[str, Tensor]) -> tuple[Head, Tensor, Tensor]:
+        """The output layer, the last hidden states, and the label of each."""
+        assert self._fused is not None
+        head = head_of(model, self._fused)
+        ids, completion = inputs["input_ids"], inputs["completion_mask"]
+        if id(head.model) not in self._compared:
+            check_config(head.model.config, self._fused)
+            with torch.no_grad(), self._without_checkpointing():
+                few = ids[0][inputs["attention_mask"][0].bool()][:_TOKENS_COMPARED]
+                check_logits(head, few, self._fused)
+            self._compared.add(id(head.model))
+        others = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+        arguments = {key: value for key, value in inputs.items() if key not in others}
+        states = head.backbone(**arguments, use_cache=False).last_hidden_state
+        labels = torch.full_like(ids, IGNORED)
+        labels[:, :-1] = torch.where(completion[:, 1:].bool(), ids[:, 1:], IGNORED)
+        return head, states, labels
+
+    def _without_checkpointing(self) -> Any:
+        return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+
+    def compute_ref_log_probs(self, *args: Any) -> Any:
+        # TRL 0.29 has no model among the arguments.
+        if self._fused is None:
+            return super().compute_ref_log_probs(*args)
+        model = args[0] if len(args) > 1 else self.ref_model or self.model
+        return self._inside(model, self._fused_logps, args[-1]).chunk(2)
+
+    def _check_fused(self, key: str) -> None:
+        """Raise ``ValueError`` for what is known only of the built trainer: TRL checks it for its
+        own Liger path alone."""
+        check_config(head_of(self.accelerator.unwrap_model(self.model), key).model.config, key)
+        asked = {
+            "router_aux_loss_coef": self.args.router_aux_loss_coef
+            if getattr(self, "aux_loss_enabled", False)
+            else None,
+            "compute_metrics": self.compute_metrics,
+            "a vision model": type(self.processing_class).__name__ if self._is_vlm else None,
+        }
+        _refuse(asked, key)
+
+    def _free_reference(self) -> None:
+        """Its log-probs are in the data now, and nothing else is asked of it."""
+        reference = self.accelerator.unwrap_model(self.ref_model)
+        models = self.accelerator._models
+        self.accelerator._models = [model for model in models if model is not reference]
+        self.ref_model = None
+        self._reference_freed = True
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if self._reference_freed and not isinstance(eval_dataset, str | None):
+            raise ValueError(
+                f"eval_dataset must be given to {type(self).__name__}, got one in evaluate(): with "
+                "precompute_ref_log_probs the reference is gone once the trainer is built. Build "
+                "the trainer with it, or set precompute_ref_log_probs to false."
+            )
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _record(self, margins: Tensor) -> None:
         """Add the margins of one step, from all ranks, to what is logged next."""
@@ -278,8 +455,19 @@ def check_host() -> None:
         )
 
 
-def check_arguments(args: DPOConfig) -> None:
-    """Raise ``ValueError`` where TRL's arguments ask for what a pairwise loss can't be part of."""
+def check_arguments(args: DPOConfig, fused: str | None = None) -> str | None:
+    """Check TRL's arguments, and say which key asks for the fused path.
+
+    Args:
+        fused: a key that asks for it beside those of ``args``.
+
+    Returns:
+        The key; None where the loss is to be TRL's plain path, or the fused one of its own that TRL
+        has from 1.14 on.
+
+    Raises:
+        ValueError: they ask for what a pairwise loss can't be part of.
+    """
     check_beta(args.beta)
     check_label_smoothing(args.label_smoothing)
     types = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
@@ -290,8 +478,24 @@ def check_arguments(args: DPOConfig) -> None:
             f"f_divergence_type must be reverse_kl, got {divergence!r}: with another divergence "
             "the log-sigmoid's argument is no difference of log-ratios. Remove it."
         )
-    if args.use_liger_kernel and hasattr(DPOTrainer, "_compute_loss_liger"):
-        _check_liger(args, types)
+    if not hasattr(DPOTrainer, "_compute_loss_liger"):
+        return None
+    for key in ("focalpo_fused", "use_liger_kernel"):
+        if getattr(args, key, False):
+            fused = fused or key
+    if fused is not None:
+        if hasattr(DPOTrainer, "_truncate_inputs"):
+            raise ValueError(
+                f"{fused} needs trl 1.0 or a later one, got trl {version('trl')}: it cuts "
+                f"sequences in the step itself. Install a later one, or remove {fused}."
+            )
+        if args.use_liger_kernel and find_spec("liger_kernel") is None:
+            raise ValueError(
+                "use_liger_kernel needs the package liger-kernel, which is not installed. Install "
+                "it, or set focalpo_fused in its place, which needs nothing."
+            )
+        _check_fused_arguments(args, types, fused)
+    return fused
 
 
 def check_loss_types(types: Sequence[str], key: str = "loss_type") -> None:
@@ -311,19 +515,22 @@ def check_loss_types(types: Sequence[str], key: str = "loss_type") -> None:
         )
 
 
-def _check_liger(args: DPOConfig, types: Sequence[str]) -> None:
-    """TRL's fused path reads none of these, and would drop them without a word."""
+def _check_fused_arguments(args: DPOConfig, types: Sequence[str], key: str) -> None:
     asked = {
         "loss_type": list(types) if list(types) != ["sigmoid"] else None,
         "loss_weights": args.loss_weights if args.loss_weights not in (None, [1.0]) else None,
         "ld_alpha": args.ld_alpha,
         "use_weighting": args.use_weighting or None,
     }
+    _refuse(asked, key)
+
+
+def _refuse(asked: Mapping[str, Any], key: str) -> None:
     for name, value in asked.items():
         if value is not None:
             raise ValueError(
-                f"use_liger_kernel can't be combined with {name}, got {value!r}: TRL's fused loss "
-                f"would ignore it. Set use_liger_kernel to false, or remove {name}."
+                f"{key} can't be combined with {name}, got {value!r}: the fused path has no part "
+                f"for it. Set {key} to false, or remove {name}."
             )
 
 

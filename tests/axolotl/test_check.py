@@ -83,7 +83,19 @@ def doubling(without_weights: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def answers(once: Axolotl, data: Path, without_weights: Path, doubling: Path) -> dict[str, Answer]:
+def capped(without_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with a config that says that its logits are capped."""
+    folder = tmp_path_factory.mktemp("capped") / "model"
+    shutil.copytree(without_weights, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 30.0}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(
+    once: Axolotl, data: Path, without_weights: Path, doubling: Path, capped: Path
+) -> dict[str, Answer]:
     zero3 = once.folder / "zero3.json"
     zero3.write_text(
         json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"},
@@ -114,6 +126,8 @@ def answers(once: Axolotl, data: Path, without_weights: Path, doubling: Path) ->
         "dpo": ["--json", "--gpus", "8", config(bf16=True, deepspeed=str(zero3), **plain_dpo)],
         "two BOS": ["--json", config(base_model=str(doubling), **plain_dpo)],
         "traps": ["--strict", config(base_model=str(doubling), rl_beta=1.0, fp16=True)],
+        "fused": ["--json", config(focalpo_fused=True, micro_batch_size=4096)],
+        "fused, capped": [config(base_model=str(capped), focalpo_fused=True)],
         "unknown key": [config(focalpo_gama=0.1)],
         "gamma": [config(focalpo_gamma=1.5)],
         "sft": [config(**{**plain_dpo, "rl": None})],
@@ -220,6 +234,8 @@ def test_memory(answers, tiny: Path):
     zero3 = read(answers["dpo"])
     assert (zero3["precision"], zero3["zero_stage"], zero3["batch"]) == ("bf16", 3, 64)
     assert zero3["memory_bytes"]["state"] == n * (2 + 2 + 12 + 2) / 8
+    # 2 x 4096 sequences have more logits than the fused path holds, 2^25 in float32.
+    assert read(answers["fused"])["memory_bytes"]["logits"] == 2**25 * 4
     lora = read(answers["lora"])["memory_bytes"]
     trained = 4 * 8 * ((128 + 128) + (128 + 64))
     assert lora["trained"] == trained
@@ -260,6 +276,10 @@ def test_dpo_is_said_to_be_dpo(answers):
     [
         ("unknown key", "focalpo_gama is no key of focalpo_plugins, got 0.1; did you mean"),
         ("gamma", "focalpo_gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 1.5"),
+        (
+            "fused, capped",
+            "focalpo_fused can't be combined with a model whose final_logit_softcapping is set",
+        ),
         ("sft", "rl must be focalpo, or another loss of preference pairs, got None"),
         ("no file", "CONFIG must be a YAML file, got"),
         ("no yaml", "broken.yml"),

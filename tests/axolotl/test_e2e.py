@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import ON_CPU, PLUGIN, Axolotl, Run, zero3_on_cpu
@@ -99,12 +101,56 @@ def test_resume_matches_the_uninterrupted_run(axolotl: Axolotl, plain: Run):
     assert "active" in run.output
 
 
-def test_precomputed_reference(axolotl: Axolotl, plain: Run):
-    run = axolotl.train(precompute_ref_log_probs=True)
-    assert_same(run, plain, rel=1e-5)
-
-
 ADAPTER = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
+COUNTED = {"plugins": ["test_only_plugins.Forwards"]}
+LOGGED = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "logits/rejected", "focalpo/p")
+
+
+def forwards(run: Run) -> dict[str, Any]:
+    return json.loads((run.folder / "forwards.json").read_text())
+
+
+def test_fused(axolotl: Axolotl, plain: Run):
+    """A step is two micro-batches, and each runs the policy and the reference."""
+    run = axolotl.train(focalpo_fused=True, eval_steps=3, **COUNTED)
+    assert_same(run, plain, rel=1e-4, names=LOGGED)
+    evaluated = [[e["eval_loss"] for e in one.log if "eval_loss" in e] for one in (run, plain)]
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
+    assert "beta=0.1 path=fused trainer=AxolotlPairwiseTrainer" in run.output
+    assert "path=fused" not in plain.output
+    seen = forwards(run)
+    assert seen == {"forwards": [4] * 6, "backbones": [2] * 6, "reference": True}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_precomputed_reference(axolotl: Axolotl, plain: Run, fused: bool):
+    """No step runs a reference, and none is there: Axolotl itself loads one and keeps it."""
+    run = axolotl.train(precompute_ref_log_probs=True, focalpo_fused=fused, **COUNTED)
+    assert_same(run, plain, rel=1e-4 if fused else 1e-5)
+    # The fused path's first step compares some tokens' logits with the whole model's.
+    steps = [2 + fused, *[2] * 5]
+    assert forwards(run) == {"forwards": steps, "backbones": [1] * 6, "reference": False}
+
+
+@pytest.fixture(scope="session")
+def adapted(once: Axolotl) -> Run:
+    return once.train(**ADAPTER, **COUNTED, output_dir=str(once.folder / "adapted"))
+
+
+@pytest.mark.parametrize("precomputed", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_lora_fused_and_precomputed(axolotl: Axolotl, adapted: Run, fused: bool, precomputed: bool):
+    if not fused and not precomputed:
+        run = adapted
+    else:
+        run = axolotl.train(
+            **ADAPTER, **COUNTED, focalpo_fused=fused, precompute_ref_log_probs=precomputed
+        )
+        assert_same(run, adapted, rel=1e-4)
+    each = 2 if precomputed else 4
+    # Where the reference is the same model, precomputing it was what compared some logits.
+    steps = [each + (fused and not precomputed), *[each] * 5]
+    assert forwards(run) == {"forwards": steps, "backbones": [1] * 6, "reference": False}
 
 
 def test_lora_and_merge(axolotl: Axolotl):
@@ -151,7 +197,10 @@ def test_third_partys_loss(axolotl: Axolotl, hinge_package: Path):
     assert "hinge/p" in run.log[0] and "hinge/weight" not in run.log[0]
 
 
-def test_zero3_on_two_ranks_agrees_with_one_process(axolotl: Axolotl, plain: Run):
+@pytest.mark.parametrize("path", [{}, {"focalpo_fused": True}], ids=["plain", "fused"])
+def test_zero3_on_two_ranks_agrees_with_one_process(
+    axolotl: Axolotl, plain: Run, path: dict[str, bool]
+):
     """Two ranks of four pairs each, against two accumulation steps of four pairs in one process."""
     run = axolotl.train(
         "--launcher",
@@ -163,6 +212,7 @@ def test_zero3_on_two_ranks_agrees_with_one_process(axolotl: Axolotl, plain: Run
         gradient_accumulation_steps=1,
         plugins=["test_only_plugins.GlooOnCPU"],
         variables=ON_CPU,
+        **path,
     )
     assert (run.checkpoints[-1] / "zero_to_fp32.py").exists()  # DeepSpeed wrote the checkpoint
     assert run.output.count("focalpo_plugins: active") == 1

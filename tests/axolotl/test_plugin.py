@@ -26,7 +26,8 @@ for path in sys.argv[1:]:
     PluginManager.get_instance().plugins.clear()  # as in a process of its own
     try:
         cfg = load_cfg(path)
-        keys = ("rl", "trainer_cls", "plugins", "focalpo_loss", "focalpo_gamma", "focalpo_variant")
+        keys = ("rl", "trainer_cls", "plugins", "focalpo_loss", "focalpo_gamma", "focalpo_variant",
+                "focalpo_fused")
         results.append({key: cfg.get(key) for key in keys})
     except Exception as error:
         results.append(f"{type(error).__name__}: {error}")
@@ -125,9 +126,33 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"dpo_use_liger_kernel": True, "dpo_use_weighting": True},
         "dpo_use_liger_kernel can't be combined with dpo_use_weighting, got True",
     ),
-    "liger with precomputed reference": (
-        {"dpo_use_liger_kernel": True, "precompute_ref_log_probs": True},
-        "dpo_use_liger_kernel can't be combined with precompute_ref_log_probs, got True",
+    "fused with weights": (
+        {"focalpo_fused": True, "dpo_loss_type": ["sigmoid"], "dpo_loss_weights": [2.0]},
+        "focalpo_fused can't be combined with dpo_loss_weights, got [2.0]",
+    ),
+    "fused with weighting": (
+        {"focalpo_fused": True, "dpo_use_weighting": True},
+        "focalpo_fused can't be combined with dpo_use_weighting, got True",
+    ),
+    "fused with another loss type": (
+        {"focalpo_fused": True, "dpo_loss_type": ["sigmoid_norm"]},
+        "focalpo_fused can't be combined with dpo_loss_type, got ['sigmoid_norm']",
+    ),
+    "fused with tensor parallelism": (
+        {"focalpo_fused": True, "tensor_parallel_size": 2},
+        "focalpo_fused can't be combined with tensor_parallel_size, got 2",
+    ),
+    "fused with context parallelism": (
+        {"focalpo_fused": True, "context_parallel_size": 2},
+        "focalpo_fused can't be combined with context_parallel_size, got 2",
+    ),
+    "fused, but how": (
+        {"focalpo_fused": "always"},
+        "focalpo_fused must be true or false, got 'always'",
+    ),
+    "fused under dpo": (
+        {"rl": "dpo", "focalpo_gamma": None, "focalpo_variant": None, "focalpo_fused": True},
+        "focalpo_fused belongs to rl: focalpo, got True under rl: dpo. Set rl: focalpo, or remove",
     ),
 }
 
@@ -138,6 +163,7 @@ REWRITTEN = {
     "focalpo_loss": "focalpo",
     "focalpo_gamma": 0.05,
     "focalpo_variant": "correct",
+    "focalpo_fused": None,
 }
 ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "as it is": ({}, REWRITTEN),
@@ -155,6 +181,18 @@ ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**REWRITTEN, "focalpo_gamma": 1.5},
     ),
     "betas that agree": ({"rl_beta": 0.1, "trl": {"beta": 0.1}}, REWRITTEN),
+    "fused": (
+        {"focalpo_fused": True, "dpo_loss_type": ["sigmoid"], "dpo_loss_weights": [1.0]},
+        {**REWRITTEN, "focalpo_fused": True},
+    ),
+    "fused with precomputed reference": (
+        {"focalpo_fused": True, "precompute_ref_log_probs": True},
+        {**REWRITTEN, "focalpo_fused": True},
+    ),
+    "liger with precomputed reference": (
+        {"dpo_use_liger_kernel": True, "precompute_ref_log_probs": True},
+        REWRITTEN,
+    ),
     "loss types": (
         {"dpo_loss_type": ["sigmoid", "sft"], "dpo_loss_weights": [1.0, 0.1]},
         REWRITTEN,

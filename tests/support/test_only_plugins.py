@@ -1,5 +1,6 @@
 """Axolotl plugins for the tests: they reach its child processes through the YAML."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -66,6 +67,36 @@ class WhatIsTrained(BasePlugin):
         folder = Path(cfg.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "seen.json").write_text(json.dumps(seen))
+
+
+class Forwards(BasePlugin):
+    """Writes beside the model, for every step, how often a backbone ran forward and how many of them
+    there are, whoever holds them."""
+
+    def post_trainer_create(self, cfg, trainer):
+        import torch
+        from transformers import LlamaModel, TrainerCallback
+
+        seen = {"forwards": [], "backbones": [], "reference": trainer.ref_model is not None}
+        ran = []
+        torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda module, given: ran.append(1) if isinstance(module, LlamaModel) else None
+        )
+
+        class Count(TrainerCallback):
+            def on_step_begin(self, *args, **kwargs):
+                gc.collect()
+                alive = [thing for thing in gc.get_objects() if type(thing) is LlamaModel]
+                seen["backbones"].append(len(alive))
+                ran.clear()
+
+            def on_step_end(self, *args, **kwargs):
+                seen["forwards"].append(len(ran))
+
+            def on_train_end(self, *args, **kwargs):
+                (Path(cfg.output_dir) / "forwards.json").write_text(json.dumps(seen))
+
+        trainer.add_callback(Count())
 
 
 class RayOnCPU(BasePlugin):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import math
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from harness import SUPPORT, run_python
+from harness import SUPPORT, free_port, run_python
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -50,7 +55,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def model(seed: int = 0, kind: str = "llama") -> torch.nn.Module:
+def model(seed: int = 0, kind: str = "llama", tied: bool = False) -> torch.nn.Module:
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": 43,
@@ -68,7 +73,9 @@ def model(seed: int = 0, kind: str = "llama") -> torch.nn.Module:
             **sizes, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True
         )
         return MixtralForCausalLM(config)
-    return LlamaForCausalLM(LlamaConfig(**sizes))
+    if kind == "gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=16))
+    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied))
 
 
 def trainer(
@@ -80,6 +87,7 @@ def trainer(
     reference: Any = "another",
     peft_config: Any = None,
     eval_dataset: Any = None,
+    compute_metrics: Any = None,
     **arguments: Any,
 ) -> DPOTrainer:
     """A trainer whose policy and reference differ, as they do after some steps."""
@@ -105,6 +113,7 @@ def trainer(
         train_dataset=Dataset.from_list(PAIRS),
         eval_dataset=eval_dataset,
         peft_config=peft_config,
+        compute_metrics=compute_metrics,
     )
 
 
@@ -315,15 +324,19 @@ def without_triton() -> dict[str, Any]:
     return {"use_liger_kernel": True, "liger_kernel_config": dict.fromkeys(layers, False)}
 
 
+FUSED = {"focalpo_fused": {"focalpo_fused": True}, "use_liger_kernel": without_triton()}
+
+
+@pytest.mark.parametrize("key", FUSED)
 @pytest.mark.parametrize("smoothing", (0.0, 0.2))
 @pytest.mark.parametrize(
     "variant, gamma",
     [("correct", GAMMA), ("correct_exact", GAMMA), ("incorrect", 1.0), ("correct", 0.0)],
 )
-def test_liger_equals_the_plain_path(tokenizer, tmp_path, variant, gamma, smoothing):
+def test_fused_equals_the_plain_path(tokenizer, tmp_path, variant, gamma, smoothing, key):
     options = {"focalpo_gamma": gamma, "focalpo_variant": variant, "label_smoothing": smoothing}
     plain = trainer(FocalPOTrainer, tokenizer, tmp_path, **options)
-    fused = trainer(FocalPOTrainer, tokenizer, tmp_path, **options, **without_triton())
+    fused = trainer(FocalPOTrainer, tokenizer, tmp_path, **options, **FUSED[key])
     inputs = batch(plain)
     expected, expected_grads = loss_and_grads(plain, inputs)
     loss, grads = loss_and_grads(fused, inputs)
@@ -334,35 +347,309 @@ def test_liger_equals_the_plain_path(tokenizer, tmp_path, variant, gamma, smooth
     logs: list[dict[str, float]] = [{}, {}]
     for host, entry in zip((plain, fused), logs, strict=True):
         host.log(entry)
-    ours = [name for name in logs[0] if name.startswith("focalpo/")]
-    assert len(ours) >= 4
-    for name in ours:
-        assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-4), name
+    assert len([name for name in logs[1] if name.startswith("focalpo/")]) >= 4
+    # All that TRL's own fused path logs, with the plain path's values.
+    sides = [f"{what}/{side}" for what in ("rewards", "logps", "logits") for side in SIDES]
+    assert {"num_tokens", "rewards/accuracies", "rewards/margins", *sides} <= {*logs[1]}
+    for name, value in logs[1].items():
+        assert value == pytest.approx(logs[0][name], rel=1e-4, abs=1e-6), name
 
 
-def test_liger_trains(tokenizer, tmp_path):
+SIDES = ("chosen", "rejected")
+LORA = LoraConfig(r=4, init_lora_weights=False)
+# With what else each is trained.
+FUSED_WITH: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "another reference": {"reference": "another"},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "precomputed from another": {"reference": "another", "precompute_ref_log_probs": True},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "checkpointing": {"gradient_checkpointing": True},
+    "lora": {"peft_config": LORA},
+    "lora, precomputed": {"peft_config": LORA, "precompute_ref_log_probs": True},
+    "lora beside a trained head": {
+        "peft_config": LoraConfig(r=4, init_lora_weights=False, modules_to_save=["lm_head"])
+    },
+    "an adapter trained before": {"policy": "adapted"},
+    "an adapter trained before, precomputed": {
+        "policy": "adapted",
+        "precompute_ref_log_probs": True,
+    },
+    "tied embeddings": {"tied": True},
+    "synchronised": {
+        "reference": "another",
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 1,
+        "ref_model_mixup_alpha": 0.5,
+    },
+    "bf16": {"bf16": True, "reference": "another"},
+}
+
+
+def history(tokenizer, folder: Path, feature: str, **more: Any) -> tuple[FocalPOTrainer, list]:
+    """Three steps and an evaluation after each; without another reference the policy of before."""
+    from peft import get_peft_model
+
+    arguments = {"reference": None, **FUSED_WITH[feature], **more}
+    torch.manual_seed(0)
+    policy = model(0, tied=arguments.pop("tied", False))
+    if arguments.get("peft_config") is None and arguments["reference"] is None:
+        arguments["reference"] = copy.deepcopy(policy)
+    if arguments.pop("policy", None) == "adapted":
+        policy, arguments["reference"] = get_peft_model(policy, LORA), None
+    host = trainer(
+        FocalPOTrainer,
+        tokenizer,
+        folder,
+        policy=policy,
+        eval_dataset=Dataset.from_list(PAIRS[:3]),
+        eval_strategy="steps",
+        eval_steps=1,
+        focalpo_gamma=GAMMA,
+        **arguments,
+    )
+    host.train()
+    return host, [entry for entry in host.state.log_history if "train_runtime" not in entry]
+
+
+@pytest.mark.parametrize("feature", FUSED_WITH)
+def test_fused_trains_as_the_plain_path(tokenizer, tmp_path, feature):
+    """Every logged value that both paths have, in training and evaluation, step for step."""
+    _, plain = history(tokenizer, tmp_path / "plain", feature)
+    host, fused = history(tokenizer, tmp_path / "fused", feature, focalpo_fused=True)
+    assert len(fused) == len(plain) == 6
+    # Under bf16 the plain path rounds the logits' gradients at other places.
+    rel = 2e-2 if feature == "bf16" else 1e-4
+    compared = set()
+    for ours, theirs in zip(fused, plain, strict=True):
+        names = {name for name in ours.keys() & theirs.keys() if "runtime" not in name}
+        for name in {name for name in names if "per_second" not in name}:
+            assert ours[name] == pytest.approx(theirs[name], rel=rel, abs=rel), name
+            compared.add(name)
+    assert {"loss", "grad_norm", "rewards/margins", "eval_loss", "eval_focalpo/p"} <= compared
+    if "precompute" in str(FUSED_WITH[feature]):
+        assert host.ref_model is None
+
+
+def test_gamma_zero_fused_is_the_hosts_plain_dpo(tokenizer, tmp_path):
+    histories = []
+    for cls, more in (
+        (DPOTrainer, {}),
+        (FocalPOTrainer, {"focalpo_gamma": 0.0, "focalpo_fused": True}),
+    ):
+        torch.manual_seed(0)
+        host = trainer(cls, tokenizer, tmp_path, policy=model(0), **more)
+        host.train()
+        entries = [entry for entry in host.state.log_history if "loss" in entry]
+        histories.append([(e["loss"], e["grad_norm"], e["rewards/margins"]) for e in entries])
+    assert len(histories[0]) == 3
+    for ours, theirs in zip(histories[1], histories[0], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_liger_trains(tokenizer, tmp_path, monkeypatch):
+    """Liger's layers are the host's to put in, and the arguments stay as they were asked."""
+    from transformers import trainer as host_module
+
+    applied = []
+    apply = host_module.apply_liger_kernel
+    monkeypatch.setattr(
+        host_module, "apply_liger_kernel", lambda *of: (applied.append(of), apply(*of))
+    )
     host = trainer(
         FocalPOTrainer, tokenizer, tmp_path, policy=model(0), reference=model(0), **without_triton()
     )
     host.train()
-    history = [entry["loss"] for entry in host.state.log_history if "loss" in entry]
-    assert history[0] == pytest.approx(2**-0.05 * math.log(2), rel=1e-6)
-    assert history[-1] < history[0]
+    losses = [entry["loss"] for entry in host.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(2**-0.05 * math.log(2), rel=1e-6)
+    assert losses[-1] < losses[0]
+    assert applied == [(host.model, without_triton()["liger_kernel_config"])]
+    assert host.args.use_liger_kernel is True
 
 
 @pytest.mark.parametrize(
-    "arguments, name",
-    [
-        ({"loss_type": ["sigmoid_norm"]}, "loss_type"),
-        ({"loss_type": ["robust"]}, "loss_type"),
-        ({"ld_alpha": 0.5}, "ld_alpha"),
-        ({"use_weighting": True}, "use_weighting"),
-        ({"loss_weights": [2.0]}, "loss_weights"),
-    ],
+    "feature", ["precomputed", "precomputed from another", "lora, precomputed"]
 )
-def test_liger_refuses_what_trl_would_drop(tokenizer, tmp_path, arguments, name):
-    with pytest.raises(ValueError, match=f"^use_liger_kernel can't be combined with {name}, got"):
-        trainer(FocalPOTrainer, tokenizer, tmp_path, **without_triton(), **arguments)
+@pytest.mark.parametrize("key", [None, *FUSED])
+def test_precomputed_needs_no_reference(tokenizer, tmp_path, key, feature):
+    """Real forward passes of any backbone in three steps and three evaluations: one each, where
+    without precomputing it is two each; and the reference given is freed."""
+    from transformers import LlamaModel
+    from transformers.utils import logging
+
+    ran = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, given: ran.append(module) if isinstance(module, LlamaModel) else None
+    )
+    logging.disable_progress_bar()
+    counts = {}
+    try:
+        for precomputed in (True, False):
+            more = dict(FUSED[key]) if key else {}
+            host, _ = history(
+                tokenizer,
+                tmp_path / str(precomputed),
+                feature,
+                **more,
+                precompute_ref_log_probs=precomputed,
+                max_steps=1,
+            )
+            ran.clear()
+            host.compute_loss(host.model, batch(host))
+            counts[precomputed] = len(ran)
+            if precomputed:
+                assert host.ref_model is None
+                assert all(model is host.model for model in map(unwrap, host.accelerator._models))
+    finally:
+        hook.remove()
+    assert counts == {True: 1, False: 2}
+
+
+def unwrap(network: torch.nn.Module) -> torch.nn.Module:
+    return getattr(network, "module", network)
+
+
+def test_the_freed_reference_is_gone(tokenizer, tmp_path):
+    """From memory, where the caller keeps none; and it isn't replaced by the policy later on."""
+    reference = model(1)
+    alive = weakref.ref(reference)
+    host = trainer(
+        FocalPOTrainer, tokenizer, tmp_path, reference=reference, precompute_ref_log_probs=True
+    )
+    del reference
+    gc.collect()
+    assert alive() is None
+    host.train()
+    with pytest.raises(ValueError, match="^eval_dataset must be given to FocalPOTrainer, got one"):
+        host.evaluate(Dataset.from_list(PAIRS[:3]))
+
+
+def with_prompt_learning() -> Any:
+    from peft import PromptTuningConfig
+
+    return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+
+
+@pytest.mark.parametrize("key", FUSED)
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"loss_type": ["sigmoid_norm"]}, "can't be combined with loss_type, got ['sigmoid_norm']"),
+        ({"loss_type": ["robust"]}, "can't be combined with loss_type, got ['robust']"),
+        ({"loss_type": ["sigmoid", "sft"]}, "can't be combined with loss_type, got"),
+        ({"ld_alpha": 0.5}, "can't be combined with ld_alpha, got 0.5"),
+        ({"use_weighting": True}, "can't be combined with use_weighting, got True"),
+        ({"loss_weights": [2.0]}, "can't be combined with loss_weights, got [2.0]"),
+        (
+            {"peft_config": LoraConfig(target_modules=["lm_head"]), "reference": None},
+            "can't be combined with an adapter on the output layer, got 'lm_head'",
+        ),
+        (
+            {"peft_config": with_prompt_learning(), "reference": None},
+            "can't be combined with prompt learning, got PromptTuningConfig",
+        ),
+        ({"kind": "mixtral"}, "can't be combined with router_aux_loss_coef, got 0.001"),
+        ({"kind": "gemma2"}, "a model whose final_logit_softcapping is set, got 30.0"),
+    ],
+    ids=str,
+)
+def test_fused_refuses_what_it_would_drop(tokenizer, tmp_path, arguments, message, key):
+    """Before training: of some of these TRL itself knows for Liger's path alone."""
+    arguments = dict(arguments)
+    policy = model(0, arguments.pop("kind", "llama"))
+    with pytest.raises(ValueError) as error:
+        trainer(FocalPOTrainer, tokenizer, tmp_path, policy=policy, **FUSED[key], **arguments)
+    assert str(error.value).startswith(f"{key} ")
+    assert message in str(error.value)
+
+
+class Halved(LlamaForCausalLM):
+    """A model that changes its logits, and says so nowhere."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits / 2
+        return output
+
+
+def test_fused_compares_the_output_layer_with_the_model(tokenizer, tmp_path):
+    policy = Halved(model(0).config)
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path, policy=policy, focalpo_fused=True)
+    with pytest.raises(ValueError, match="^focalpo_fused can't be used with Halved, got logits"):
+        host.train()
+
+
+def test_fused_returns_no_outputs(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="^focalpo_fused can't be combined with compute_metrics"):
+        trainer(
+            FocalPOTrainer, tokenizer, tmp_path, focalpo_fused=True, compute_metrics=lambda _: {}
+        )
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_fused=True)
+    with pytest.raises(RuntimeError, match="^focalpo_fused has no outputs to return"):
+        host.predict(host.train_dataset)
+
+
+WITHOUT_LIGER = f"""
+import sys
+sys.modules["liger_kernel"] = None  # as if it were not installed
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import test_trainer as t
+words, folder = t.tokenizer.__wrapped__(), Path(sys.argv[1])
+host = t.trainer(t.FocalPOTrainer, words, folder, focalpo_fused=True)
+host.train()
+print("trained", len([entry for entry in host.state.log_history if "loss" in entry]))
+t.trainer(t.FocalPOTrainer, words, folder, use_liger_kernel=True)
+"""
+
+
+def test_fused_needs_no_liger(tmp_path):
+    run = run_python("-c", WITHOUT_LIGER, str(tmp_path / "out"), path=SUPPORT)
+    assert "trained 3" in run.stdout, run.stderr
+    assert (
+        run.stderr.strip()
+        .splitlines()[-1]
+        .startswith(
+            "ValueError: use_liger_kernel needs the package liger-kernel, which is not installed."
+        )
+    )
+
+
+TWO_RANKS = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import torch
+import test_trainer as t
+folder, fused = Path(sys.argv[1]), sys.argv[2] == "fused"
+host = t.trainer(
+    t.FocalPOTrainer, t.tokenizer.__wrapped__(), folder, focalpo_fused=fused, focalpo_gamma=0.5,
+    per_device_train_batch_size=2, ddp_backend="gloo",
+)
+host.train()
+assert torch.distributed.get_world_size() == 2
+weights = torch.cat([p.detach().flatten() for p in host.model.parameters()])
+torch.save(weights, folder / f"rank{{host.args.process_index}}.pt")
+"""
+
+
+def test_fused_on_two_ranks(tokenizer, tmp_path):
+    """Under DDP the ranks average their gradients on this path too: after three steps both have the
+    weights of the plain path's run."""
+    weights = {}
+    for path in ("plain", "fused"):
+        folder = tmp_path / path
+        folder.mkdir()
+        (folder / "script.py").write_text(TWO_RANKS)
+        launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
+        run = run_python(
+            *launcher, free_port(), str(folder / "script.py"), str(folder), path, path=SUPPORT
+        )
+        assert run.returncode == 0, run.stderr[-4000:]
+        ranks = [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+        assert torch.equal(*ranks)
+        weights[path] = ranks[0]
+    torch.testing.assert_close(weights["fused"], weights["plain"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
