@@ -5,7 +5,6 @@ start    `import torch` with and without our autoload, `import focalpo_plugins`
 trl      whole training steps, FocalPO against DPO, in TRL
 axolotl  the same in Axolotl
 openrlhf the same in OpenRLHF, and --focalpo.precompute_ref against its own way
-fused    memory and time of the loss part at Llama 3's vocabulary, by TRL's paths and ours
 
 A round is a step in trl, axolotl and openrlhf. Prints a table and writes outputs/bench.json.
 Without names, all whose host is installed are
@@ -33,7 +32,6 @@ BENCHMARKS = {
     "start": ("start_up", None, 15),
     "trl": ("steps", "trl", 100),
     "axolotl": ("steps", "axolotl", 100),
-    "fused": ("fused_head", "trl", 3),
     "openrlhf": ("openrlhf_steps", "openrlhf", 60),
 }
 

@@ -25,7 +25,8 @@ HOSTS = {
 CORE = ("loss", "hookspecs", "registry", "diagnostics", "plan")
 ROOMS = {
     "axolotl": {"axolotl", "pydantic", "transformers"},
-    "openrlhf": {"openrlhf", "transformers", "peft"},
+    # OpenRLHF is built on DeepSpeed and requires it.
+    "openrlhf": {"openrlhf", "transformers", "peft", "deepspeed"},
     "trl": {"trl", "transformers", "accelerate", "peft", "deepspeed"},
     "cli": {"transformers", "peft"},  # to count a model's parameters, whoever trains it
 }
