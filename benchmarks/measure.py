@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from random import Random
 from statistics import median
 from typing import Any
@@ -18,6 +19,14 @@ import torch
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny"
+
+
+def check_tiny() -> None:
+    """End the process where the tiny model and data have not been made."""
+    if not (TINY / "made.json").is_file():
+        raise SystemExit("the model and data are not there: python examples/make_tiny.py")
 
 
 @dataclass

@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import CUDA, Result, compare, start_profile, stop_profile
+from measure import CUDA, TINY, Result, check_tiny, compare, start_profile, stop_profile
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny"
 WARM_UP, PAIRS = 3, 16
 
 
@@ -144,8 +143,7 @@ def larger_model(folder: Path) -> Path:
 
 
 def measure(rounds: int) -> Iterator[Result]:
-    if not (TINY / "made.json").is_file():
-        raise SystemExit("the model and data are not there: python examples/make_tiny.py")
+    check_tiny()
     focalpo = ["--loss", "focalpo"]
 
     def both(case: str, model: Path, ours: list[str], theirs: list[str], steps: int,

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import CUDA, Result, compare, peak_bytes
+from measure import CUDA, TINY, Result, check_tiny, compare, peak_bytes
 from transformers import TrainerCallback
 
-TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny"
 WARM_UP = 5
 Trainers = dict[str, Any]
 
@@ -149,8 +148,7 @@ def peak(trainer: Any) -> float:
 
 
 def measure(rounds: int, *, host: str) -> Iterator[Result]:
-    if not (TINY / "made.json").is_file():
-        raise SystemExit("the model and data are not there: python examples/make_tiny.py")
+    check_tiny()
     make: Callable[[Path], Trainers] = {"trl": trl_trainers, "axolotl": axolotl_trainers}[host]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         trainers = make(Path(folder))
