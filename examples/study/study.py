@@ -163,20 +163,30 @@ def split(pairs: list[Any], share: float) -> tuple[list[Any], list[Any]]:
 # ---- the runs
 
 
-def base_config(args: argparse.Namespace) -> dict[str, Any]:
-    """The YAML that every run shares, without what a run or the study itself sets."""
+def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(args.config.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise CommandError(
-            f"--config must be an Axolotl YAML, got {args.config}: {error}"
-        ) from None
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CommandError(f"--config must be an Axolotl YAML, got {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise CommandError(f"--config must be an Axolotl YAML, got {path} without any key.")
+    return content
+
+
+def of_the_loss(key: str) -> bool:
+    """Whether it says what is trained, which the study sets; focalpo_fused only says how."""
+    return key.startswith("focalpo_") and key != "focalpo_fused"
+
+
+def base_config(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
+    """What every run shares of the YAML, without what a run or the study itself sets."""
+    config = dict(config)
     for word in args.set:
         key, equals, value = word.partition("=")
-        if not equals or key in OWN_KEYS or key.startswith("focalpo_"):
+        if not equals or key in OWN_KEYS or of_the_loss(key):
             raise CommandError(
                 f"--set takes KEY=VALUE of Axolotl's keys, got {word!r}; {', '.join(OWN_KEYS)} and "
-                "focalpo_* are the study's own."
+                "focalpo_*, but for focalpo_fused, are the study's own."
             )
         config[key] = yaml.safe_load(value)
     if not isinstance(config.get("max_steps"), int) or config["max_steps"] < 1:
@@ -187,18 +197,17 @@ def base_config(args: argparse.Namespace) -> dict[str, Any]:
     return {
         key: value
         for key, value in config.items()
-        if key not in NOT_IN_A_STUDY and not key.startswith("focalpo_")
+        if key not in NOT_IN_A_STUDY and not of_the_loss(key)
     }
 
 
-def two_files(config: Path) -> list[str]:
+def two_files(path: Path, content: dict[str, Any]) -> list[str]:
     """The paths of the YAML's train and test set."""
-    content = yaml.safe_load(config.read_text(encoding="utf-8"))
     try:
         return [content[key][0]["path"] for key in ("datasets", "test_datasets")]
     except (KeyError, IndexError, TypeError):
         raise CommandError(
-            f"{config} must name a data set and a test set by their paths; or give --data."
+            f"{path} must name a data set and a test set by their paths; or give --data."
         ) from None
 
 
@@ -208,13 +217,14 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     Raises:
         CommandError: something is wrong with the arguments, or the folder is of another study.
     """
-    config = base_config(args)
+    content = read_yaml(args.config)
+    config = base_config(args, content)
     if args.model is not None:
         config["base_model"] = args.model
     if args.data is not None:
         train, held_out = split(read_pairs(args.data), args.held_out)
     else:
-        train, held_out = (read_pairs(Path(path)) for path in two_files(args.config))
+        train, held_out = (read_pairs(Path(path)) for path in two_files(args.config, content))
         known = {prompt_of(pair) for pair in train}
         held_out = [pair for pair in held_out if prompt_of(pair) not in known]
     data = args.out / "data"
