@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+
+from ..files import write_whole
 
 _DATA_HELP = "preference file (.jsonl, .json, .parquet, .csv) with chosen, rejected and prompt"
 
@@ -27,6 +30,25 @@ def output_folder(name: str) -> Path:
     except OSError as error:
         raise CommandError(f"--out must be a folder, got {name!r}: {error.strerror}.") from None
     return folder
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say what is wrong where a file of ours can't be written inside."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(
+            f"--out must be a folder with room that can be written to, got {str(path.parent)!r}: "
+            f"{path.name}: {error.strerror}. Make room, or name another."
+        ) from None
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    """Write a file of ours, whole or not at all; ``path``."""
+    with writing(path):
+        write_whole(path, content)
+    return path
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "focalpo") -> int:

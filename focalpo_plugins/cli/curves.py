@@ -7,9 +7,10 @@ import math
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from . import CommandError, output_folder
+from . import CommandError, output_folder, write
 from .plots import line_looks, pyplot, save
 
 if TYPE_CHECKING:
@@ -99,11 +100,11 @@ def run(args: Namespace) -> int:
         header, rows, drawn = figure(plt, dpo, asked, opposite)
         written = []
         if "csv" in args.format:
-            written.append(folder / f"{name}.csv")
-            with written[-1].open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(header)
-                writer.writerows([f"{value:.9g}" for value in row] for row in rows)
+            table = StringIO()
+            writer = csv.writer(table)
+            writer.writerow(header)
+            writer.writerows([f"{value:.9g}" for value in row] for row in rows)
+            written.append(write(folder / f"{name}.csv", table.getvalue()))
         if plt is not None:
             written += save(drawn, folder, name, args.format)
             plt.close(drawn)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from . import CommandError
+from . import CommandError, write
 
 # Okabe and Ito's colours, told apart without colour vision, from dark to light; each has a line
 # style of its own, so that the lines are told apart in grey print as well.
@@ -70,7 +71,8 @@ def save(figure: Any, folder: Path, name: str, formats: Sequence[str]) -> list[P
     written = []
     for kind in formats:
         if kind in ("png", "svg"):
-            written.append(folder / f"{name}.{kind}")
             metadata = {"Date": None} if kind == "svg" else None
-            figure.savefig(written[-1], bbox_inches="tight", metadata=metadata)
+            content = BytesIO()
+            figure.savefig(content, format=kind, bbox_inches="tight", metadata=metadata)
+            written.append(write(folder / f"{name}.{kind}", content.getvalue()))
     return written

@@ -8,11 +8,12 @@ import math
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import StringIO
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from . import CommandError, output_folder
+from . import CommandError, output_folder, write
 from .plots import line_looks, pyplot, save
 
 # Our name of a quantity, and what hosts log it under after the split's prefix, best first.
@@ -98,14 +99,14 @@ def run(args: Namespace) -> int:
     )
     written = []
     if "csv" in args.format:
-        written.append(folder / "report.csv")
-        with written[-1].open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, _COLUMNS)
-            writer.writeheader()
-            writer.writerows(
-                {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
-                for row in rows
-            )
+        table = StringIO()
+        writer = csv.DictWriter(table, _COLUMNS)
+        writer.writeheader()
+        writer.writerows(
+            {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+            for row in rows
+        )
+        written.append(write(folder / "report.csv", table.getvalue()))
     if plt is not None:
         written += save(_draw(plt, runs), folder, "report", args.format)
     print("wrote " + ", ".join(map(str, written)))

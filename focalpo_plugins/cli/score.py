@@ -8,10 +8,11 @@ import json
 import math
 from argparse import Namespace
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from . import CommandError, output_folder
+from . import CommandError, output_folder, write, writing
 from .plots import pyplot, save
 
 _BINS = 40
@@ -65,6 +66,7 @@ def run(args: Namespace) -> int:
 
     waiting = [place for place, row in enumerate(scorer.rows) if row not in done]
     with (
+        writing(scores),
         scores.open("a", encoding="utf-8") as file,
         tqdm(total=len(scorer.rows), initial=len(done), unit="pair") as bar,
     ):
@@ -82,16 +84,15 @@ def run(args: Namespace) -> int:
     records = [done[row] for row in sorted(done)]
     summary = {**header, "rows": scorer.total, "dropped": scorer.total - len(records)}
     summary["groups"] = {name: _summary(records, right) for name, right in _GROUPS.items()}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    written = [scores, write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")]
     _print_summary(summary)
-    written = [scores, folder / "summary.json"]
     edges, counts = _histogram(records)
     if "csv" in args.format:
-        written.append(folder / "histogram.csv")
-        with written[-1].open("w", newline="", encoding="utf-8") as table:
-            writer = csv.writer(table)
-            writer.writerow(["from", "to", "reference_right", "reference_wrong"])
-            writer.writerows(zip(edges, edges[1:], *counts, strict=False))
+        table = StringIO()
+        writer = csv.writer(table)
+        writer.writerow(["from", "to", "reference_right", "reference_wrong"])
+        writer.writerows(zip(edges, edges[1:], *counts, strict=False))
+        written.append(write(folder / "histogram.csv", table.getvalue()))
     if plt is not None:
         written += save(_draw(plt, edges, counts), folder, "histogram", args.format)
     print("wrote " + ", ".join(map(str, written)))
@@ -123,7 +124,7 @@ def _resume(scores: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
     Raises:
         CommandError: the file is of another run, or none of ours.
     """
-    if not scores.exists():
+    if not scores.is_file():
         return {}
     content = scores.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
@@ -144,7 +145,7 @@ def _resume(scores: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
                 f"where this run has {header[differing[0]]}: give another --out, or remove it."
             )
     if len(whole) < len(content):
-        with scores.open("r+b") as file:
+        with writing(scores), scores.open("r+b") as file:
             file.truncate(len(whole))
     return done
 

@@ -72,6 +72,10 @@ def ends(setting: dict[str, Path]) -> dict[str, tuple[int, str, str]]:
         "broken": argv("b", "--format", "csv", data="broken.jsonl"),
         "format": argv("c", "--format", "csv", data="pairs.txt"),
     }
+    # A disk that is full, and a folder where a file goes.
+    (folder / "full").mkdir()
+    (folder / "full" / "scores.jsonl").symlink_to("/dev/full")
+    cases["full"] = argv("full", "--format", "csv")
     with ManyFocalpo("focalpo_plugins.trl.score", cwd=folder) as focalpo:
         found = {"whole": focalpo(*cases.pop("whole"))}
         # Stopped in the middle of the fourth pair, and after the last.
@@ -137,8 +141,34 @@ def test_goes_on_where_it_stopped(setting, ends):
     for ours, theirs in zip(resumed, whole, strict=True):
         assert ours["row"] == theirs["row"]
         assert ours["margin"] == pytest.approx(theirs["margin"], abs=1e-4)
-    assert ends["complete"][0] == 0
+    assert ends["complete"][0] == 0, ends["complete"][2]
     assert records(setting["folder"] / "complete") == whole
+
+
+def test_half_a_file_is_never_read_as_whole(setting, ends, tmp_path):
+    """Cut anywhere: what is gone on with are the pairs whose lines are whole, and the file then ends
+    with the last of these."""
+    from focalpo_plugins.cli.score import _resume
+
+    lines = (setting["folder"] / "whole" / "scores.jsonl").read_bytes().splitlines(keepends=True)
+    content = b"".join(lines[:3])
+    header, scores = json.loads(lines[0]), tmp_path / "scores.jsonl"
+    for cut in range(len(content) + 1):
+        scores.write_bytes(content[:cut])
+        whole = content[:cut].count(b"\n")
+        assert sorted(_resume(scores, header)) == list(range(max(0, whole - 1)))
+        assert scores.read_bytes() == b"".join(lines[:whole])
+
+
+def test_a_full_disk(setting, ends):
+    code, _, errors = ends["full"]
+    assert code == 2
+    assert errors.splitlines()[-1] == (
+        "focalpo score: error: --out must be a folder with room that can be written to, got "
+        f"{str(setting['folder'] / 'full')!r}: scores.jsonl: No space left on device. Make room, or "
+        "name another."
+    )
+    assert [path.name for path in (setting["folder"] / "full").iterdir()] == ["scores.jsonl"]
 
 
 def test_another_run_s_scores_are_not_gone_on_with(ends):
