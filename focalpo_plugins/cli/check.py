@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..pairs import faults
 from ..plan import Pair, Plan, Sequence
 from . import CommandError
 from .memory import FORMULA, GIB, LEFT_OUT, Estimate, estimate
@@ -152,9 +153,9 @@ def _count(plan: Plan, number: int) -> tuple[Counts, Pair]:
         counts.truncated += pair.truncated
         sides = (pair.chosen, pair.rejected)
         answers = [_answer(side) for side in sides]
-        counts.identical += answers[0] == answers[1]
-        # An answer of nothing but its end says nothing.
-        counts.empty += any(not [token for token in a if token != eos] for a in answers)
+        wrong = faults(answers[0], answers[1], eos)
+        counts.identical += "identical" in wrong
+        counts.empty += "empty" in wrong
         for side, answer in zip(sides, answers, strict=True):
             counts.lengths.append(len(side.ids))
             counts.trained.append(len(answer))
