@@ -161,6 +161,36 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}"
 
 
+def check_unchanged(
+    recorded: Mapping[str, Any] | None, asked: Mapping[str, Any], checkpoint: str, allow: str
+) -> None:
+    """Compare what a checkpoint was trained with and what is asked for.
+
+    Args:
+        recorded: by key, as saved with the checkpoint; None where nothing was.
+        asked: by key, what this run would train.
+        checkpoint: where it is, for the message.
+        allow: what the user gives to go on all the same.
+
+    Raises:
+        ValueError: they differ; half a run would be trained with one loss and half with another.
+    """
+    rest = f"give the values it was trained with, start without resuming, or give {allow}."
+    if recorded is None:
+        raise ValueError(
+            f"the checkpoint {checkpoint} does not say that it was trained with a loss of "
+            f"focalpo_plugins, got loss={asked['loss']!r} to go on with. Resume it with the loss "
+            f"that began it, start without resuming, or give {allow}."
+        )
+    changed = [
+        f"{key} was {recorded.get(key)!r}, got {asked.get(key)!r}"
+        for key in sorted({*recorded, *asked})
+        if recorded.get(key) != asked.get(key)
+    ]
+    if changed:
+        raise ValueError(f"{'; '.join(changed)}: so says the checkpoint {checkpoint}; {rest}")
+
+
 class _FocalPO:
     """FocalPO's own registration, through the hook that every other package uses."""
 
