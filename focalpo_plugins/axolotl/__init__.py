@@ -11,6 +11,8 @@ from typing import Any
 PLUGIN = "focalpo_plugins.axolotl.FocalPOPlugin"
 #: The key that asks for the fused path, under any loss of ours.
 FUSED = "focalpo_fused"
+#: The key that lets a run go on from a checkpoint of another loss.
+ALLOW_CHANGED = "focalpo_allow_changed"
 TRAINER = "focalpo_plugins.axolotl.trainer.AxolotlPairwiseTrainer"
 
 

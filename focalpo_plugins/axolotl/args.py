@@ -1,5 +1,5 @@
 """The keys that the plug-in adds to Axolotl's YAML: ``NAME_o`` for the option ``o`` of a loss, and
-``focalpo_fused`` for whichever loss of ours is trained."""
+``focalpo_fused`` and ``focalpo_allow_changed`` for whichever loss of ours is trained."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, create_model
 
 from ..registry import losses
-from . import FUSED
+from . import ALLOW_CHANGED, FUSED
 
 
 def _keys() -> dict[str, Any]:
@@ -20,6 +20,7 @@ def _keys() -> dict[str, Any]:
     return {
         **keys,
         FUSED: (bool | None, None),
+        ALLOW_CHANGED: (bool | None, None),
         # Written by the plugin, not by the user: which loss `rl` asked for before it became `dpo`.
         "focalpo_loss": (str | None, None),
     }

@@ -15,8 +15,9 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.schemas.enums import RLType
 
 from ..loss import check_beta, check_label_smoothing
+from ..pairs import check_file
 from ..registry import BoundLoss, PairwiseLoss, did_you_mean, get_loss, losses, named
-from . import FUSED, TRAINER
+from . import ALLOW_CHANGED, FUSED, TRAINER
 
 
 class FocalPOPlugin(BasePlugin):
@@ -35,19 +36,18 @@ class FocalPOPlugin(BasePlugin):
         of_host = [rl.value for rl in RLType]
         known = [*of_host, *losses()]
         name, trainer = cfg.get("rl"), cfg.get("trainer_cls")
-        if isinstance(name, str) and name not in known:
-            raise ValueError(
-                f"rl must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}."
-            )
+        if name is not None and name not in known:
+            near = did_you_mean(str(name), known)
+            raise ValueError(f"rl must be one of {', '.join(known)}, got {name!r}{near}.")
         if name == "dpo" and trainer == TRAINER and requested_loss(cfg) is not None:
             return  # rewritten before, in the process that started this one
         _check_keys(cfg, name)
-        if trainer is not None and (trainer == TRAINER or str(name) in losses()):
+        if trainer is not None and (trainer == TRAINER or name in losses()):
             raise ValueError(
                 f"trainer_cls must be unset, got {trainer!r} under rl: {name}: a loss of ours "
                 "brings its trainer. Remove trainer_cls and set rl: focalpo."
             )
-        if not isinstance(name, str) or name in of_host:
+        if name is None or name in of_host:
             return
         _check_values(cfg, get_loss(name))
         cfg["rl"] = "dpo"
@@ -114,7 +114,8 @@ def _check_keys(cfg: Any, rl: str) -> None:
     of_loss = {
         f"{loss.name}_{option}": loss.name for loss in losses().values() for option in loss.options
     }
-    of_loss[FUSED] = rl if rl in losses() else "focalpo"
+    of_any = rl if rl in losses() else "focalpo"
+    of_loss |= {FUSED: of_any, ALLOW_CHANGED: of_any}
     for key in cfg:
         if str(key).startswith("focalpo_") and key not in of_loss:
             raise ValueError(
@@ -133,7 +134,10 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
     check_host()
     _bind(cfg, loss)
 
-    betas = {"rl_": cfg.get("rl_beta"), "trl.": (cfg.get("trl") or {}).get("beta")}
+    of_trl = cfg.get("trl") or {}
+    if not isinstance(of_trl, dict):
+        raise ValueError(f"trl must be a mapping such as {{beta: 0.1}}, got {of_trl!r}.")
+    betas = {"rl_": cfg.get("rl_beta"), "trl.": of_trl.get("beta")}
     for prefix, beta in betas.items():
         if beta is not None:
             with named(prefix):
@@ -146,13 +150,14 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
 
     types = cfg.get("dpo_loss_type")
     if types is not None:
-        check_loss_types([types] if isinstance(types, str) else list(types), "dpo_loss_type")
+        check_loss_types(types if isinstance(types, list) else [types], "dpo_loss_type")
     smoothing = cfg.get("dpo_label_smoothing")
     if smoothing is not None:
         with named("dpo_"):
             check_label_smoothing(_as_number(smoothing))
-    if cfg.get(FUSED) not in (None, True, False):
-        raise ValueError(f"{FUSED} must be true or false, got {cfg[FUSED]!r}.")
+    for key in (FUSED, ALLOW_CHANGED):
+        if cfg.get(key) not in (None, True, False):
+            raise ValueError(f"{key} must be true or false, got {cfg[key]!r}.")
     if cfg.get("dpo_use_liger_kernel") and find_spec("liger_kernel") is None:
         raise ValueError(
             "dpo_use_liger_kernel needs the package liger-kernel, which is not installed. Install "
@@ -161,6 +166,11 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
     fused = fused_key(cfg)
     if fused is not None:
         _check_fused(cfg, fused)
+    for key in ("datasets", "test_datasets"):
+        listed = cfg.get(key)
+        for number, dataset in enumerate(listed if isinstance(listed, list) else []):
+            if isinstance(dataset, dict) and isinstance(dataset.get("path"), str):
+                check_file(Path(dataset["path"]), f"{key}[{number}].path")
 
 
 def _check_fused(cfg: Any, fused: str) -> None:

@@ -10,6 +10,7 @@ from axolotl.integrations.base import PluginManager
 
 from ..registry import BoundLoss
 from ..trl import PairwiseLossMixin
+from . import ALLOW_CHANGED
 from .plugin import fused_key, requested_loss
 
 
@@ -22,6 +23,7 @@ class AxolotlPairwiseTrainer(PairwiseLossMixin, AxolotlDPOTrainer):
         loss = None if cfg is None else requested_loss(cfg)
         if loss is not None:
             self._fused = fused_key(cfg)
+            self._allow_changed = bool(cfg.get(ALLOW_CHANGED))
         super().__init__(*args, **kwargs)
         if loss is not None:
             self.set_loss(loss)

@@ -10,26 +10,33 @@ never train DPO under another loss's name.
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from ..diagnostics import margin_sums, means
+from .. import pairs
+from ..diagnostics import margin_sums, means, not_finite, stop
 from ..loss import check_beta, check_label_smoothing
-from ..registry import BoundLoss, get_loss, named
+from ..registry import BoundLoss, check_unchanged, get_loss, named
 from .fused import IGNORED, FusedLoss, fused_logps, fused_pairwise_loss
 from .head import Head, check_config, check_logits, gathered, head_of
 
@@ -93,6 +100,8 @@ class FocalPOConfig(DPOConfig):
         focalpo_fused: compute the loss without ever holding the logits of the batch, with or
             without a precomputed reference; Liger's package isn't needed. A TRL from 1.14 on has
             such a path of its own, and takes it anyway.
+        focalpo_allow_changed: resume from a checkpoint that was trained with another loss, gamma,
+            variant, beta, label smoothing or loss type, or with a loss not ours.
 
     Raises:
         ValueError: a ``focalpo_*`` value is out of range.
@@ -113,6 +122,9 @@ class FocalPOConfig(DPOConfig):
     )
     focalpo_fused: bool = field(
         default=False, metadata={"help": "Never hold the logits of the batch."}
+    )
+    focalpo_allow_changed: bool = field(
+        default=False, metadata={"help": "Resume a checkpoint that another loss has trained."}
     )
 
     def __post_init__(self) -> None:
@@ -156,12 +168,19 @@ class PairwiseLossMixin(_Host):
     # The key that asked for the fused path, None where none did.
     _fused: str | None = None
     _reference_freed = False
+    _allow_changed = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_host()
         config = kwargs.get("args", args[2] if len(args) > 2 else None)
         if config is not None:
             self._fused = check_arguments(config, self._fused)
+        train_dataset = kwargs.get("train_dataset", args[4] if len(args) > 4 else None)
+        if isinstance(train_dataset, Dataset) and not len(train_dataset):
+            raise ValueError(
+                "train_dataset must hold a pair, got none: it was empty, or every pair of it was "
+                "dropped as too long. Look at the data, or raise Axolotl's sequence_len."
+            )
         # By identity, the models whose output layer was seen to give their logits.
         self._compared: set[int] = set()
         super().__init__(*args, **kwargs)
@@ -171,6 +190,8 @@ class PairwiseLossMixin(_Host):
             self._check_fused(self._fused)
         if self.precompute_ref_logps and self.ref_model is not None:
             self._free_reference()
+        if isinstance(self.train_dataset, Dataset) and not self._is_vlm:
+            self._check_pairs(self.train_dataset)
 
     # TRL asks itself whether to take Liger's path. It never does: ours stands in its place, and the
     # argument of the same name still puts Liger's layers into the model.
@@ -190,6 +211,7 @@ class PairwiseLossMixin(_Host):
             packages: whose versions the line names.
         """
         self.pairwise_loss = loss
+        self.add_callback(_Record(self._record_of_loss(loss)))
         is_focalpo = loss.name == "focalpo"
         self._name, self._paper = ("FocalPO", _PAPER) if is_focalpo else (loss.name, {})
         self._tag_names: list[str] = [*self._tag_names, loss.name]
@@ -204,6 +226,32 @@ class PairwiseLossMixin(_Host):
                 file=sys.stderr,
                 flush=True,
             )
+
+    def _record_of_loss(self, loss: BoundLoss) -> dict[str, Any]:
+        """What a checkpoint was trained with, by the key or field that asks for it."""
+        asked = {f"{loss.name}_{o}": v for o, v in loss.options.items() if o != "allow_reversed"}
+        hosts = {"beta": self.beta, "label_smoothing": self.label_smoothing}
+        return {"loss": loss.name, **asked, **hosts, "loss_type": list(self.loss_types)}
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """TRL's own.
+
+        Raises:
+            ValueError: the checkpoint to resume from was trained with another loss.
+        """
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(str(self.args.output_dir))
+        ours = self.pairwise_loss is not None and not self._allow_changed
+        if folder and ours and Path(folder).is_dir():  # else the host says so itself
+            assert self.pairwise_loss is not None
+            asked = self._record_of_loss(self.pairwise_loss)
+            check_unchanged(
+                _recorded(Path(folder)), asked, str(folder), "focalpo_allow_changed: true"
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
@@ -375,6 +423,23 @@ class PairwiseLossMixin(_Host):
         }
         _refuse(asked, key)
 
+    def _check_pairs(self, dataset: Dataset) -> None:
+        """Refuse token ids that nothing can be learnt from; on each rank, of the same rows."""
+        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
+        columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+        rows = pairs.places(len(dataset))
+        found = dataset.select_columns(columns).select(rows)
+        keeps_start = getattr(self.args, "truncation_mode", "keep_start") == "keep_start"
+        pairs.check(
+            ((row, *map(pair.get, columns)) for row, pair in zip(rows, found, strict=True)),
+            bos=tokenizer.bos_token_id,
+            eos=tokenizer.eos_token_id,
+            decode=tokenizer.decode,
+            key="max_length",
+            limit=self.args.max_length if keeps_start else None,
+            say=self.accelerator.is_main_process,
+        )
+
     def _free_reference(self) -> None:
         """Its log-probs are in the data now, and nothing else is asked of it."""
         reference = self.accelerator.unwrap_model(self.ref_model)
@@ -396,7 +461,14 @@ class PairwiseLossMixin(_Host):
         """Add the margins of one step, from all ranks, to what is logged next."""
         assert self.pairwise_loss is not None
         # gather_for_metrics drops the rows that an uneven last batch repeats.
+        rows = len(margins)
         margins = self.accelerator.gather_for_metrics(margins.detach())
+        if not margins.isfinite().all():
+            when = "step" if self._mode() == "train" else "evaluation before step"
+            ranks = enumerate(torch.split(margins, rows))
+            found = [not_finite(of_rank, rank) for rank, of_rank in ranks]
+            where = [words for words in found if words]
+            stop(self.pairwise_loss.name, f"{when} {self.state.global_step + 1}", where)
         sums = margin_sums(margins, self.pairwise_loss)
         mode = self._mode()
         self._margin_sums[mode] = self._margin_sums.get(mode, 0) + sums
@@ -414,6 +486,33 @@ class PairwiseLossMixin(_Host):
     def _mode(self) -> str:
         # As TRL tells the two apart for its own metrics.
         return "train" if self.model.training else "eval"
+
+
+class _Record(TrainerCallback, ExportableState):
+    """Has transformers write what was trained into each checkpoint's trainer_state.json."""
+
+    def __init__(self, record: Mapping[str, Any] | None = None) -> None:
+        self.record = record
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"record": self.record}, "attributes": {}}
+
+
+def _recorded(checkpoint: Path) -> dict[str, Any] | None:
+    """The record in a checkpoint; None where no loss of ours has trained it."""
+    path = checkpoint / TRAINER_STATE_NAME
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        found = state["stateful_callbacks"].get(_Record.__name__)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"resume_from_checkpoint must be a whole checkpoint, got {str(checkpoint)!r}: "
+            f"{path.name} can't be read ({error}), as where a run was killed while it saved. "
+            "Remove the folder, and resume from an earlier one."
+        ) from None
+    # A list where a trainer was given its loss twice.
+    last = found[-1] if isinstance(found, list) else found
+    return None if last is None else last["args"]["record"]
 
 
 class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
@@ -440,6 +539,7 @@ class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
                 "same arguments, and focalpo_gamma and focalpo_variant besides."
             )
         super().__init__(model, ref_model, args, **kwargs)
+        self._allow_changed = args.focalpo_allow_changed
         self.set_loss(args.pairwise_loss())
 
 
@@ -502,8 +602,8 @@ def check_loss_types(types: Sequence[str], key: str = "loss_type") -> None:
     """Raise ``ValueError`` unless each of TRL's loss types is one that a pairwise loss can stand in
     for, and one at least is not ``sft``."""
     for loss_type in types:
-        if loss_type not in _SEAM:
-            why = _WHY_NOT.get(loss_type, "it is not known to be a log-sigmoid of the margin")
+        if str(loss_type) not in _SEAM:
+            why = _WHY_NOT.get(str(loss_type), "it is not known to be a log-sigmoid of the margin")
             raise ValueError(
                 f"{key} must be of {', '.join(_SEAM)}, got {loss_type!r}: {why}. Remove it; "
                 "'sigmoid' is the default."

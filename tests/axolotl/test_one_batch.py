@@ -21,6 +21,7 @@ def trainer(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
     from focalpo_plugins.axolotl.trainer import AxolotlPairwiseTrainer
 
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    other = [*chat[:1], {"role": "assistant", "content": "c"}]
     return AxolotlPairwiseTrainer(
         one_batch.model(1),
         one_batch.model(2),
@@ -31,7 +32,7 @@ def trainer(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
             bf16=False,
             report_to="none",
         ),
-        train_dataset=Dataset.from_list([{"chosen": chat, "rejected": chat}]),
+        train_dataset=Dataset.from_list([{"chosen": chat, "rejected": other}]),
         processing_class=AutoTokenizer.from_pretrained(tiny / "model"),
     )
 

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from harness import PLUGIN, SUPPORT, Axolotl, run_python
 
+pytestmark = pytest.mark.releases
+
 LOAD = """
 import json, sys
 from axolotl.cli.config import load_cfg

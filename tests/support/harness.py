@@ -73,6 +73,40 @@ def at_once(
         return [(code, out.read()) for code, out in zip(codes, outputs, strict=True)]
 
 
+def with_nan(model: Path, pairs: Path, folder: Path) -> None:
+    """A copy of the model in ``folder`` with NaN for the embedding of a token that one pair alone
+    has, as if that weight had been lost."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    of_pairs = [
+        {
+            token
+            for side in ("chosen", "rejected")
+            for token in tokenizer(
+                tokenizer.apply_chat_template(row[side], tokenize=False), add_special_tokens=False
+            ).input_ids
+        }
+        for row in rows
+    ]
+    token = next(
+        token
+        for of_pair in of_pairs
+        for token in sorted(of_pair)
+        if sum(token in others for others in of_pairs) == 1
+    )
+    lost = AutoModelForCausalLM.from_pretrained(model)
+    # The output layer keeps its weights.
+    lost.config.tie_word_embeddings = False
+    lost.lm_head.weight = torch.nn.Parameter(lost.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        lost.get_input_embeddings().weight[token] = torch.nan
+    lost.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def free_port() -> str:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

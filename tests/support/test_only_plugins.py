@@ -107,3 +107,29 @@ class RayOnCPU(BasePlugin):
 
         scaling = ray.train.ScalingConfig
         ray.train.ScalingConfig = lambda **asked: scaling(**{**asked, "use_gpu": False})
+
+
+class Killed(BasePlugin):
+    """Ends the ranks that ``KILLED_RANKS`` names, without a word, in the step ``KILLED_AT``.
+
+    It also seeds the adapter's weights, which Axolotl draws anew in each run.
+    """
+
+    def pre_lora_load(self, cfg, model):
+        import torch
+
+        torch.manual_seed(cfg.seed)
+
+    def add_callbacks_post_trainer(self, cfg, trainer):
+        import signal
+
+        from transformers import TrainerCallback
+
+        class Kill(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                ranks = os.environ.get("KILLED_RANKS", "").split(",")
+                at = int(os.environ.get("KILLED_AT", "0"))
+                if state.global_step + 1 == at and os.environ.get("RANK", "0") in ranks:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return [Kill()]

@@ -274,3 +274,30 @@ def test_one_part_of_the_logits_is_held(sequences, frozen, dtype):
         whole(given)[0].backward()
     assert plain.largest == sequences * 9 * VOCABULARY * 4
     assert plain.most > 2 * plain.largest
+
+
+@pytest.mark.parametrize("length", [512, 2048, 8192])
+def test_long_sequences_in_bfloat16(length: int):
+    """Log-probs summed over a sequence of likely tokens, of bf16 states and weights, against float64
+    of the same; in nats.
+
+    A logit rounded to bf16 is off by up to 2^-9 of itself, about 0.01 in its spread where it is 5 to
+    10, either way: over T tokens that adds up as sqrt(T), and five times that is the bound.
+    Measured: 0.11, 0.41 and 1.8 at 512, 2048 and 8192 tokens.  TRL's plain path on bf16 logits,
+    which sums in bf16, whose step is 256 at 46,000 nats: 7.4, 28 and 121; `pytest -s` shows both.
+    """
+    from trl.trainer.utils import selective_log_softmax
+
+    torch.manual_seed(0)
+    words, size = 2048, 64
+    hidden = torch.randn(4, length, size).bfloat16()
+    weight = (torch.randn(words, size) * 2 * size**-0.5).bfloat16()
+    exact = F.linear(hidden.double(), weight.double()).log_softmax(-1)
+    labels = torch.distributions.Categorical(logits=exact).sample()
+    truth = exact.gather(-1, labels[..., None]).squeeze(-1).sum(1)
+    ours = fused_logps(hidden, weight, labels)
+    assert ours.dtype == torch.float32
+    error = (ours.double() - truth).abs().max().item()
+    plain = selective_log_softmax(F.linear(hidden, weight), labels).sum(1)
+    print(f"{length} tokens: {error:.2f}, plain {(plain.double() - truth).abs().max().item():.2f}")
+    assert error < 5 * 0.01 * length**0.5

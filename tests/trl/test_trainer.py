@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import math
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -33,6 +35,8 @@ from focalpo_plugins import FocalPOConfig, FocalPOTrainer, focalpo_loss
 from focalpo_plugins.registry import get_loss
 from focalpo_plugins.trl import PairwiseLossMixin
 
+pytestmark = pytest.mark.releases
+
 WORDS = [f"w{i}" for i in range(40)]
 PAIRS = [  # completions of different lengths, so that rows are padded
     {
@@ -43,6 +47,19 @@ PAIRS = [  # completions of different lengths, so that rows are padded
     for i in range(8)
 ]
 GAMMA = 0.5  # far enough from DPO that a mix-up shows
+
+# Loss types that this TRL has, by its own source, and fields of its config.
+LOSS_TYPES = {*re.findall(r'loss_type == "(\w+)"', Path(dpo_trainer.__file__).read_text())}
+FIELDS = {*DPOConfig.__dataclass_fields__, "model_kind", "peft_config", "reference"}
+
+
+def in_this_trl(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that ask for nothing that this TRL lacks."""
+    found = [
+        case for case in cases if {*case} <= FIELDS and {*case.get("loss_type", ())} <= LOSS_TYPES
+    ]
+    assert len(found) >= len(cases) - 2
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -154,14 +171,20 @@ def by_formula(z: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        {},
-        {"label_smoothing": 0.2},
-        {"loss_type": ["sigmoid_norm"]},
-        {"loss_type": ["sigmoid_norm"], "label_smoothing": 0.2},
-        {"loss_type": ["robust"], "label_smoothing": 0.2},
-        {"loss_type": ["sigmoid", "robust"], "loss_weights": [0.7, 2.0], "label_smoothing": 0.2},
-    ],
+    in_this_trl(
+        [
+            {},
+            {"label_smoothing": 0.2},
+            {"loss_type": ["sigmoid_norm"]},
+            {"loss_type": ["sigmoid_norm"], "label_smoothing": 0.2},
+            {"loss_type": ["robust"], "label_smoothing": 0.2},
+            {
+                "loss_type": ["sigmoid", "robust"],
+                "loss_weights": [0.7, 2.0],
+                "label_smoothing": 0.2,
+            },
+        ]
+    ),
     ids=str,
 )
 def test_loss_against_the_formula(tokenizer, tmp_path, arguments):
@@ -211,7 +234,7 @@ HOST_FEATURES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("feature", HOST_FEATURES, ids=str)
+@pytest.mark.parametrize("feature", in_this_trl(HOST_FEATURES), ids=str)
 def test_gamma_zero_is_the_hosts_dpo_to_the_last_bit(tokenizer, tmp_path, feature):
     """Three steps with each thing that TRL does around the loss: losses and gradient norms."""
     histories = []
@@ -236,7 +259,7 @@ def test_gamma_zero_is_the_hosts_dpo_to_the_last_bit(tokenizer, tmp_path, featur
     assert histories[0] == histories[1]
 
 
-@pytest.mark.parametrize("feature", HOST_FEATURES, ids=str)
+@pytest.mark.parametrize("feature", in_this_trl(HOST_FEATURES), ids=str)
 def test_gamma_changes_the_loss_with_every_feature(tokenizer, tmp_path, feature):
     """So that the test above can't pass by the loss being DPO's all along."""
     arguments = dict(feature)
@@ -579,6 +602,26 @@ def test_fused_compares_the_output_layer_with_the_model(tokenizer, tmp_path):
         host.train()
 
 
+def test_whose_path_the_key_asks_for(tokenizer, tmp_path):
+    """By what TRL has: a method for Liger's loss, whose place ours takes; sequences cut in the step
+    itself, before 1.0, where it is refused; from 1.14 on a fused path of its own, by its own key,
+    with its own F.logsigmoid, which is ours then."""
+    of_liger = hasattr(DPOTrainer, "_compute_loss_liger")
+    too_old = hasattr(DPOTrainer, "_truncate_inputs")
+    assert of_liger or not too_old
+    if too_old:
+        with pytest.raises(
+            ValueError, match=r"focalpo_fused needs trl 1\.0 or a later one, got trl"
+        ):
+            trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_fused=True)
+        return
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_fused=True)
+    assert (host._fused is not None) is of_liger
+    z = margins_of(host, inputs := batch(host))
+    loss = host.compute_loss(host.model, inputs)
+    assert loss.item() == pytest.approx(focalpo_loss(z).mean().item(), rel=1e-5)
+
+
 def test_fused_returns_no_outputs(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="^focalpo_fused can't be combined with compute_metrics"):
         trainer(
@@ -655,6 +698,50 @@ def test_fused_on_two_ranks(tokenizer, tmp_path):
     torch.testing.assert_close(weights["fused"], weights["plain"], rtol=1e-4, atol=1e-6)
 
 
+SPLIT = f"""
+import json, os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import test_trainer as t
+host = t.trainer(
+    t.FocalPOTrainer, t.tokenizer.__wrapped__(), Path(sys.argv[1]), focalpo_gamma=0.5,
+    per_device_train_batch_size=2, ddp_backend="gloo", **t.SGD,
+)
+host.train()
+if host.is_world_process_zero():
+    print(json.dumps(host.state.log_history))
+"""
+SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e9}
+
+
+def test_the_same_batch_however_it_is_split(tokenizer, tmp_path):
+    """Four pairs at once, as two batches of two, and as two on each of two ranks: the same losses,
+    gradient norms and diagnostics, to what float32 leaves of sums in another order."""
+    logs = []
+    for batch, accumulated in ((4, 1), (2, 2)):
+        host = trainer(
+            FocalPOTrainer, tokenizer, tmp_path, focalpo_gamma=0.5, **SGD,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated,
+        )  # fmt: skip
+        host.train()
+        logs.append(host.state.log_history)
+    (tmp_path / "script.py").write_text(SPLIT)
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
+    run = run_python(
+        *launcher, free_port(), str(tmp_path / "script.py"), str(tmp_path), path=SUPPORT
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    logs.append(json.loads(next(x for x in run.stdout.splitlines() if x.startswith("[{"))))
+    names = [n for n in logs[0][-2] if n.startswith("focalpo/")]
+    names += ["loss", "grad_norm", "rewards/margins", "rewards/accuracies"]
+    steps = [[entry for entry in log if "loss" in entry] for log in logs]
+    assert len(names) >= 7 and len(steps[0]) >= 3
+    for whole, *others in zip(*steps, strict=True):
+        for other in others:
+            for name in {*names} & {*whole, *other}:
+                assert other[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -698,15 +785,11 @@ def test_refusals(tokenizer, tmp_path, arguments, message):
 
 
 def test_every_loss_type_of_this_trl_is_ours_or_refused_with_its_reason():
-    """TRL's own message lists its loss types; a new one must not slip through unnamed."""
-    import re
-
+    """A new one must not slip through unnamed."""
     from focalpo_plugins.trl.trainer import _SEAM, _WHY_NOT
 
-    source = Path(dpo_trainer.__file__).read_text()
-    known = set(re.findall(r'loss_type == "(\w+)"', source))
-    assert len(known) > 10
-    assert known <= {*_SEAM, *_WHY_NOT}
+    assert len(LOSS_TYPES) > 10
+    assert {*_SEAM, *_WHY_NOT} >= LOSS_TYPES
 
 
 @pytest.mark.parametrize("name", ["FocalPOConfig", "FocalPOTrainer"])
@@ -863,3 +946,86 @@ def test_loss_value_is_the_cores(tokenizer, tmp_path):
     assert get_loss("focalpo").bind(gamma=1.0, variant="incorrect")(
         margins_of(host, inputs)
     ).shape == (4,)
+
+
+@pytest.mark.parametrize("key", [None, *FUSED])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_margins_that_are_not_finite(tokenizer, tmp_path, key, value):
+    """The host's log-probs of the second row of step 2: the run stops there, with the weights as
+    step 1 left them, and says where; nothing is skipped."""
+    policy = model(0)
+    host = trainer(
+        FocalPOTrainer, tokenizer, tmp_path, policy=policy, **(FUSED[key] if key else {})
+    )
+    steps = []
+
+    def lose(module, given, states):
+        if torch.is_grad_enabled() and host.state.global_step == 1:
+            steps.append(copy.deepcopy(policy.state_dict()))
+            states.last_hidden_state[1] *= value
+        return states
+
+    policy.model.register_forward_hook(lose)
+    with pytest.raises(FloatingPointError) as stopped:
+        host.train()
+    # 0 * inf is NaN as well, and the log-softmax of logits that are infinite.
+    assert str(stopped.value).startswith(
+        "focalpo: reward margins are not finite, step 2: rank 0, row 1 of 4 (nan, float32). "
+    )
+    assert [entry["step"] for entry in host.state.log_history] == [1]
+    for name, weight in policy.state_dict().items():
+        assert torch.equal(weight, steps[0][name]) and weight.isfinite().all()
+
+
+def test_not_finite_in_evaluation(tokenizer, tmp_path):
+    policy = model(0)
+    with torch.no_grad():
+        policy.lm_head.weight[5] = math.nan
+    host = trainer(
+        FocalPOTrainer,
+        tokenizer,
+        tmp_path,
+        policy=policy,
+        eval_dataset=Dataset.from_list(PAIRS),
+        per_device_eval_batch_size=2,
+    )
+    with pytest.raises(FloatingPointError, match=r"evaluation before step 1: rank 0, rows 0, 1 of"):
+        host.evaluate()
+
+
+def test_resume_with_another_loss(tokenizer, tmp_path):
+    """What a checkpoint was trained with is in its trainer_state.json."""
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer(FocalPOTrainer, tokenizer, tmp_path, **saving).train()
+    again = {**saving, "max_steps": 3}
+    for changed, message in (
+        ({"focalpo_gamma": 0.5}, "focalpo_gamma was 0.05, got 0.5: so says the checkpoint"),
+        ({"beta": 0.1}, "^beta was 0.3, got 0.1: so says the checkpoint"),
+        ({"loss_type": ["sigmoid_norm"]}, r"loss_type was \['sigmoid'\], got \['sigmoid_norm'\]"),
+    ):
+        host = trainer(FocalPOTrainer, tokenizer, tmp_path, **{**again, **changed})
+        with pytest.raises(ValueError, match=message):
+            host.train(resume_from_checkpoint=True)
+        assert host.state.global_step == 0
+    host = trainer(
+        FocalPOTrainer, tokenizer, tmp_path, **again, focalpo_gamma=0.5, focalpo_allow_changed=True
+    )
+    host.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert host.state.global_step == 3
+    with pytest.raises(ValueError, match="focalpo_gamma was 0.5, got 0.05"):
+        trainer(FocalPOTrainer, tokenizer, tmp_path, **again).train(resume_from_checkpoint=True)
+    same = trainer(
+        FocalPOTrainer, tokenizer, tmp_path, **{**again, "max_steps": 4}, focalpo_gamma=0.5
+    )
+    same.train(resume_from_checkpoint=True)
+    assert same.state.global_step == 4
+
+
+def test_resume_of_the_hosts_dpo(tokenizer, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer(DPOTrainer, tokenizer, tmp_path, **saving).train()
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path, **{**saving, "max_steps": 2})
+    with pytest.raises(
+        ValueError, match="does not say that it was trained with a loss of focalpo_pl"
+    ):
+        host.train(resume_from_checkpoint=True)

@@ -1,0 +1,189 @@
+"""What goes wrong in the middle of a run: real processes that meet it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from harness import ON_CPU, Axolotl, Run, with_nan, zero3_on_cpu
+
+TWO_RANKS = ("--launcher", "torchrun", "--", "--nproc_per_node", "2")
+
+
+@pytest.fixture(scope="module")
+def trained(once: Axolotl) -> Run:
+    """Four steps, a checkpoint after each other one."""
+    return once.train(max_steps=4, save_steps=2, output_dir=str(once.folder / "trained"))
+
+
+def resumed(axolotl: Axolotl, checkpoint: Path, **changes: object) -> Run:
+    whole = {"max_steps": 4, "save_steps": 2, "resume_from_checkpoint": str(checkpoint)}
+    return axolotl("train", axolotl.config(**{**whole, **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"focalpo_gamma": 0.1}, "focalpo_gamma was 0.05, got 0.1: so says the checkpoint "),
+        ({"focalpo_variant": "incorrect"}, "focalpo_variant was 'correct', got 'incorrect': "),
+        ({"rl_beta": 0.2}, "beta was 0.1, got 0.2: so says the checkpoint "),
+        ({"dpo_label_smoothing": 0.1}, "label_smoothing was 0.0, got 0.1: "),
+        ({"dpo_loss_type": ["robust"], "dpo_label_smoothing": 0.1}, "loss_type was ['sigmoid'], "),
+    ],
+    ids=["gamma", "variant", "beta", "label smoothing", "loss type"],
+)
+def test_a_checkpoint_of_another_loss(axolotl: Axolotl, trained: Run, changes, message):
+    run = resumed(axolotl, trained.checkpoints[0], **changes)
+    assert run.code != 0
+    assert message in run.output and "focalpo_allow_changed: true" in run.output
+    assert "'loss':" not in run.output  # no step was trained
+    assert not (axolotl.folder / "out" / "checkpoint-4").exists()
+
+
+def test_another_loss_if_told_so(axolotl: Axolotl, trained: Run):
+    """The steps before are the checkpoint's, and what is saved says the loss of the last ones."""
+    changed = {"focalpo_gamma": 0.5, "focalpo_allow_changed": True}
+    run = resumed(axolotl, trained.checkpoints[0], **changed)
+    assert run.code == 0, run.output[-4000:]
+    assert run.steps("loss")[:2] == trained.steps("loss")[:2]
+    assert run.steps("loss")[2:] != trained.steps("loss")[2:]
+    again = resumed(axolotl, run.checkpoints[-1], max_steps=5)
+    assert again.code != 0 and "focalpo_gamma was 0.5, got 0.05" in again.output
+
+
+@pytest.mark.releases
+def test_a_checkpoint_of_the_hosts_dpo(axolotl: Axolotl):
+    dpo = dict.fromkeys(("focalpo_gamma", "focalpo_variant"))
+    before = axolotl.train(max_steps=1, save_steps=1, rl="dpo", **dpo)
+    run = resumed(axolotl, before.checkpoints[0])
+    assert run.code != 0
+    assert "does not say that it was trained with a loss of focalpo_plugins" in run.output
+    assert "got loss='focalpo'" in run.output
+
+
+@pytest.mark.parametrize("half", [True, False], ids=["half", "missing"])
+def test_a_half_written_checkpoint(axolotl: Axolotl, trained: Run, tmp_path: Path, half: bool):
+    """The host writes trainer_state.json last."""
+    checkpoint = tmp_path / "checkpoint-2"
+    shutil.copytree(trained.checkpoints[0], checkpoint)
+    state = checkpoint / "trainer_state.json"
+    if half:
+        state.write_text(state.read_text()[: state.stat().st_size // 2])
+    else:
+        state.unlink()
+    run = resumed(axolotl, checkpoint)
+    assert run.code != 0
+    assert "resume_from_checkpoint must be a whole checkpoint, got " in run.output
+    assert "trainer_state.json can't be read" in run.output
+
+
+@pytest.mark.releases
+def test_margins_that_are_not_finite(axolotl: Axolotl, tiny: Path, tmp_path: Path):
+    """A pair whose token has lost its weights, on ZeRO-3 with two ranks of four pairs: both stop, at
+    its step, and say which row on which rank."""
+    lines = (tiny / "train.jsonl").read_text().splitlines(keepends=True)[:48]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(lines))
+    with_nan(tiny / "model", pairs, tmp_path / "lost")
+    config = axolotl.config(
+        base_model=str(tmp_path / "lost"),
+        datasets=[{"path": str(pairs), "ds_type": "json", "split": "train",
+                   "type": "chat_template.argilla_chat"}],
+        deepspeed=zero3_on_cpu(axolotl.folder),
+        gradient_accumulation_steps=1,
+        save_steps=1,
+        plugins=["test_only_plugins.GlooOnCPU"],
+    )  # fmt: skip
+    run = axolotl("train", config, *TWO_RANKS, **ON_CPU)
+    assert run.code != 0
+    stopped = [line for line in run.output.splitlines() if "are not finite" in line]
+    assert stopped, run.output[-4000:]
+    found = {line.partition("FloatingPointError: ")[2] for line in stopped} - {""}
+    assert len(found) == 1
+    words = found.pop().split(": ")
+    assert words[0] == "focalpo"
+    step = int(words[1].removeprefix("reward margins are not finite, step "))
+    rank, row = (
+        int(word.split()[1]) for word in words[2].split(" of 4 (nan, float32)")[0].split(",")
+    )
+    assert 1 <= step <= 6 and rank in (0, 1) and row in range(4)
+    saved = sorted(int(path.name.split("-")[1]) for path in run.checkpoints)
+    assert saved == list(range(1, step))
+    states = [json.loads((path / "trainer_state.json").read_text()) for path in run.checkpoints]
+    assert all(
+        entry["loss"] == entry["loss"] for entry in states[-1]["log_history"] if "loss" in entry
+    )
+
+
+LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
+
+
+def setting(axolotl: Axolotl, alone: bool) -> tuple[dict[str, object], tuple[str, ...]]:
+    if alone:
+        return {**LORA, "plugins": ["test_only_plugins.Killed"]}, ()
+    zero3 = {"deepspeed": zero3_on_cpu(axolotl.folder), "gradient_accumulation_steps": 1}
+    return {
+        **zero3,
+        "plugins": ["test_only_plugins.GlooOnCPU", "test_only_plugins.Killed"],
+    }, TWO_RANKS
+
+
+@pytest.fixture(scope="session")
+def never_killed(once: Axolotl) -> dict[bool, Run]:
+    """Six steps, with LoRA on one rank and with ZeRO-3 on two."""
+    found = {}
+    for alone in (True, False):
+        changes, launch = setting(once, alone)
+        folder = str(once.folder / f"whole_{alone}")
+        variables = {} if alone else dict(ON_CPU)
+        found[alone] = once.train(*launch, **changes, output_dir=folder, variables=variables)
+    return found
+
+
+@pytest.mark.parametrize(
+    "alone, killed", [(False, "1"), (False, "0,1"), (True, "0")], ids=["one", "all", "LoRA"]
+)
+def test_killed_and_started_again(axolotl: Axolotl, never_killed, alone: bool, killed: str):
+    """kill -9 in step 4, of six, after the checkpoint of step 3: the same command again ends with
+    the losses and gradient norms of a run that was never killed."""
+    changes, launch = setting(axolotl, alone)
+    config = axolotl.config(**changes, auto_resume_from_checkpoints=True)
+    variables = {} if alone else dict(ON_CPU)
+    first = axolotl("train", config, *launch, **variables, KILLED_AT="4", KILLED_RANKS=killed)
+    assert first.code != 0
+    assert [path.name for path in first.checkpoints] == ["checkpoint-3"]
+    second = axolotl("train", config, *launch, **variables)
+    assert second.code == 0, second.output[-4000:]
+    whole = never_killed[alone]
+    assert len(whole.steps("loss")) == 6
+    assert second.steps("loss", "grad_norm") == whole.steps("loss", "grad_norm")
+
+
+DPO = {"rl": "dpo", "focalpo_gamma": None, "focalpo_variant": None, "max_steps": 1}
+
+
+def test_half_a_package(axolotl: Axolotl, package_copy: Path):
+    """With a syntax error in one module and another gone, `rl: dpo` trains as before, and
+    `rl: focalpo` trains nothing."""
+    (package_copy / "focalpo_plugins" / "loss.py").write_text("def focalpo_loss(:\n")
+    (package_copy / "focalpo_plugins" / "registry.py").unlink()
+    broken = {"PYTHONPATH": str(package_copy)}
+    dpo = axolotl.train(**DPO, variables=broken)
+    assert dpo.steps("loss")[0][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert "focalpo" not in dpo.output.replace(str(axolotl.folder), "")
+    folder = axolotl.folder / "focalpo"
+    ours = axolotl("train", axolotl.config(output_dir=str(folder), max_steps=1), **broken)
+    assert ours.code != 0
+    assert (
+        "No module named 'focalpo_plugins.registry'" in ours.output or "SyntaxError" in ours.output
+    )
+    assert not ours.checkpoints
+
+
+def test_a_third_party_that_raises_at_import(axolotl: Axolotl, broken_third_party: Path):
+    run = axolotl.train(max_steps=1, variables={"PYTHONPATH": str(broken_third_party)})
+    assert run.steps("loss")[0][0] == pytest.approx(2**-0.05 * math.log(2), abs=1e-6)
+    assert "the package bad failed to register its losses and is left out" in run.output
