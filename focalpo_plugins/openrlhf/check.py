@@ -20,7 +20,7 @@ from ..plan import Sequence as Tokens
 from ..registry import get_loss
 from . import COMMAND, cpu
 from .autoload import patch
-from .flags import given_options
+from .flags import dotted, given_options, spelled
 
 _OURS = "focalpo_plugins.openrlhf.train_dpo"
 _NO_LIMIT = 10**9  # tokens
@@ -43,16 +43,18 @@ def plan(argv: Sequence[str], gpus: int) -> Plan:
         ValueError: the flags are wrong; the message is the parser's.
         RuntimeError: the installed OpenRLHF starts its training otherwise.
     """
-    args = _flags(argv)
+    of_host = _flags(argv)
+    args = dotted(of_host)
     if not args.model.model_name_or_path or not args.data.dataset:
         missing = "model.model_name_or_path" if args.data.dataset else "data.dataset"
+        missing = spelled(missing, vars(of_host)) if args is not of_host else missing
         raise ValueError(f"--{missing} must be given: there is nothing to train on.")
     import torch
     from openrlhf.datasets import RewardDataset
     from openrlhf.datasets.utils import blending_datasets
     from openrlhf.utils import get_strategy, get_tokenizer
 
-    strategy = get_strategy(args)
+    strategy = get_strategy(of_host)
     tokenizer = get_tokenizer(
         args.model.model_name_or_path,
         None,
@@ -107,9 +109,12 @@ def plan(argv: Sequence[str], gpus: int) -> Plan:
     if not torch.cuda.is_available():
         notes.append("no GPU here: flags that need one were taken as on a machine that has them")
     loss, precomputed = None, False
-    if getattr(args, "loss", None) is not None:
-        options, flags = given_options(args)
-        loss, precomputed = get_loss(args.loss).bind(**options), flags.get("precompute_ref", False)
+    if getattr(of_host, "loss", None) is not None:
+        options, flags = given_options(of_host)
+        loss, precomputed = (
+            get_loss(of_host.loss).bind(**options),
+            flags.get("precompute_ref", False),
+        )
     return Plan(
         host=f"OpenRLHF {version('openrlhf')}",
         loss=loss,
@@ -215,7 +220,7 @@ def _state(args: Any, precomputed: bool) -> ModelState:
         weight_bytes=2,
         four_bit=args.ds.load_in_4bit,
         # DeepSpeed's mixed precision: a float32 copy, and two moments, one for Muon.
-        optimizer_bytes=8.0 if args.optim == "muon" else 12.0,
+        optimizer_bytes=8.0 if getattr(args, "optim", "adam") == "muon" else 12.0,
         zero_stage=args.ds.zero_stage,
         reference=True,
         reference_freed=precomputed,

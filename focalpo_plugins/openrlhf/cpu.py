@@ -55,20 +55,22 @@ def check(namespace: SimpleNamespace | Any) -> None:
     """
     if not active:
         return
+    from .flags import spelled
+
     values = vars(namespace)
-    attention = values.get("ds.attn_implementation", "eager")
-    for flag in ("ds.packing_samples", "ds.use_liger_kernel"):
+    for name, what in (("ds.packing_samples", "flash-attn"), ("ds.use_liger_kernel", "Triton")):
+        flag = spelled(name, values)
         if values.get(flag):
-            what = "flash-attn" if flag == "ds.packing_samples" else "Triton"
             raise ValueError(
                 f"--{flag} must be left out without CUDA, got it on a CPU: it needs the compiled "
                 f"kernels of {what}. Remove it, or run on a CUDA machine."
             )
+    flag = spelled("ds.attn_implementation", values)
+    attention = values.get(flag, "eager")
     if "flash" in attention:
         raise ValueError(
-            f"--ds.attn_implementation must be eager or sdpa without CUDA, got {attention!r} on a "
-            "CPU: it needs the compiled flash-attn. Give --ds.attn_implementation eager, or run on "
-            "a CUDA machine."
+            f"--{flag} must be eager or sdpa without CUDA, got {attention!r} on a CPU: it needs "
+            f"the compiled flash-attn. Give --{flag} eager, or run on a CUDA machine."
         )
 
 

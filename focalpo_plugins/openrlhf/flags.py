@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import sys
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..loss import VARIANTS, check_beta, check_label_smoothing
+from ..pairs import check_file
 from ..registry import BoundLoss, PairwiseLoss, did_you_mean, get_loss, losses, named
 from . import cpu
 
@@ -22,10 +24,77 @@ _HELP = {
     "precompute_ref": "Compute the reference's log-probabilities once, keep them in a file, and "
     "free the reference before the first step",
     "precompute_dir": "Folder of that file",
+    "allow_changed": "Resume a checkpoint that another loss has trained",
 }
 
 # Flags under every loss's name that are no options of it; not there if it has one of such a name.
-_OF_TRAINER = {"precompute_ref": False, "precompute_dir": "that of --ckpt.output_dir"}
+_OF_TRAINER = {
+    "precompute_ref": False,
+    "precompute_dir": "OpenRLHF's output folder",
+    "allow_changed": False,
+}
+
+# What we read of OpenRLHF's flags, by the names of its releases from 0.10.2 on, and before.
+FLAT = {
+    "model.model_name_or_path": "pretrain",
+    "model.beta": "beta",
+    "model.label_smoothing": "label_smoothing",
+    "model.ipo_enable": "ipo",
+    "ref.offload": "ref_offload",
+    "data.chosen_key": "chosen_key",
+    "data.dataset": "dataset",
+    "data.dataset_probs": "dataset_probs",
+    "data.dataset_split": "dataset_split",
+    "data.disable_fast_tokenizer": "disable_fast_tokenizer",
+    "data.input_template": "input_template",
+    "data.max_len": "max_len",
+    "data.max_samples": "max_samples",
+    "data.rejected_key": "rejected_key",
+    "train.batch_size": "train_batch_size",
+    "train.micro_batch_size": "micro_train_batch_size",
+    "train.seed": "seed",
+    "ds.adam_offload": "adam_offload",
+    "ds.attn_implementation": "attn_implementation",
+    "ds.load_in_4bit": "load_in_4bit",
+    "ds.lora.alpha": "lora_alpha",
+    "ds.lora.dropout": "lora_dropout",
+    "ds.lora.rank": "lora_rank",
+    "ds.lora.target_modules": "target_modules",
+    "ds.packing_samples": "packing_samples",
+    "ds.param_dtype": "param_dtype",
+    "ds.use_liger_kernel": "use_liger_kernel",
+    "ds.zero_stage": "zero_stage",
+    "ckpt.load_enable": "load_checkpoint",
+    "ckpt.output_dir": "save_path",
+    "ckpt.path": "ckpt_path",
+    "logger.logging_steps": "logging_steps",
+}
+
+
+def spelled(flag: str, values: Mapping[str, Any]) -> str:
+    """``flag``, a key of :data:`FLAT`, as the installed OpenRLHF spells it.
+
+    Args:
+        values: the parsed command line, by the flags' names.
+    """
+    return flag if flag in values or FLAT[flag] not in values else FLAT[flag]
+
+
+def dotted(args: Any) -> Any:
+    """OpenRLHF's arguments, to be read by the names of the keys of :data:`FLAT`; a copy where its
+    own are flat."""
+    if hasattr(args, "model"):
+        return args
+    nested = Namespace()
+    for flag, flat in FLAT.items():
+        *prefixes, name = flag.split(".")
+        within = nested
+        for prefix in prefixes:
+            if not hasattr(within, prefix):
+                setattr(within, prefix, Namespace())
+            within = getattr(within, prefix)
+        setattr(within, name, getattr(args, flat))
+    return nested
 
 
 def parse(
@@ -66,9 +135,11 @@ def given_options(args: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """What was given under the name of ``args.loss``: options of the loss, and the trainer's flags.
 
     Args:
-        args: as OpenRLHF hands them on, with a namespace for each prefix.
+        args: as OpenRLHF hands them on, with a namespace for each prefix or without.
     """
-    given = vars(getattr(args, args.loss, Namespace()))
+    prefix = f"{args.loss}."
+    given = dict(vars(getattr(args, args.loss, Namespace())))
+    given |= {k.removeprefix(prefix): v for k, v in vars(args).items() if k.startswith(prefix)}
     options = get_loss(args.loss).options
     of_loss = {name: value for name, value in given.items() if name in options}
     return of_loss, {name: value for name, value in given.items() if name not in options}
@@ -202,6 +273,11 @@ def _check(parser: ArgumentParser, namespace: Namespace) -> BoundLoss | None:
         bound = _bind(get_loss(name), values)
         _check_host_flags(values, name)
         _check_precompute(values, bound.source)
+        flag = spelled("data.dataset", values)
+        sides = (values.get(spelled(f"data.{side}_key", values)) for side in ("chosen", "rejected"))
+        columns = [side for side in sides if side]
+        for path in str(values.get(flag)).split(","):
+            check_file(Path(path), f"--{flag}", columns)
     except ValueError as error:
         parser.error(str(error))
     for option, value in bound.options.items():
@@ -228,9 +304,9 @@ def _check_precompute(values: dict[str, Any], loss: PairwiseLoss) -> None:
     """``precompute_dir`` goes with ``precompute_ref``; by default OpenRLHF's output folder."""
     if not _trainer_flags(loss):
         return
-    ref, folder = (f"{loss.name}.{flag}" for flag in _OF_TRAINER)
+    ref, folder = (f"{loss.name}.precompute_{of}" for of in ("ref", "dir"))
     if values.get(ref):
-        values.setdefault(folder, values["ckpt.output_dir"])
+        values.setdefault(folder, values[spelled("ckpt.output_dir", values)])
     elif folder in values:
         raise ValueError(
             f"--{folder} goes with --{ref}, got {values[folder]!r} alone. Give --{ref} as well, or "
@@ -242,17 +318,21 @@ def _check_host_flags(values: dict[str, Any], name: str) -> None:
     """OpenRLHF's own flags that go into the loss; it doesn't check them itself."""
     from .trainer import versions
 
-    for flag in ("model.beta", "model.label_smoothing", "model.ipo_enable"):
+    flags = {
+        option: spelled(f"model.{option}", values)
+        for option in ("beta", "label_smoothing", "ipo_enable")
+    }
+    for flag in flags.values():
         if flag not in values:
             raise ValueError(
                 f"{versions()}: OpenRLHF has no flag --{flag}, which goes into the loss {name}. "
                 "Use an openrlhf release that the README lists."
             )
     for option, check in (("beta", check_beta), ("label_smoothing", check_label_smoothing)):
-        with named("--model."):
-            check(values[f"model.{option}"])
-    if values["model.ipo_enable"]:
+        with named(f"--{flags[option].removesuffix(option)}"):
+            check(values[flags[option]])
+    if values[flags["ipo_enable"]]:
         raise ValueError(
-            f"--model.ipo_enable must be left out with --loss {name}, got both: IPO is a loss of "
-            "its own. Remove one of the two."
+            f"--{flags['ipo_enable']} must be left out with --loss {name}, got both: IPO is a loss "
+            "of its own. Remove one of the two."
         )

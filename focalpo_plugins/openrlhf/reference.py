@@ -267,7 +267,7 @@ def _compute(trainer: Any, strategy: Any, pairs: _Pairs) -> Tensor:
     if bad:
         first = min(bad, key=lambda row: pairs.places[row])
         ids = pairs.batch([pairs.places[first]])[0][0]
-        _stop(
+        stop_all(
             strategy,
             f"the reference gives {pairs.name(first)}, without those that OpenRLHF dropped and "
             f"counted from 0, a log-probability that is not finite ({len(bad)} of {len(order)} "
@@ -297,7 +297,7 @@ def _write(strategy: Any, path: Path, content: bytes, flag: str) -> None:
         except OSError as error:
             problem = error
     if strategy.all_reduce(float(problem is not None), "max"):
-        _stop(
+        stop_all(
             strategy,
             f"{flag} must be a folder with room for {len(content) / 2**20:.1f} MiB that can be "
             f"written to, got {str(path.parent)!r}: {problem}. Name another.",
@@ -349,7 +349,8 @@ def _say(what: str) -> None:
     print(f"focalpo_plugins: {what}", file=sys.stderr, flush=True)
 
 
-def _stop(strategy: Any, why: str) -> NoReturn:
+def stop_all(strategy: Any, why: str) -> NoReturn:
+    """End this rank, as all others are about to; the first says why."""
     if strategy.is_rank_0():
         _say(why)
     sys.exit(1)

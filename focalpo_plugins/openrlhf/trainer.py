@@ -9,23 +9,31 @@ was called: an OpenRLHF that moves its loss must never train DPO under another l
 from __future__ import annotations
 
 import functools
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import torch
 from openrlhf.trainer import dpo_trainer
 from openrlhf.trainer.dpo_trainer import DPOTrainer
 from torch import Tensor
 
-from ..diagnostics import margin_sums, means
-from ..registry import BoundLoss
-from .flags import given_options
+from .. import pairs
+from ..diagnostics import MARGINS, margin_sums, means, not_finite, stop
+from ..files import write_whole
+from ..registry import BoundLoss, check_unchanged
+from .flags import dotted, given_options
 from .loss import FocalPOLoss
-from .reference import ReferenceLogps, precompute
+from .reference import ReferenceLogps, precompute, stop_all
+
+#: Beside DeepSpeed's files in the folder of a checkpoint: what it was trained with.
+RECORD = "focalpo_plugins.json"
+_LONGEST = 256  # bytes that a rank has for what is wrong with its margins
 
 
 def versions() -> str:
@@ -73,12 +81,29 @@ class PairwiseDPOTrainer(DPOTrainer):
         loss_fn = getattr(self, "loss_fn", None)
         if not isinstance(loss_fn, FocalPOLoss):
             raise _moved(name, f"its loss_fn is {type(loss_fn).__name__}")
+        self._check_pairs(strategy.is_rank_0())
         self._loss = loss_fn.pairwise_loss
         self._mode = "train"
         self._step_sums: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
         loss_fn.record = self._record
+        self._margins: list[Tensor] = []
+        self._batches = 0
+        asked = {
+            f"{name}.{o}": v
+            for o, v in loss_fn.pairwise_loss.options.items()
+            if o != "allow_reversed"
+        }
+        hosts = {"beta": loss_fn.beta, "label_smoothing": loss_fn.label_smoothing}
+        record = {"loss": name, **asked, **hosts}
+        ckpt = dotted(strategy.args).ckpt
+        if ckpt.load_enable and not flags.get("allow_changed"):
+            _check_resumed(strategy, Path(ckpt.path), record, f"--{name}.allow_changed")
         self.strategy = _ReducingDiagnostics(strategy, self._diagnostics)
+        # Not around the strategy's save_ckpt, which first deletes the oldest of too many folders.
+        engine = model.model
+        save = functools.partial(_save_with_record, strategy, record, engine.save_checkpoint)
+        engine.save_checkpoint = save
         if strategy.is_rank_0():
             packages = ("focalpo_plugins", "openrlhf", "deepspeed", "torch")
             print(
@@ -92,6 +117,31 @@ class PairwiseDPOTrainer(DPOTrainer):
             folder, flag = Path(flags["precompute_dir"]), f"--{name}.precompute_dir"
             self._reference = precompute(self, strategy, folder, flag)
 
+    def _check_pairs(self, say: bool) -> None:
+        """Refuse token ids that nothing can be learnt from; on each rank, of the same rows."""
+        dataset, limit = self.train_dataloader.dataset, dotted(self.args).data.max_len
+
+        def rows() -> Iterator[tuple[int, list[int], list[int], list[int]]]:
+            for row in pairs.places(len(dataset)):
+                chosen, _, rejected, _, length = dataset[row]
+                chosen, rejected = chosen.flatten().tolist(), rejected.flatten().tolist()
+                yield row, chosen[:length], chosen[length:], rejected[length:]
+
+        pairs.check(
+            rows(),
+            bos=self.tokenizer.bos_token_id,
+            eos=self.tokenizer.eos_token_id,
+            decode=self.tokenizer.decode,
+            key="--data.max_len",
+            limit=limit,
+            say=say,
+        )
+
+    def fit(self, args: Any, consumed_samples: int = 0, *more: Any, **kwargs: Any) -> None:
+        steps = consumed_samples // dotted(args).train.batch_size
+        self._batches = steps * self.strategy.accumulated_gradient
+        super().fit(args, consumed_samples, *more, **kwargs)
+
     def concatenated_forward(self, model: Any, *batch: Any) -> Any:
         if self._reference is None or model is not self.ref_model:
             return super().concatenated_forward(model, *batch)
@@ -101,7 +151,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         self, args: Any, global_step: int, *more: Any, **kwargs: Any
     ) -> None:
         super().save_logs_and_checkpoints(args, global_step, *more, **kwargs)
-        if global_step % args.logger.logging_steps == 0:
+        if global_step % dotted(args).logger.logging_steps == 0:
             self._sums.pop("train", None)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -113,6 +163,7 @@ class PairwiseDPOTrainer(DPOTrainer):
             self._sums.pop("eval", None)
 
     def _record(self, margins: Tensor) -> None:
+        self._margins.append(margins.detach())
         sums = margin_sums(margins, self._loss)
         self._step_sums = sums if self._step_sums is None else self._step_sums + sums
 
@@ -121,9 +172,24 @@ class PairwiseDPOTrainer(DPOTrainer):
         if self._step_sums is None:
             raise _moved(self._loss, "a step was trained that did not call loss_fn")
         sums, self._step_sums = reduce(self._step_sums, "sum"), None
+        margins, self._margins = self._margins, []
+        self._batches += self._mode == "train"
+        if not sums[MARGINS].isfinite().all():
+            self._stop(torch.cat(margins))
         before = self._sums.get(self._mode)
         self._sums[self._mode] = sums if before is None else before + sums
         return means(self._sums[self._mode], self._loss)
+
+    def _stop(self, margins: Tensor) -> None:
+        """Stop every rank, after the reduction that told them all, before anything is saved."""
+        said = not_finite(margins, torch.distributed.get_rank()).encode()[:_LONGEST]
+        words = torch.tensor(list(said.ljust(_LONGEST)), dtype=torch.uint8, device=margins.device)
+        of_ranks = [torch.empty_like(words) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(of_ranks, words)
+        found = [bytes(rank.tolist()).decode().strip() for rank in of_ranks]
+        step = -(-self._batches // self.strategy.accumulated_gradient)
+        when = f"{'step' if self._mode == 'train' else 'evaluation after step'} {step}"
+        stop(self._loss.name, when, [words for words in found if words])
 
 
 class _ReducingDiagnostics:
@@ -142,6 +208,64 @@ class _ReducingDiagnostics:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._strategy, name)
+
+
+def _save_with_record(
+    strategy: Any,
+    record: Mapping[str, Any],
+    save: Callable[..., Any],
+    folder: str,
+    tag: str,
+    *more: Any,
+    **kwargs: Any,
+) -> Any:
+    """DeepSpeed's ``save_checkpoint``, once our record is in the checkpoint's folder: a checkpoint
+    that is whole, which is when DeepSpeed names it in ``latest``, has it."""
+    problem = None
+    if strategy.is_rank_0():
+        path = Path(folder) / tag / RECORD
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(record))
+        except OSError as error:
+            problem = error
+    if strategy.all_reduce(float(problem is not None), "max"):
+        stop_all(
+            strategy,
+            f"the folder of checkpoints must have room and be one that can be written to, got "
+            f"{folder!r}: {problem}. Make room, or name another; the last checkpoint that is whole "
+            "can be resumed.",
+        )
+    return save(folder, tag, *more, **kwargs)
+
+
+def _check_resumed(strategy: Any, folder: Path, asked: Mapping[str, Any], allow: str) -> None:
+    """Stop every rank if the checkpoint that was loaded is of another loss; rank 0 looks."""
+    error = None
+    latest = folder / "latest"
+    if strategy.is_rank_0() and latest.is_file():
+        checkpoint = folder / latest.read_text(encoding="utf-8").strip()
+        path = checkpoint / RECORD
+        try:
+            recorded = _read_record(path) if path.is_file() else None
+            check_unchanged(recorded, asked, str(checkpoint), allow)
+        except ValueError as found:
+            error = found
+    if strategy.all_reduce(float(error is not None), "max"):
+        raise error or ValueError(f"rank 0 refuses the checkpoint in {folder}, and says why.")
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError(f"got {record!r}")
+        return record
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} must say what the checkpoint was trained with, and can't be read ({error}). "
+            "Resume an earlier checkpoint, which the file latest beside it names."
+        ) from None
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from harness import SUPPORT, at_once, free_port
+from openrlhf_flags import of_host
 
 COMMAND = "openrlhf.cli.train_dpo"
 
@@ -112,7 +113,7 @@ def train(tiny: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
         }[launcher]
         env = environment(path, **(one_rank if launcher == "python" else {}), **variables)
         done = subprocess.run(
-            [*start, *tiny_flags(tiny, few, folder), *flags],
+            [*start, *of_host([*tiny_flags(tiny, few, folder), *flags])],
             env=env,
             cwd=folder,
             capture_output=True,
@@ -153,9 +154,9 @@ def ranks_apart(tiny: Path, few: Path) -> Callable[..., list[Run]]:
     ) -> list[Run]:
         world = {"WORLD_SIZE": str(len(flags)), "MASTER_ADDR": "127.0.0.1"}
         world |= {"MASTER_PORT": free_port(), "LOCAL_RANK": "0"}
-        command = [sys.executable, "-m", module, *tiny_flags(tiny, few, folder)]
+        command = [sys.executable, "-m", module, *of_host(tiny_flags(tiny, few, folder))]
         ends = at_once(
-            [[*command, *own] for own in flags],
+            [[*command, *of_host(own)] for own in flags],
             [environment(path, **world, RANK=str(rank), **more) for rank in range(len(flags))],
             folder,
         )
@@ -190,7 +191,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[tup
     def run(argvs: Sequence[Sequence[str]], *path: Path | str) -> list[tuple[int, str]]:
         done = subprocess.run(
             [sys.executable, str(SUPPORT / "many_commands.py")],
-            input=json.dumps([list(argv) for argv in argvs]),
+            input=json.dumps([of_host(argv) for argv in argvs]),
             env=environment(path, **one_rank),
             cwd=tmp_path_factory.mktemp("commands"),
             capture_output=True,

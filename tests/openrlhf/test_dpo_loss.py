@@ -10,6 +10,8 @@ import torch
 
 from focalpo_plugins.openrlhf import FocalPOLoss
 
+pytestmark = pytest.mark.releases
+
 LN2, LN3 = math.log(2), math.log(3)
 
 

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from openrlhf_flags import of_host
+
+pytestmark = pytest.mark.releases
 
 # A model that no machine has: a command line that is accepted gets as far as looking for it, here.
 MODEL = "nobody/no-such-model"
@@ -143,7 +146,7 @@ def test_refused(ends: dict, argv: list[str], message: str):
     """With argparse's exit code and form, and before the model is looked for."""
     code, output = ends[(*ACCEPTED, *argv)]
     assert code == 2, output
-    assert f"train_dpo.py: error: {message}" in output
+    assert f"train_dpo.py: error: {of_host([message])[0]}" in output
     assert output.startswith("usage: train_dpo.py")
     assert LOOKS_FOR_MODEL not in output
 
@@ -161,7 +164,9 @@ def test_help(ends: dict):
     code, output = ends[("--help",)]
     assert code == 0
     own, ours = output.split("\nfocalpo_plugins:\n")
-    assert "--model.beta" in own and "--loss" not in own.replace("[--loss {dpo,focalpo,hinge}]", "")
+    assert of_host(["--model.beta"])[0] in own and "--loss" not in own.replace(
+        "[--loss {dpo,focalpo,hinge}]", ""
+    )
     for text in (
         "--loss {dpo,focalpo,hinge}",
         "Focusing parameter; 0 is DPO (default: 0.05)",
@@ -169,6 +174,6 @@ def test_help(ends: dict):
         "--focalpo.allow_reversed",
         "Option of the loss hinge (default: 1.0)",
         "--hinge.precompute_ref",
-        "Folder of that file (default: that of --ckpt.output_dir)",
+        "Folder of that file (default: OpenRLHF's output folder)",
     ):
         assert text in ours, output

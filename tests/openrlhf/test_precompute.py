@@ -342,6 +342,25 @@ def test_a_folder_that_cannot_be_written_to(in_trouble):
     assert "Reference log-probs" not in runs["no folder"].stderr
 
 
+def test_a_full_disk_and_a_kill(train: Callable, flags, in_turn, tmp_path: Path):
+    """Neither leaves a file that is taken for one; the run after them computes it again."""
+    whole = file_of(in_turn[0]["first"])
+    asked = (*flags, *PRECOMPUTE, "--focalpo.precompute_dir", str(tmp_path / "cache"))
+    faults = {"path": [SUPPORT / "full_disk"]}
+    full = train(*asked, **faults, FULL_AT="reference_logps")
+    line = stopped(full)
+    assert "must be a folder with room for 0.0 MiB that can be written to" in line
+    assert line.endswith("[Errno 27] File too large. Name another.")
+    assert not list((tmp_path / "cache").iterdir())
+    killed = train(*asked, **faults, KILLED_AT_NAMING="reference_logps")
+    assert killed.returncode == -9, killed.output
+    (left,) = (tmp_path / "cache").iterdir()
+    assert left.name.endswith(".tmp") and left.stat().st_size == whole.stat().st_size
+    again = finished(train(*asked))
+    assert said(again.stderr).startswith("27 pairs computed and kept in ")
+    assert torch.equal(logps(tmp_path / "cache" / whole.name), logps(whole))
+
+
 def test_a_log_probability_that_is_not_finite(in_trouble, variants):
     """NaN in the embedding of a token that one pair alone has, counted from 0."""
     runs, folders, _ = in_trouble

@@ -61,12 +61,19 @@ def dpo(train: Callable):
     return finished(train("--loss", "dpo", *WITH_NLL))
 
 
-def test_first_loss(zero3, checkpointed):
-    assert zero3.steps("train/")[1]["loss"] == pytest.approx(FIRST, abs=1e-5)
-    assert checkpointed.steps("train/")[1]["loss"] == pytest.approx(FIRST, abs=1e-5)
+# Under DeepSpeed before 0.19, ZeRO-2 on two CPU ranks and schedules of an adapter fail with torch 2.13,
+# whatever the loss; there the runs on ZeRO-3 say it all.
+IN_EVERY_RELEASE = [pytest.param("zero3", marks=pytest.mark.releases), "checkpointed"]
 
 
-def test_says_once_that_it_is_active(zero3, checkpointed):
+@pytest.mark.parametrize("run", IN_EVERY_RELEASE)
+def test_first_loss(request, run: str):
+    steps = request.getfixturevalue(run).steps("train/")
+    assert steps[1]["loss"] == pytest.approx(FIRST, abs=1e-5)
+
+
+@pytest.mark.parametrize("run", IN_EVERY_RELEASE)
+def test_says_once_that_it_is_active(request, run: str):
     versions = " ".join(
         f"{name}={version(name)}" for name in ("focalpo_plugins", "openrlhf", "deepspeed", "torch")
     )
@@ -75,15 +82,16 @@ def test_says_once_that_it_is_active(zero3, checkpointed):
         "loss_at_margin_0=0.6695 beta=0.1 label_smoothing=0.0 trainer=PairwiseDPOTrainer "
         + versions
     )
-    assert zero3.said("focalpo_plugins: active") == [line]
-    assert checkpointed.said("focalpo_plugins: active") == [line]
+    assert request.getfixturevalue(run).said("focalpo_plugins: active") == [line]
 
 
+@pytest.mark.releases
 def test_warns_once_of_the_cpu(zero3, dpo):
     for run in (zero3, dpo):
         assert len(run.said("focalpo_plugins: CPU mode.")) == 1
 
 
+@pytest.mark.releases
 def test_learns(zero3):
     """From the first epoch to the last of the same 40 pairs, 3 of them with swapped labels."""
     accuracy = [step["acc"] for _, step in sorted(zero3.steps("train/").items())]
@@ -101,6 +109,7 @@ def test_diagnostics_of_the_first_step(zero3, checkpointed):
         assert first["margin_incorrect"] == first["reversed"] == 0
 
 
+@pytest.mark.releases
 def test_diagnostics_are_of_all_ranks(zero3):
     """OpenRLHF logs mean rewards and the share ranked right, reduced over its ranks: the mean margin
     is their difference, and ours, put together from the pairs ranked right and wrong, is the same.
@@ -126,6 +135,27 @@ def test_diagnostics_are_of_all_accumulated_batches(zero3, checkpointed):
     assert len({round(whole[step]["p"], 2) for step in range(1, 6)}) > 1
 
 
+@pytest.mark.releases
+def test_the_same_batch_however_it_is_split(train_many: Callable, zero3):
+    """Eight pairs at once, as two batches of four, and as four on each of two ranks: the same losses,
+    gradient norms and diagnostics, to what bf16 makes of differently padded batches.
+
+    OpenRLHF's `loss` is that of the last batch, and its `loss_mean` that of a step on one rank."""
+    flags = (*OURS, "--ds.zero_stage", "3", "--lr_scheduler", "constant", "--train.max_epochs", "4")
+    runs = train_many({size: (*flags, "--train.micro_batch_size", size) for size in ("8", "4")})
+    whole = zero3.steps("train/")
+    for run in runs.values():
+        steps = finished(run).steps("train/")
+        assert sorted(steps) == sorted(whole)
+        for step in range(1, 6):
+            ours, theirs = steps[step], whole[step]
+            assert ours["loss_mean"] == pytest.approx(theirs["loss"], abs=0.005), step
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.05), step
+            for name in ("p", "weight", "reversed"):
+                name = f"focalpo/{name}"
+                assert ours[name] == pytest.approx(theirs[name], abs=0.005), (step, name)
+
+
 def test_diagnostics_in_evaluation_and_progress_bar(zero3):
     evaluated = zero3.steps("eval/")
     assert sorted(evaluated) == [5, 10, 15, 20]
@@ -136,6 +166,7 @@ def test_diagnostics_in_evaluation_and_progress_bar(zero3):
     assert any("Eval stage" in bar for bar in bars) and any("Train step" in bar for bar in bars)
 
 
+@pytest.mark.releases
 def test_saved_model_loads(zero3, tiny: Path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -163,6 +194,7 @@ def same(ours, others, *, less: str = "") -> None:
     assert weights[0] == weights[1]
 
 
+@pytest.mark.releases
 def test_gamma_zero_is_dpo(train: Callable, dpo, tmp_path: Path):
     """In a process, moreover, in which torch is imported before OpenRLHF's command is known."""
     (tmp_path / "sitecustomize.py").write_text("import torch\n")
@@ -171,6 +203,7 @@ def test_gamma_zero_is_dpo(train: Callable, dpo, tmp_path: Path):
     same(gamma_0, dpo, less="focalpo/")
 
 
+@pytest.mark.releases
 def test_dpo_is_untouched(train: Callable, dpo):
     without_us = finished(
         train(*WITH_NLL, module="openrlhf_on_a_cpu", path=[SUPPORT], FOCALPO_AUTOLOAD="0")
@@ -329,6 +362,7 @@ def edit_copy(source: Path, folder: Path, module: str, edits: list[tuple[str, st
     (folder / "openrlhf" / module).write_text(text)
 
 
+@pytest.mark.releases
 @pytest.mark.parametrize("how", MOVED)
 def test_a_host_that_moves_its_loss(train: Callable, host_source: Path, tmp_path: Path, how: str):
     """A copy of OpenRLHF, edited as a later release might be, first on the path: the run stops."""
@@ -344,6 +378,7 @@ def test_a_host_that_moves_its_loss(train: Callable, host_source: Path, tmp_path
     assert not (run.folder / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.releases
 def test_other_commands_are_left_alone(tmp_path: Path):
     """What is watched in the one command is watched nowhere else."""
     package = tmp_path / "openrlhf" / "cli"
@@ -372,6 +407,7 @@ NO_MODEL = (
 PARSES = "    args = parser.parse_args()"
 
 
+@pytest.mark.releases
 def test_a_host_with_a_loss_flag_of_its_own(commands: Callable, host_source: Path, tmp_path: Path):
     """Its own flag is left to it, and whoever asks for our loss with it is told."""
     own_flag = '    parser.add_argument("--loss", default="dpo")\n' + PARSES
@@ -385,6 +421,7 @@ def test_a_host_with_a_loss_flag_of_its_own(commands: Callable, host_source: Pat
     assert (code_without, "openrlhf/models/actor.py" in output_without) == (1, True)
 
 
+@pytest.mark.releases
 def test_a_host_that_ignores_unknown_flags(commands: Callable, host_source: Path, tmp_path: Path):
     """``parse_known_args`` would drop our flags without a word if they were not in its parser."""
     known = "    args, _ = parser.parse_known_args()"

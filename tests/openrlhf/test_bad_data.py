@@ -1,0 +1,91 @@
+"""Data that nothing can be learnt from, through OpenRLHF's command: refused before the first step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+OURS = ["--loss", "focalpo"]
+
+
+def says(row: dict, side: str, answer: str) -> dict:
+    return {**row, side: [*row[side][:-1], {"role": "assistant", "content": answer}]}
+
+
+def alike(row: dict) -> dict:
+    return says(row, "rejected", row["chosen"][-1]["content"])
+
+
+def empty(row: dict) -> dict:
+    return says(row, "chosen", "")
+
+
+def long_prompt(row: dict) -> dict:
+    question = {"role": "user", "content": "And how many words are in this? " * 60}
+    return {side: [question, row[side][-1]] for side in ("chosen", "rejected")}
+
+
+def lines(rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+REFUSED: dict[str, tuple[Callable[[list[dict]], str], str]] = {
+    "chosen equal to rejected": (
+        lambda rows: lines(map(alike, rows)),
+        "the training data can't be learnt from, got 16 of 16 pairs have a chosen answer equal to",
+    ),
+    "most of them equal": (
+        lambda rows: lines([*rows[:7], *map(alike, rows[7:])]),
+        "got 9 of 16 pairs have a chosen answer equal to the rejected one",
+    ),
+    "empty answers": (
+        lambda rows: lines(map(empty, rows)),
+        "got 16 of 16 pairs have an empty answer. Remove them",
+    ),
+    "prompts longer than the limit": (lambda rows: lines(map(long_prompt, rows)),
+        "every pair was dropped as longer than --data.max_len=128. Look at the file, or raise",
+    ),
+    "an empty file": (lambda rows: "", "dataset must hold a pair, got "),
+    "malformed JSON": (lambda rows: lines(rows)[:-40], "of which line 16 can't be used: Unterminated string"),
+    "no column chosen": (
+        lambda rows: lines([rows[0], *({"rejected": row["rejected"]} for row in rows)]),
+        "of which line 2 can't be used: it has no 'chosen', got rejected. Mend that line",
+    ),
+    "no column rejected": (
+        lambda rows: lines({"chosen": row["chosen"]} for row in rows),
+        "of which line 1 can't be used: it has no 'rejected', got chosen. Mend that line",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(few: Path, train_many: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    found = (few / "train.jsonl").read_text().splitlines()[:16]
+    rows = [{side: json.loads(line)[side] for side in ("chosen", "rejected")} for line in found]
+    cases = {name: write for name, (write, _) in REFUSED.items()}
+    cases["a few"] = lambda rows: lines([*map(alike, rows[:4]), *rows[4:]])
+    flags = {}
+    for number, (name, write) in enumerate(cases.items()):
+        folder = tmp_path_factory.mktemp(f"bad_data{number}")
+        (folder / "pairs.jsonl").write_text(write(rows))
+        flags[name] = [*OURS, "--data.dataset", str(folder / "pairs.jsonl")]
+    return train_many(flags)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(runs: dict, case: str):
+    run = runs[case]
+    assert run.returncode != 0
+    assert not run.steps("train/")
+    message = run.stderr.strip().splitlines()[-1]
+    assert REFUSED[case][1] in message, run.output
+
+
+def test_a_few_are_warned_of(runs: dict):
+    run = runs["a few"]
+    assert run.returncode == 0, run.output
+    warning = "focalpo_plugins: warning: 4 of 16 pairs have a chosen answer equal to the rejected"
+    assert len(run.said(warning)) == 1

@@ -1,0 +1,211 @@
+"""What goes wrong in the middle of a run: real processes that meet it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from harness import SUPPORT, with_nan
+
+OURS = ("--loss", "focalpo")
+# Ten steps, a checkpoint after the third, the sixth and the ninth.
+TWO_EPOCHS = ("--ckpt.save_steps", "3", "--train.max_epochs", "2", "--lr_scheduler", "constant")
+ZERO3 = ("--ds.zero_stage", "3")
+LORA = ("--ds.lora.rank", "8", "--ds.lora.alpha", "16", "--ds.zero_stage", "2")
+RECORD = "checkpoints/global_step3/focalpo_plugins.json"
+TAGS = ("loss", "grad_norm", "focalpo/p", "chosen_reward")
+
+
+@pytest.fixture(scope="module")
+def never_killed(train: Callable) -> Callable:
+    """With ZeRO-3 on two ranks, or with LoRA on one."""
+
+    @functools.cache
+    def run(alone: bool):
+        two = {"launcher": "torchrun", "ranks": 2}
+        found = (
+            train(*OURS, *TWO_EPOCHS, *LORA) if alone else train(*OURS, *TWO_EPOCHS, *ZERO3, **two)
+        )
+        assert found.returncode == 0, found.output
+        assert sorted(found.steps("train/")) == list(range(1, 11))
+        return found
+
+    return run
+
+
+@pytest.mark.releases
+def test_a_checkpoint_says_what_it_was_trained_with(never_killed):
+    assert json.loads((never_killed(False).folder / RECORD).read_text()) == {
+        "loss": "focalpo",
+        "focalpo.gamma": 0.05,
+        "focalpo.variant": "correct",
+        "beta": 0.1,
+        "label_smoothing": 0.0,
+    }
+
+
+@pytest.mark.parametrize(
+    "alone, ranks", [(False, [1]), (False, [0, 1]), (True, [0])], ids=["one", "all", "LoRA"]
+)
+def test_killed_and_started_again(train, never_killed, tmp_path: Path, alone: bool, ranks: list):
+    """kill -9 after the checkpoint of step 3: resuming gives the losses and gradient norms of the
+    run that was never killed, step for step."""
+    launch = {"folder": tmp_path, **({} if alone else {"launcher": "torchrun", "ranks": 2})}
+    flags = (*OURS, *TWO_EPOCHS, *(LORA if alone else ZERO3))
+    with ThreadPoolExecutor() as threads:
+        run = threads.submit(train, *flags, **launch)
+        while not (tmp_path / "checkpoints" / "latest").exists():  # the first that is whole
+            assert not run.done(), run.result().output
+            time.sleep(0.01)
+        for process in psutil.process_iter():
+            try:
+                ours = any(str(tmp_path) in word for word in process.cmdline())
+                # The launcher itself has no rank.
+                if ours and int(process.environ().get("RANK", -1)) in ranks:
+                    process.kill()
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        assert run.result().returncode != 0
+    before = len(run.result().steps("train/"))
+    assert 3 <= before < 10
+    shutil.rmtree(tmp_path / "tensorboard")
+    again = train(*flags, "--ckpt.load_enable", **launch)
+    assert again.returncode == 0, again.output
+    whole, rest = never_killed(alone).steps("train/"), again.steps("train/")
+    assert sorted(rest) == list(range(min(rest), 11)) and min(rest) in (4, 7, 10)
+    for step, values in rest.items():
+        assert {tag: values[tag] for tag in TAGS} == {tag: whole[step][tag] for tag in TAGS}, step
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--focalpo.gamma", "0.1"), "focalpo.gamma was 0.05, got 0.1: so says the checkpoint "),
+        (("--model.beta", "0.2"), "beta was 0.1, got 0.2: so says the checkpoint "),
+    ],
+    ids=["gamma", "beta"],
+)
+def test_a_checkpoint_of_another_loss(train, never_killed, tmp_path: Path, flags, message):
+    shutil.copytree(never_killed(True).folder / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "latest").write_text("global_step9")
+    again = (*OURS, *TWO_EPOCHS, *LORA, "--ckpt.load_enable", *flags)
+    run = train(*again, folder=tmp_path)
+    assert run.returncode != 0 and message in run.output
+    assert "global_step9; give the values it was trained with" in run.output
+    assert not run.steps("train/")
+    if "--model.beta" in flags:
+        allowed = train(*again, "--focalpo.allow_changed", folder=tmp_path)
+        assert allowed.returncode == 0, allowed.output
+        assert sorted(allowed.steps("train/")) == [10]
+
+
+@pytest.mark.releases
+def test_two_ranks_refuse_a_checkpoint_of_the_hosts_dpo(train, never_killed, tmp_path: Path):
+    """What a checkpoint without our record is; rank 0 alone looks, and both stop."""
+    shutil.copytree(never_killed(False).folder / "checkpoints", tmp_path / "checkpoints")
+    for record in (tmp_path / "checkpoints").rglob("focalpo_plugins.json"):
+        record.unlink()
+    run = train(
+        *(*OURS, *TWO_EPOCHS, *ZERO3, "--ckpt.load_enable"),
+        launcher="torchrun", ranks=2, folder=tmp_path,
+    )  # fmt: skip
+    assert run.returncode != 0
+    assert "does not say that it was trained with a loss of focalpo_plugins" in run.stderr
+    assert "rank 0 refuses the checkpoint in " in run.stderr
+    assert not run.steps("train/")
+
+
+@pytest.mark.releases
+def test_margins_that_are_not_finite(train, tiny: Path, few: Path, tmp_path: Path):
+    """A pair whose token has lost its weights, on two ranks: both stop, at its step, before it is
+    logged or saved, and say which row on which rank."""
+    with_nan(tiny / "model", few / "train.jsonl", tmp_path / "lost")
+    run = train(
+        *(*OURS, *ZERO3, "--ckpt.save_steps", "1"),
+        *("--model.model_name_or_path", str(tmp_path / "lost")),
+        launcher="torchrun", ranks=2, folder=tmp_path,
+    )  # fmt: skip
+    assert run.returncode != 0
+    found = re.findall(
+        r"FloatingPointError: focalpo: reward margins are not finite, step (\d): rank (\d), "
+        r"row (\d) of 2 \(nan, (?:float32|bfloat16)\)\.",
+        run.stderr,
+    )
+    assert len(found) == 2 and len(set(found)) == 1, run.output
+    step, rank, row = map(int, found[0])
+    assert 1 <= step <= 5 and rank in (0, 1) and row in (0, 1)
+    assert sorted(run.steps("train/")) == list(range(1, step))
+    saved = (tmp_path / "checkpoints").glob("global_step*")
+    assert sorted(int(path.name.removeprefix("global_step")) for path in saved) == [
+        *range(max(1, step - 3), step)
+    ]
+
+
+FULL_DISK = SUPPORT / "full_disk"
+
+
+@pytest.mark.releases
+def test_a_full_disk(train, tmp_path: Path):
+    """Two ranks stop with one line, and no checkpoint looks like one."""
+    run = train(
+        *(*OURS, *ZERO3, "--ckpt.save_steps", "2"),
+        launcher="torchrun", ranks=2, folder=tmp_path, path=[FULL_DISK], FULL_AT="focalpo_plugins.json",
+    )  # fmt: skip
+    assert run.returncode != 0
+    (line,) = run.said("the folder of checkpoints must have room")
+    assert str(tmp_path / "checkpoints") in line and "File too large" in line
+    assert sorted(run.steps("train/")) == [1, 2]
+    checkpoints = tmp_path / "checkpoints"
+    assert not (checkpoints / "latest").exists()
+    assert not list(checkpoints.rglob("focalpo_plugins.json*"))
+
+
+def test_killed_before_the_record_is_there(train, tmp_path: Path):
+    """A checkpoint isn't named in `latest` before it says what it was trained with."""
+    flags = (*OURS, "--ckpt.save_steps", "2")
+    run = train(*flags, folder=tmp_path, path=[FULL_DISK], KILLED_AT_NAMING="focalpo_plugins.json")
+    assert run.returncode == -9, run.output
+    assert not (tmp_path / "checkpoints" / "latest").exists()
+    assert not list((tmp_path / "checkpoints").rglob("focalpo_plugins.json"))
+
+
+@pytest.mark.parametrize("content", ["", '{"loss": "foc', "[]"])
+def test_a_damaged_record(train_many, never_killed, tmp_path: Path, content: str):
+    shutil.copytree(never_killed(True).folder / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints/global_step9/focalpo_plugins.json").write_text(content)
+    path = ("--ckpt.path", str(tmp_path / "checkpoints"))
+    run = train_many({"": (*OURS, *TWO_EPOCHS, *LORA, "--ckpt.load_enable", *path)})[""]
+    assert run.returncode != 0
+    assert "must say what the checkpoint was trained with, and can't be read" in run.stderr
+    assert not run.steps("train/")
+
+
+def test_half_a_package(train_many, commands, package_copy: Path):
+    """With a syntax error in one module and another gone, OpenRLHF's own loss is trained as before,
+    and `--loss` is no flag."""
+    (package_copy / "focalpo_plugins" / "loss.py").write_text("def focalpo_loss(:\n")
+    (package_copy / "focalpo_plugins" / "registry.py").unlink()
+    run = train_many({"dpo": ()}, package_copy)["dpo"]
+    assert run.returncode == 0, run.output
+    assert run.steps("train/")[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert len(run.said("focalpo_plugins: no --loss (")) == 1
+    ((code, output),) = commands([["--loss", "focalpo"]], package_copy)
+    assert code == 2 and "unrecognized arguments: --loss focalpo" in output
+
+
+def test_a_third_party_that_raises_at_import(train_many, broken_third_party: Path):
+    runs = train_many({"focalpo": OURS, "dpo": ()}, broken_third_party)
+    for name, first in (("focalpo", 2**-0.05 * math.log(2)), ("dpo", math.log(2))):
+        run = runs[name]
+        assert run.returncode == 0, run.output
+        assert run.steps("train/")[1]["loss"] == pytest.approx(first, abs=1e-5)
+        assert len(run.said("the package bad failed to register its losses and is left out")) == 1
