@@ -17,13 +17,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Runs that several tests look at: one worker gets all of a run's tests, and makes it once.
 SHARED_RUNS = (
-    "plain", "outcomes", "trained", "one_node", "answers", "ends", "drawn", "adapted"
+    "plain", "outcomes", "trained", "one_node", "answers", "ends", "drawn", "adapted",
+    "never_killed",
 )  # fmt: skip
+
+# Tests of our own fused path are marked `fused`: by their name, or by what they are given.
+FUSED_PATH = {"focalpo_fused": True}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        by_key = given.get("key") or given.get("fused") or given.get("path") == FUSED_PATH
+        if by_key or {"fused", "liger"} & {*item.name.partition("[")[0].split("_")}:
+            item.add_marker("fused")
         for fixture in SHARED_RUNS:
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.xdist_group(fixture))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,43 @@ def broken_package(package_copy: Path) -> Path:
     for module in modules:
         module.write_text("raise RuntimeError('broken on purpose')\n")
     return package_copy
+
+
+# What is left of an installation; without `_focalpo_plugins_autoload.py` there is no torch.
+HALVES = {
+    "syntax error": lambda package: (package / "loss.py").write_text("def focalpo_loss(:\n"),
+    "module missing": lambda package: (package / "registry.py").unlink(),
+    "room missing": lambda package: shutil.rmtree(package / "axolotl"),
+    "one module": lambda package: [
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
+        for part in package.iterdir()
+        if part.name != "__init__.py"
+    ],
+}
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_import_torch_survives_half_a_package(package_copy: Path, half: str, said_by_torch: str):
+    """In a process that is no host nothing is said, and in a host's at most one warning."""
+    HALVES[half](package_copy / "focalpo_plugins")
+    run = run_python("-c", REPORT, path=package_copy)
+    assert run.stdout == "waiting for [] package loaded False\n"
+    assert run.stderr == said_by_torch
+    utils = package_copy / "axolotl" / "utils"
+    utils.mkdir(parents=True)
+    for folder in (utils, utils.parent):
+        (folder / "__init__.py").touch()
+    (utils / "config.py").write_text("def validate_config(cfg): return cfg\n")
+    script = Path(host_script(package_copy))
+    script.write_text(
+        "import torch, warnings, axolotl.utils.config as config\nprint(config.validate_config)\n"
+    )
+    run = run_python(str(script), path=package_copy)
+    assert run.stdout.startswith("<function validate_config at"), run.stderr
+    lost = half in ("room missing", "one module")
+    assert run.stderr.count("autoload failed (") == lost
+    if lost:
+        assert "ModuleNotFoundError: No module named 'focalpo_plugins.axolotl" in run.stderr
 
 
 def test_silent_in_a_process_that_is_no_host(said_by_torch: str):

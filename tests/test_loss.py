@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,11 +59,12 @@ def rounding(z: float, gamma: float, expected: float, dtype: torch.dtype) -> flo
     """The error that rounding alone explains in ``dtype``.
 
     Exponentiating ``x`` multiplies the relative error of ``x`` by ``|x|``, and the exponents here
-    are up to ``(1 + gamma) |z|``.  The arithmetic is in float32 at least; the result is rounded once
-    to ``dtype``, whose smallest subnormal bounds what it can tell from 0.
+    are up to ``(1 + gamma) (|z| + ln 2)``, since ``-log p`` is ln 2 at 0.  The arithmetic is in
+    float32 at least; the result is rounded once to ``dtype``, whose smallest subnormal bounds what
+    it can tell from 0.
     """
     arithmetic = min(torch.finfo(torch.float32).eps, torch.finfo(dtype).eps)
-    condition = 4 * (1 + (1 + gamma) * abs(z)) * arithmetic + torch.finfo(dtype).eps
+    condition = 4 * (1 + (1 + gamma) * (abs(z) + LN2)) * arithmetic + torch.finfo(dtype).eps
     # A denormal may be flushed to 0, which loses at most the smallest normal number.
     tiny = min(torch.finfo(torch.float32).tiny, torch.finfo(dtype).tiny)
     return (
@@ -152,6 +154,68 @@ def test_any_margin_gamma_dtype(z: float, case: tuple[str, float], dtype: torch.
     assert loss == pytest.approx(expected_loss, abs=rounding(z, gamma, expected_loss, dtype))
     scale = max(abs(expected_grad), gamma_term(z, gamma, variant))
     assert grad == pytest.approx(expected_grad, abs=extra * rounding(z, gamma, scale, dtype))
+
+
+def reference_at_once(
+    z: np.ndarray, gamma: float, variant: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """:func:`reference` of all margins in numpy's extended precision, 64 bits of mantissa and
+    exponents up to 16,384, and :func:`gamma_term` of each."""
+    zero = np.longdouble(0)
+    tail = np.log1p(np.exp(-np.abs(z)))
+    log_p, log_q = np.minimum(z, zero) - tail, np.minimum(-z, zero) - tail
+    p, q, gamma = np.exp(log_p), np.exp(log_q), np.longdouble(gamma)
+    if variant == "correct":
+        factor = np.exp(gamma * log_p)
+        return -factor * log_p, -q * factor * (1 + gamma * log_p), q * factor
+    s = -gamma if variant == "correct_exact" else gamma
+    factor = np.exp(s * log_q)
+    # Its own exponential: q * factor would be 0 times infinity far out.
+    outer = np.exp((s + 1) * log_q)
+    return -factor * log_p, -(outer - s * factor * p * log_p), outer
+
+
+@pytest.mark.skipif(
+    np.finfo(np.longdouble).nmant < 63, reason="numpy has no extended precision on this machine"
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant, gamma", CASES)
+def test_a_million_random_margins(variant: str, gamma: float, dtype: torch.dtype):
+    """Half as runs have them, normal with a spread of 10; half of every magnitude from 1e-8 to 1e4.
+
+    The reference is itself held to 50 digits at some of them.
+    """
+    draw = torch.Generator().manual_seed(20250106)
+    half = 500_000
+    sign = torch.randint(0, 2, (half,), generator=draw) * 2 - 1
+    every = sign * 10 ** (torch.rand(half, generator=draw, dtype=torch.float64) * 12 - 8)
+    usual = torch.randn(half, generator=draw, dtype=torch.float64) * 10
+    z = torch.cat([usual, every]).to(dtype)
+    losses, grads = (x.double().numpy() for x in value_and_grad(z, gamma, variant))
+    margins = z.double().numpy()
+    true_losses, true_grads, terms = reference_at_once(
+        margins.astype(np.longdouble), gamma, variant
+    )
+    for i in range(0, len(margins), 20_011):
+        margin = float(margins[i])
+        exact = reference(margin, gamma, variant)
+        error = mpmath.mpf(2e-18) * (20 + (1 + gamma) * abs(margin))
+        for true, digits in zip(exact, (true_losses[i], true_grads[i]), strict=True):
+            bound = error * max(abs(true), gamma_term(margin, gamma, variant))
+            assert abs(in_full(digits) - true) <= bound + mpmath.mpf(10) ** -4900
+    assert np.isfinite(losses).all() and np.isfinite(grads).all()
+    for found, true, scale in (
+        (losses, true_losses, np.abs(true_losses)),
+        (grads, true_grads, np.maximum(np.abs(true_grads), terms)),
+    ):
+        excess = np.abs(found - true) - rounding(margins, gamma, scale, dtype)
+        worst = excess.argmax()
+        assert excess[worst] <= 0, (margins[worst], found[worst], true[worst])
+
+
+def in_full(x: np.longdouble) -> mpmath.mpf:
+    """``x`` with all its digits, not through float64."""
+    return mpmath.mpf(np.format_float_scientific(x, precision=25, unique=False))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

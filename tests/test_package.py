@@ -22,7 +22,7 @@ HOSTS = {
     "peft",
     "liger_kernel",
 }
-CORE = ("loss", "hookspecs", "registry", "diagnostics", "plan")
+CORE = ("loss", "hookspecs", "registry", "diagnostics", "pairs", "plan")
 ROOMS = {
     "axolotl": {"axolotl", "pydantic", "transformers"},
     # OpenRLHF is built on DeepSpeed and requires it.
@@ -71,6 +71,42 @@ def test_a_host_is_imported_in_its_own_room_only():
         assert not imports_of(file) & (HOSTS - allowed), file
     # The fused loss is tensors alone; TRL's trainer brings it what it needs.
     assert not imports_of(PACKAGE / "trl" / "fused.py") & HOSTS
+
+
+# What would run or fetch something that a user's data or config names.
+NEVER_IMPORTED = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "socket", "urllib",
+                  "http", "requests", "httpx", "ftplib", "subprocess", "ctypes"}  # fmt: skip
+NEVER_CALLED = {"eval", "exec", "compile", "__import__", "system", "popen"}
+OF_TORCH = {"load", "save"}  # both pickle
+
+
+def test_nothing_is_unpickled_fetched_or_run():
+    """By name, so it holds for the source as it is written; ``import_module`` is called with names
+    of this package's own or of installed entry points alone, which its callers show."""
+    files = [*PACKAGE.rglob("*.py"), PACKAGE.parent / "_focalpo_plugins_autoload.py"]
+    assert len(files) > 20
+    for file in files:
+        assert not imports_of(file) & NEVER_IMPORTED, file
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = node.func
+            name = called.id if isinstance(called, ast.Name) else getattr(called, "attr", "")
+            where = f"{file}:{node.lineno}"
+            # model.eval() turns dropout off.
+            evaluates = name == "eval" and isinstance(called, ast.Attribute) and not node.args
+            assert name not in NEVER_CALLED or evaluates or of_module(called, "re"), where
+            assert not (name in OF_TORCH and of_module(called, "torch")), where
+            for keyword in node.keywords:
+                if keyword.arg == "trust_remote_code":
+                    assert isinstance(keyword.value, ast.Constant) and not keyword.value.value
+                assert keyword.arg != "shell" or not ast.literal_eval(keyword.value), where
+
+
+def of_module(called: ast.expr, module: str) -> bool:
+    """Whether it is ``module.something``."""
+    owner = getattr(called, "value", None)
+    return isinstance(owner, ast.Name) and owner.id == module
 
 
 OF_TRL = {"FocalPOConfig", "FocalPOTrainer"}  # tested in TRL's room
