@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from zipfile import ZipFile
 
 import nox
 
 nox.options.default_venv_backend = "venv"
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "core", "axolotl", "openrlhf", "evaluation"]
+nox.options.sessions = ["lint", "audit", "core", "axolotl", "openrlhf", "evaluation"]
 
 # The releases that the suite was last seen to pass with; users keep what their stack has.
 TORCH = "torch==2.13.0"
@@ -19,9 +24,11 @@ OPENRLHF = "openrlhf==0.11.2"
 RAY = "ray[train]>=2.52.1"
 # What OpenRLHF pins and has no wheel for, built without the parts that need CUDA's compiler.
 FLASH_ATTN, DEEPSPEED = "flash-attn==2.8.3", "deepspeed==0.19.6"
+# The tests that hold in each release of a host.
+EVERY_RELEASE = "releases and not fused"
 TWO_AT_A_TIME = ("-n", "2", "--dist", "loadgroup")
 # pytest-xdist 3.8.0 no longer keeps a group on one worker under pytest 9.2, and says nothing.
-TEST_TOOLS = ("pytest<9.2", "pytest-xdist", "setuptools", "pyyaml")
+TEST_TOOLS = ("pytest<9.2", "pytest-xdist", "setuptools", "pyyaml", "hypothesis")
 # examples/eval/README.md installs the same; alpaca-eval needs the upper bounds.
 EVALUATION = ("lm-eval[hf]==0.4.13", "alpaca-eval==0.6.2", "setuptools<82", "datasets<4")
 # What the extras `plots` and `tensorboard` bring.
@@ -57,11 +64,33 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session
+def audit(session: nox.Session) -> None:
+    """Our source by bandit, and what we require by pip-audit, as far as a database is in reach."""
+    session.install("bandit", "pip-audit")
+    # B615 asks for a pinned revision of what is loaded from a hub, which is what the user names.
+    sources = ("focalpo_plugins", "_focalpo_plugins_autoload.py")
+    session.run("bandit", "--quiet", "--severity-level", "medium", "--skip", "B615", "-r", *sources)
+    listed = Path(session.create_tmp()).resolve() / "requirements.txt"
+    pluggy = session.run("pip", "index", "versions", "pluggy", silent=True, success_codes=[0, 1])
+    newest = str(pluggy).partition("(")[2].partition(")")[0]
+    listed.write_text(f"{TORCH}\n" + (f"pluggy=={newest}\n" if newest else ""))
+    options = ("--no-deps", "--disable-pip", "--progress-spinner", "off", "--format", "json")
+    found = session.run("pip-audit", "--requirement", str(listed), *options, silent=True,
+                        stderr=subprocess.DEVNULL, success_codes=[0, 1])  # fmt: skip
+    packages = json.loads(str(found))["dependencies"] if str(found).startswith("{") else []
+    for package in packages:
+        if package.get("vulns"):
+            session.error(f"{package['name']}: {[each['id'] for each in package['vulns']]}")
+    audited = [package["name"] for package in packages if "vulns" in package]
+    session.log(f"audited: {', '.join(audited) or 'nothing, no database was in reach'}")
+
+
+@nox.session
 def core(session: nox.Session) -> None:
     """What needs no host."""
     session.install(TORCH)
     session.install(wheel(session))
-    session.install(*TEST_TOOLS, "hypothesis", "mpmath", *PICTURES)
+    session.install(*TEST_TOOLS, "mpmath", "numpy", *PICTURES)
     test(session, sorted(map(str, Path("tests").glob("test_*.py"))), *TWO_AT_A_TIME)
 
 
@@ -87,11 +116,46 @@ def evaluation(session: nox.Session) -> None:
     test(session, ["tests/eval"], *TWO_AT_A_TIME)
 
 
+@nox.session(tags=["compat"])
+@nox.parametrize("release", ["0.28.0", "0.29.0", "1.16.0"])
+def trl_releases(session: nox.Session, release: str) -> None:
+    """The same tests in other releases of TRL; the oldest is refused."""
+    with environment(session):
+        session.install(TORCH)
+        session.install(f"trl=={release}", "peft")
+        beside_the_host(session)
+        if release == "0.28.0":
+            session.run("python", str(Path("tests/support/refused_trl.py").resolve()))
+        else:
+            test(session, ["tests/trl"], "-m", EVERY_RELEASE, *TWO_AT_A_TIME)
+
+
+@nox.session(tags=["compat"])
+@nox.parametrize("release", ["0.16.1", "0.18.0", "0.21.0"])
+def axolotl_releases(session: nox.Session, release: str) -> None:
+    """The same tests in other releases of Axolotl."""
+    with environment(session):
+        install = {"0.16.1": axolotl_0_16, "0.18.0": axolotl_0_18, "0.21.0": axolotl_0_21}
+        install[release](session, f"axolotl=={release}")
+        session.install("matplotlib")
+        beside_the_host(session)
+        test(session, ["tests/trl", "tests/axolotl"], "-m", EVERY_RELEASE, *TWO_AT_A_TIME)
+
+
+@nox.session(tags=["compat"])
+@nox.parametrize("release, deepspeed", [("0.9.10", "0.18.9"), ("0.10.4", "0.19.1")])
+def openrlhf_releases(session: nox.Session, release: str, deepspeed: str) -> None:
+    """The same tests in other releases of OpenRLHF."""
+    with environment(session):
+        install_openrlhf(session, f"openrlhf=={release}", f"deepspeed=={deepspeed}")
+        test(session, ["tests/openrlhf"], "-m", EVERY_RELEASE)
+
+
 @nox.session
 @nox.parametrize("host", ["axolotl", "openrlhf"])
 def bench(session: nox.Session, host: str) -> None:
     """What the plug-in costs, as ratios; `-- NAME ...` measures single benchmarks."""
-    of_host = {"axolotl": ["loss", "start", "trl", "axolotl"], "openrlhf": ["openrlhf"]}
+    of_host = {"axolotl": ["loss", "start", "trl", "axolotl", "fused"], "openrlhf": ["openrlhf"]}
     asked = [word for word in session.posargs if word in sum(of_host.values(), [])]
     names = [name for name in of_host[host] if name in asked or not asked]
     if not names:
@@ -108,12 +172,60 @@ def install_axolotl(session: nox.Session) -> None:
     beside_the_host(session)
 
 
-def install_openrlhf(session: nox.Session) -> None:
-    session.install(TORCH, "wheel", "setuptools", "ninja", "packaging", "psutil")
+def axolotl_0_16(session: nox.Session, axolotl: str) -> None:
+    """A source distribution, which writes the torch that it sees into its wheel's metadata."""
+    session.install(TORCH, "setuptools_scm", "packaging==26.0", "setuptools", "wheel")
+    # Without these pip looks for them for very long, and gives up.
+    found = [f"{package}==2025.10.0" for package in ("fsspec", "s3fs", "gcsfs")]
+    deepspeed = "deepspeed>=0.18.6,<0.19"
+    options = ("--no-build-isolation", "--no-cache-dir")
+    session.install(axolotl, deepspeed, "peft==0.18.1", *found, *options)
+
+
+def axolotl_0_18(session: nox.Session, axolotl: str) -> None:
+    """It pins an older torch, which has no CPU build here."""
+    session.install(TORCH, axolotl, "deepspeed>=0.18.6,<0.19", "--no-deps")
+    session.install(*requirements(session, axolotl), "deepspeed>=0.18.6,<0.19", TORCH)
+
+
+def axolotl_0_21(session: nox.Session, axolotl: str) -> None:
+    """It asks for Python 3.12, where torch has no CPU build on the package index."""
+    session.install(TORCH, "setuptools", "wheel")
+    session.install(*requirements(session, axolotl), "deepspeed==0.19.6", "--no-build-isolation")
+    session.install(axolotl, "--no-deps", "--ignore-requires-python")
+
+
+def requirements(session: nox.Session, package: str) -> list[str]:
+    """What a wheel requires, but for extras and torch."""
+    folder = Path(session.create_tmp()).resolve() / "host"
+    shutil.rmtree(folder, ignore_errors=True)
+    options = ("--no-deps", "--ignore-requires-python", "--dest", str(folder))
+    session.run("python", "-m", "pip", "download", "--quiet", *options, package)
+    with ZipFile(next(folder.glob("*.whl"))) as wheel:
+        metadata = next(name for name in wheel.namelist() if name.endswith("/METADATA"))
+        lines = wheel.read(metadata).decode().splitlines()
+    found = [line.partition(": ")[2] for line in lines if line.startswith("Requires-Dist: ")]
+    return [line for line in found if "extra ==" not in line and not line.startswith("torch==")]
+
+
+@contextmanager
+def environment(session: nox.Session) -> Iterator[None]:
+    """Deletes the session's environment at its end: each is gigabytes."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(session.virtualenv.location, ignore_errors=True)
+
+
+def install_openrlhf(
+    session: nox.Session, openrlhf: str = OPENRLHF, deepspeed: str = DEEPSPEED
+) -> None:
+    # 82 took pkg_resources away, which older releases import.
+    session.install(TORCH, "wheel", "setuptools<82", "ninja", "packaging", "psutil")
     no_cuda = {"FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE", "FLASH_ATTENTION_FORCE_BUILD": "TRUE"}
     session.install(FLASH_ATTN, "--no-build-isolation", env=no_cuda)
-    session.install(DEEPSPEED, "--no-build-isolation", env={"DS_BUILD_OPS": "0"})
-    session.install(OPENRLHF)
+    session.install(deepspeed, "--no-build-isolation", env={"DS_BUILD_OPS": "0"})
+    session.install(openrlhf)
     beside_the_host(session)
 
 

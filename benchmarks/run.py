@@ -4,11 +4,12 @@ loss     the loss alone, forward and backward, against -F.logsigmoid and the for
 start    `import torch` with and without our autoload, `import focalpo_plugins`
 trl      whole training steps, FocalPO against DPO, in TRL
 axolotl  the same in Axolotl
-openrlhf the same in OpenRLHF, and --focalpo.precompute_ref against its own way
+fused    the loss part with a vocabulary of 128,256, against TRL's plain and its Liger path
+openrlhf whole steps in OpenRLHF, and --focalpo.precompute_ref against its own way
 
 A round is a step in trl, axolotl and openrlhf. Prints a table and writes outputs/bench.json.
-Without names, all whose host is installed are
-measured. `nox -s bench` makes the hosts' environments and runs it in each.
+Without names, all whose host is installed are measured. `nox -s bench` makes the hosts'
+environments and runs it in each.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ BENCHMARKS = {
     "start": ("start_up", None, 15),
     "trl": ("steps", "trl", 100),
     "axolotl": ("steps", "axolotl", 100),
+    "fused": ("loss_part", "trl", 3),
     "openrlhf": ("openrlhf_steps", "openrlhf", 60),
 }
 
