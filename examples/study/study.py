@@ -615,7 +615,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs = {row["group"]: row["pairs"] for row in results}
     title = (
         f"held-out pairs: {pairs.get('right', 0)} that the reference ranks right, "
-        f"{pairs.get('wrong', 0)} wrong; mean of seeds "
+        f"{pairs.get('wrong', 0)} wrong; {'mean of seeds' if len(args.seeds) > 1 else 'seed'} "
         f"{', '.join(map(str, args.seeds))}; {config['max_steps']} steps, "
         f"beta {config.get('rl_beta', 0.1)}"
     )
