@@ -163,6 +163,13 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
             "dpo_use_liger_kernel needs the package liger-kernel, which is not installed. Install "
             f"it, or set {FUSED} in its place, which needs nothing."
         )
+    for key in ("context_parallel_size", "sequence_parallel_degree"):
+        if cfg.get(key) not in (None, 0, 1):
+            raise ValueError(
+                f"{key} must be 1 under rl: {loss.name}, got {cfg[key]!r}: Axolotl gives each rank "
+                "a part of a sequence and its logits, and a margin is of whole sequences. Remove "
+                f"it; {FUSED} and ZeRO-3 save memory too."
+            )
     fused = fused_key(cfg)
     if fused is not None:
         _check_fused(cfg, fused)
@@ -175,10 +182,8 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
 
 def _check_fused(cfg: Any, fused: str) -> None:
     alone = {"dpo_loss_type": (None, "sigmoid", ["sigmoid"]), "dpo_loss_weights": (None, [1.0])}
-    one = dict.fromkeys(
-        ("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size"), (None, 1)
-    )
-    for key, fine in {**alone, "dpo_use_weighting": (None, False), **one}.items():
+    others = {"dpo_use_weighting": (None, False), "tensor_parallel_size": (None, 1)}
+    for key, fine in {**alone, **others}.items():
         if cfg.get(key) not in fine:
             raise ValueError(
                 f"{fused} can't be combined with {key}, got {cfg[key]!r}: the fused path has no "

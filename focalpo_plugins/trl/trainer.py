@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import is_peft_model
+from accelerate import ParallelismConfig
+from accelerate.utils import is_peft_model, parse_flag_from_env
 from datasets import Dataset
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
@@ -570,6 +571,7 @@ def check_arguments(args: DPOConfig, fused: str | None = None) -> str | None:
     """
     check_beta(args.beta)
     check_label_smoothing(args.label_smoothing)
+    _check_parallelism(args)
     types = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
     check_loss_types(types)
     divergence = str(getattr(args.f_divergence_type, "value", args.f_divergence_type))
@@ -596,6 +598,20 @@ def check_arguments(args: DPOConfig, fused: str | None = None) -> str | None:
             )
         _check_fused_arguments(args, types, fused)
     return fused
+
+
+def _check_parallelism(args: DPOConfig) -> None:
+    config = getattr(args, "parallelism_config", None)
+    if config is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        config = ParallelismConfig()  # what accelerate's own config file asks for
+    for name in ("cp_size", "sp_size"):
+        size = getattr(config, name, 1)
+        if size not in (None, 1):
+            raise ValueError(
+                f"parallelism_config.{name} must be 1, got {size!r}: each rank then has a part of "
+                "a sequence and its logits, and a margin is of whole sequences. Remove it; "
+                "focalpo_fused and ZeRO-3 save memory too."
+            )
 
 
 def check_loss_types(types: Sequence[str], key: str = "loss_type") -> None:

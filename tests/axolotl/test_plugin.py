@@ -144,9 +144,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"focalpo_fused": True, "tensor_parallel_size": 2},
         "focalpo_fused can't be combined with tensor_parallel_size, got 2",
     ),
-    "fused with context parallelism": (
-        {"focalpo_fused": True, "context_parallel_size": 2},
-        "focalpo_fused can't be combined with context_parallel_size, got 2",
+    "sequences over two ranks": (
+        {"context_parallel_size": 2},
+        "context_parallel_size must be 1 under rl: focalpo, got 2: Axolotl gives each rank a part of",
+    ),
+    "fused with sequences over two ranks": (
+        {"focalpo_fused": True, "sequence_parallel_degree": 2},
+        "sequence_parallel_degree must be 1 under rl: focalpo, got 2",
     ),
     "fused, but how": (
         {"focalpo_fused": "always"},

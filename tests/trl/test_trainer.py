@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import trl
+from accelerate import ParallelismConfig
 from datasets import Dataset
 from harness import SUPPORT, free_port, run_python
 from peft import LoraConfig
@@ -782,6 +783,37 @@ def test_refusals(tokenizer, tmp_path, arguments, message):
     with pytest.raises(ValueError) as error:
         trainer(FocalPOTrainer, tokenizer, tmp_path, policy="no/such-model", **arguments)
     assert message in str(error.value)
+
+
+def test_sequences_over_several_ranks(tmp_path, monkeypatch):
+    """Asked for in TRL's arguments, or by accelerate's config file, which becomes its environment."""
+    args = FocalPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    args.parallelism_config = ParallelismConfig(sp_size=2)
+    with pytest.raises(
+        ValueError, match=r"^parallelism_config.sp_size must be 1, got 2: each rank"
+    ):
+        FocalPOTrainer("no/such-model", args=args)
+    args.parallelism_config = None
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    with pytest.raises(
+        ValueError, match=r"^parallelism_config.cp_size must be 1, got 2: each rank"
+    ):
+        FocalPOTrainer("no/such-model", args=args)
+
+
+def test_a_reference_that_is_the_policy(tokenizer, tmp_path):
+    """TRL's own refusal; every margin would stay 0."""
+    policy = model(0)
+    args = FocalPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(ValueError, match="`model` and `ref_model` cannot be the same"):
+        FocalPOTrainer(
+            policy,
+            policy,
+            args=args,
+            train_dataset=Dataset.from_list(PAIRS),
+            processing_class=tokenizer,
+        )
 
 
 def test_every_loss_type_of_this_trl_is_ours_or_refused_with_its_reason():
