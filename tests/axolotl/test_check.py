@@ -8,12 +8,17 @@ import shutil
 import statistics
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from harness import Axolotl, ManyFocalpo
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
+
+from focalpo_plugins.cli.check import _count, _warnings
+from focalpo_plugins.plan import Pair, Sequence
+from focalpo_plugins.registry import get_loss
 
 MODULES = ("axolotl.cli.config", "axolotl.common.datasets", "axolotl.utils.trainer")
 MODULES += ("axolotl.core.builders", "focalpo_plugins.axolotl.trainer", "peft", "tqdm")
@@ -304,3 +309,43 @@ def test_it_is_one_of_axolotl_s_commands():
     assert done.returncode == 0, done.stderr
     assert "usage: axolotl focalpo check" in done.stdout
     assert "example:\n  axolotl focalpo check examples/tiny_focalpo.yml" in done.stdout
+
+
+class Words:
+    """A tokenizer that puts a BOS, 0, before a text; 1 is its EOS."""
+
+    bos_token_id, eos_token_id, eos_token = 0, 1, "</s>"
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [0, 7]}
+
+
+# Ids of prompt and of the two answers, whether they were cut, and what is warned of.
+SEQUENCES = [
+    ([0, 5], [6, 1], [7, 1], False, []),
+    ([5], [6, 1], [7, 1], False, ["no BOS at the start of 100 % of the sequences, though"]),
+    ([0, 5], [6], [7, 1], False, ["no EOS (</s>) in 50 % of the answers, uncut ones"]),
+    ([0, 5], [6], [7], True, ["100 % of the pairs are truncated to 2 tokens."]),
+    ([0, 0, 5], [6, 1], [7, 1], False, ["BOS doubled at the start of 100 % of the sequences"]),
+    ([0, 5], [0, 6, 1], [7, 1], False, ["BOS in 50 % of the answers"]),
+    ([0, 5], [1], [7, 1], False, ["100 % of the pairs are empty"]),
+    ([0, 5], [7, 1], [7, 1], False, ["100 % of the pairs are identical"]),
+]
+
+
+@pytest.mark.parametrize(("prompt", "chosen", "rejected", "cut", "said"), SEQUENCES)
+def test_what_check_warns_of_in_the_tokens(prompt, chosen, rejected, cut, said):
+    """Of one pair, two sequences; a cut answer has lost its EOS for another reason."""
+    sides = [
+        Sequence([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
+        for answer in (chosen, rejected)
+    ]
+    plan = SimpleNamespace(
+        loss=get_loss("focalpo").bind(), beta=0.01, precision="bf16", tokenizer=Words(),
+        rows=1, kept=1, pairs=[Pair(*sides, truncated=cut)], max_length=2,
+    )  # fmt: skip
+    counts, _ = _count(plan, 0)
+    warnings = _warnings(plan, counts)
+    assert len(warnings) == len(said)
+    for warning, beginning in zip(warnings, said, strict=True):
+        assert warning.startswith(beginning)
