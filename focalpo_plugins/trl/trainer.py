@@ -9,70 +9,29 @@ never train DPO under another loss's name.
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from accelerate import ParallelismConfig
-from accelerate.utils import is_peft_model, parse_flag_from_env
 from datasets import Dataset
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
-from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
 
 from .. import pairs
 from ..diagnostics import margin_sums, means, not_finite, stop
-from ..loss import check_beta, check_label_smoothing
 from ..registry import BoundLoss, check_unchanged, get_loss, named
-from .fused import IGNORED, FusedLoss, fused_logps, fused_pairwise_loss
-from .head import Head, check_config, check_logits, gathered, head_of
-
-if TYPE_CHECKING:
-    # What the mixin's super() is, in its place in the list of bases.
-    from trl import DPOTrainer as _Host
-else:
-    _Host = object
-
-# For each TRL loss type that a pairwise loss can take the place of, the log-sigmoids it calls,
-# each with whether our label smoothing goes in: `robust` does its own, with a second log-sigmoid.
-_SEAM: Mapping[str, Sequence[bool]] = {
-    "sigmoid": (True,),
-    "sigmoid_norm": (True,),
-    "robust": (False, False),
-    "sft": (),
-}
-
-_WHY_NOT = {
-    "nca_pair": "its log-sigmoids are of each reward, not of the margin",
-    "bco_pair": "its log-sigmoids are of each reward, not of the margin",
-    "exo_pair": "its log-sigmoid is one term of a divergence, not the loss",
-    "discopop": "its log-sigmoid is blended with an exponential",
-    "aot": "it sorts the batch, and a sorted margin belongs to no pair",
-    "aot_unpaired": "it sorts the batch, and a sorted margin belongs to no pair",
-    "hinge": "it has no log-sigmoid of the margin",
-    "ipo": "it has no log-sigmoid of the margin",
-    "sppo_hard": "it has no log-sigmoid of the margin",
-    "apo_zero": "it has no log-sigmoid of the margin",
-    "apo_down": "it has no log-sigmoid of the margin",
-}
-
-
-# Tokens of the first sequence on which the output layer is compared with the model, once.
-_TOKENS_COMPARED = 16
+from .checks import check_arguments, check_host, seam, seam_module
+from .fused_step import FusedStepMixin
 
 # What TRL's model card says of the method.
 _PAPER = {
@@ -156,7 +115,7 @@ class FocalPOConfig(DPOConfig):
             return loss.bind()
 
 
-class PairwiseLossMixin(_Host):
+class PairwiseLossMixin(FusedStepMixin):
     """A TRL DPO trainer's loss, exchanged.  Stands before the trainer in the list of bases, and
     trains nothing before :meth:`set_loss` was called.
 
@@ -165,9 +124,6 @@ class PairwiseLossMixin(_Host):
     """
 
     pairwise_loss: BoundLoss | None = None
-    ref_model: Any
-    # The key that asked for the fused path, None where none did.
-    _fused: str | None = None
     _reference_freed = False
     _allow_changed = False
 
@@ -182,27 +138,13 @@ class PairwiseLossMixin(_Host):
                 "train_dataset must hold a pair, got none: it was empty, or every pair of it was "
                 "dropped as too long. Look at the data, or raise Axolotl's sequence_len."
             )
-        # By identity, the models whose output layer was seen to give their logits.
-        self._compared: set[int] = set()
         super().__init__(*args, **kwargs)
         self._margin_sums: dict[str, Tensor] = {}
         self._steps_recorded = 0
-        if self._fused is not None:
-            self._check_fused(self._fused)
         if self.precompute_ref_logps and self.ref_model is not None:
             self._free_reference()
         if isinstance(self.train_dataset, Dataset) and not self._is_vlm:
             self._check_pairs(self.train_dataset)
-
-    # TRL asks itself whether to take Liger's path. It never does: ours stands in its place, and the
-    # argument of the same name still puts Liger's layers into the model.
-    @property
-    def use_liger_kernel(self) -> bool:
-        return False
-
-    @use_liger_kernel.setter
-    def use_liger_kernel(self, asked: bool) -> None:
-        pass
 
     def set_loss(self, loss: BoundLoss, packages: Sequence[str] = ("trl", "torch")) -> None:
         """Train with ``loss`` from now on, and say so in one line on the main process.
@@ -282,7 +224,7 @@ class PairwiseLossMixin(_Host):
     def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = self.pairwise_loss
         assert loss is not None  # compute_loss
-        smoothing = [self.label_smoothing if own else 0.0 for own in _seam(self.loss_types)]
+        smoothing = [self.label_smoothing if own else 0.0 for own in seam(self.loss_types)]
         margins: list[Tensor] = []
 
         def logsigmoid(z: Tensor) -> Tensor:
@@ -291,7 +233,7 @@ class PairwiseLossMixin(_Host):
                 return z  # the count below stops the run
             return -loss(z, smoothing[len(margins) - 1])
 
-        with _logsigmoid_replaced(_seam_module(), logsigmoid):
+        with _logsigmoid_replaced(seam_module(), logsigmoid):
             result = super()._compute_loss(*args, **kwargs)
         if len(margins) != len(smoothing):
             raise RuntimeError(
@@ -302,127 +244,6 @@ class PairwiseLossMixin(_Host):
             )
         self._record(margins[0])
         return result
-
-    def _fused_step(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The loss of a batch by the fused path, with what TRL logs on Liger's."""
-        ref_logps = None
-        if self.precompute_ref_logps:
-            ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-        elif self.ref_model is not None:
-            ref_logps = self._inside(self.ref_model, self._fused_logps, inputs)
-        result, ref_logps = self._inside(model, self._fused_loss, inputs, ref_logps)
-
-        mode, metrics = self._mode(), self._metrics[self._mode()]
-        gather = self.accelerator.gather_for_metrics
-        if mode == "train":
-            tokens = gather(inputs["attention_mask"].sum()).sum().item()
-            self._total_train_tokens += tokens // getattr(self, "_tp_size", 1)
-        metrics["num_tokens"] = [self._total_train_tokens]
-        rewards = self.beta * (result.logps - ref_logps)
-        counts = inputs["completion_mask"][:, 1:].sum(1)
-        sides = zip(
-            ("chosen", "rejected"),
-            *(values.chunk(2) for values in (rewards, result.logps, result.mean_logits, counts)),
-            strict=True,
-        )
-        for side, reward, logps, mean_logits, count in sides:
-            metrics[f"rewards/{side}"].append(gather(reward).mean().item())
-            metrics[f"logps/{side}"].append(gather(logps).mean().item())
-            total, answers = gather(mean_logits).sum(), gather(count).sum()
-            metrics[f"logits/{side}"].append((total / answers.clamp_min(1)).item())
-        chosen, rejected = rewards.chunk(2)
-        margins = gather(chosen - rejected)
-        metrics["rewards/margins"].append(margins.mean().item())
-        metrics["rewards/accuracies"].append((margins > 0).float().mean().item())
-        self._record(chosen - rejected)
-        loss: Tensor = result.loss
-        return loss
-
-    def _inside(self, wrapper: Any, method: Callable[..., Any], inputs: Any, *more: Any) -> Any:
-        """``method(model, inputs, ...)`` in place of the forward of what ``wrapper`` wraps, so that
-        what DDP, DeepSpeed and FSDP do around a forward pass happens around it."""
-        model = self.accelerator.unwrap_model(wrapper)
-        return _ForwardRedirection()(
-            wrapper,
-            model,
-            # The wrappers may cast what passes through them, and some need a tensor to pass.
-            lambda ids: method(model, inputs, *more),
-            inputs["input_ids"],
-        )
-
-    def _fused_loss(
-        self, model: Any, inputs: Mapping[str, Tensor], ref_logps: Tensor | None
-    ) -> tuple[FusedLoss, Tensor]:
-        loss = self.pairwise_loss
-        assert loss is not None  # compute_loss
-        if ref_logps is None:
-            ref_logps = self._fused_logps(model, inputs)
-        with self.accelerator.autocast():
-            head, states, labels = self._states(model, inputs)
-            with gathered(head.weight, head.bias):
-                result = fused_pairwise_loss(
-                    states,
-                    head.weight,
-                    labels,
-                    ref_logps,
-                    lambda margins: loss(margins, self.label_smoothing),
-                    beta=self.beta,
-                    bias=head.bias,
-                )
-        return result, ref_logps
-
-    def _fused_logps(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The reference's log-probs ``(2B,)``: of ``model``, with its adapters off, or its adapter
-        "ref" on, where there is no reference model."""
-        if self.ref_model is None and is_peft_model(model):
-            adapter = use_adapter(model, "ref" if "ref" in model.peft_config else None)
-        else:
-            adapter = nullcontext()
-        with torch.no_grad(), self._without_checkpointing(), adapter, self.accelerator.autocast():
-            head, states, labels = self._states(model, inputs)
-            with gathered(head.weight, head.bias):
-                return fused_logps(states, head.weight, labels, bias=head.bias)
-
-    def _states(self, model: Any, inputs: Mapping[str, Tensor]) -> tuple[Head, Tensor, Tensor]:
-        """The output layer, the last hidden states, and the label of each."""
-        assert self._fused is not None
-        head = head_of(model, self._fused)
-        ids, completion = inputs["input_ids"], inputs["completion_mask"]
-        if id(head.model) not in self._compared:
-            check_config(head.model.config, self._fused)
-            with torch.no_grad(), self._without_checkpointing():
-                few = ids[0][inputs["attention_mask"][0].bool()][:_TOKENS_COMPARED]
-                check_logits(head, few, self._fused)
-            self._compared.add(id(head.model))
-        others = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
-        arguments = {key: value for key, value in inputs.items() if key not in others}
-        states = head.backbone(**arguments, use_cache=False).last_hidden_state
-        labels = torch.full_like(ids, IGNORED)
-        labels[:, :-1] = torch.where(completion[:, 1:].bool(), ids[:, 1:], IGNORED)
-        return head, states, labels
-
-    def _without_checkpointing(self) -> Any:
-        return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-
-    def compute_ref_log_probs(self, *args: Any) -> Any:
-        # TRL 0.29 has no model among the arguments.
-        if self._fused is None:
-            return super().compute_ref_log_probs(*args)
-        model = args[0] if len(args) > 1 else self.ref_model or self.model
-        return self._inside(model, self._fused_logps, args[-1]).chunk(2)
-
-    def _check_fused(self, key: str) -> None:
-        """Raise ``ValueError`` for what is known only of the built trainer: TRL checks it for its
-        own Liger path alone."""
-        check_config(head_of(self.accelerator.unwrap_model(self.model), key).model.config, key)
-        asked = {
-            "router_aux_loss_coef": self.args.router_aux_loss_coef
-            if getattr(self, "aux_loss_enabled", False)
-            else None,
-            "compute_metrics": self.compute_metrics,
-            "a vision model": type(self.processing_class).__name__ if self._is_vlm else None,
-        }
-        _refuse(asked, key)
 
     def _check_pairs(self, dataset: Dataset) -> None:
         """Refuse token ids that nothing can be learnt from; on each rank, of the same rows."""
@@ -542,120 +363,6 @@ class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
         super().__init__(model, ref_model, args, **kwargs)
         self._allow_changed = args.focalpo_allow_changed
         self.set_loss(args.pairwise_loss())
-
-
-def check_host() -> None:
-    """Raise ``RuntimeError`` unless the installed TRL computes its loss where we exchange it."""
-    method = inspect.unwrap(getattr(DPOTrainer, "_compute_loss", check_host))
-    names = method.__code__.co_names
-    if "logsigmoid" not in names or getattr(_seam_module(), "F", None) is not F:
-        raise RuntimeError(
-            f"focalpo_plugins {version('focalpo_plugins')} does not know where trl "
-            f"{version('trl')} computes its DPO loss: it must call F.logsigmoid in "
-            "DPOTrainer._compute_loss, as trl 0.29 to 1.16 do. Install one of these."
-        )
-
-
-def check_arguments(args: DPOConfig, fused: str | None = None) -> str | None:
-    """Check TRL's arguments, and say which key asks for the fused path.
-
-    Args:
-        fused: a key that asks for it beside those of ``args``.
-
-    Returns:
-        The key; None where the loss is to be TRL's plain path, or the fused one of its own that TRL
-        has from 1.14 on.
-
-    Raises:
-        ValueError: they ask for what a pairwise loss can't be part of.
-    """
-    check_beta(args.beta)
-    check_label_smoothing(args.label_smoothing)
-    _check_parallelism(args)
-    types = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
-    check_loss_types(types)
-    divergence = str(getattr(args.f_divergence_type, "value", args.f_divergence_type))
-    if divergence != "reverse_kl":
-        raise ValueError(
-            f"f_divergence_type must be reverse_kl, got {divergence!r}: with another divergence "
-            "the log-sigmoid's argument is no difference of log-ratios. Remove it."
-        )
-    if not hasattr(DPOTrainer, "_compute_loss_liger"):
-        return None
-    for key in ("focalpo_fused", "use_liger_kernel"):
-        if getattr(args, key, False):
-            fused = fused or key
-    if fused is not None:
-        if hasattr(DPOTrainer, "_truncate_inputs"):
-            raise ValueError(
-                f"{fused} needs trl 1.0 or a later one, got trl {version('trl')}: it cuts "
-                f"sequences in the step itself. Install a later one, or remove {fused}."
-            )
-        if args.use_liger_kernel and find_spec("liger_kernel") is None:
-            raise ValueError(
-                "use_liger_kernel needs the package liger-kernel, which is not installed. Install "
-                "it, or set focalpo_fused in its place, which needs nothing."
-            )
-        _check_fused_arguments(args, types, fused)
-    return fused
-
-
-def _check_parallelism(args: DPOConfig) -> None:
-    config = getattr(args, "parallelism_config", None)
-    if config is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        config = ParallelismConfig()  # what accelerate's own config file asks for
-    for name in ("cp_size", "sp_size"):
-        size = getattr(config, name, 1)
-        if size not in (None, 1):
-            raise ValueError(
-                f"parallelism_config.{name} must be 1, got {size!r}: each rank then has a part of "
-                "a sequence and its logits, and a margin is of whole sequences. Remove it; "
-                "focalpo_fused and ZeRO-3 save memory too."
-            )
-
-
-def check_loss_types(types: Sequence[str], key: str = "loss_type") -> None:
-    """Raise ``ValueError`` unless each of TRL's loss types is one that a pairwise loss can stand in
-    for, and one at least is not ``sft``."""
-    for loss_type in types:
-        if str(loss_type) not in _SEAM:
-            why = _WHY_NOT.get(str(loss_type), "it is not known to be a log-sigmoid of the margin")
-            raise ValueError(
-                f"{key} must be of {', '.join(_SEAM)}, got {loss_type!r}: {why}. Remove it; "
-                "'sigmoid' is the default."
-            )
-    if not _seam(types):
-        raise ValueError(
-            f"{key} must hold one of sigmoid, sigmoid_norm, robust, got {list(types)}: there is no "
-            "preference loss in it. Put 'sigmoid' beside 'sft'."
-        )
-
-
-def _check_fused_arguments(args: DPOConfig, types: Sequence[str], key: str) -> None:
-    asked = {
-        "loss_type": list(types) if list(types) != ["sigmoid"] else None,
-        "loss_weights": args.loss_weights if args.loss_weights not in (None, [1.0]) else None,
-        "ld_alpha": args.ld_alpha,
-        "use_weighting": args.use_weighting or None,
-    }
-    _refuse(asked, key)
-
-
-def _refuse(asked: Mapping[str, Any], key: str) -> None:
-    for name, value in asked.items():
-        if value is not None:
-            raise ValueError(
-                f"{key} can't be combined with {name}, got {value!r}: the fused path has no part "
-                f"for it. Set {key} to false, or remove {name}."
-            )
-
-
-def _seam(types: Sequence[str]) -> list[bool]:
-    return [own for loss_type in types for own in _SEAM[loss_type]]
-
-
-def _seam_module() -> ModuleType:
-    return sys.modules[DPOTrainer.__module__]
 
 
 @contextmanager

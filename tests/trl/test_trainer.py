@@ -675,6 +675,23 @@ assert torch.distributed.get_world_size() == 2
 weights = torch.cat([p.detach().flatten() for p in host.model.parameters()])
 torch.save(weights, folder / f"rank{{host.args.process_index}}.pt")
 """
+# Without torch's tear-down, in which gloo's threads abort the process now and then.
+LEAVE = """
+import os
+torch.distributed.barrier()
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def on_two_ranks(script: str, folder: Path, *words: str) -> str:
+    """What the script prints on both, given the folder and ``words``."""
+    (folder / "script.py").write_text(script + LEAVE)
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
+    command = (free_port(), str(folder / "script.py"), str(folder), *words)
+    run = run_python(*launcher, *command, path=SUPPORT)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return run.stdout
 
 
 def test_fused_on_two_ranks(tokenizer, tmp_path):
@@ -685,12 +702,7 @@ def test_fused_on_two_ranks(tokenizer, tmp_path):
     for path in ("plain", "fused"):
         folder = tmp_path / path
         folder.mkdir()
-        (folder / "script.py").write_text(TWO_RANKS)
-        launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
-        run = run_python(
-            *launcher, free_port(), str(folder / "script.py"), str(folder), path, path=SUPPORT
-        )
-        assert run.returncode == 0, run.stderr[-4000:]
+        on_two_ranks(TWO_RANKS, folder, path)
         ranks = [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
         assert torch.equal(*ranks)
         weights[path] = ranks[0]
@@ -700,9 +712,10 @@ def test_fused_on_two_ranks(tokenizer, tmp_path):
 
 
 SPLIT = f"""
-import json, os, sys
+import json, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
+import torch
 import test_trainer as t
 host = t.trainer(
     t.FocalPOTrainer, t.tokenizer.__wrapped__(), Path(sys.argv[1]), focalpo_gamma=0.5,
@@ -726,13 +739,8 @@ def test_the_same_batch_however_it_is_split(tokenizer, tmp_path):
         )  # fmt: skip
         host.train()
         logs.append(host.state.log_history)
-    (tmp_path / "script.py").write_text(SPLIT)
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
-    run = run_python(
-        *launcher, free_port(), str(tmp_path / "script.py"), str(tmp_path), path=SUPPORT
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    logs.append(json.loads(next(x for x in run.stdout.splitlines() if x.startswith("[{"))))
+    said = on_two_ranks(SPLIT, tmp_path).splitlines()
+    logs.append(json.loads(next(line for line in said if line.startswith("[{"))))
     names = [n for n in logs[0][-2] if n.startswith("focalpo/")]
     names += ["loss", "grad_norm", "rewards/margins", "rewards/accuracies"]
     steps = [[entry for entry in log if "loss" in entry] for log in logs]
@@ -818,7 +826,7 @@ def test_a_reference_that_is_the_policy(tokenizer, tmp_path):
 
 def test_every_loss_type_of_this_trl_is_ours_or_refused_with_its_reason():
     """A new one must not slip through unnamed."""
-    from focalpo_plugins.trl.trainer import _SEAM, _WHY_NOT
+    from focalpo_plugins.trl.checks import _SEAM, _WHY_NOT
 
     assert len(LOSS_TYPES) > 10
     assert {*_SEAM, *_WHY_NOT} >= LOSS_TYPES

@@ -1,0 +1,179 @@
+"""A training step that never holds the logits of the batch, in a TRL trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from ..registry import BoundLoss
+from .checks import refuse
+from .fused import IGNORED, FusedLoss, fused_logps, fused_pairwise_loss
+from .head import Head, check_config, check_logits, gathered, head_of
+
+if TYPE_CHECKING:
+    # What the mixin's super() is, in its place in the list of bases.
+    from trl import DPOTrainer as _Host
+else:
+    _Host = object
+
+# Tokens of the first sequence on which the output layer is compared with the model, once.
+_TOKENS_COMPARED = 16
+
+
+class FusedStepMixin(_Host):
+    """The fused path's part of :class:`~focalpo_plugins.trl.trainer.PairwiseLossMixin`."""
+
+    pairwise_loss: BoundLoss | None
+    ref_model: Any
+    # The key that asked for the fused path, None where none did.
+    _fused: str | None = None
+
+    if TYPE_CHECKING:  # the mixin's own
+
+        def _record(self, margins: Tensor) -> None: ...
+        def _mode(self) -> str: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # By identity, the models whose output layer was seen to give their logits.
+        self._compared: set[int] = set()
+        super().__init__(*args, **kwargs)
+        if self._fused is not None:
+            self._check_fused(self._fused)
+
+    # TRL asks itself whether to take Liger's path. It never does: ours stands in its place, and the
+    # argument of the same name still puts Liger's layers into the model.
+    @property
+    def use_liger_kernel(self) -> bool:
+        return False
+
+    @use_liger_kernel.setter
+    def use_liger_kernel(self, asked: bool) -> None:
+        pass
+
+    def _fused_step(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The loss of a batch by the fused path, with what TRL logs on Liger's."""
+        ref_logps = None
+        if self.precompute_ref_logps:
+            ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        elif self.ref_model is not None:
+            ref_logps = self._inside(self.ref_model, self._fused_logps, inputs)
+        result, ref_logps = self._inside(model, self._fused_loss, inputs, ref_logps)
+
+        mode, metrics = self._mode(), self._metrics[self._mode()]
+        gather = self.accelerator.gather_for_metrics
+        if mode == "train":
+            tokens = gather(inputs["attention_mask"].sum()).sum().item()
+            self._total_train_tokens += tokens // getattr(self, "_tp_size", 1)
+        metrics["num_tokens"] = [self._total_train_tokens]
+        rewards = self.beta * (result.logps - ref_logps)
+        counts = inputs["completion_mask"][:, 1:].sum(1)
+        sides = zip(
+            ("chosen", "rejected"),
+            *(values.chunk(2) for values in (rewards, result.logps, result.mean_logits, counts)),
+            strict=True,
+        )
+        for side, reward, logps, mean_logits, count in sides:
+            metrics[f"rewards/{side}"].append(gather(reward).mean().item())
+            metrics[f"logps/{side}"].append(gather(logps).mean().item())
+            total, answers = gather(mean_logits).sum(), gather(count).sum()
+            metrics[f"logits/{side}"].append((total / answers.clamp_min(1)).item())
+        chosen, rejected = rewards.chunk(2)
+        margins = gather(chosen - rejected)
+        metrics["rewards/margins"].append(margins.mean().item())
+        metrics["rewards/accuracies"].append((margins > 0).float().mean().item())
+        self._record(chosen - rejected)
+        loss: Tensor = result.loss
+        return loss
+
+    def _inside(self, wrapper: Any, method: Callable[..., Any], inputs: Any, *more: Any) -> Any:
+        """``method(model, inputs, ...)`` in place of the forward of what ``wrapper`` wraps, so that
+        what DDP, DeepSpeed and FSDP do around a forward pass happens around it."""
+        model = self.accelerator.unwrap_model(wrapper)
+        return _ForwardRedirection()(
+            wrapper,
+            model,
+            # The wrappers may cast what passes through them, and some need a tensor to pass.
+            lambda ids: method(model, inputs, *more),
+            inputs["input_ids"],
+        )
+
+    def _fused_loss(
+        self, model: Any, inputs: Mapping[str, Tensor], ref_logps: Tensor | None
+    ) -> tuple[FusedLoss, Tensor]:
+        loss = self.pairwise_loss
+        assert loss is not None  # compute_loss
+        if ref_logps is None:
+            ref_logps = self._fused_logps(model, inputs)
+        with self.accelerator.autocast():
+            head, states, labels = self._states(model, inputs)
+            with gathered(head.weight, head.bias):
+                result = fused_pairwise_loss(
+                    states,
+                    head.weight,
+                    labels,
+                    ref_logps,
+                    lambda margins: loss(margins, self.label_smoothing),
+                    beta=self.beta,
+                    bias=head.bias,
+                )
+        return result, ref_logps
+
+    def _fused_logps(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The reference's log-probs ``(2B,)``: of ``model``, with its adapters off, or its adapter
+        "ref" on, where there is no reference model."""
+        if self.ref_model is None and is_peft_model(model):
+            adapter = use_adapter(model, "ref" if "ref" in model.peft_config else None)
+        else:
+            adapter = nullcontext()
+        with torch.no_grad(), self._without_checkpointing(), adapter, self.accelerator.autocast():
+            head, states, labels = self._states(model, inputs)
+            with gathered(head.weight, head.bias):
+                return fused_logps(states, head.weight, labels, bias=head.bias)
+
+    def _states(self, model: Any, inputs: Mapping[str, Tensor]) -> tuple[Head, Tensor, Tensor]:
+        """The output layer, the last hidden states, and the label of each."""
+        assert self._fused is not None
+        head = head_of(model, self._fused)
+        ids, completion = inputs["input_ids"], inputs["completion_mask"]
+        if id(head.model) not in self._compared:
+            check_config(head.model.config, self._fused)
+            with torch.no_grad(), self._without_checkpointing():
+                few = ids[0][inputs["attention_mask"][0].bool()][:_TOKENS_COMPARED]
+                check_logits(head, few, self._fused)
+            self._compared.add(id(head.model))
+        others = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+        arguments = {key: value for key, value in inputs.items() if key not in others}
+        states = head.backbone(**arguments, use_cache=False).last_hidden_state
+        labels = torch.full_like(ids, IGNORED)
+        labels[:, :-1] = torch.where(completion[:, 1:].bool(), ids[:, 1:], IGNORED)
+        return head, states, labels
+
+    def _without_checkpointing(self) -> Any:
+        return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+
+    def compute_ref_log_probs(self, *args: Any) -> Any:
+        # TRL 0.29 has no model among the arguments.
+        if self._fused is None:
+            return super().compute_ref_log_probs(*args)
+        model = args[0] if len(args) > 1 else self.ref_model or self.model
+        return self._inside(model, self._fused_logps, args[-1]).chunk(2)
+
+    def _check_fused(self, key: str) -> None:
+        """Raise ``ValueError`` for what is known only of the built trainer: TRL checks it for its
+        own Liger path alone."""
+        check_config(head_of(self.accelerator.unwrap_model(self.model), key).model.config, key)
+        asked = {
+            "router_aux_loss_coef": self.args.router_aux_loss_coef
+            if getattr(self, "aux_loss_enabled", False)
+            else None,
+            "compute_metrics": self.compute_metrics,
+            "a vision model": type(self.processing_class).__name__ if self._is_vlm else None,
+        }
+        refuse(asked, key)
