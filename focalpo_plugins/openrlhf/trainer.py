@@ -27,7 +27,7 @@ from .. import pairs
 from ..diagnostics import MARGINS, margin_sums, means, not_finite, stop
 from ..files import write_whole
 from ..registry import BoundLoss, check_unchanged
-from .flags import dotted, given_options
+from .flags import dotted, given_options, spelled
 from .loss import FocalPOLoss
 from .reference import ReferenceLogps, precompute, stop_all
 
@@ -132,7 +132,7 @@ class PairwiseDPOTrainer(DPOTrainer):
             bos=self.tokenizer.bos_token_id,
             eos=self.tokenizer.eos_token_id,
             decode=self.tokenizer.decode,
-            key="--data.max_len",
+            key=f"--{spelled('data.max_len', vars(self.args))}",
             limit=limit,
             say=say,
         )

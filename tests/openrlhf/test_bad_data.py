@@ -7,8 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from openrlhf_flags import of_host
 
 OURS = ["--loss", "focalpo"]
+(MAX_LEN,) = of_host(["--data.max_len"])
+DOUBLED = (
+    "{{ bos_token }}{{ bos_token }}{% for message in messages %}{{ message['role'] + ': ' + "
+    "message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 
 
 def says(row: dict, side: str, answer: str) -> dict:
@@ -46,7 +53,7 @@ REFUSED: dict[str, tuple[Callable[[list[dict]], str], str]] = {
         "got 16 of 16 pairs have an empty answer. Remove them",
     ),
     "prompts longer than the limit": (lambda rows: lines(map(long_prompt, rows)),
-        "every pair was dropped as longer than --data.max_len=128. Look at the file, or raise",
+        f"every pair was dropped as longer than {MAX_LEN}=128. Look at the file, or raise {MAX_LEN}.",
     ),
     "an empty file": (lambda rows: "", "dataset must hold a pair, got "),
     "malformed JSON": (lambda rows: lines(rows)[:-40], "of which line 16 can't be used: Unterminated string"),
@@ -72,6 +79,7 @@ def runs(few: Path, train_many: Callable, tmp_path_factory: pytest.TempPathFacto
         folder = tmp_path_factory.mktemp(f"bad_data{number}")
         (folder / "pairs.jsonl").write_text(write(rows))
         flags[name] = [*OURS, "--data.dataset", str(folder / "pairs.jsonl")]
+    flags["two BOS"] = [*OURS, "--data.tokenizer_chat_template", DOUBLED]
     return train_many(flags)
 
 
@@ -82,6 +90,15 @@ def test_refused(runs: dict, case: str):
     assert not run.steps("train/")
     message = run.stderr.strip().splitlines()[-1]
     assert REFUSED[case][1] in message, run.output
+
+
+def test_two_bos_by_the_chat_template(runs: dict):
+    run = runs["two BOS"]
+    assert run.returncode != 0
+    assert not run.steps("train/")
+    message = run.stderr.strip().splitlines()[-1]
+    assert "of 40 pairs have two BOS at their start: chat template and tokenizer both" in message
+    assert "'<|begin_of_text|><|begin_of_text|>user: " in message
 
 
 def test_a_few_are_warned_of(runs: dict):
