@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -206,7 +207,8 @@ def requirements(session: nox.Session, package: str) -> list[str]:
         metadata = next(name for name in wheel.namelist() if name.endswith("/METADATA"))
         lines = wheel.read(metadata).decode().splitlines()
     found = [line.partition(": ")[2] for line in lines if line.startswith("Requires-Dist: ")]
-    return [line for line in found if "extra ==" not in line and not line.startswith("torch==")]
+    of_torch = re.compile(r"torch\b(?![-_.])")
+    return [line for line in found if "extra ==" not in line and not of_torch.match(line)]
 
 
 @contextmanager
