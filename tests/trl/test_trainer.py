@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,14 @@ def model(seed: int = 0, kind: str = "llama", tied: bool = False) -> torch.nn.Mo
     return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied))
 
 
+def on_disk(pairs: Dataset, folder: Path) -> Dataset:
+    """The same from a folder of its own: TRL up to 1.8 can't precompute for data in memory."""
+    folder.mkdir(exist_ok=True)
+    own = tempfile.mkdtemp(dir=folder)
+    pairs.save_to_disk(own)
+    return Dataset.load_from_disk(own)
+
+
 def trainer(
     cls: type[DPOTrainer],
     tokenizer: PreTrainedTokenizerFast,
@@ -123,12 +132,16 @@ def trainer(
         "gradient_checkpointing": False,
         **arguments,
     }
+    pairs = Dataset.from_list(PAIRS)
+    if arguments.get("precompute_ref_log_probs"):
+        pairs = on_disk(pairs, folder)
+        eval_dataset = eval_dataset and on_disk(eval_dataset, folder)
     return cls(
         policy if policy is not None else model(0),
         model(1) if reference == "another" else reference,
         args=config(str(folder), **arguments),
         processing_class=tokenizer,
-        train_dataset=Dataset.from_list(PAIRS),
+        train_dataset=pairs,
         eval_dataset=eval_dataset,
         peft_config=peft_config,
         compute_metrics=compute_metrics,
