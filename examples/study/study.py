@@ -524,6 +524,11 @@ def draw(
                     each = [float(word) for word in row["each_seed"].split()]
                     axis.plot([row["low"], row["high"]], [at, at], color=look["color"])
                     mean = row["difference"]
+                    # One large gamma sets the scale, and the others would all read as 0.
+                    axis.text(
+                        1.02, at, f"{mean:+.3f}", transform=axis.get_yaxis_transform(),
+                        color=look["color"], fontsize=8, va="center",
+                    )  # fmt: skip
                 else:
                     each = [
                         r[quantity] for r in results
