@@ -27,13 +27,15 @@ LAYERS = ("rope", "rms_norm", "swiglu", "cross_entropy", "fused_linear_cross_ent
 def trainers(folder: Path, *, frozen: bool) -> dict[str, Any]:
     """By name, each with its own copies of policy and reference."""
     from datasets import Dataset
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
 
     from focalpo_plugins import FocalPOConfig, FocalPOTrainer
 
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
+    known = {word: number for number, word in enumerate(("<pad>", "<eos>", "<unk>", "b", "c"))}
+    words = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
