@@ -117,6 +117,20 @@ class BoundLoss:
         parts.append(f"loss_at_margin_0={self(torch.zeros(1)).item():.4f}")
         return " ".join(parts)
 
+    def record(self, separator: str, **of_host: Any) -> dict[str, Any]:
+        """What a checkpoint says that it was trained with, by the key that asks for it.
+
+        Args:
+            separator: between the loss's name and an option, as the host's keys have it.
+            of_host: the host's own values that go into the loss.
+        """
+        asked = {
+            f"{self.name}{separator}{name}": value
+            for name, value in self.options.items()
+            if name != "allow_reversed"  # it lets a gamma through, and changes no loss
+        }
+        return {"loss": self.name, **asked, **of_host}
+
 
 def losses() -> Mapping[str, PairwiseLoss]:
     """The installed losses by name, FocalPO first.

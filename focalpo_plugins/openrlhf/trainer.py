@@ -89,13 +89,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         loss_fn.record = self._record
         self._margins: list[Tensor] = []
         self._batches = 0
-        asked = {
-            f"{name}.{o}": v
-            for o, v in loss_fn.pairwise_loss.options.items()
-            if o != "allow_reversed"
-        }
-        hosts = {"beta": loss_fn.beta, "label_smoothing": loss_fn.label_smoothing}
-        record = {"loss": name, **asked, **hosts}
+        record = self._loss.record(".", beta=loss_fn.beta, label_smoothing=loss_fn.label_smoothing)
         ckpt = dotted(strategy.args).ckpt
         if ckpt.load_enable and not flags.get("allow_changed"):
             _check_resumed(strategy, Path(ckpt.path), record, f"--{name}.allow_changed")

@@ -171,10 +171,12 @@ class PairwiseLossMixin(FusedStepMixin):
             )
 
     def _record_of_loss(self, loss: BoundLoss) -> dict[str, Any]:
-        """What a checkpoint was trained with, by the key or field that asks for it."""
-        asked = {f"{loss.name}_{o}": v for o, v in loss.options.items() if o != "allow_reversed"}
-        hosts = {"beta": self.beta, "label_smoothing": self.label_smoothing}
-        return {"loss": loss.name, **asked, **hosts, "loss_type": list(self.loss_types)}
+        return loss.record(
+            "_",
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            loss_type=list(self.loss_types),
+        )
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
