@@ -89,6 +89,17 @@ def audit(session: nox.Session) -> None:
 @nox.session
 def core(session: nox.Session) -> None:
     """What needs no host."""
+    test_core(session)
+
+
+@nox.session(python=["3.10", "3.12", "3.13"], tags=["pythons"])
+def core_pythons(session: nox.Session) -> None:
+    """The same tests on the other releases of Python."""
+    with environment(session):
+        test_core(session)
+
+
+def test_core(session: nox.Session) -> None:
     session.install(TORCH)
     session.install(wheel(session))
     session.install(*TEST_TOOLS, "mpmath", "numpy", *PICTURES)
