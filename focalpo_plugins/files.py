@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,3 +25,24 @@ def write_whole(path: Path, content: str | bytes) -> None:
     finally:
         with suppress(OSError):  # it has been moved, or was never made
             temporary.unlink()
+
+
+def check_folder(path: Path, name: str) -> None:
+    """Make a folder where none is, and see that a file can be written there: found out now, and not
+    once there is something to save.
+
+    Args:
+        name: of the key or flag that names the folder.
+
+    Raises:
+        ValueError: no file can.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name} must be a folder that can be written to, got {str(path)!r}: "
+            f"{error.strerror}. Name another, or change its permissions."
+        ) from None

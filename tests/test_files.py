@@ -10,7 +10,7 @@ from harness import SUPPORT, focalpo, run_python
 
 from focalpo_plugins.files import write_whole
 
-FAULTS = SUPPORT / "full_disk"
+FAULTS = SUPPORT / "disk_faults"
 WRITE = "import sys; from pathlib import Path; from focalpo_plugins.files import write_whole; "
 WRITE += "write_whole(Path(sys.argv[1]), 'x' * 1000)"
 
@@ -34,22 +34,42 @@ def test_whole_or_as_before(tmp_path: Path, before: str | None, fault: str):
     assert path.read_text() == "y" * 1000
 
 
-@pytest.mark.parametrize("how", ["full", "a folder in its place"])
+@pytest.mark.parametrize("how", ["full", "a folder in its place", "read-only"])
 def test_a_command_that_cannot_write(tmp_path: Path, how: str):
     """One line with flag, folder, file and reason; what was written before it is whole."""
     out = tmp_path / "out"
-    if how == "full":
-        variables = {"FULL_AT": "fig3.csv"}
-    else:
-        (out / "fig3.csv").mkdir(parents=True)
-        variables = {}
+    at, why, variables, written = "fig3.csv", "File too large", {"FULL_AT": "fig3.csv"}, 1
+    if how == "a folder in its place":
+        (out / at).mkdir(parents=True)
+        why, variables = "Is a directory", {}
+    elif how == "read-only":
+        out.mkdir(mode=0o555)
+        at, why, variables, written = "fig2.csv", "Permission denied", {"PERMISSIONS_HOLD": "1"}, 0
     run = focalpo("curves", "--format", "csv", "--out", out, path=FAULTS, **variables)
-    why = {"full": "File too large", "a folder in its place": "Is a directory"}[how]
     assert run.returncode == 2
     assert run.stderr.splitlines() == [
         "focalpo curves: error: --out must be a folder with room that can be written to, got "
-        f"{str(out)!r}: fig3.csv: {why}. Make room, or name another."
+        f"{str(out)!r}: {at}: {why}. Make room, or name another."
     ]
     files = [path for path in out.iterdir() if path.is_file()]
-    assert [path.name for path in files] == ["fig2.csv"]
-    assert files[0].read_text().endswith("\n")
+    assert [path.name for path in files] == ["fig2.csv"][:written]
+    assert all(path.read_text().endswith("\n") for path in files)
+
+
+CHECK = "import sys; from pathlib import Path; from focalpo_plugins.files import check_folder; "
+CHECK += "check_folder(Path(sys.argv[1]), 'output_dir')"
+
+
+def test_a_folder_that_is_read_only(tmp_path: Path):
+    folder = tmp_path / "out"
+    folder.mkdir(mode=0o555)
+    for path in (folder, folder / "new"):
+        run = run_python("-c", CHECK, str(path), path=FAULTS, PERMISSIONS_HOLD="1")
+        assert run.stderr.splitlines()[-1] == (
+            f"ValueError: output_dir must be a folder that can be written to, got {str(path)!r}: "
+            "Permission denied. Name another, or change its permissions."
+        )
+    folder.chmod(0o755)
+    run = run_python("-c", CHECK, str(folder / "new"), path=FAULTS, PERMISSIONS_HOLD="1")
+    assert run.returncode == 0, run.stderr
+    assert not list((folder / "new").iterdir())

@@ -67,6 +67,7 @@ FLAT = {
     "ckpt.load_enable": "load_checkpoint",
     "ckpt.output_dir": "save_path",
     "ckpt.path": "ckpt_path",
+    "ckpt.save_steps": "save_steps",
     "logger.logging_steps": "logging_steps",
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from .. import pairs
 from ..diagnostics import MARGINS, margin_sums, means, not_finite, stop
-from ..files import write_whole
+from ..files import check_folder, write_whole
 from ..registry import BoundLoss, check_unchanged
 from .flags import dotted, given_options, spelled
 from .loss import FocalPOLoss
@@ -93,6 +94,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         ckpt = dotted(strategy.args).ckpt
         if ckpt.load_enable and not flags.get("allow_changed"):
             _check_resumed(strategy, Path(ckpt.path), record, f"--{name}.allow_changed")
+        _check_folders(strategy)
         self.strategy = _ReducingDiagnostics(strategy, self._diagnostics)
         # Not around the strategy's save_ckpt, which first deletes the oldest of too many folders.
         engine = model.model
@@ -202,6 +204,24 @@ class _ReducingDiagnostics:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._strategy, name)
+
+
+def _check_folders(strategy: Any) -> None:
+    """Stop every rank before the first step if what is trained could not be saved; OpenRLHF writes
+    to its output folder after the last step alone.  Rank 0 looks."""
+    ckpt = dotted(strategy.args).ckpt
+    problem = None
+    if strategy.is_rank_0():
+        # OpenRLHF has set it to infinity where no checkpoint is asked for.
+        used = ("output_dir", "path") if ckpt.save_steps < math.inf else ("output_dir",)
+        try:
+            for name in used:
+                flag = spelled(f"ckpt.{name}", vars(strategy.args))
+                check_folder(Path(getattr(ckpt, name)), f"--{flag}")
+        except ValueError as error:
+            problem = error
+    if strategy.all_reduce(float(problem is not None), "max"):
+        stop_all(strategy, str(problem))
 
 
 def _save_with_record(

@@ -29,6 +29,7 @@ from trl import DPOConfig, DPOTrainer
 
 from .. import pairs
 from ..diagnostics import margin_sums, means, not_finite, stop
+from ..files import check_folder
 from ..registry import BoundLoss, check_unchanged, get_loss, named
 from .checks import check_arguments, check_host, seam, seam_module
 from .fused_step import FusedStepMixin
@@ -184,8 +185,11 @@ class PairwiseLossMixin(FusedStepMixin):
         """TRL's own.
 
         Raises:
-            ValueError: the checkpoint to resume from was trained with another loss.
+            ValueError: the checkpoint to resume from was trained with another loss, or checkpoints
+                can't be written where they are asked for.
         """
+        if self.args.should_save and self.args.save_strategy != "no":
+            check_folder(Path(self.args.output_dir), "output_dir")
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(str(self.args.output_dir))

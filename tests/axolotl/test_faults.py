@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from harness import ON_CPU, Axolotl, Run, with_nan, zero3_on_cpu
+from harness import ON_CPU, SUPPORT, Axolotl, Run, with_nan, zero3_on_cpu
 
 TWO_RANKS = ("--launcher", "torchrun", "--", "--nproc_per_node", "2")
 
@@ -160,6 +160,22 @@ def test_killed_and_started_again(axolotl: Axolotl, never_killed, alone: bool, k
     whole = never_killed[alone]
     assert len(whole.steps("loss")) == 6
     assert second.steps("loss", "grad_norm") == whole.steps("loss", "grad_norm")
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize("key", ["output_dir", "dataset_prepared_path"])
+def test_a_folder_that_is_read_only(axolotl: Axolotl, key: str):
+    """Axolotl itself finds out before it trains, and names the folder."""
+    folder = axolotl.folder / "read only"
+    folder.mkdir(mode=0o555)
+    config = axolotl.config(**{key: str(folder)})
+    faults = {"PYTHONPATH": str(SUPPORT / "disk_faults"), "PERMISSIONS_HOLD": "1"}
+    run = axolotl("train", config, **faults)
+    assert run.code != 0
+    assert run.output.splitlines()[-1].startswith(
+        f"PermissionError: [Errno 13] Permission denied: '{folder}/"
+    )
+    assert "'loss':" not in run.output and not list(folder.iterdir())
 
 
 DPO = {"rl": "dpo", "focalpo_gamma": None, "focalpo_variant": None, "max_steps": 1}

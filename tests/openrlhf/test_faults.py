@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from harness import SUPPORT, with_nan
+from openrlhf_flags import of_host
 
 OURS = ("--loss", "focalpo")
 # Ten steps, a checkpoint after the third, the sixth and the ninth.
@@ -150,7 +151,7 @@ def test_margins_that_are_not_finite(train, tiny: Path, few: Path, tmp_path: Pat
     ]
 
 
-FULL_DISK = SUPPORT / "full_disk"
+DISK_FAULTS = SUPPORT / "disk_faults"
 
 
 @pytest.mark.releases
@@ -158,7 +159,7 @@ def test_a_full_disk(train, tmp_path: Path):
     """Two ranks stop with one line, and no checkpoint looks like one."""
     run = train(
         *(*OURS, *ZERO3, "--ckpt.save_steps", "2"),
-        launcher="torchrun", ranks=2, folder=tmp_path, path=[FULL_DISK], FULL_AT="focalpo_plugins.json",
+        launcher="torchrun", ranks=2, folder=tmp_path, path=[DISK_FAULTS], FULL_AT="focalpo_plugins.json",
     )  # fmt: skip
     assert run.returncode != 0
     (line,) = run.said("the folder of checkpoints must have room")
@@ -169,10 +170,29 @@ def test_a_full_disk(train, tmp_path: Path):
     assert not list(checkpoints.rglob("focalpo_plugins.json*"))
 
 
+@pytest.mark.releases
+@pytest.mark.parametrize("name", ["ckpt.output_dir", "ckpt.path"])
+def test_a_folder_that_is_read_only(train, tmp_path: Path, name: str):
+    """OpenRLHF would find out at its first checkpoint, or with the model trained."""
+    folder = tmp_path / "read only"
+    folder.mkdir(mode=0o555)
+    asked = (*OURS, "--ckpt.save_steps", "2", f"--{name}", str(folder))
+    run = train(*asked, folder=tmp_path, path=[DISK_FAULTS], PERMISSIONS_HOLD="1")
+    assert run.returncode == 1
+    (flag,) = of_host([f"--{name}"])
+    assert run.said("that can be written to") == [
+        f"focalpo_plugins: {flag} must be a folder that can be written to, got {str(folder)!r}: "
+        "Permission denied. Name another, or change its permissions."
+    ]
+    assert not run.steps("train/") and not list(folder.iterdir())
+
+
 def test_killed_before_the_record_is_there(train, tmp_path: Path):
     """A checkpoint isn't named in `latest` before it says what it was trained with."""
     flags = (*OURS, "--ckpt.save_steps", "2")
-    run = train(*flags, folder=tmp_path, path=[FULL_DISK], KILLED_AT_NAMING="focalpo_plugins.json")
+    run = train(
+        *flags, folder=tmp_path, path=[DISK_FAULTS], KILLED_AT_NAMING="focalpo_plugins.json"
+    )
     assert run.returncode == -9, run.output
     assert not (tmp_path / "checkpoints" / "latest").exists()
     assert not list((tmp_path / "checkpoints").rglob("focalpo_plugins.json"))

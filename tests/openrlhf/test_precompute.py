@@ -346,7 +346,7 @@ def test_a_full_disk_and_a_kill(train: Callable, flags, in_turn, tmp_path: Path)
     """Neither leaves a file that is taken for one; the run after them computes it again."""
     whole = file_of(in_turn[0]["first"])
     asked = (*flags, *PRECOMPUTE, "--focalpo.precompute_dir", str(tmp_path / "cache"))
-    faults = {"path": [SUPPORT / "full_disk"]}
+    faults = {"path": [SUPPORT / "disk_faults"]}
     full = train(*asked, **faults, FULL_AT="reference_logps")
     line = stopped(full)
     assert "must be a folder with room for 0.0 MiB that can be written to" in line

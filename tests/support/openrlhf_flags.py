@@ -12,7 +12,6 @@ from focalpo_plugins.openrlhf.flags import FLAT
 # Flags that the tests give, and the package doesn't read, by their names before OpenRLHF 0.10.2.
 OF_TESTS = {
     "adam.lr": "learning_rate",
-    "ckpt.save_steps": "save_steps",
     "data.apply_chat_template": "apply_chat_template",
     "eval.dataset": "eval_dataset",
     "eval.split": "eval_split",

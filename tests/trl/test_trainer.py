@@ -1084,6 +1084,18 @@ def test_resume_with_another_loss(tokenizer, tmp_path):
     assert same.state.global_step == 4
 
 
+def test_a_folder_that_checkpoints_cannot_be_written_to(tokenizer, tmp_path):
+    """A file stands in its place since the trainer was built, which has TRL make the folder."""
+    folder = tmp_path / "out"
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    host = trainer(FocalPOTrainer, tokenizer, folder, **saving)
+    folder.rmdir()
+    folder.touch()
+    with pytest.raises(ValueError, match="output_dir must be a folder that can be written to, got"):
+        host.train()
+    assert host.state.global_step == 0
+
+
 def test_resume_of_the_hosts_dpo(tokenizer, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     trainer(DPOTrainer, tokenizer, tmp_path, **saving).train()
