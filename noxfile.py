@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +13,9 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import nox
+
+# Gigabytes are installed, of which little is imported: bytecode is written then, and kept.
+os.environ |= {"PIP_COMPILE": "0", "PYTHONDONTWRITEBYTECODE": ""}
 
 nox.options.default_venv_backend = "venv"
 nox.options.error_on_missing_interpreters = True
@@ -28,6 +32,7 @@ FLASH_ATTN, DEEPSPEED = "flash-attn==2.8.3", "deepspeed==0.19.6"
 # The tests that hold in each release of a host.
 EVERY_RELEASE = "releases and not fused"
 TWO_AT_A_TIME = ("-n", "2", "--dist", "loadgroup")
+TWO_FILES_AT_A_TIME = ("-n", "2", "--dist", "loadfile")
 # pytest-xdist 3.8.0 no longer keeps a group on one worker under pytest 9.2, and says nothing.
 TEST_TOOLS = ("pytest<9.2", "pytest-xdist", "setuptools", "pyyaml", "hypothesis")
 # examples/eval/README.md installs the same; alpaca-eval needs the upper bounds.
@@ -35,15 +40,19 @@ EVALUATION = ("lm-eval[hf]==0.4.13", "alpaca-eval==0.6.2", "setuptools<82", "dat
 # What the extras `plots` and `tensorboard` bring.
 PICTURES = ("matplotlib", "tensorboard")
 
+built: list[str] = []
+
 
 def wheel(session: nox.Session) -> str:
-    """Build sdist and wheel, and return the wheel's path."""
-    out = Path(session.create_tmp()).resolve() / "dist"
-    shutil.rmtree(out, ignore_errors=True)
-    session.install("build")
-    session.run("python", "-m", "build", "--outdir", str(out), silent=True)
-    assert list(out.glob("*.tar.gz"))
-    return str(next(out.glob("*.whl")))
+    """Build sdist and wheel, in the first session that needs it, and return the wheel's path."""
+    if not built:
+        out = session.cache_dir.resolve() / "dist"
+        shutil.rmtree(out, ignore_errors=True)
+        session.install("build")
+        session.run("python", "-m", "build", "--outdir", str(out), silent=True)
+        assert list(out.glob("*.tar.gz"))
+        built.append(str(next(out.glob("*.whl"))))
+    return built[0]
 
 
 def test(session: nox.Session, paths: list[str], *options: str) -> None:
@@ -117,7 +126,7 @@ def axolotl(session: nox.Session) -> None:
 def openrlhf(session: nox.Session) -> None:
     """OpenRLHF's room, with the real OpenRLHF."""
     install_openrlhf(session)
-    test(session, ["tests/openrlhf"])
+    test(session, ["tests/openrlhf"], *TWO_FILES_AT_A_TIME)
 
 
 @nox.session
@@ -161,7 +170,7 @@ def openrlhf_releases(session: nox.Session, release: str, deepspeed: str) -> Non
     """The same tests in other releases of OpenRLHF."""
     with environment(session):
         install_openrlhf(session, f"openrlhf=={release}", f"deepspeed=={deepspeed}")
-        test(session, ["tests/openrlhf"], "-m", EVERY_RELEASE)
+        test(session, ["tests/openrlhf"], "-m", EVERY_RELEASE, *TWO_FILES_AT_A_TIME)
 
 
 @nox.session
@@ -246,9 +255,9 @@ def install_openrlhf(
 def beside_the_host(session: nox.Session) -> None:
     """Install the wheel, which must change nothing of the host's environment, and the assets."""
     session.install(*TEST_TOOLS)
-    built = wheel(session)
+    ours = wheel(session)
     before = packages(session)
-    session.install(built)
+    session.install(ours)
     changed = {line.replace("==", " ").split()[0] for line in packages(session) ^ before}
     if not changed <= {"focalpo_plugins", "focalpo-plugins", "pluggy"}:
         session.error(f"installing focalpo_plugins changed the host's environment: {changed}")

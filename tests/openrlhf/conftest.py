@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,13 +90,50 @@ def environment(path: Sequence[Path | str] = (), **variables: str) -> dict[str, 
     return {**env, **variables}
 
 
+Ask = Callable[..., tuple[int, str, str]]
+
+
+@contextmanager
+def serving(*path: Path | str) -> Iterator[Ask]:
+    """``ask(argv, folder, ranks)`` runs OpenRLHF's command in processes forked off one that has it
+    imported, from ``path`` before all else; its exit code, stdout and stderr."""
+    process = subprocess.Popen(
+        [sys.executable, str(SUPPORT / "openrlhf_server.py")],
+        env=environment(path, RANK="0", COLUMNS="200"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def ask(argv: Sequence[str], folder: Path, ranks: int = 1) -> tuple[int, str, str]:
+        asked = {"argv": of_host(argv), "cwd": str(folder), "ranks": ranks}
+        print(json.dumps(asked), file=process.stdin, flush=True)
+        answer = process.stdout.readline()
+        assert answer, "the process that runs OpenRLHF died; its error is above"
+        return tuple(json.loads(answer))
+
+    with process:
+        yield ask
+        process.stdin.close()
+
+
 @pytest.fixture(scope="session")
-def train(tiny: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """``train(*flags, launcher="python")`` runs OpenRLHF's own command on the tiny data."""
+def forked() -> Iterator[Ask]:
+    with serving() as ask:
+        yield ask
+
+
+@pytest.fixture(scope="session")
+def train(
+    tiny: Path, few: Path, forked: Ask, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Run]:
+    """``train(*flags, ranks=1)`` runs OpenRLHF's command on the tiny data: in processes forked off
+    one that has it imported or, where a launcher is named, or a module or what is read at import,
+    in such as a user starts."""
 
     def run(
         *flags: str,
-        launcher: str = "python",
+        launcher: str | None = None,
         ranks: int = 1,
         module: str = COMMAND,
         folder: Path | None = None,
@@ -103,21 +141,26 @@ def train(tiny: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
         **variables: str,
     ) -> Run:
         folder = folder or tmp_path_factory.mktemp("run")
-        one_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        one_rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        argv = [*tiny_flags(tiny, few, folder), *flags]
+        if launcher is None and module == COMMAND and not path and not variables:
+            return Run(*forked(argv, folder, ranks), folder)
+        torchrun = ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m", module]
         start = {
             "python": [sys.executable, "-m", module],
-            "torchrun": ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m", module],
+            "torchrun": torchrun,
             "deepspeed": ["deepspeed", f"--num_gpus={ranks}", f"--master_port={free_port()}"]
             + ["--module", module],
-        }[launcher]
-        env = environment(path, **(one_rank if launcher == "python" else {}), **variables)
+        }[launcher or ("python" if ranks == 1 else "torchrun")]
+        one_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        one_rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        env = environment(path, **(one_rank if start[0] == sys.executable else {}), **variables)
         done = subprocess.run(
-            [*start, *of_host([*tiny_flags(tiny, few, folder), *flags])],
+            [*start, *of_host(argv)],
             env=env,
             cwd=folder,
             capture_output=True,
             text=True,
+            timeout=600,  # seconds: a run that hangs is a failure
         )
         return Run(done.returncode, done.stdout, done.stderr, folder)
 
@@ -183,40 +226,34 @@ def tiny_flags(tiny: Path, few: Path, folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[tuple[int, str]]]:
-    """``commands([argv, ...])`` runs OpenRLHF's command with each; exit codes and output."""
-    one_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    one_rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "COLUMNS": "200"}
+def commands(
+    forked: Ask, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[tuple[int, str]]]:
+    """``commands([argv, ...], *path)`` runs OpenRLHF's command with each; exit codes and output."""
 
     def run(argvs: Sequence[Sequence[str]], *path: Path | str) -> list[tuple[int, str]]:
-        done = subprocess.run(
-            [sys.executable, str(SUPPORT / "many_commands.py")],
-            input=json.dumps([of_host(argv) for argv in argvs]),
-            env=environment(path, **one_rank),
-            cwd=tmp_path_factory.mktemp("commands"),
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return [(code, output) for code, output in json.loads(done.stdout)]
+        folder = tmp_path_factory.mktemp("commands")
+        with serving(*path) if path else nullcontext(forked) as ask:
+            ends = [ask(argv, folder) for argv in argvs]
+        return [(code, stdout + stderr) for code, stdout, stderr in ends]
 
     return run
 
 
 @pytest.fixture(scope="session")
 def train_many(
-    tiny: Path, few: Path, commands: Callable, tmp_path_factory: pytest.TempPathFactory
+    tiny: Path, few: Path, forked: Ask, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., dict[str, Run]]:
-    """``train_many({name: flags, ...})`` trains one after the other on one rank, in processes forked
-    off one that has everything imported."""
+    """``train_many({name: flags, ...}, *path)`` trains one after the other on one rank, in processes
+    forked off one that has everything imported."""
 
     def run(runs: dict[str, Sequence[str]], *path: Path | str) -> dict[str, Run]:
-        folders = [tmp_path_factory.mktemp("run") for _ in runs]
-        argvs = [
-            [*tiny_flags(tiny, few, folder), *flags]
-            for folder, flags in zip(folders, runs.values(), strict=True)
-        ]
-        ends = zip(runs, commands(argvs, *path), folders, strict=True)
-        return {name: Run(code, "", output, folder) for name, (code, output), folder in ends}
+        found = {}
+        with serving(*path) if path else nullcontext(forked) as ask:
+            for name, flags in runs.items():
+                folder = tmp_path_factory.mktemp("run")
+                argv = [*tiny_flags(tiny, few, folder), *flags]
+                found[name] = Run(*ask(argv, folder), folder)
+        return found
 
     return run

@@ -32,10 +32,7 @@ def never_killed(train: Callable) -> Callable:
 
     @functools.cache
     def run(alone: bool):
-        two = {"launcher": "torchrun", "ranks": 2}
-        found = (
-            train(*OURS, *TWO_EPOCHS, *LORA) if alone else train(*OURS, *TWO_EPOCHS, *ZERO3, **two)
-        )
+        found = train(*OURS, *TWO_EPOCHS, *(LORA if alone else ZERO3), ranks=1 if alone else 2)
         assert found.returncode == 0, found.output
         assert sorted(found.steps("train/")) == list(range(1, 11))
         return found
@@ -60,10 +57,11 @@ def test_a_checkpoint_says_what_it_was_trained_with(never_killed):
 def test_killed_and_started_again(train, never_killed, tmp_path: Path, alone: bool, ranks: list):
     """kill -9 after the checkpoint of step 3: resuming gives the losses and gradient norms of the
     run that was never killed, step for step."""
-    launch = {"folder": tmp_path, **({} if alone else {"launcher": "torchrun", "ranks": 2})}
+    launch = {"folder": tmp_path, "ranks": 1 if alone else 2}
+    launcher = "python" if alone else "torchrun"
     flags = (*OURS, *TWO_EPOCHS, *(LORA if alone else ZERO3))
     with ThreadPoolExecutor() as threads:
-        run = threads.submit(train, *flags, **launch)
+        run = threads.submit(train, *flags, **launch, launcher=launcher)
         while not (tmp_path / "checkpoints" / "latest").exists():  # the first that is whole
             assert not run.done(), run.result().output
             time.sleep(0.01)
@@ -115,10 +113,8 @@ def test_two_ranks_refuse_a_checkpoint_of_the_hosts_dpo(train, never_killed, tmp
     shutil.copytree(never_killed(False).folder / "checkpoints", tmp_path / "checkpoints")
     for record in (tmp_path / "checkpoints").rglob("focalpo_plugins.json"):
         record.unlink()
-    run = train(
-        *(*OURS, *TWO_EPOCHS, *ZERO3, "--ckpt.load_enable"),
-        launcher="torchrun", ranks=2, folder=tmp_path,
-    )  # fmt: skip
+    flags = (*OURS, *TWO_EPOCHS, *ZERO3, "--ckpt.load_enable")
+    run = train(*flags, ranks=2, folder=tmp_path)
     assert run.returncode != 0
     assert "does not say that it was trained with a loss of focalpo_plugins" in run.stderr
     assert "rank 0 refuses the checkpoint in " in run.stderr
@@ -133,8 +129,9 @@ def test_margins_that_are_not_finite(train, tiny: Path, few: Path, tmp_path: Pat
     run = train(
         *(*OURS, *ZERO3, "--ckpt.save_steps", "1"),
         *("--model.model_name_or_path", str(tmp_path / "lost")),
-        launcher="torchrun", ranks=2, folder=tmp_path,
-    )  # fmt: skip
+        ranks=2,
+        folder=tmp_path,
+    )
     assert run.returncode != 0
     found = re.findall(
         r"FloatingPointError: focalpo: reward margins are not finite, step (\d): rank (\d), "
@@ -159,8 +156,11 @@ def test_a_full_disk(train, tmp_path: Path):
     """Two ranks stop with one line, and no checkpoint looks like one."""
     run = train(
         *(*OURS, *ZERO3, "--ckpt.save_steps", "2"),
-        launcher="torchrun", ranks=2, folder=tmp_path, path=[DISK_FAULTS], FULL_AT="focalpo_plugins.json",
-    )  # fmt: skip
+        ranks=2,
+        folder=tmp_path,
+        path=[DISK_FAULTS],
+        FULL_AT="focalpo_plugins.json",
+    )
     assert run.returncode != 0
     (line,) = run.said("the folder of checkpoints must have room")
     assert str(tmp_path / "checkpoints") in line and "File too large" in line

@@ -73,7 +73,7 @@ def runs(train: Callable, on_two_ranks, tmp_path_factory: pytest.TempPathFactory
     return tuple(
         finished(
             train(
-                *on_two_ranks, *more, launcher="torchrun", ranks=2, module="counted_forwards",
+                *on_two_ranks, *more, ranks=2, module="counted_forwards",
                 path=[SUPPORT], folder=(folder := tmp_path_factory.mktemp("run")), COUNTED=str(folder),
             )
         )

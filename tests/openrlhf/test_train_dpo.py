@@ -58,7 +58,7 @@ WITH_NLL = (
 @pytest.fixture(scope="module")
 def dpo(train: Callable):
     """OpenRLHF's own loss, with us installed, on one rank, beside another loss."""
-    return finished(train("--loss", "dpo", *WITH_NLL))
+    return finished(train("--loss", "dpo", *WITH_NLL, launcher="python"))
 
 
 # Under DeepSpeed before 0.19, ZeRO-2 on two CPU ranks and schedules of an adapter fail with torch 2.13,
@@ -221,12 +221,8 @@ def test_stop_and_resume(train: Callable, checkpointed, tmp_path: Path):
         tmp_path / "checkpoints" / "global_step3",
     )
     (tmp_path / "checkpoints" / "latest").write_text("global_step3")
-    resumed = finished(
-        train(
-            *OURS, "--ckpt.load_enable", "--train.max_epochs", "2", "--lr_scheduler", "constant",
-            launcher="torchrun", ranks=2, folder=tmp_path,
-        )
-    )  # fmt: skip
+    two_epochs = ("--train.max_epochs", "2", "--lr_scheduler", "constant")
+    resumed = finished(train(*OURS, "--ckpt.load_enable", *two_epochs, ranks=2, folder=tmp_path))
     assert "consumed_samples: 24" in resumed.stdout
     whole, rest = checkpointed.steps("train/"), resumed.steps("train/")
     assert sorted(whole) == list(range(1, 11)) and sorted(rest) == list(range(4, 11))
