@@ -238,6 +238,42 @@ def test_zero3_on_two_ranks_agrees_with_one_process(
     assert_same(run, whole, rel=1e-3, names=SPLIT)
 
 
+FSDP_2 = {
+    "fsdp_version": 2,
+    "fsdp_config": {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        "state_dict_type": "FULL_STATE_DICT",
+        "reshard_after_forward": True,
+        "offload_params": False,
+        "cpu_ram_efficient_loading": False,
+    },
+}
+
+
+@pytest.mark.parametrize("path", [{}, {"focalpo_fused": True}], ids=["plain", "fused"])
+def test_fsdp_on_two_ranks_agrees_with_one_process(
+    axolotl: Axolotl, whole: Run, path: dict[str, bool]
+):
+    """Two ranks of four pairs each, against eight pairs at once in one process."""
+    run = axolotl.train(
+        "--launcher",
+        "torchrun",
+        "--",
+        "--nproc_per_node",
+        "2",
+        gradient_accumulation_steps=1,
+        plugins=["test_only_plugins.FSDPOnCPU"],
+        variables=ON_CPU,
+        **FSDP_2,
+        **path,
+    )
+    assert (run.checkpoints[-1] / "pytorch_model_fsdp.bin").exists()  # FSDP wrote the checkpoint
+    assert run.output.count("focalpo_plugins: active") == 1
+    assert run.steps("loss")[0][0] == pytest.approx(FIRST, abs=1e-6)
+    assert_same(run, whole, rel=1e-3, names=SPLIT)
+
+
 def test_one_batch_of_eight_agrees_with_two_of_four(whole: Run, plain: Run):
     assert_same(whole, plain, rel=1e-3, names=SPLIT)
 

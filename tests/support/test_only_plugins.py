@@ -28,6 +28,17 @@ class GlooOnCPU(BasePlugin):
         PartialState._prepare_backend = prepare
 
 
+class FSDPOnCPU(GlooOnCPU):
+    """The same for FSDP, whose ranks Axolotl takes for GPUs."""
+
+    def register(self, cfg):
+        from accelerate import ParallelismConfig
+
+        super().register(cfg)
+        host_build = ParallelismConfig.build_device_mesh
+        ParallelismConfig.build_device_mesh = lambda self, kind: host_build(self, "cpu")
+
+
 class OtherTrainer(BasePlugin):
     """A plugin that brings a trainer of its own."""
 
