@@ -176,7 +176,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def check_unchanged(
-    recorded: Mapping[str, Any] | None, asked: Mapping[str, Any], checkpoint: str, allow: str
+    recorded: Mapping[str, Any] | None,
+    asked: Mapping[str, Any],
+    checkpoint: str,
+    allow: str,
+    written: Mapping[str, str],
 ) -> None:
     """Compare what a checkpoint was trained with and what is asked for.
 
@@ -185,6 +189,7 @@ def check_unchanged(
         asked: by key, what this run would train.
         checkpoint: where it is, for the message.
         allow: what the user gives to go on all the same.
+        written: the keys as the user writes them, where the host has another name for one.
 
     Raises:
         ValueError: they differ; half a run would be trained with one loss and half with another.
@@ -197,7 +202,7 @@ def check_unchanged(
             f"that began it, start without resuming, or give {allow}."
         )
     changed = [
-        f"{key} was {recorded.get(key)!r}, got {asked.get(key)!r}"
+        f"{written.get(key, key)} was {recorded.get(key)!r}, got {asked.get(key)!r}"
         for key in sorted({*recorded, *asked})
         if recorded.get(key) != asked.get(key)
     ]

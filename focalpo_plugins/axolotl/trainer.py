@@ -17,6 +17,12 @@ from .plugin import fused_key, requested_loss
 class AxolotlPairwiseTrainer(PairwiseLossMixin, AxolotlDPOTrainer):
     """Named in ``trainer_cls`` by the plugin; trains the loss that Axolotl's config asks for."""
 
+    _written = {
+        "beta": "rl_beta",
+        "label_smoothing": "dpo_label_smoothing",
+        "loss_type": "dpo_loss_type",
+    }
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Axolotl hands its config to no trainer, and `axolotl evaluate` calls no hook that has it.
         cfg = PluginManager.get_instance().cfg

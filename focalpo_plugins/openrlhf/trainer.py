@@ -262,7 +262,11 @@ def _check_resumed(strategy: Any, folder: Path, asked: Mapping[str, Any], allow:
         path = checkpoint / RECORD
         try:
             recorded = _read_record(path) if path.is_file() else None
-            check_unchanged(recorded, asked, str(checkpoint), allow)
+            of_host = vars(strategy.args)
+            written = {key: f"--{key}" for key in asked} | {
+                key: f"--{spelled(f'model.{key}', of_host)}" for key in ("beta", "label_smoothing")
+            }
+            check_unchanged(recorded, asked, str(checkpoint), allow, written)
         except ValueError as found:
             error = found
     if strategy.all_reduce(float(error is not None), "max"):

@@ -127,6 +127,7 @@ class PairwiseLossMixin(FusedStepMixin):
     pairwise_loss: BoundLoss | None = None
     _reference_freed = False
     _allow_changed = False
+    _written: Mapping[str, str] = {}  # TRL's arguments, where a config has other names for them
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_host()
@@ -197,9 +198,8 @@ class PairwiseLossMixin(FusedStepMixin):
         if folder and ours and Path(folder).is_dir():  # else the host says so itself
             assert self.pairwise_loss is not None
             asked = self._record_of_loss(self.pairwise_loss)
-            check_unchanged(
-                _recorded(Path(folder)), asked, str(folder), "focalpo_allow_changed: true"
-            )
+            allow = "focalpo_allow_changed: true"
+            check_unchanged(_recorded(Path(folder)), asked, str(folder), allow, self._written)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
