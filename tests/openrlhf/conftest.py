@@ -112,9 +112,8 @@ def serving(*path: Path | str) -> Iterator[Ask]:
         assert answer, "the process that runs OpenRLHF died; its error is above"
         return tuple(json.loads(answer))
 
-    with process:
+    with process:  # which closes its stdin, and that ends it
         yield ask
-        process.stdin.close()
 
 
 @pytest.fixture(scope="session")
@@ -127,9 +126,9 @@ def forked() -> Iterator[Ask]:
 def train(
     tiny: Path, few: Path, forked: Ask, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Run]:
-    """``train(*flags, ranks=1)`` runs OpenRLHF's command on the tiny data: in processes forked off
-    one that has it imported or, where a launcher is named, or a module or what is read at import,
-    in such as a user starts."""
+    """``train(*flags, ranks=1)`` runs OpenRLHF's command on the tiny data, in processes forked off
+    one that has it imported; or, where a launcher, a module or what is read at import is named, in
+    processes as a user starts them."""
 
     def run(
         *flags: str,
