@@ -214,30 +214,6 @@ def test_third_partys_loss(axolotl: Axolotl, hinge_package: Path):
     assert "hinge/p" in run.log[0] and "hinge/weight" not in run.log[0]
 
 
-@pytest.mark.releases
-@pytest.mark.parametrize("path", [{}, {"focalpo_fused": True}], ids=["plain", "fused"])
-def test_zero3_on_two_ranks_agrees_with_one_process(
-    axolotl: Axolotl, whole: Run, path: dict[str, bool]
-):
-    """Two ranks of four pairs each, against eight pairs at once in one process."""
-    run = axolotl.train(
-        "--launcher",
-        "torchrun",
-        "--",
-        "--nproc_per_node",
-        "2",
-        deepspeed=zero3_on_cpu(axolotl.folder),
-        gradient_accumulation_steps=1,
-        plugins=["test_only_plugins.GlooOnCPU"],
-        variables=ON_CPU,
-        **path,
-    )
-    assert (run.checkpoints[-1] / "zero_to_fp32.py").exists()  # DeepSpeed wrote the checkpoint
-    assert run.output.count("focalpo_plugins: active") == 1
-    assert run.steps("loss")[0][0] == pytest.approx(FIRST, abs=1e-6)
-    assert_same(run, whole, rel=1e-3, names=SPLIT)
-
-
 FSDP_2 = {
     "fsdp_version": 2,
     "fsdp_config": {
@@ -252,10 +228,21 @@ FSDP_2 = {
 
 
 @pytest.mark.parametrize("path", [{}, {"focalpo_fused": True}], ids=["plain", "fused"])
-def test_fsdp_on_two_ranks_agrees_with_one_process(
-    axolotl: Axolotl, whole: Run, path: dict[str, bool]
+@pytest.mark.parametrize(
+    "how, wrote", [
+        pytest.param("zero3", "zero_to_fp32.py", marks=pytest.mark.releases),
+        ("fsdp2", "pytorch_model_fsdp.bin"),
+    ],
+)  # fmt: skip
+def test_two_ranks_agree_with_one_process(
+    axolotl: Axolotl, whole: Run, how: str, wrote: str, path: dict[str, bool]
 ):
-    """Two ranks of four pairs each, against eight pairs at once in one process."""
+    """Two ranks of four pairs each, against eight pairs at once in one process; DeepSpeed or FSDP
+    wrote the checkpoint."""
+    plugin, sharded = {
+        "zero3": ("GlooOnCPU", {"deepspeed": zero3_on_cpu(axolotl.folder)}),
+        "fsdp2": ("FSDPOnCPU", FSDP_2),
+    }[how]
     run = axolotl.train(
         "--launcher",
         "torchrun",
@@ -263,12 +250,12 @@ def test_fsdp_on_two_ranks_agrees_with_one_process(
         "--nproc_per_node",
         "2",
         gradient_accumulation_steps=1,
-        plugins=["test_only_plugins.FSDPOnCPU"],
+        plugins=[f"test_only_plugins.{plugin}"],
         variables=ON_CPU,
-        **FSDP_2,
+        **sharded,
         **path,
     )
-    assert (run.checkpoints[-1] / "pytorch_model_fsdp.bin").exists()  # FSDP wrote the checkpoint
+    assert (run.checkpoints[-1] / wrote).exists()
     assert run.output.count("focalpo_plugins: active") == 1
     assert run.steps("loss")[0][0] == pytest.approx(FIRST, abs=1e-6)
     assert_same(run, whole, rel=1e-3, names=SPLIT)
