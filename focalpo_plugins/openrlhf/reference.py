@@ -19,7 +19,7 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -286,8 +286,8 @@ def _as_bytes(digests: Tensor, logps: Tensor, about: dict[str, Any]) -> bytes:
 
 def _write(strategy: Any, path: Path, content: bytes, flag: str) -> None:
     """On the first rank; where that fails, all of them end."""
-    problem = None
-    if strategy.is_rank_0():
+
+    def write() -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "r+b" if path.exists() else "xb") as file:
@@ -295,13 +295,12 @@ def _write(strategy: Any, path: Path, content: bytes, flag: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            problem = error
-    if strategy.all_reduce(float(problem is not None), "max"):
-        stop_all(
-            strategy,
-            f"{flag} must be a folder with room for {len(content) / 2**20:.1f} MiB that can be "
-            f"written to, got {str(path.parent)!r}: {problem}. Name another.",
-        )
+            raise ValueError(
+                f"{flag} must be a folder with room for {len(content) / 2**20:.1f} MiB that can be "
+                f"written to, got {str(path.parent)!r}: {error}. Name another."
+            ) from None
+
+    on_rank_0(strategy, write)
 
 
 def _read(path: Path, key: str, digests: Tensor) -> Tensor:
@@ -347,6 +346,19 @@ def _bar(numbers: range, what: str, strategy: Any) -> Any:
 
 def _say(what: str) -> None:
     print(f"focalpo_plugins: {what}", file=sys.stderr, flush=True)
+
+
+def on_rank_0(strategy: Any, do: Callable[[], None]) -> None:
+    """Have the first rank ``do`` something; where that raises ``ValueError``, it says so, and all
+    end."""
+    problem = None
+    if strategy.is_rank_0():
+        try:
+            do()
+        except ValueError as error:
+            problem = error
+    if strategy.all_reduce(float(problem is not None), "max"):
+        stop_all(strategy, str(problem))
 
 
 def stop_all(strategy: Any, why: str) -> NoReturn:

@@ -30,7 +30,7 @@ from ..files import check_folder, write_whole
 from ..registry import BoundLoss, check_unchanged
 from .flags import dotted, given_options, spelled
 from .loss import FocalPOLoss
-from .reference import ReferenceLogps, precompute, stop_all
+from .reference import ReferenceLogps, on_rank_0, precompute
 
 #: Beside DeepSpeed's files in the folder of a checkpoint: what it was trained with.
 RECORD = "focalpo_plugins.json"
@@ -210,18 +210,15 @@ def _check_folders(strategy: Any) -> None:
     """Stop every rank before the first step if what is trained could not be saved; OpenRLHF writes
     to its output folder after the last step alone.  Rank 0 looks."""
     ckpt = dotted(strategy.args).ckpt
-    problem = None
-    if strategy.is_rank_0():
-        # OpenRLHF has set it to infinity where no checkpoint is asked for.
-        used = ("output_dir", "path") if ckpt.save_steps < math.inf else ("output_dir",)
-        try:
-            for name in used:
-                flag = spelled(f"ckpt.{name}", vars(strategy.args))
-                check_folder(Path(getattr(ckpt, name)), f"--{flag}")
-        except ValueError as error:
-            problem = error
-    if strategy.all_reduce(float(problem is not None), "max"):
-        stop_all(strategy, str(problem))
+    # OpenRLHF has set it to infinity where no checkpoint is asked for.
+    used = ("output_dir", "path") if ckpt.save_steps < math.inf else ("output_dir",)
+
+    def check() -> None:
+        for name in used:
+            flag = spelled(f"ckpt.{name}", vars(strategy.args))
+            check_folder(Path(getattr(ckpt, name)), f"--{flag}")
+
+    on_rank_0(strategy, check)
 
 
 def _save_with_record(
@@ -235,21 +232,20 @@ def _save_with_record(
 ) -> Any:
     """DeepSpeed's ``save_checkpoint``, once our record is in the checkpoint's folder: a checkpoint
     that is whole, which is when DeepSpeed names it in ``latest``, has it."""
-    problem = None
-    if strategy.is_rank_0():
+
+    def write() -> None:
         path = Path(folder) / tag / RECORD
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(record))
         except OSError as error:
-            problem = error
-    if strategy.all_reduce(float(problem is not None), "max"):
-        stop_all(
-            strategy,
-            f"the folder of checkpoints must have room and be one that can be written to, got "
-            f"{folder!r}: {problem}. Make room, or name another; the last checkpoint that is whole "
-            "can be resumed.",
-        )
+            raise ValueError(
+                "the folder of checkpoints must have room and be one that can be written to, got "
+                f"{folder!r}: {error}. Make room, or name another; the last checkpoint that is "
+                "whole can be resumed."
+            ) from None
+
+    on_rank_0(strategy, write)
     return save(folder, tag, *more, **kwargs)
 
 
