@@ -34,17 +34,24 @@ def test_whole_or_as_before(tmp_path: Path, before: str | None, fault: str):
     assert path.read_text() == "y" * 1000
 
 
-@pytest.mark.parametrize("how", ["full", "a folder in its place", "read-only"])
-def test_a_command_that_cannot_write(tmp_path: Path, how: str):
+@pytest.mark.parametrize(
+    "how, at, why",
+    [
+        ("full", "fig3.csv", "File too large"),
+        ("a folder in its place", "fig3.csv", "Is a directory"),
+        ("read-only", "fig2.csv", "Permission denied"),
+    ],
+)
+def test_a_command_that_cannot_write(tmp_path: Path, how: str, at: str, why: str):
     """One line with flag, folder, file and reason; what was written before it is whole."""
-    out = tmp_path / "out"
-    at, why, variables, written = "fig3.csv", "File too large", {"FULL_AT": "fig3.csv"}, 1
-    if how == "a folder in its place":
+    out, variables = tmp_path / "out", {}
+    if how == "full":
+        variables = {"FULL_AT": at}
+    elif how == "a folder in its place":
         (out / at).mkdir(parents=True)
-        why, variables = "Is a directory", {}
-    elif how == "read-only":
+    else:
         out.mkdir(mode=0o555)
-        at, why, variables, written = "fig2.csv", "Permission denied", {"PERMISSIONS_HOLD": "1"}, 0
+        variables = {"PERMISSIONS_HOLD": "1"}
     run = focalpo("curves", "--format", "csv", "--out", out, path=FAULTS, **variables)
     assert run.returncode == 2
     assert run.stderr.splitlines() == [
@@ -52,7 +59,7 @@ def test_a_command_that_cannot_write(tmp_path: Path, how: str):
         f"{str(out)!r}: {at}: {why}. Make room, or name another."
     ]
     files = [path for path in out.iterdir() if path.is_file()]
-    assert [path.name for path in files] == ["fig2.csv"][:written]
+    assert [path.name for path in files] == ["fig2.csv"] * (at == "fig3.csv")
     assert all(path.read_text().endswith("\n") for path in files)
 
 
