@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ON_CPU, PLUGIN, Axolotl, Run, zero3_on_cpu
+from harness import ON_CPU, PLUGIN, TWO_RANKS, Axolotl, Run, zero3_on_cpu
 
 FIRST = 2**-0.05 * math.log(2)  # 0.66953: every margin is 0 before the first step
 DIAGNOSTICS = ("p", "weight", "reversed")
@@ -244,11 +244,7 @@ def test_two_ranks_agree_with_one_process(
         "fsdp2": ("FSDPOnCPU", FSDP_2),
     }[how]
     run = axolotl.train(
-        "--launcher",
-        "torchrun",
-        "--",
-        "--nproc_per_node",
-        "2",
+        *TWO_RANKS,
         gradient_accumulation_steps=1,
         plugins=[f"test_only_plugins.{plugin}"],
         variables=ON_CPU,

@@ -8,9 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from harness import ON_CPU, SUPPORT, Axolotl, Run, with_nan, zero3_on_cpu
-
-TWO_RANKS = ("--launcher", "torchrun", "--", "--nproc_per_node", "2")
+from harness import ON_CPU, SUPPORT, TWO_RANKS, Axolotl, Run, with_nan, zero3_on_cpu
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from harness import SUPPORT, at_once, free_port
+from harness import Server, at_once, free_port
 from openrlhf_flags import of_host
 
 COMMAND = "openrlhf.cli.train_dpo"
@@ -90,41 +89,31 @@ def environment(path: Sequence[Path | str] = (), **variables: str) -> dict[str, 
     return {**env, **variables}
 
 
-Ask = Callable[..., tuple[int, str, str]]
-
-
-@contextmanager
-def serving(*path: Path | str) -> Iterator[Ask]:
-    """``ask(argv, folder, ranks)`` runs OpenRLHF's command in processes forked off one that has it
-    imported, from ``path`` before all else; its exit code, stdout and stderr."""
-    process = subprocess.Popen(
-        [sys.executable, str(SUPPORT / "openrlhf_server.py")],
-        env=environment(path, RANK="0", COLUMNS="200"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def ask(argv: Sequence[str], folder: Path, ranks: int = 1) -> tuple[int, str, str]:
-        asked = {"argv": of_host(argv), "cwd": str(folder), "ranks": ranks}
-        print(json.dumps(asked), file=process.stdin, flush=True)
-        answer = process.stdout.readline()
-        assert answer, "the process that runs OpenRLHF died; its error is above"
-        return tuple(json.loads(answer))
-
-    with process:  # which closes its stdin, and that ends it
-        yield ask
-
-
 @pytest.fixture(scope="session")
-def forked() -> Iterator[Ask]:
-    with serving() as ask:
-        yield ask
+def forked() -> Iterator[Callable[..., list[tuple[int, str, str]]]]:
+    """``forked([(argv, folder, ranks), ...], *path)`` runs OpenRLHF's command with each, in processes
+    forked off one that has it imported, from ``path`` before all else; exit codes, stdout, stderr."""
+
+    def server(*path: Path | str) -> Server:
+        return Server("openrlhf_server.py", env=environment(path, RANK="0", COLUMNS="200"))
+
+    with server() as plain:
+
+        def run(
+            calls: Sequence[tuple[Sequence[str], Path, int]], *path: Path | str
+        ) -> list[tuple[int, str, str]]:
+            with server(*path) if path else nullcontext(plain) as ask:
+                return [
+                    ask({"argv": of_host(argv), "cwd": str(folder), "ranks": ranks})
+                    for argv, folder, ranks in calls
+                ]
+
+        yield run
 
 
 @pytest.fixture(scope="session")
 def train(
-    tiny: Path, few: Path, forked: Ask, tmp_path_factory: pytest.TempPathFactory
+    tiny: Path, few: Path, forked: Callable, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Run]:
     """``train(*flags, ranks=1)`` runs OpenRLHF's command on the tiny data, in processes forked off
     one that has it imported; or, where a launcher, a module or what is read at import is named, in
@@ -142,17 +131,17 @@ def train(
         folder = folder or tmp_path_factory.mktemp("run")
         argv = [*tiny_flags(tiny, few, folder), *flags]
         if launcher is None and module == COMMAND and not path and not variables:
-            return Run(*forked(argv, folder, ranks), folder)
-        torchrun = ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m", module]
+            return Run(*forked([(argv, folder, ranks)])[0], folder)
+        launcher = launcher or ("python" if ranks == 1 else "torchrun")
         start = {
             "python": [sys.executable, "-m", module],
-            "torchrun": torchrun,
+            "torchrun": ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m", module],
             "deepspeed": ["deepspeed", f"--num_gpus={ranks}", f"--master_port={free_port()}"]
             + ["--module", module],
-        }[launcher or ("python" if ranks == 1 else "torchrun")]
+        }[launcher]
         one_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         one_rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        env = environment(path, **(one_rank if start[0] == sys.executable else {}), **variables)
+        env = environment(path, **(one_rank if launcher == "python" else {}), **variables)
         done = subprocess.run(
             [*start, *of_host(argv)],
             env=env,
@@ -226,14 +215,13 @@ def tiny_flags(tiny: Path, few: Path, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def commands(
-    forked: Ask, tmp_path_factory: pytest.TempPathFactory
+    forked: Callable, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., list[tuple[int, str]]]:
     """``commands([argv, ...], *path)`` runs OpenRLHF's command with each; exit codes and output."""
 
     def run(argvs: Sequence[Sequence[str]], *path: Path | str) -> list[tuple[int, str]]:
         folder = tmp_path_factory.mktemp("commands")
-        with serving(*path) if path else nullcontext(forked) as ask:
-            ends = [ask(argv, folder) for argv in argvs]
+        ends = forked([(argv, folder, 1) for argv in argvs], *path)
         return [(code, stdout + stderr) for code, stdout, stderr in ends]
 
     return run
@@ -241,18 +229,18 @@ def commands(
 
 @pytest.fixture(scope="session")
 def train_many(
-    tiny: Path, few: Path, forked: Ask, tmp_path_factory: pytest.TempPathFactory
+    tiny: Path, few: Path, forked: Callable, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., dict[str, Run]]:
     """``train_many({name: flags, ...}, *path)`` trains one after the other on one rank, in processes
     forked off one that has everything imported."""
 
     def run(runs: dict[str, Sequence[str]], *path: Path | str) -> dict[str, Run]:
-        found = {}
-        with serving(*path) if path else nullcontext(forked) as ask:
-            for name, flags in runs.items():
-                folder = tmp_path_factory.mktemp("run")
-                argv = [*tiny_flags(tiny, few, folder), *flags]
-                found[name] = Run(*ask(argv, folder), folder)
-        return found
+        folders = [tmp_path_factory.mktemp("run") for _ in runs]
+        calls = [
+            ([*tiny_flags(tiny, few, folder), *flags], folder, 1)
+            for folder, flags in zip(folders, runs.values(), strict=True)
+        ]
+        ends = zip(runs, forked(calls, *path), folders, strict=True)
+        return {name: Run(*end, folder) for name, end, folder in ends}
 
     return run

@@ -1,57 +1,34 @@
-"""Run Axolotl's command as asked on stdin, a JSON line each, and answer with how it ended.
+"""Run Axolotl's command as asked, with every rank forked off this process, which has it imported."""
 
-Every rank of a run is a process of its own, forked off this one once Axolotl is imported.
-"""
-
-import json
-import os
-import signal
 import sys
 import tempfile
 from importlib import import_module
 
-from forks import fork, wait
-from harness import free_port
+from forks import on_ranks, serve, world
 
 MODULES = (
     "axolotl.cli.main", "axolotl.cli.train", "axolotl.cli.config", "axolotl.train",
     "axolotl.core.builders", "axolotl.loaders", "axolotl.common.datasets", "trl", "deepspeed",
     "peft", "bitsandbytes",
 )  # fmt: skip
-LONGEST = 600  # seconds, after which a run that hangs is ended
 
 
-def end_of(argv, cwd, env, ranks):
-    """Exit code and output; with several ranks their variables are set as torchrun sets them."""
-    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+def end_of(asked):
+    """Exit code and output."""
 
-    def run(rank):
-        signal.alarm(LONGEST)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.chdir(cwd)
-        os.environ.update(env)
-        if ranks > 1:
-            os.environ.update(world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        sys.argv = ["axolotl", *argv]
+    def command():
+        sys.argv = ["axolotl", *asked["argv"]]
         import_module("axolotl.cli.main").main()
 
+    # Alone, Axolotl runs without the variables of a rank.
+    ranks = world(asked["ranks"]) if asked["ranks"] > 1 else [{}]
     with tempfile.TemporaryFile("w+") as output:
-        children = [fork(lambda rank=rank: run(rank), output, output) for rank in range(ranks)]
-        code = max((wait(child) for child in children), key=abs)
+        variables = [asked["env"] | of_rank for of_rank in ranks]
+        code = on_ranks(command, asked["cwd"], variables, output, output)
         output.seek(0)
         return [code, output.read()]
 
 
-def main():
-    sys.argv = ["axolotl"]  # as the console script has it: a process that our autoload is meant for
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # nothing else may be mistaken for an answer
-    for module in MODULES:
-        import_module(module)
-    for line in sys.stdin:
-        print(json.dumps(end_of(**json.loads(line))), file=answers, flush=True)
-
-
 if __name__ == "__main__":  # processes that data sets are written with import this file
-    main()
+    sys.argv = ["axolotl"]  # as the console script has it: a process that our autoload is meant for
+    serve(MODULES, end_of)

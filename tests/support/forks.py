@@ -1,13 +1,20 @@
-"""A function in a process forked off this one, as a command of its own: importing a host takes
+"""Commands in processes forked off one that has imported what they need: importing a host takes
 longer than all the rest of a short run."""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable
-from typing import IO
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
+from typing import IO, Any
+
+from harness import free_port
+
+LONGEST = 600  # seconds, after which a command that hangs is ended
 
 
 def fork(function: Callable[[], int | None], stdout: IO, stderr: IO) -> int:
@@ -35,3 +42,41 @@ def fork(function: Callable[[], int | None], stdout: IO, stderr: IO) -> int:
 def wait(child: int) -> int:
     """Its exit code; of one that a signal ended, less than 0."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def world(ranks: int) -> list[dict[str, str]]:
+    """The variables of each rank, as torchrun sets them."""
+    of_all = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    of_all |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [of_all | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def on_ranks(
+    command: Callable[[], int | None],
+    folder: str,
+    variables: Sequence[Mapping[str, str]],
+    stdout: IO,
+    stderr: IO,
+) -> int:
+    """Run ``command`` in ``folder``, in a process of its own for each of ``variables``; the exit code
+    that is furthest from 0."""
+
+    def run(of_rank: Mapping[str, str]) -> int | None:
+        signal.alarm(LONGEST)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(folder)
+        os.environ.update(of_rank)
+        return command()
+
+    children = [fork(lambda own=own: run(own), stdout, stderr) for own in variables]
+    return max((wait(child) for child in children), key=abs)
+
+
+def serve(modules: Iterable[str], answer: Callable[[Any], Any]) -> None:
+    """Import ``modules``, and answer each JSON line of stdin with one, as harness.Server asks."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nothing else may be mistaken for an answer
+    for module in modules:
+        import_module(module)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)

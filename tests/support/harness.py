@@ -113,6 +113,7 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
+TWO_RANKS = ("--launcher", "torchrun", "--", "--nproc_per_node", "2")
 # For ranks without a GPU.
 ON_CPU = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
 
@@ -143,18 +144,39 @@ def axolotl_environment(**variables: str) -> dict[str, str]:
     return {**env, **variables}
 
 
+class Server:
+    """A script of this folder that answers a JSON line with a JSON line; it ends with its stdin."""
+
+    def __init__(self, script: str, *arguments: str, **process: Any) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(SUPPORT / script), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            **process,
+        )
+
+    def __call__(self, asked: Any) -> tuple:
+        print(json.dumps(asked), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        assert answer, f"{self.process.args[1]} died; its error, if it is shown, is above"
+        return tuple(json.loads(answer))
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
 @functools.cache
-def axolotl_server() -> subprocess.Popen:
-    """One for this test process, started when it is first asked for; it ends with its stdin."""
-    return subprocess.Popen(
-        [sys.executable, str(SUPPORT / "axolotl_server.py")],
-        # A data set's worker processes would be forked off a fork of a process that has threads.
-        env=axolotl_environment(AXOLOTL_DATASET_NUM_PROC="0"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+def axolotl_server() -> Server:
+    """One for this test process, started when it is first asked for."""
+    # A data set's worker processes would be forked off a fork of a process that has threads.
+    environment = axolotl_environment(AXOLOTL_DATASET_NUM_PROC="0")
+    return Server("axolotl_server.py", env=environment, stderr=subprocess.DEVNULL)
 
 
 class Axolotl:
@@ -219,10 +241,7 @@ class Axolotl:
             )
             return Run(done.returncode, done.stdout, folder)
         asked = {"argv": argv, "cwd": str(self.folder), "env": variables, "ranks": ranks}
-        server = axolotl_server()
-        print(json.dumps(asked), file=server.stdin, flush=True)
-        code, output = json.loads(server.stdout.readline())
-        return Run(code, output, folder)
+        return Run(*axolotl_server()(asked), folder)
 
     def train(self, *more: str, variables: dict[str, str] | None = None, **changes: Any) -> Run:
         run = self("train", self.config(**changes), *more, **(variables or {}))
@@ -254,7 +273,7 @@ def focalpo(
     return run_python(str(command), *map(str, arguments), path=path, **variables)
 
 
-class ManyFocalpo:
+class ManyFocalpo(Server):
     """``focalpo``, many times: each run is a process of its own, forked off one that has imported
     ``modules``."""
 
@@ -263,27 +282,9 @@ class ManyFocalpo:
         env = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
         env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         env |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, str(SUPPORT / "many_focalpo.py"), *modules],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**env, "PYTHONPATH": str(SUPPORT), **variables},
-            cwd=cwd,
-            text=True,
-        )
+        env |= {"PYTHONPATH": str(SUPPORT), **variables}
+        super().__init__("many_focalpo.py", *modules, env=env, cwd=cwd)
 
     def __call__(self, *argv: str | Path) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
-        self.process.stdin.write(json.dumps([str(word) for word in argv]) + "\n")
-        self.process.stdin.flush()
-        report = self.process.stdout.readline()
-        assert report, "the process that runs focalpo died; its error is above"
-        return tuple(json.loads(report))
-
-    def __enter__(self) -> ManyFocalpo:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+        return super().__call__([str(word) for word in argv])
