@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+from . import messages
 
 #: How many pairs are looked at, spread evenly over the data: most pairs, or a defect of the
 #: template, show in so many, and it takes a second.
@@ -90,7 +91,7 @@ def check(
         if 2 * rows[name] > looked_at:
             raise ValueError(f"the training data can't be learnt from, got {message}")
         if say:
-            print(f"focalpo_plugins: warning: {message}", file=sys.stderr, flush=True)
+            messages.say(f"warning: {message}")
 
 
 def check_file(path: Path, name: str, columns: Sequence[str] = ()) -> None:

@@ -35,6 +35,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
+from ..messages import say
+
 _watch: Any = StorageWeakRef
 _DIGEST = 16  # bytes
 _MISSING = -torch.inf
@@ -107,7 +109,7 @@ def precompute(trainer: Any, strategy: Any, folder: Path, flag: str) -> Referenc
         try:
             logps = _read(path, key, pairs.digests)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            _say(f"{path} is damaged ({error}) and made anew.")
+            say(f"{path} is damaged ({error}) and made anew.")
     # The largest: what the first rank has read, for all of them or none.
     logps = strategy.all_reduce(logps, "max")
     how = "read from"
@@ -116,7 +118,7 @@ def precompute(trainer: Any, strategy: Any, folder: Path, flag: str) -> Referenc
         logps = _compute_and_write(trainer, strategy, pairs, path, flag, about | {"key": key})
     held = _free(trainer.ref_model)
     if strategy.is_rank_0():
-        _say(
+        say(
             f"reference log-probs of {len(logps)} pairs {how} {path} in "
             f"{time.monotonic() - started:.1f} s; the reference is freed, {held / 2**20:.1f} MiB "
             "on this rank."
@@ -344,10 +346,6 @@ def _bar(numbers: range, what: str, strategy: Any) -> Any:
     return tqdm(numbers, desc=what, disable=not strategy.is_rank_0())
 
 
-def _say(what: str) -> None:
-    print(f"focalpo_plugins: {what}", file=sys.stderr, flush=True)
-
-
 def on_rank_0(strategy: Any, do: Callable[[], None]) -> None:
     """Have the first rank ``do`` something; where that raises ``ValueError``, it says so, and all
     end."""
@@ -364,5 +362,5 @@ def on_rank_0(strategy: Any, do: Callable[[], None]) -> None:
 def stop_all(strategy: Any, why: str) -> NoReturn:
     """End this rank, as all others are about to; the first says why."""
     if strategy.is_rank_0():
-        _say(why)
+        say(why)
     sys.exit(1)

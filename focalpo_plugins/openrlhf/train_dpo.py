@@ -7,13 +7,15 @@ import runpy
 import sys
 from importlib.util import find_spec
 
+from ..messages import say
 from . import COMMAND
 
 
 def main() -> None:
     """Run OpenRLHF's command in this process."""
     if find_spec("openrlhf") is None:
-        sys.exit("focalpo_plugins: OpenRLHF is not installed here; the README tells how.")
+        say("OpenRLHF is not installed here; the README tells how.")
+        sys.exit(1)
     from .autoload import patch
 
     patch()

@@ -27,6 +27,7 @@ from torch import Tensor
 from .. import pairs
 from ..diagnostics import MARGINS, margin_sums, means, not_finite, stop
 from ..files import check_folder, write_whole
+from ..messages import say
 from ..registry import BoundLoss, check_unchanged
 from .flags import dotted, given_options, spelled
 from .loss import FocalPOLoss
@@ -102,12 +103,10 @@ class PairwiseDPOTrainer(DPOTrainer):
         engine.save_checkpoint = save
         if strategy.is_rank_0():
             packages = ("focalpo_plugins", "openrlhf", "deepspeed", "torch")
-            print(
-                f"focalpo_plugins: active. {self._loss.describe()} beta={loss_fn.beta} "
+            say(
+                f"active. {self._loss.describe()} beta={loss_fn.beta} "
                 f"label_smoothing={loss_fn.label_smoothing} trainer={type(self).__name__} "
-                + " ".join(f"{package}={version(package)}" for package in packages),
-                file=sys.stderr,
-                flush=True,
+                + " ".join(f"{package}={version(package)}" for package in packages)
             )
         if flags.get("precompute_ref"):
             folder, flag = Path(flags["precompute_dir"]), f"--{name}.precompute_dir"

@@ -10,7 +10,6 @@ never train DPO under another loss's name.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from trl import DPOConfig, DPOTrainer
 from .. import pairs
 from ..diagnostics import margin_sums, means, not_finite, stop
 from ..files import check_folder
+from ..messages import say
 from ..registry import BoundLoss, check_unchanged, get_loss, named
 from .checks import check_arguments, check_host, seam, seam_module
 from .fused_step import FusedStepMixin
@@ -165,11 +165,9 @@ class PairwiseLossMixin(FusedStepMixin):
             versions = " ".join(
                 f"{name}={version(name)}" for name in ("focalpo_plugins", *packages)
             )
-            print(
-                f"focalpo_plugins: active. {loss.describe()} beta={self.beta} "
-                f"{'path=fused ' if self._fused else ''}trainer={type(self).__name__} {versions}",
-                file=sys.stderr,
-                flush=True,
+            say(
+                f"active. {loss.describe()} beta={self.beta} "
+                f"{'path=fused ' if self._fused else ''}trainer={type(self).__name__} {versions}"
             )
 
     def _record_of_loss(self, loss: BoundLoss) -> dict[str, Any]:
