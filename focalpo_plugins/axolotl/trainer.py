@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
@@ -17,6 +16,9 @@ from .plugin import fused_key, requested_loss
 class AxolotlPairwiseTrainer(PairwiseLossMixin, AxolotlDPOTrainer):
     """Named in ``trainer_cls`` by the plugin; trains the loss that Axolotl's config asks for."""
 
+    _packages = ("axolotl", "trl", "torch")
+    # Axolotl loads the reference itself, and evaluates no data but that of its config.
+    _keeps_reference = False
     _written = {
         "beta": "rl_beta",
         "label_smoothing": "dpo_label_smoothing",
@@ -51,10 +53,8 @@ class AxolotlPairwiseTrainer(PairwiseLossMixin, AxolotlDPOTrainer):
         with args.main_process_first():
             return dataset.map(_with_one_bos, fn_kwargs={"bos": bos})
 
-    def set_loss(
-        self, loss: BoundLoss, packages: Sequence[str] = ("axolotl", "trl", "torch")
-    ) -> None:
-        super().set_loss(loss, packages)
+    def set_loss(self, loss: BoundLoss) -> None:
+        super().set_loss(loss)
         # Axolotl's own list, beside TRL's.
         self.tag_names: list[str] = [*self.tag_names, loss.name]
 

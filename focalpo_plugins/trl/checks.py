@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.nn.functional as F
 from accelerate import ParallelismConfig
 from accelerate.utils import parse_flag_from_env
+from torch import nn
+from transformers import AutoConfig, ProcessorMixin
 from trl import DPOConfig, DPOTrainer
 
 from ..loss import check_beta, check_label_smoothing
+from .head import check_adapter, check_config, head_of
 
 # For each TRL loss type that a pairwise loss can take the place of, the log-sigmoids it calls,
 # each with whether our label smoothing goes in: `robust` does its own, with a second log-sigmoid.
@@ -129,23 +132,89 @@ def check_loss_types(types: Sequence[str], key: str = "loss_type") -> None:
 
 
 def _check_fused_arguments(args: DPOConfig, types: Sequence[str], key: str) -> None:
-    asked = {
-        "loss_type": list(types) if list(types) != ["sigmoid"] else None,
-        "loss_weights": args.loss_weights if args.loss_weights not in (None, [1.0]) else None,
-        "ld_alpha": args.ld_alpha,
-        "use_weighting": args.use_weighting or None,
-    }
-    refuse(asked, key)
+    if list(types) != ["sigmoid"]:
+        refuse("loss_type", list(types), key, "set loss_type to 'sigmoid'")
+    if args.loss_weights not in (None, [1.0]):
+        refuse("loss_weights", args.loss_weights, key, "remove loss_weights")
+    if args.ld_alpha is not None:
+        refuse("ld_alpha", args.ld_alpha, key, "remove ld_alpha")
+    if args.use_weighting:
+        refuse("use_weighting", args.use_weighting, key, "set use_weighting to False")
 
 
-def refuse(asked: Mapping[str, Any], key: str) -> None:
-    """Raise ``ValueError`` if one has a value: ``key`` can't be combined with it."""
-    for name, value in asked.items():
-        if value is not None:
-            raise ValueError(
-                f"{key} can't be combined with {name}, got {value!r}: the fused path has no part "
-                f"for it. Set {key} to false, or remove {name}."
-            )
+def check_fused_parts(given: Mapping[str, Any], args: DPOConfig, key: str) -> None:
+    """Refuse what the fused path would leave out, as far as it is known.
+
+    Called with what a trainer is given, before it loads or prepares anything, and again with what
+    it has made of that.
+
+    Args:
+        given: a trainer's arguments by name; of them ``model``, ``peft_config``,
+            ``processing_class`` and ``compute_metrics``.
+        args: TRL's arguments.
+        key: what asked for the fused path.
+
+    Raises:
+        ValueError: the fused path would compute another loss, or has nothing to return.
+    """
+    if given.get("compute_metrics") is not None:
+        metrics = given["compute_metrics"]
+        refuse("compute_metrics", metrics, key, "remove compute_metrics, which needs all logits")
+    if isinstance(given.get("processing_class"), ProcessorMixin):
+        kind = type(given["processing_class"]).__name__
+        refuse("a vision model", kind, key, "")
+    model = given.get("model")
+    if args.n_gpu > 1 and not _has_device_map(model, args):
+        raise ValueError(
+            f"{key} can't be combined with torch's DataParallel, got one process for {args.n_gpu} "
+            "GPUs: each GPU would compute the whole batch. Start a process for each GPU, with "
+            f"`torchrun --nproc_per_node {args.n_gpu}` or `accelerate launch`, or set "
+            "CUDA_VISIBLE_DEVICES to one GPU."
+        )
+    if given.get("peft_config") is not None:
+        check_adapter(given["peft_config"], key)
+    loaded = isinstance(model, nn.Module)
+    config = head_of(model, key).model.config if loaded else _config_of(model)
+    if config is None:
+        return
+    check_config(config, key)
+    experts = getattr(config.get_text_config(), "output_router_logits", None) is not None
+    if experts and args.router_aux_loss_coef:
+        refuse(
+            "router_aux_loss_coef",
+            args.router_aux_loss_coef,
+            key,
+            "set router_aux_loss_coef to 0.0",
+        )
+
+
+def _config_of(model: Any) -> Any:
+    """The config of a model that is given by its folder or hub name; None where transformers alone
+    can't read it, which the host then says."""
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _has_device_map(model: Any, args: DPOConfig) -> bool:
+    """Whether a model's layers are, or will be, on GPUs of their own; transformers decides then,
+    and the built trainer is looked at."""
+    if isinstance(model, nn.Module):
+        return bool(getattr(model, "hf_device_map", None))
+    return bool((args.model_init_kwargs or {}).get("device_map"))
+
+
+def refuse(name: str, value: Any, key: str, instead: str) -> NoReturn:
+    """Raise ``ValueError``: ``key``, the fused path, can't be combined with ``name``.
+
+    Args:
+        instead: a second way out, beside setting ``key`` to false.
+    """
+    raise ValueError(
+        f"{key} can't be combined with {name}, got {value!r}: the fused path does not compute it. "
+        f"Set {key} to false{f', or {instead}' * bool(instead)}."
+    )
 
 
 def seam(types: Sequence[str]) -> list[bool]:

@@ -13,7 +13,7 @@ from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from ..registry import BoundLoss
-from .checks import refuse
+from .checks import check_fused_parts
 from .fused import IGNORED, FusedLoss, fused_logps, fused_pairwise_loss
 from .head import Head, check_config, check_logits, gathered, head_of
 
@@ -38,6 +38,7 @@ class FusedStepMixin(_Host):
     if TYPE_CHECKING:  # the mixin's own
 
         def _record(self, margins: Tensor) -> None: ...
+        def _all_together(self, check: Callable[[], None]) -> None: ...
         def _mode(self) -> str: ...
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -67,7 +68,8 @@ class FusedStepMixin(_Host):
         result, ref_logps = self._inside(model, self._fused_loss, inputs, ref_logps)
 
         mode, metrics = self._mode(), self._metrics[self._mode()]
-        gather = self.accelerator.gather_for_metrics
+        # As TRL's plain path does; gather_for_metrics drops rows that are trained.
+        gather = self.accelerator.gather
         if mode == "train":
             tokens = gather(inputs["attention_mask"].sum()).sum().item()
             self._total_train_tokens += tokens // getattr(self, "_tp_size", 1)
@@ -144,9 +146,9 @@ class FusedStepMixin(_Host):
         ids, completion = inputs["input_ids"], inputs["completion_mask"]
         if id(head.model) not in self._compared:
             check_config(head.model.config, self._fused)
+            few = ids[0][inputs["attention_mask"][0].bool()][:_TOKENS_COMPARED]
             with torch.no_grad(), self._without_checkpointing():
-                few = ids[0][inputs["attention_mask"][0].bool()][:_TOKENS_COMPARED]
-                check_logits(head, few, self._fused)
+                self._all_together(lambda: check_logits(head, few, str(self._fused)))
             self._compared.add(id(head.model))
         others = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
         arguments = {key: value for key, value in inputs.items() if key not in others}
@@ -166,14 +168,10 @@ class FusedStepMixin(_Host):
         return self._inside(model, self._fused_logps, args[-1]).chunk(2)
 
     def _check_fused(self, key: str) -> None:
-        """Raise ``ValueError`` for what is known only of the built trainer: TRL checks it for its
-        own Liger path alone."""
-        check_config(head_of(self.accelerator.unwrap_model(self.model), key).model.config, key)
-        asked = {
-            "router_aux_loss_coef": self.args.router_aux_loss_coef
-            if getattr(self, "aux_loss_enabled", False)
-            else None,
+        """Raise ``ValueError`` for what only the built trainer knows for certain."""
+        built = {
+            "model": self.accelerator.unwrap_model(self.model),
+            "processing_class": self.processing_class,
             "compute_metrics": self.compute_metrics,
-            "a vision model": type(self.processing_class).__name__ if self._is_vlm else None,
         }
-        refuse(asked, key)
+        check_fused_parts(built, self.args, key)

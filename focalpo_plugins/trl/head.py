@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.nn.functional as F
 from accelerate.utils import is_peft_model
@@ -69,7 +69,7 @@ def head_of(model: Any, key: str) -> Head:
     if not plain:
         raise ValueError(
             f"{key} needs a model that is a backbone and one linear output layer, got "
-            f"{type(whole).__name__} with {type(layer).__name__}. Remove {key}."
+            f"{type(whole).__name__} with {type(layer).__name__}. Set {key} to false."
         )
     return Head(whole, backbone, layer)
 
@@ -83,25 +83,40 @@ def check_config(config: Any, key: str) -> None:
         if changes and _CHANGES_LOGITS.fullmatch(name):
             raise ValueError(
                 f"{key} can't be combined with a model whose {name} is set, got {value!r}: the "
-                f"fused path knows logits that the output layer gives as they are. Remove {key}."
+                f"fused path takes the output layer's logits as they are. Set {key} to false."
             )
+
+
+def check_adapter(config: Any, key: str) -> None:
+    """Raise ``ValueError`` for PEFT's config of an adapter that the fused path would go around."""
+    from peft import PromptLearningConfig
+
+    if isinstance(config, PromptLearningConfig):
+        raise ValueError(
+            f"{key} can't be combined with prompt learning, got {type(config).__name__}: the "
+            f"fused path goes around the model that adds the prompt. Set {key} to false, or train "
+            "another adapter, such as LoRA."
+        )
+    names = getattr(config, "target_modules", None)
+    if not isinstance(names, str) and "lm_head" in (names or ()):
+        _refuse_adapted_head(key)
+
+
+def _refuse_adapted_head(key: str) -> NoReturn:
+    raise ValueError(
+        f"{key} can't be combined with an adapter on the output layer, got 'lm_head' among the "
+        f"adapter's target modules: the fused path would not train it. Set {key} to false, or "
+        "remove it from them."
+    )
 
 
 def _check_adapters(model: Any, key: str) -> None:
-    from peft import PromptLearningConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for config in model.peft_config.values():
-        if isinstance(config, PromptLearningConfig):
-            raise ValueError(
-                f"{key} can't be combined with prompt learning, got {type(config).__name__}: the "
-                f"fused path goes around the model that adds the prompt. Remove {key}."
-            )
+        check_adapter(config, key)
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        raise ValueError(
-            f"{key} can't be combined with an adapter on the output layer, got 'lm_head' among the "
-            "adapter's target modules: the fused path would not train it. Remove it from them."
-        )
+        _refuse_adapted_head(key)
 
 
 def check_logits(head: Head, ids: Tensor, key: str) -> None:
@@ -125,12 +140,16 @@ def check_logits(head: Head, ids: Tensor, key: str) -> None:
         hook.remove()
     with gathered(head.weight, head.bias):
         expected = F.linear(states[0].to(head.weight.dtype), head.weight, head.bias).float()
-    off = (logits.float() - expected).abs().max().item()
-    if not off <= _TOLERANCE * expected.abs().max().item():
+    logits = logits.float()
+    # States that are not finite give such logits on both ways; the margins' check says so.
+    same = (logits == expected) | (logits.isnan() & expected.isnan())
+    off = (logits - expected).abs().masked_fill(same, 0).max().item()
+    largest = expected.abs().nan_to_num(0, 0).max().item()
+    if not off <= _TOLERANCE * largest:
         raise ValueError(
             f"{key} can't be used with {type(head.model).__name__}, got logits that differ by "
-            f"{off:.3g} from those of its output layer: the model changes them afterwards. Remove "
-            f"{key}."
+            f"{off:.3g} from those of its output layer: the model changes them afterwards. Set "
+            f"{key} to false."
         )
 
 

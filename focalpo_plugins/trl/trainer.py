@@ -9,16 +9,19 @@ never train DPO under another loss's name.
 
 from __future__ import annotations
 
+import inspect
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
@@ -27,11 +30,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 
 from .. import pairs
-from ..diagnostics import margin_sums, means, not_finite, stop
+from ..diagnostics import MARGINS, margin_sums, means, not_finite, stop
 from ..files import check_folder
 from ..messages import say
 from ..registry import BoundLoss, check_unchanged, get_loss, named
-from .checks import check_arguments, check_host, seam, seam_module
+from .checks import check_arguments, check_fused_parts, check_host, seam, seam_module
 from .fused_step import FusedStepMixin
 
 # What TRL's model card says of the method.
@@ -125,16 +128,26 @@ class PairwiseLossMixin(FusedStepMixin):
     """
 
     pairwise_loss: BoundLoss | None = None
-    _reference_freed = False
+    _packages: Sequence[str] = ("trl", "torch")  # whose versions the start-up line names
+    _said_active = False
     _allow_changed = False
+    # Whether a reference that was given is kept for data that `evaluate()` is given later on.
+    _keeps_reference = True
+    _kept_reference: Any = None
+    _reference_freed = False
     _written: Mapping[str, str] = {}  # TRL's arguments, where a config has other names for them
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_host()
-        config = kwargs.get("args", args[2] if len(args) > 2 else None)
+        # The trainers between this one and TRL's may take more by name, and nothing by position.
+        names = list(inspect.signature(DPOTrainer.__init__).parameters)[1:]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        config = given.get("args")
         if config is not None:
             self._fused = check_arguments(config, self._fused)
-        train_dataset = kwargs.get("train_dataset", args[4] if len(args) > 4 else None)
+            if self._fused is not None:
+                check_fused_parts(given, config, self._fused)
+        train_dataset = given.get("train_dataset")
         if isinstance(train_dataset, Dataset) and not len(train_dataset):
             raise ValueError(
                 "train_dataset must hold a pair, got none: it was empty, or every pair of it was "
@@ -144,29 +157,35 @@ class PairwiseLossMixin(FusedStepMixin):
         self._margin_sums: dict[str, Tensor] = {}
         self._steps_recorded = 0
         if self.precompute_ref_logps and self.ref_model is not None:
-            self._free_reference()
+            self._set_reference_aside()
         if isinstance(self.train_dataset, Dataset) and not self._is_vlm:
             self._check_pairs(self.train_dataset)
 
-    def set_loss(self, loss: BoundLoss, packages: Sequence[str] = ("trl", "torch")) -> None:
-        """Train with ``loss`` from now on, and say so in one line on the main process.
+    def set_loss(self, loss: BoundLoss) -> None:
+        """Train with ``loss`` from now on.
 
         Args:
             loss: a registered loss, bound to its options.
-            packages: whose versions the line names.
         """
         self.pairwise_loss = loss
+        self._said_active = False
         self.add_callback(_Record(self._record_of_loss(loss)))
         is_focalpo = loss.name == "focalpo"
         self._name, self._paper = ("FocalPO", _PAPER) if is_focalpo else (loss.name, {})
         self._tag_names: list[str] = [*self._tag_names, loss.name]
         self.model.add_model_tags([loss.name])
+
+    def _say_active(self) -> None:
+        """Say what is trained, once, on the main process; nothing refuses the run any more."""
+        if self.pairwise_loss is None or self._said_active:
+            return
+        self._said_active = True
         if self.accelerator.is_main_process:
             versions = " ".join(
-                f"{name}={version(name)}" for name in ("focalpo_plugins", *packages)
+                f"{name}={version(name)}" for name in ("focalpo_plugins", *self._packages)
             )
             say(
-                f"active. {loss.describe()} beta={self.beta} "
+                f"active. {self.pairwise_loss.describe()} beta={self.beta} "
                 f"{'path=fused ' if self._fused else ''}trainer={type(self).__name__} {versions}"
             )
 
@@ -187,18 +206,39 @@ class PairwiseLossMixin(FusedStepMixin):
             ValueError: the checkpoint to resume from was trained with another loss, or checkpoints
                 can't be written where they are asked for.
         """
+        self._all_together(lambda: self._check_before_training(resume_from_checkpoint))
+        self._say_active()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_before_training(self, resume_from_checkpoint: str | bool | None) -> None:
         if self.args.should_save and self.args.save_strategy != "no":
             check_folder(Path(self.args.output_dir), "output_dir")
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(str(self.args.output_dir))
-        ours = self.pairwise_loss is not None and not self._allow_changed
-        if folder and ours and Path(folder).is_dir():  # else the host says so itself
-            assert self.pairwise_loss is not None
+        if self.pairwise_loss is None or self._allow_changed or not folder:
+            return
+        if Path(folder).is_dir():  # else the host says so itself
             asked = self._record_of_loss(self.pairwise_loss)
             allow = "focalpo_allow_changed: true"
             check_unchanged(_recorded(Path(folder)), asked, str(folder), allow, self._written)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _all_together(self, check: Callable[[], None]) -> None:
+        """Run ``check`` on every rank, and raise on all where it raises on one.
+
+        A rank that ended alone would leave the others waiting for it.
+
+        Raises:
+            ValueError: what the first rank that found something found.
+        """
+        problem = ""
+        try:
+            check()
+        except ValueError as error:
+            problem = str(error)
+        for found in gather_object([problem]):
+            if found:
+                raise ValueError(found)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
@@ -211,8 +251,8 @@ class PairwiseLossMixin(FusedStepMixin):
         if self._fused is not None:
             if return_outputs:
                 raise RuntimeError(
-                    f"{self._fused} has no outputs to return: the logits are never there as a "
-                    f"whole. Remove {self._fused}."
+                    f"{self._fused} has no outputs to return, as predict() asks for: the logits "
+                    f"are never there as a whole. Set {self._fused} to false."
                 )
             return self._fused_step(model, inputs)
         recorded = self._steps_recorded
@@ -266,47 +306,95 @@ class PairwiseLossMixin(FusedStepMixin):
             say=self.accelerator.is_main_process,
         )
 
-    def _free_reference(self) -> None:
-        """Its log-probs are in the data now, and nothing else is asked of it."""
+    def _set_reference_aside(self) -> None:
+        """Its log-probs are in the data now, and no step asks anything else of it.
+
+        It is freed, or kept for data that ``evaluate()`` is given later on: in the CPU's memory, or
+        where DeepSpeed or FSDP have it in parts.
+        """
         reference = self.accelerator.unwrap_model(self.ref_model)
         models = self.accelerator._models
         self.accelerator._models = [model for model in models if model is not reference]
+        if not self._keeps_reference:
+            self._reference_freed = True
+        elif self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            self._kept_reference = self.ref_model
+        else:
+            self._kept_reference = _moved(reference, "cpu")
         self.ref_model = None
-        self._reference_freed = True
+
+    @contextmanager
+    def _reference_back(self) -> Iterator[None]:
+        self.ref_model = self._kept_reference
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if not sharded:
+            self.ref_model = _moved(self.ref_model, self.accelerator.device)
+        try:
+            yield
+        finally:
+            if not sharded:
+                _moved(self.ref_model, "cpu")
+            self.ref_model = None
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if self._reference_freed and not isinstance(eval_dataset, str | None):
+        new_data = not isinstance(eval_dataset, str | None)
+        if new_data and self._reference_freed:
             raise ValueError(
                 f"eval_dataset must be given to {type(self).__name__}, got one in evaluate(): with "
-                "precompute_ref_log_probs the reference is gone once the trainer is built. Build "
+                "precompute_ref_log_probs the reference is freed once the trainer is built. Build "
                 "the trainer with it, or set precompute_ref_log_probs to false."
             )
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        back = new_data and self._kept_reference is not None
+        with self._reference_back() if back else nullcontext():
+            return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The host's own; the diagnostics of its pairs join its metrics, under its own prefix.
+
+        So each named evaluation set has its own, and so has ``predict()``.
+        """
+        self._say_active()
+        self._margin_sums.pop("eval", None)  # of a loop that was interrupted
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        sums = self._margin_sums.pop("eval", None)
+        if sums is not None and self.pairwise_loss is not None:
+            for name, value in means(sums, self.pairwise_loss).items():
+                output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
 
     def _record(self, margins: Tensor) -> None:
-        """Add the margins of one step, from all ranks, to what is logged next."""
-        assert self.pairwise_loss is not None
-        # gather_for_metrics drops the rows that an uneven last batch repeats.
-        rows = len(margins)
-        margins = self.accelerator.gather_for_metrics(margins.detach())
-        if not margins.isfinite().all():
-            when = "step" if self._mode() == "train" else "evaluation before step"
-            ranks = enumerate(torch.split(margins, rows))
-            found = [not_finite(of_rank, rank) for rank, of_rank in ranks]
+        """Add the margins ``(B,)`` of this rank's pairs, and those of the others, to what is logged
+        next: in training of every row that is trained, in evaluation of each pair once."""
+        loss, mode, margins = self.pairwise_loss, self._mode(), margins.detach()
+        assert loss is not None
+        if mode == "train":
+            # Not gather_for_metrics: transformers fetches all batches of an update ahead, and in
+            # the last update of an epoch each would be cut to what is left of the last one.
+            sums = self.accelerator.reduce(margin_sums(margins, loss), "sum")
+        else:
+            # It drops the rows that the sampler repeats so that the last batches are even.
+            sums = margin_sums(self.accelerator.gather_for_metrics(margins), loss)
+        if not sums[MARGINS].isfinite().all():
+            when = "step" if mode == "train" else "evaluation before step"
+            found = gather_object([not_finite(margins, self.accelerator.process_index)])
             where = [words for words in found if words]
-            stop(self.pairwise_loss.name, f"{when} {self.state.global_step + 1}", where)
-        sums = margin_sums(margins, self.pairwise_loss)
-        mode = self._mode()
+            stop(loss.name, f"{when} {self.state.global_step + 1}", where)
         self._margin_sums[mode] = self._margin_sums.get(mode, 0) + sums
         self._steps_recorded += 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        mode = self._mode()
-        sums = self._margin_sums.pop(mode, None)
+        sums = self._margin_sums.pop("train", None) if self._mode() == "train" else None
         if sums is not None and self.pairwise_loss is not None:
-            prefix = "eval_" if mode == "eval" else ""
-            for name, value in means(sums, self.pairwise_loss).items():
-                logs[prefix + name] = value
+            logs.update(means(sums, self.pairwise_loss))
         super().log(logs, *args, **kwargs)
 
     def _mode(self) -> str:
@@ -355,38 +443,72 @@ class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
         model: Any,
         ref_model: Any = None,
         args: FocalPOConfig | None = None,
+        *more: Any,
         **kwargs: Any,
     ) -> None:
         if args is None:
-            args = FocalPOConfig()
+            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+            args = FocalPOConfig(f"{Path(name).name}-FocalPO")
         if not isinstance(args, FocalPOConfig):
             raise TypeError(
                 f"args must be a FocalPOConfig, got {type(args).__name__}: FocalPOConfig takes the "
                 "same arguments, and focalpo_gamma and focalpo_variant besides."
             )
-        super().__init__(model, ref_model, args, **kwargs)
+        super().__init__(model, ref_model, args, *more, **kwargs)
         self._allow_changed = args.focalpo_allow_changed
         self.set_loss(args.pairwise_loss())
+
+    __init__.__signature__ = inspect.signature(DPOTrainer.__init__)  # type: ignore[attr-defined]
+
+
+def _moved(model: Any, device: Any) -> Any:
+    """``model`` on ``device``; where it was if its layers can't be moved, as 8-bit ones can't."""
+    try:
+        return model.to(device)
+    except (ValueError, RuntimeError):
+        return model
+
+
+#: Held by the one trainer whose loss method is running.
+_SWAPPED = threading.Lock()
 
 
 @contextmanager
 def _logsigmoid_replaced(
     module: ModuleType, logsigmoid: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
-    functional = module.F
-    module.F = _Functional(functional, logsigmoid)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        module.F = functional  # type: ignore[attr-defined]
+    """``module.F`` with another ``logsigmoid``, for this thread; one thread at a time.
+
+    Raises:
+        RuntimeError: the name doesn't stand for ``torch.nn.functional`` as it is found.
+    """
+    with _SWAPPED:
+        if module.F is not F:
+            raise RuntimeError(
+                f"{module.__name__}.F must be torch.nn.functional, got {module.F!r}: another "
+                "package has exchanged it, and would compute another loss. Remove that package."
+            )
+        module.F = _Functional(logsigmoid)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            # The constant, not what was found: that can't be another trainer's.
+            module.F = F  # type: ignore[attr-defined]
 
 
 class _Functional:
-    """``torch.nn.functional`` with another ``logsigmoid``."""
+    """``torch.nn.functional`` with another ``logsigmoid``, for the thread that made it.
 
-    def __init__(self, functional: ModuleType, logsigmoid: Callable[[Tensor], Tensor]) -> None:
-        self._functional = functional
-        self.logsigmoid = logsigmoid
+    A plain ``DPOTrainer`` in another thread looks up the same name.
+    """
+
+    def __init__(self, logsigmoid: Callable[[Tensor], Tensor]) -> None:
+        self._logsigmoid = logsigmoid
+        self._thread = threading.get_ident()
+
+    def logsigmoid(self, z: Tensor) -> Tensor:
+        ours = threading.get_ident() == self._thread
+        return self._logsigmoid(z) if ours else F.logsigmoid(z)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._functional, name)
+        return getattr(F, name)

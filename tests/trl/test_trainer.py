@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import json
 import math
 import re
 import shutil
-import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,23 @@ import torch
 import trl
 from accelerate import ParallelismConfig
 from datasets import Dataset
-from harness import SUPPORT, free_port, run_python
+from harness import SUPPORT, run_python
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedTokenizerFast,
+from tiny_trl import (
+    FUSED,
+    GAMMA,
+    PAIRS,
+    SGD,
+    batch,
+    loss_and_grads,
+    margins_of,
+    model,
+    on_disk,
+    on_two_ranks,
+    trainer,
+    without_triton,
 )
+from transformers import LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
@@ -38,17 +43,6 @@ from focalpo_plugins.registry import get_loss
 from focalpo_plugins.trl import PairwiseLossMixin
 
 pytestmark = pytest.mark.releases
-
-WORDS = [f"w{i}" for i in range(40)]
-PAIRS = [  # completions of different lengths, so that rows are padded
-    {
-        "prompt": f"w{i} w{i + 1}",
-        "chosen": " " + " ".join(WORDS[i + 2 : i + 4 + i % 3]),
-        "rejected": " " + " ".join(WORDS[i + 9 : i + 10 + i % 4]),
-    }
-    for i in range(8)
-]
-GAMMA = 0.5  # far enough from DPO that a mix-up shows
 
 # Loss types that this TRL has, by its own source, and fields of its config.
 LOSS_TYPES = {*re.findall(r'loss_type == "(\w+)"', Path(dpo_trainer.__file__).read_text())}
@@ -62,119 +56,6 @@ def in_this_trl(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     assert len(found) >= len(cases) - 2
     return found
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-
-
-def model(seed: int = 0, kind: str = "llama", tied: bool = False) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": 43,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.2,  # wide, so that margins are far from 0
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-    }
-    if kind == "mixtral":
-        config = MixtralConfig(
-            **sizes, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True
-        )
-        return MixtralForCausalLM(config)
-    if kind == "gemma2":
-        return Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=16))
-    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied))
-
-
-def on_disk(pairs: Dataset, folder: Path) -> Dataset:
-    """The same from a folder of its own: TRL up to 1.8 can't precompute for data in memory."""
-    folder.mkdir(exist_ok=True)
-    own = tempfile.mkdtemp(dir=folder)
-    pairs.save_to_disk(own)
-    return Dataset.load_from_disk(own)
-
-
-def trainer(
-    cls: type[DPOTrainer],
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    *,
-    policy: Any = None,
-    reference: Any = "another",
-    peft_config: Any = None,
-    eval_dataset: Any = None,
-    compute_metrics: Any = None,
-    **arguments: Any,
-) -> DPOTrainer:
-    """A trainer whose policy and reference differ, as they do after some steps."""
-    config = FocalPOConfig if issubclass(cls, FocalPOTrainer) else DPOConfig
-    arguments = {
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "beta": 0.3,
-        "gradient_checkpointing": False,
-        **arguments,
-    }
-    pairs = Dataset.from_list(PAIRS)
-    if arguments.get("precompute_ref_log_probs"):
-        pairs = on_disk(pairs, folder)
-        eval_dataset = eval_dataset and on_disk(eval_dataset, folder)
-    return cls(
-        policy if policy is not None else model(0),
-        model(1) if reference == "another" else reference,
-        args=config(str(folder), **arguments),
-        processing_class=tokenizer,
-        train_dataset=pairs,
-        eval_dataset=eval_dataset,
-        peft_config=peft_config,
-        compute_metrics=compute_metrics,
-    )
-
-
-def batch(host: DPOTrainer) -> dict[str, torch.Tensor]:
-    return next(iter(host.get_train_dataloader()))
-
-
-def loss_and_grads(host: DPOTrainer, inputs: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    host.model.zero_grad()
-    loss = host.compute_loss(host.model, inputs)
-    loss.backward()
-    return loss.detach(), [p.grad.clone() for p in host.model.parameters() if p.grad is not None]
-
-
-def logps(network: torch.nn.Module, inputs: dict) -> torch.Tensor:
-    """Log-probabilities of the completions ``(2B,)`` in float64, from the logits."""
-    with torch.no_grad():
-        logits = network(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    log_probs = logits[:, :-1].double().log_softmax(-1)
-    tokens = log_probs.gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
-    return (tokens * inputs["completion_mask"][:, 1:]).sum(-1)
-
-
-def margins_of(host: DPOTrainer, inputs: dict, per_token: bool = False) -> torch.Tensor:
-    """beta times the difference of log-ratios ``(B,)``, in float64."""
-    ratios = logps(host.model, inputs) - logps(host.ref_model, inputs)
-    if per_token:
-        ratios = ratios / inputs["completion_mask"].sum(1)
-    chosen, rejected = ratios.chunk(2)
-    return host.beta * (chosen - rejected)
 
 
 def by_formula(z: torch.Tensor) -> torch.Tensor:
@@ -353,15 +234,6 @@ def test_diagnostics_of_the_first_batch(tokenizer, tmp_path):
             assert logs[f"focalpo/{name}"] == pytest.approx(z[ranked].mean().item(), rel=1e-4)
         else:
             assert f"focalpo/{name}" not in logs
-
-
-def without_triton() -> dict[str, Any]:
-    """transformers also swaps in Liger's Triton layers, which no CPU runs; the loss is not one."""
-    layers = ("rope", "rms_norm", "swiglu", "cross_entropy", "fused_linear_cross_entropy")
-    return {"use_liger_kernel": True, "liger_kernel_config": dict.fromkeys(layers, False)}
-
-
-FUSED = {"focalpo_fused": {"focalpo_fused": True}, "use_liger_kernel": without_triton()}
 
 
 @pytest.mark.parametrize("key", FUSED)
@@ -546,19 +418,44 @@ def unwrap(network: torch.nn.Module) -> torch.nn.Module:
     return getattr(network, "module", network)
 
 
-def test_the_freed_reference_is_gone(tokenizer, tmp_path):
+class Frees(FocalPOTrainer):
+    """As Axolotl's trainer, whose data are all in its config."""
+
+    _keeps_reference = False
+
+
+def test_a_freed_reference_is_gone(tokenizer, tmp_path):
     """From memory, where the caller keeps none; and it isn't replaced by the policy later on."""
     reference = model(1)
     alive = weakref.ref(reference)
-    host = trainer(
-        FocalPOTrainer, tokenizer, tmp_path, reference=reference, precompute_ref_log_probs=True
-    )
+    host = trainer(Frees, tokenizer, tmp_path, reference=reference, precompute_ref_log_probs=True)
     del reference
     gc.collect()
     assert alive() is None
     host.train()
-    with pytest.raises(ValueError, match="^eval_dataset must be given to FocalPOTrainer, got one"):
+    with pytest.raises(ValueError, match="^eval_dataset must be given to Frees, got one"):
         host.evaluate(Dataset.from_list(PAIRS[:3]))
+
+
+@pytest.mark.parametrize("path", [{}, {"focalpo_fused": True}], ids=["plain", "fused"])
+@pytest.mark.skipif(
+    "evaluate" not in vars(DPOTrainer), reason="this TRL's evaluate() prepares no data"
+)
+def test_new_data_is_evaluated_by_the_reference_that_was_given(tokenizer, tmp_path, path):
+    """Before and after training, with the losses of TRL's own DPO, which keeps the reference."""
+    losses = []
+    for cls, more in ((DPOTrainer, {}), (FocalPOTrainer, {"focalpo_gamma": 0.0, **path})):
+        host = trainer(cls, tokenizer, tmp_path, precompute_ref_log_probs=True, **more)
+        torch.manual_seed(0)
+        found = []
+        for _ in range(2):
+            held_out = on_disk(Dataset.from_list(PAIRS[2:7]), tmp_path)
+            found.append(host.evaluate(held_out)["eval_loss"])
+            host.train()
+        losses.append(found)
+    assert host.ref_model is None
+    assert losses[0][0] != losses[0][1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def with_prompt_learning() -> Any:
@@ -574,7 +471,7 @@ def with_prompt_learning() -> Any:
         ({"loss_type": ["sigmoid_norm"]}, "can't be combined with loss_type, got ['sigmoid_norm']"),
         ({"loss_type": ["robust"]}, "can't be combined with loss_type, got ['robust']"),
         ({"loss_type": ["sigmoid", "sft"]}, "can't be combined with loss_type, got"),
-        ({"ld_alpha": 0.5}, "can't be combined with ld_alpha, got 0.5"),
+        ({"ld_alpha": 0.5}, "can't be combined with ld_alpha, got 0.5: the fused path does not"),
         ({"use_weighting": True}, "can't be combined with use_weighting, got True"),
         ({"loss_weights": [2.0]}, "can't be combined with loss_weights, got [2.0]"),
         (
@@ -585,19 +482,76 @@ def with_prompt_learning() -> Any:
             {"peft_config": with_prompt_learning(), "reference": None},
             "can't be combined with prompt learning, got PromptTuningConfig",
         ),
-        ({"kind": "mixtral"}, "can't be combined with router_aux_loss_coef, got 0.001"),
+        (
+            {"kind": "mixtral"},
+            "can't be combined with router_aux_loss_coef, got 0.001: the fused path does not compute "
+            "it. Set {key} to false, or set router_aux_loss_coef to 0.0, a field of TRL's",
+        ),
+        ({"compute_metrics": dict}, "can't be combined with compute_metrics, got <class 'dict'>"),
         ({"kind": "gemma2"}, "a model whose final_logit_softcapping is set, got 30.0"),
     ],
     ids=str,
 )
 def test_fused_refuses_what_it_would_drop(tokenizer, tmp_path, arguments, message, key):
-    """Before training: of some of these TRL itself knows for Liger's path alone."""
+    """Before data are tokenized and a reference computes anything: the data here can't be. Of some
+    of these TRL itself knows for Liger's path alone."""
     arguments = dict(arguments)
     policy = model(0, arguments.pop("kind", "llama"))
+    more = {"policy": policy, "pairs": Dataset.from_dict({"prompt": ["w1"], "label": [True]})}
     with pytest.raises(ValueError) as error:
-        trainer(FocalPOTrainer, tokenizer, tmp_path, policy=policy, **FUSED[key], **arguments)
+        trainer(FocalPOTrainer, tokenizer, tmp_path, **more, **FUSED[key], **arguments)
     assert str(error.value).startswith(f"{key} ")
-    assert message in str(error.value)
+    assert message.format(key=key) in str(error.value)
+    assert str(error.value).count(f"Set {key} to false") == 1
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gemma2"])
+def test_fused_reads_the_config_of_a_model_that_is_named(tokenizer, tmp_path, kind):
+    """Its weights, which are not there, are not loaded to refuse it."""
+    model(0, kind).config.save_pretrained(tmp_path / "named")
+    with pytest.raises(ValueError, match="^focalpo_fused can't be combined with "):
+        trainer(
+            FocalPOTrainer,
+            tokenizer,
+            tmp_path,
+            policy=str(tmp_path / "named"),
+            reference=None,
+            focalpo_fused=True,
+        )
+
+
+def test_fused_with_experts_and_no_auxiliary_loss(tokenizer, tmp_path):
+    """The way out that the refusal names."""
+    host = trainer(
+        FocalPOTrainer,
+        tokenizer,
+        tmp_path,
+        policy=model(0, "mixtral"),
+        reference=model(1, "mixtral"),
+        focalpo_fused=True,
+        router_aux_loss_coef=0.0,
+    )
+    host.train()
+    assert host.state.global_step == 3
+
+
+def test_fused_in_one_process_for_several_gpus(tokenizer, tmp_path):
+    """What `python train.py` does on two GPUs: transformers replicates the model by DataParallel. The
+    plain path trains so."""
+    for fused in (True, False):
+        args = FocalPOConfig(
+            str(tmp_path), use_cpu=True, bf16=False, report_to="none", focalpo_fused=fused
+        )
+        args._n_gpu = 2
+        given = {"train_dataset": Dataset.from_list(PAIRS), "processing_class": tokenizer}
+        if fused:
+            with pytest.raises(
+                ValueError, match="^focalpo_fused can't be combined with torch's Dat.*torchrun"
+            ):
+                FocalPOTrainer("no/such-model", args=args, **given)
+        else:
+            host = FocalPOTrainer(model(0), model(1), args=args, **given)
+            assert isinstance(host._wrap_model(host.model), torch.nn.DataParallel)
 
 
 class Halved(LlamaForCausalLM):
@@ -646,13 +600,12 @@ def test_fused_returns_no_outputs(tokenizer, tmp_path):
         host.predict(host.train_dataset)
 
 
-WITHOUT_LIGER = f"""
+WITHOUT_LIGER = """
 import sys
 sys.modules["liger_kernel"] = None  # as if it were not installed
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-import test_trainer as t
-words, folder = t.tokenizer.__wrapped__(), Path(sys.argv[1])
+import tiny_trl as t
+words, folder = t.tokenizer(), Path(sys.argv[1])
 host = t.trainer(t.FocalPOTrainer, words, folder, focalpo_fused=True)
 host.train()
 print("trained", len([entry for entry in host.state.log_history if "loss" in entry]))
@@ -672,39 +625,21 @@ def test_fused_needs_no_liger(tmp_path):
     )
 
 
-TWO_RANKS = f"""
+TWO_RANKS = """
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import torch
-import test_trainer as t
+import tiny_trl as t
 folder, fused = Path(sys.argv[1]), sys.argv[2] == "fused"
 host = t.trainer(
-    t.FocalPOTrainer, t.tokenizer.__wrapped__(), folder, focalpo_fused=fused, focalpo_gamma=0.5,
+    t.FocalPOTrainer, t.tokenizer(), folder, focalpo_fused=fused, focalpo_gamma=0.5,
     per_device_train_batch_size=2, ddp_backend="gloo", optim="sgd", learning_rate=0.1,
 )
 host.train()
 assert torch.distributed.get_world_size() == 2
 weights = torch.cat([p.detach().flatten() for p in host.model.parameters()])
-torch.save(weights, folder / f"rank{{host.args.process_index}}.pt")
+torch.save(weights, folder / f"rank{host.args.process_index}.pt")
 """
-# Without torch's tear-down, in which gloo's threads abort the process now and then.
-LEAVE = """
-import os
-torch.distributed.barrier()
-sys.stdout.flush()
-os._exit(0)
-"""
-
-
-def on_two_ranks(script: str, folder: Path, *words: str) -> str:
-    """What the script prints on both, given the folder and ``words``."""
-    (folder / "script.py").write_text(script + LEAVE)
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
-    command = (free_port(), str(folder / "script.py"), str(folder), *words)
-    run = run_python(*launcher, *command, path=SUPPORT)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return run.stdout
 
 
 def test_fused_on_two_ranks(tokenizer, tmp_path):
@@ -724,21 +659,19 @@ def test_fused_on_two_ranks(tokenizer, tmp_path):
     torch.testing.assert_close(weights["fused"], weights["plain"], rtol=1e-4, atol=1e-6)
 
 
-SPLIT = f"""
+SPLIT = """
 import json, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import torch
-import test_trainer as t
+import tiny_trl as t
 host = t.trainer(
-    t.FocalPOTrainer, t.tokenizer.__wrapped__(), Path(sys.argv[1]), focalpo_gamma=0.5,
+    t.FocalPOTrainer, t.tokenizer(), Path(sys.argv[1]), focalpo_gamma=0.5,
     per_device_train_batch_size=2, ddp_backend="gloo", **t.SGD,
 )
 host.train()
 if host.is_world_process_zero():
     print(json.dumps(host.state.log_history))
 """
-SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e9}
 
 
 def test_the_same_batch_however_it_is_split(tokenizer, tmp_path):
@@ -890,8 +823,14 @@ def test_host_is_restored_after_an_error(tokenizer, tmp_path, monkeypatch):
     assert dpo_trainer.F is torch.nn.functional
 
 
-def test_startup_line_and_tags(tokenizer, tmp_path, capsys):
-    host = trainer(FocalPOTrainer, tokenizer, tmp_path)
+@pytest.mark.parametrize("start", ["train", "evaluate", "predict"])
+def test_startup_line(tokenizer, tmp_path, capsys, start):
+    """Said once, when something starts: a trainer that is built may still be refused."""
+    held_out = {"eval_dataset": Dataset.from_list(PAIRS[:3])}
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path, max_steps=1, **held_out)
+    assert "active" not in capsys.readouterr().err
+    host.predict(host.eval_dataset) if start == "predict" else getattr(host, start)()
+    host.evaluate()
     (line,) = [
         line for line in capsys.readouterr().err.splitlines() if "focalpo_plugins: active" in line
     ]
@@ -900,10 +839,37 @@ def test_startup_line_and_tags(tokenizer, tmp_path, capsys):
         f"beta=0.3 trainer=FocalPOTrainer focalpo_plugins=0.1.0 trl={trl.__version__} torch="
         in line
     )
-    host.create_model_card()
+
+
+def test_model_card(tokenizer, tmp_path):
+    trainer(FocalPOTrainer, tokenizer, tmp_path).create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert "- focalpo\n" in card
     assert "2501.06645" in card
+
+
+def test_takes_what_dpo_trainer_takes(tokenizer, tmp_path):
+    """In its order: model, reference, arguments, collator, training and evaluation data, tokenizer."""
+    args = FocalPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1)
+    pairs = Dataset.from_list(PAIRS)
+    host = FocalPOTrainer(model(0), model(1), args, None, pairs, pairs.select([0, 1]), tokenizer)
+    assert len(host.train_dataset) == 8 and len(host.eval_dataset) == 2
+    assert host.processing_class is tokenizer
+    ours, theirs = (inspect.signature(cls.__init__) for cls in (FocalPOTrainer, DPOTrainer))
+    assert list(ours.parameters) == list(theirs.parameters)
+
+
+def test_the_default_output_folder(tokenizer, tmp_path, monkeypatch):
+    """Named after model and method, as TRL names its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    policy = model(0)
+    policy.save_pretrained(tmp_path / "tiny-llama")
+    tokenizer.save_pretrained(tmp_path / "tiny-llama")
+    for cls, name in ((DPOTrainer, "tiny-llama-DPO"), (FocalPOTrainer, "tiny-llama-FocalPO")):
+        for given in ("tiny-llama", LlamaForCausalLM.from_pretrained(tmp_path / "tiny-llama")):
+            host = cls(given, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer)
+            assert host.args.output_dir == name
 
 
 def test_gradients_against_the_core(tokenizer, tmp_path):
@@ -940,12 +906,11 @@ def edited_trl(tmp_path):
     return edit
 
 
-SCRIPT = f"""
+SCRIPT = """
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-import test_trainer as t
-host = t.trainer(t.FocalPOTrainer, t.tokenizer.__wrapped__(), Path(sys.argv[1]))
+import tiny_trl as t
+host = t.trainer(t.FocalPOTrainer, t.tokenizer(), Path(sys.argv[1]))
 host.train()
 print("trained", [entry["loss"] for entry in host.state.log_history if "loss" in entry])
 """
@@ -1094,6 +1059,80 @@ def test_a_folder_that_checkpoints_cannot_be_written_to(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="output_dir must be a folder that can be written to, got"):
         host.train()
     assert host.state.global_step == 0
+
+
+ONE_RANK_ALONE = """
+import json, sys
+from pathlib import Path
+import torch
+import tiny_trl as t
+folder, words = Path(sys.argv[1]), t.tokenizer()
+saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "ddp_backend": "gloo"}
+dpo = t.trainer(t.DPOTrainer, words, folder / "dpo", **saving)
+dpo.train()
+rank = dpo.args.process_index
+host = t.trainer(t.FocalPOTrainer, words, folder / "out", **saving)
+torch.distributed.barrier()
+if rank == 0:
+    (folder / "out").rmdir()
+    (folder / "out").touch()
+torch.distributed.barrier()
+other = t.trainer(t.FocalPOTrainer, words, folder / "other", **saving)
+checkpoint = folder / ("dpo" if rank == 0 else "of another machine") / "checkpoint-1"
+starts = {
+    "folder": host.train,
+    "resume": lambda: other.train(resume_from_checkpoint=str(checkpoint)),
+}
+for name, start in starts.items():
+    try:
+        start()
+    except ValueError as error:
+        sys.stdout.write("ENDED " + json.dumps([name, rank, str(error)]) + chr(10))
+        sys.stdout.flush()
+"""
+
+
+def test_what_one_rank_finds_ends_all(tmp_path):
+    """A folder that rank 0 alone writes to; a checkpoint that rank 0 alone sees."""
+    said = on_two_ranks(ONE_RANK_ALONE, tmp_path).splitlines()
+    found = [json.loads(line.partition("ENDED ")[2]) for line in said if "ENDED " in line]
+    assert sorted(tuple(each[:2]) for each in found) == [
+        ("folder", 0), ("folder", 1), ("resume", 0), ("resume", 1),
+    ]  # fmt: skip
+    words = {
+        "folder": "output_dir must be a folder that can be written to, got",
+        "resume": "does not say that it was trained with a loss of focalpo_plugins",
+    }
+    for name, _, message in found:
+        assert words[name] in message
+
+
+ONE_RANKS_LOGITS = """
+import sys
+from pathlib import Path
+import torch
+import tiny_trl as t
+class Halved(t.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits / (1 + torch.distributed.get_rank())
+        return output
+host = t.trainer(
+    t.FocalPOTrainer, t.tokenizer(), Path(sys.argv[1]), policy=Halved(t.model(0).config),
+    focalpo_fused=True, ddp_backend="gloo", per_device_train_batch_size=2,
+)
+try:
+    host.train()
+except ValueError as error:
+    sys.stdout.write("ENDED " + str(error).partition(", got")[0] + chr(10))
+    sys.stdout.flush()
+"""
+
+
+def test_fused_ends_all_ranks(tmp_path):
+    """The output layer's check on rank 1 fails; rank 0's own passes."""
+    said = on_two_ranks(ONE_RANKS_LOGITS, tmp_path)
+    assert said.count("ENDED focalpo_fused can't be used with Halved") == 2
 
 
 def test_resume_of_the_hosts_dpo(tokenizer, tmp_path):
