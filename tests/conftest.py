@@ -18,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Runs that several tests look at: one worker gets all of a run's tests, and makes it once.
 SHARED_RUNS = (
     "plain", "outcomes", "trained", "one_node", "answers", "ends", "drawn", "adapted",
-    "never_killed", "whole", "done",
+    "never_killed", "whole", "done", "two_ranks",
 )  # fmt: skip
 
 # Tests of our own fused path are marked `fused`: by their name, or by what they are given.

@@ -125,48 +125,6 @@ def test_each_pair_once(tokenizer, tmp_path, path):
             assert found == pytest.approx(expected(of_pairs), rel=1e-4, abs=1e-6), (size, prefix)
 
 
-ON_TWO_RANKS = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[3])
-import torch
-import tiny_trl
-import test_counting as t
-from datasets import Dataset
-path, folder = json.loads(sys.argv[2]), Path(sys.argv[1])
-for size in json.loads(sys.argv[4]):
-    host, margins = t.one_epoch(
-        tiny_trl.tokenizer(), folder, size, ddp_backend="gloo",
-        eval_dataset=Dataset.from_list(t.rows(7, first=15)), **path,
-    )
-    host.train()
-    trained = [None, None]
-    torch.distributed.all_gather_object(trained, host.data_collator.prompts)
-    host.evaluate()
-    log = host.state.log_history
-    found = [t.logged(log, prefix) for prefix in ("focalpo/", "eval_focalpo/")]
-    zs = [margins[prompt] for of_rank in trained for prompt in of_rank]
-    evaluated = [margins[tuple(row["prompt_ids"])] for row in host.eval_dataset]
-    if host.is_world_process_zero():
-        print("FOUND", json.dumps([size, len(zs), found, [t.expected(zs), t.expected(evaluated)]]))
-"""
-OVER_RANKS = [(5, 2, 2), (8, 2, 1), (11, 2, 3), (7, 4, 2)]
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_each_pair_once_on_two_ranks(tmp_path, path):
-    """A rank that would run out of pairs is given the first again, which are then trained again: of
-    11 pairs in batches of 2 rank 1 gets one more. In evaluation they don't count."""
-    words = (json.dumps(path), str(Path(__file__).parent), json.dumps(OVER_RANKS))
-    said = on_two_ranks(ON_TWO_RANKS, tmp_path, *words).splitlines()
-    lines = [json.loads(line.partition("FOUND ")[2]) for line in said if "FOUND " in line]
-    assert [tuple(size) for size, *_ in lines] == OVER_RANKS
-    for size, trained, found, truth in lines:
-        assert trained == math.ceil(size[0] / (2 * size[1])) * 2 * size[1]
-        for ours, theirs in zip(found, truth, strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), size
-
-
 class Weights(TrainerCallback):
     """The weights as each step left them."""
 
@@ -220,17 +178,47 @@ def test_a_margin_that_is_not_finite_anywhere(tokenizer, tmp_path, path, accumul
     assert steps == set(range(3 // accumulated))
 
 
-STOPPED = """
+# Two ranks at once: what each size's epoch counted, and where a bad pair stopped both.
+ON_TWO_RANKS = """
 import json, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[3])
+folder, here, sizes, bad_pairs = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
+sys.path.insert(0, here)
 import torch
 import tiny_trl
 import test_counting as t
 from datasets import Dataset
-path, folder = json.loads(sys.argv[2]), Path(sys.argv[1])
+from trl import DPOTrainer
+
 words = tiny_trl.tokenizer()
-for bad in range(11):
+paths = {"plain": {}}
+if not hasattr(DPOTrainer, "_truncate_inputs"):
+    paths["fused"] = {"focalpo_fused": True}
+
+
+def write(*found):
+    sys.stdout.write("FOUND " + json.dumps(found) + chr(10))
+    sys.stdout.flush()
+
+
+def count(path, size):
+    host, margins = t.one_epoch(
+        words, folder, size, ddp_backend="gloo",
+        eval_dataset=Dataset.from_list(t.rows(7, first=15)), **paths[path],
+    )
+    host.train()
+    trained = [None, None]
+    torch.distributed.all_gather_object(trained, host.data_collator.prompts)
+    host.evaluate()
+    log = host.state.log_history
+    found = [t.logged(log, prefix) for prefix in ("focalpo/", "eval_focalpo/")]
+    zs = [margins[prompt] for of_rank in trained for prompt in of_rank]
+    evaluated = [margins[tuple(row["prompt_ids"])] for row in host.eval_dataset]
+    if host.is_world_process_zero():
+        write("counted", path, size, len(zs), found, [t.expected(zs), t.expected(evaluated)])
+
+
+def stop(path, bad):
     pairs = t.rows(11)
     pairs[bad]["chosen"] += " w39"
     policy = tiny_trl.model(0)
@@ -239,7 +227,7 @@ for bad in range(11):
         t.FocalPOTrainer, words, folder, policy=policy, pairs=Dataset.from_list(pairs),
         per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=-1,
         num_train_epochs=1, ddp_backend="gloo", eval_dataset=Dataset.from_list(pairs[bad:bad + 1]),
-        per_device_eval_batch_size=2, **path,
+        per_device_eval_batch_size=2, **paths[path],
     )
     host.add_callback(weights := t.Weights(policy))
     for start in (host.evaluate, host.train):
@@ -250,19 +238,51 @@ for bad in range(11):
                 torch.equal(weight, weights.after[-1][name])
                 for name, weight in policy.state_dict().items()
             )
-            sys.stdout.write("STOPPED " + json.dumps([bad, start.__name__, same, str(error)]) + chr(10))
-sys.stdout.flush()
+            write("stopped", path, bad, start.__name__, same, str(error))
+
+
+for path in paths:
+    for size in sizes:
+        count(path, size)
+    for bad in bad_pairs:
+        stop(path, bad)
 """
+OVER_RANKS = [[5, 2, 2], [8, 2, 1], [11, 2, 3]]
+BAD_PAIRS = [0, 2, 5, 7, 10]
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_all_ranks_stop(tmp_path, path):
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
+    words = (str(Path(__file__).parent), OVER_RANKS, BAD_PAIRS)
+    folder = tmp_path_factory.mktemp("two_ranks")
+    said = on_two_ranks(ON_TWO_RANKS, folder, *map(json.dumps, words)).splitlines()
+    return [json.loads(line.partition("FOUND ")[2]) for line in said if "FOUND " in line]
+
+
+NAMES = [
+    pytest.param("plain", id="plain"),
+    pytest.param("fused", id="fused", marks=pytest.mark.fused),
+]
+
+
+@pytest.mark.parametrize("path", NAMES)
+def test_each_pair_once_on_two_ranks(two_ranks, path):
+    """A rank that would run out of pairs is given the first again, which are then trained again: of
+    11 pairs in batches of 2 rank 1 gets one more. In evaluation they don't count."""
+    found = [rest for what, of, *rest in two_ranks if (what, of) == ("counted", path)]
+    assert [size for size, *_ in found] == OVER_RANKS
+    for size, trained, ours, truth in found:
+        assert trained == math.ceil(size[0] / (2 * size[1])) * 2 * size[1]
+        for means, expected_means in zip(ours, truth, strict=True):
+            assert means == pytest.approx(expected_means, rel=1e-4, abs=1e-6), size
+
+
+@pytest.mark.parametrize("path", NAMES)
+def test_all_ranks_stop(two_ranks, path):
     """Whichever of the two has the pair, in training and in evaluation, with the same words."""
-    words = (json.dumps(path), str(Path(__file__).parent))
-    said = on_two_ranks(STOPPED, tmp_path, *words).splitlines()
-    found = [json.loads(line.partition("STOPPED ")[2]) for line in said if "STOPPED " in line]
+    found = [rest for what, of, *rest in two_ranks if (what, of) == ("stopped", path)]
     ranks = set()
-    for bad, start in itertools.product(range(11), ("evaluate", "train")):
+    for bad, start in itertools.product(BAD_PAIRS, ("evaluate", "train")):
         first, second = [rest for at, name, *rest in found if (at, name) == (bad, start)]
         assert first == second and first[0], (bad, start)
         ranks |= {rank for rank in (0, 1) if f"rank {rank}, row" in first[1]}
