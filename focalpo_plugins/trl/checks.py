@@ -180,12 +180,9 @@ def check_fused_parts(given: Mapping[str, Any], args: DPOConfig, key: str) -> No
     check_config(config, key)
     experts = getattr(config.get_text_config(), "output_router_logits", None) is not None
     if experts and args.router_aux_loss_coef:
-        refuse(
-            "router_aux_loss_coef",
-            args.router_aux_loss_coef,
-            key,
-            "set router_aux_loss_coef to 0.0",
-        )
+        name = "router_aux_loss_coef"
+        instead = f"set {name} to 0.0, a field of TRL's DPOConfig that Axolotl has no key for"
+        refuse(name, args.router_aux_loss_coef, key, instead)
 
 
 def _config_of(model: Any) -> Any:
