@@ -109,8 +109,8 @@ def focalpo_weight(
     _check_margins(margins)
     z = _at_least_float32(margins)
     if variant == "correct":
-        log_p = F.logsigmoid(z)
-        weight = torch.exp(gamma * log_p) * (1 + gamma * log_p)
+        scaled = _scaled(F.logsigmoid(z), gamma)
+        weight = torch.exp(scaled) * (1 + scaled)
     else:
         s = _exponent(gamma, variant)
         weight = torch.exp(s * F.logsigmoid(-z)) * (1 + s * _entropy_ratio(z))
@@ -293,12 +293,19 @@ def _slope(z: Tensor, gamma: float, variant: str) -> Tensor:
     """dL/dz, in the dtype of ``z``: Eq. 6 without the policy's own gradient."""
     if variant == "correct":
         log_p = F.logsigmoid(z)
-        scaled = gamma * log_p
+        scaled = _scaled(log_p, gamma)
         factor = torch.exp(scaled)
         # -(1 - p) p^gamma (1 + gamma log p), with 1 - p = -expm1(log p) to the last digits.
         return torch.expm1(log_p) * torch.addcmul(factor, factor, scaled)
     s = _exponent(gamma, variant)
     return -torch.exp((s + 1) * F.logsigmoid(-z)) * (1 + s * _entropy_ratio(z))
+
+
+def _scaled(log_p: Tensor, gamma: float) -> Tensor:
+    """``gamma * log(p)``, finite where the product overflows: its exponential, 0, times ``-inf``
+    would be NaN."""
+    scaled = gamma * log_p
+    return scaled.clamp(min=torch.finfo(log_p.dtype).min) if gamma > 1 else scaled
 
 
 def _entropy_ratio(z: Tensor) -> Tensor:

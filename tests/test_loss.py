@@ -124,6 +124,26 @@ def test_every_finite_margin(variant: str, gamma: float, dtype: torch.dtype):
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant, gamma", CASES)
+def test_the_largest_margins(variant: str, gamma: float, dtype: torch.dtype):
+    """Whatever the sign, nothing overflows: the loss is 0, or ``-z`` with the gradient -1 where
+    ``incorrect`` and ``correct_exact`` leave DPO's loss as it is."""
+    largest = torch.finfo(dtype).max
+    z = torch.tensor([-largest, -largest / 2, largest / 2, largest], dtype=dtype)
+    losses, grads = value_and_grad(z, gamma, variant)
+    wrong = z < 0 if variant != "correct" else torch.zeros_like(z, dtype=torch.bool)
+    near = {"rtol": 0, "atol": torch.finfo(torch.float16).tiny}
+    if dtype == torch.float16:  # exp(-0.001 * 65504) is no 0, nor is 65504 * exp(-0.05 * 65504)
+        assert losses.isfinite().all() and grads.isfinite().all()
+        return
+    torch.testing.assert_close(losses, torch.where(wrong, -z, 0), **near)
+    torch.testing.assert_close(grads, torch.where(wrong, -torch.ones_like(z), 0), **near)
+    if variant == "correct":
+        expected = torch.where(z < 0, 0, torch.ones_like(z))
+        torch.testing.assert_close(focalpo_weight(z, gamma, variant), expected, **near)
+
+
 def gamma_term(z: float, gamma: float, variant: str) -> float:
     """The larger of the two terms that the gradient is the difference of."""
     log_p, log_q = log_sigmoid(mpmath.mpf(z)), log_sigmoid(mpmath.mpf(-z))
@@ -235,6 +255,16 @@ def test_gradcheck(variant: str, gamma: float):
     z = torch.tensor([-30, -3, -0.5, 0, 0.5, 3, 30], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: focalpo_loss(x, gamma, variant), z)
     assert torch.autograd.gradgradcheck(lambda x: focalpo_loss(x, gamma, variant), z)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_mode_is_refused(variant: str):
+    """By torch, and not answered with a wrong derivative; at gamma 0 the loss is torch's own."""
+    z, along = torch.zeros(2), torch.ones(2)
+    with pytest.raises(NotImplementedError, match="forward mode AD"):
+        torch.func.jvp(lambda x: focalpo_loss(x, 0.5, variant), (z,), (along,))
+    _, slope = torch.func.jvp(lambda x: focalpo_loss(x, 0, variant), (z,), (along,))
+    assert slope.tolist() == [-0.5, -0.5]
 
 
 @pytest.mark.parametrize("gamma", (0.05, 0.5, 1.0, 1.4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -73,6 +74,14 @@ def test_a_host_is_imported_in_its_own_room_only():
     assert not imports_of(PACKAGE / "trl" / "fused.py") & HOSTS
 
 
+def test_the_autoload_imports_the_standard_library_alone():
+    """Our own module is imported by name, where the process is a host."""
+    file = PACKAGE.parent / "_focalpo_plugins_autoload.py"
+    assert {"os", "sys", "importlib"} <= imports_of(file) <= {*sys.stdlib_module_names}
+    of_module = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import)]
+    assert {alias.name for node in of_module for alias in node.names} == {"os", "sys"}
+
+
 # What would run or fetch something that a user's data or config names.
 NEVER_IMPORTED = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "socket", "urllib",
                   "http", "requests", "httpx", "ftplib", "subprocess", "ctypes"}  # fmt: skip
@@ -133,6 +142,10 @@ def test_the_wheel_holds_what_it_should():
         "_focalpo_plugins_autoload.py",
     } <= files
     assert not any(file.startswith(("tests/", "examples/")) for file in files)
+    # What pip lists it takes away: our modules together with the entry points that name them.
+    assert any(file.endswith(".dist-info/entry_points.txt") for file in files)
+    listed = {dist.locate_file(file).resolve() for file in dist.files}
+    assert {path.resolve() for path in PACKAGE.rglob("*.py")} <= listed
     assert dist.locate_file("focalpo_plugins/loss.py").resolve() == (PACKAGE / "loss.py").resolve()
     assert dist.version == focalpo_plugins.__version__
     required = [requirement for requirement in dist.requires if "extra" not in requirement]
