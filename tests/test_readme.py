@@ -50,6 +50,9 @@ def test_numbers():
     first, of_dpo = (focalpo_loss(torch.zeros(1), gamma).item() for gamma in (0.05, 0))
     assert f"The first loss is {first:.4f}, not {of_dpo:.4f}." in WORDS
     assert f"`2**-gamma * ln 2`, {first:.4f} at gamma 0.05, where DPO's is {of_dpo:.4f}" in WORDS
+    exact = focalpo_loss(torch.zeros(1), 0.05, "correct_exact").item()
+    assert "(with `correct_exact` it is `2**gamma * ln 2`)" in WORDS
+    assert exact == pytest.approx(2**0.05 * math.log(2), rel=1e-6)
     assert first == pytest.approx(2**-0.05 * math.log(2), rel=1e-6)
     assert f"`focalpo/weight` hardly moves from {weight(0):.2f}.**" in WORDS
     assert (
@@ -71,7 +74,7 @@ def test_the_table_of_variants():
         loss = focalpo_loss(torch.tensor([z], dtype=torch.float64), gamma, name.strip("`"))
         assert loss.item() == pytest.approx(expected, rel=1e-12)
         assert accepted.startswith("0 ")
-        top = re.match(r"0 to ([\d.]+)", accepted)
+        top = re.match(r"0 to below ([\d.]+)", accepted)
         check_gamma(0, name.strip("`"))
         check_gamma(float(top[1]) - 1e-4 if top else 1e3, name.strip("`"))
         if top:
