@@ -202,8 +202,13 @@ def decorated() -> list[ast.Call]:
 def test_the_table_of_releases():
     """It has those that nox runs the tests in, and no other; 0.28.0 is the refused one."""
     lists = [node for each in decorated() for node in ast.walk(each) if isinstance(node, ast.List)]
-    values = [value for each in lists for value in ast.literal_eval(each)]
-    ran = {value if isinstance(value, str) else value[0] for value in values}
+    firsts = [element for each in lists for element in each.elts]
+    # A release alone, first of a tuple, or first argument of `ends`.
+    firsts = [
+        (getattr(first, "args", None) or getattr(first, "elts", None) or [first])[0]
+        for first in firsts
+    ]
+    ran = {ast.literal_eval(first) for first in firsts}
     ran = {value for value in ran if re.fullmatch(r"[\d.]+", value)}
     ran |= {
         pin.partition("==")[2] for pin in pins(NOXFILE) if pin.startswith(("axolotl", "openrlhf"))
