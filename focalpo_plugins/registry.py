@@ -73,7 +73,7 @@ class PairwiseLoss:
             if option not in self.options:
                 raise ValueError(
                     f"{option} is no option of the loss {self.name!r}"
-                    f"{did_you_mean(option, self.options)}."
+                    f"{did_you_mean(option, self.options)}"
                 )
         bound = BoundLoss(self, {**self.options, **options})
         bound(torch.zeros(1))  # the loss checks its own ranges, before anything is trained
@@ -150,7 +150,7 @@ def get_loss(name: str) -> PairwiseLoss:
     if name not in found:
         raise ValueError(
             f"loss must be one of {', '.join(found)}, got {name!r}"
-            f"{did_you_mean(name, found)}."
+            f"{did_you_mean(name, found)}"
             + "".join(
                 f" The package {package} failed to register: {why}." for package, why in failed
             )
@@ -169,10 +169,10 @@ def named(prefix: str) -> Iterator[None]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``; did you mean 'gamma'?`` or, with nothing near, ``; known: ...``."""
+    """The end of a sentence: ``; did you mean 'gamma'?`` or, with nothing near, ``; known: a, b.``"""
     known = list(known)
     near = difflib.get_close_matches(word.lower(), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}"
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}."
 
 
 def check_unchanged(

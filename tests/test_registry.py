@@ -31,7 +31,8 @@ def test_description_is_what_the_startup_line_shows():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"gama": 0.1}, "gama is no option of the loss 'focalpo'; did you mean 'gamma'?."),
+        ({"gama": 0.1}, "gama is no option of the loss 'focalpo'; did you mean 'gamma'?"),
+        ({"k": 1}, "k is no option of the loss 'focalpo'; known: gamma, variant, allow_reversed."),
         ({"gamma": 2.0}, "gamma must be below 1/ln 2"),
         ({"variant": "wrong"}, "variant must be one of"),
     ],

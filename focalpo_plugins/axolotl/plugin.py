@@ -38,7 +38,7 @@ class FocalPOPlugin(BasePlugin):
         name, trainer = cfg.get("rl"), cfg.get("trainer_cls")
         if name is not None and name not in known:
             near = did_you_mean(str(name), known)
-            raise ValueError(f"rl must be one of {', '.join(known)}, got {name!r}{near}.")
+            raise ValueError(f"rl must be one of {', '.join(known)}, got {name!r}{near}")
         if name == "dpo" and trainer == TRAINER and requested_loss(cfg) is not None:
             return  # rewritten before, in the process that started this one
         _check_keys(cfg, name)
@@ -119,7 +119,7 @@ def _check_keys(cfg: Any, rl: str) -> None:
     for key in cfg:
         if str(key).startswith("focalpo_") and key not in of_loss:
             raise ValueError(
-                f"{key} is no key of focalpo_plugins, got {cfg[key]!r}{did_you_mean(key, of_loss)}."
+                f"{key} is no key of focalpo_plugins, got {cfg[key]!r}{did_you_mean(key, of_loss)}"
             )
         if key in of_loss and cfg[key] is not None and of_loss[key] != rl:
             raise ValueError(

@@ -257,6 +257,7 @@ def test_refused(outcomes, way, case):
     outcome = outcomes[way][case]
     assert isinstance(outcome, str), f"accepted as {outcome}"
     assert REFUSED[case][1] in outcome
+    assert "?." not in outcome
 
 
 @pytest.mark.parametrize("way", ["autoload", "plugins line"])
