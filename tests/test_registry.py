@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,8 @@ import pytest
 import torch
 from harness import run_python
 
-from focalpo_plugins import focalpo_loss, focalpo_weight, hookimpl, registry
+from focalpo_plugins import focalpo_loss, focalpo_weight, registry
 from focalpo_plugins.registry import check_unchanged, get_loss, losses
-
-
-@pytest.fixture
-def add() -> Iterator[Callable[[Callable], None]]:
-    """Registers what a package's ``register_losses`` gives; undone after the test."""
-    before = dict(registry._losses)
-
-    def add_package(register_losses: Callable) -> None:
-        hook = staticmethod(hookimpl(register_losses))
-        registry.add("mine", type("Package", (), {"register_losses": hook}))
-
-    yield add_package
-    if registry.manager.has_plugin("mine"):
-        registry.manager.unregister(name="mine")
-    registry._losses.clear()
-    registry._losses.update(before)
 
 
 def test_focalpo_is_registered():
@@ -150,12 +134,12 @@ WEIGHTS: dict[str, tuple[Callable, float]] = {
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_which_options_a_weight_gets(add, kind: str):
+def test_which_options_a_weight_gets(add_loss, kind: str):
     weight, expected = WEIGHTS[kind]
     # torch.abs takes no options, and would raise if it were given any.
     options = {} if weight is torch.abs else {"scale": 3.0, "shift": 0.5}
     loss = lambda margins, **options: margins  # noqa: E731
-    add(lambda register: register("scaled", loss, weight=weight, options=options))
+    add_loss("scaled", loss, weight=weight, options=options)
     assert get_loss("scaled").bind().weight(torch.ones(1)).item() == expected
 
 
@@ -163,10 +147,10 @@ def test_which_options_a_weight_gets(add, kind: str):
     "reversal, expected",
     [(lambda: -1.0, -1), (lambda scale: -scale, -3), (lambda **options: -len(options), -2)],
 )
-def test_which_options_a_reversal_gets(add, reversal: Callable, expected: float):
+def test_which_options_a_reversal_gets(add_loss, reversal: Callable, expected: float):
     loss = lambda margins, **options: margins  # noqa: E731
     options = {"scale": 3.0, "shift": 0.5}
-    add(lambda register: register("scaled", loss, reversal=reversal, options=options))
+    add_loss("scaled", loss, reversal=reversal, options=options)
     bound = get_loss("scaled").bind()
     assert bound.reversal() == expected
     assert bound.describe() == (
@@ -188,10 +172,10 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
 
 
 @pytest.mark.parametrize("kind", VALUES)
-def test_a_checkpoint_of_the_same_options_is_the_same_loss(add, kind: str):
+def test_a_checkpoint_of_the_same_options_is_the_same_loss(add_loss, kind: str):
     value, same, other = VALUES[kind]
     loss = lambda margins, at: margins  # noqa: E731
-    add(lambda register: register("mine", loss, options={"at": value}))
+    add_loss("mine", loss, options={"at": value})
     saved = json.loads(json.dumps(get_loss("mine").bind().record("_", beta=0.1)))
     for again in (value, same):
         asked = get_loss("mine").bind(at=again).record("_", beta=0.1)
@@ -201,19 +185,16 @@ def test_a_checkpoint_of_the_same_options_is_the_same_loss(add, kind: str):
         check_unchanged(saved, asked, "checkpoint-1", "allow", {})
 
 
-def test_an_option_that_no_checkpoint_can_hold(add):
-    add(lambda register: register("mine", lambda margins, at: margins, options={"at": None}))
+def test_an_option_that_no_checkpoint_can_hold(add_loss):
+    add_loss("mine", lambda margins, at: margins, options={"at": None})
     with pytest.raises(ValueError, match="^at must be a value that JSON can hold, got {1}"):
         get_loss("mine").bind(at={1})
 
 
-def test_an_option_that_another_loss_has_too_is_recorded(add):
+def test_an_option_that_another_loss_has_too_is_recorded(add_loss):
     """Of FocalPO's options `allow_reversed` alone changes no loss; another's may mean anything."""
-    add(
-        lambda register: register(
-            "mine", lambda margins, allow_reversed: margins, options={"allow_reversed": True}
-        )
-    )
+    options = {"allow_reversed": True}
+    add_loss("mine", lambda margins, allow_reversed: margins, options=options)
     recorded = get_loss("mine").bind().record("_")
     assert recorded == {"loss": "mine", "mine_allow_reversed": True}
     assert "focalpo_allow_reversed" not in get_loss("focalpo").bind().record("_")
@@ -288,7 +269,7 @@ REFUSED: dict[str, tuple[tuple, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_all_of_a_packages_losses_or_none(add, case: str):
+def test_all_of_a_packages_losses_or_none(add_package, case: str):
     """The package's first loss, which is fine, isn't left behind, and it can be added once more."""
     arguments, parts, message = REFUSED[case]
 
@@ -297,10 +278,10 @@ def test_all_of_a_packages_losses_or_none(add, case: str):
         register(*arguments, **parts)
 
     with pytest.raises((ValueError, TypeError)) as error:
-        add(register_losses)
+        add_package(register_losses)
     assert message in str(error.value)
     assert "fine" not in losses() and not registry.manager.has_plugin("mine")
-    add(lambda register: register("fine", loss))
+    add_package(lambda register: register("fine", loss))
     assert get_loss("fine").package == "mine"
 
 
