@@ -84,7 +84,9 @@ class _Awaiting:
 
         sys.meta_path.remove(self)
         spec = find_spec(name)
-        if spec is not None:
+        if spec is not None and spec.loader is None:  # a folder without code
+            _patch(self.adapter, None)
+        elif spec is not None:
             exec_module = spec.loader.exec_module
 
             def exec_then_patch(module):
