@@ -2,65 +2,80 @@
 
 It stands outside the package, and imports nothing but the standard library, so that a broken
 package can't break ``import torch``.  In a process that is no host it looks at the command line
-and returns; in a host's process it waits for one module of the host and then lets the host's
-room do the rest.  It never raises, and ``FOCALPO_AUTOLOAD=0`` turns it off.
+and returns; in a host's process it waits for a module of the host and then lets our adapter for
+that host do the rest.  It never raises, and ``FOCALPO_AUTOLOAD=0`` turns it off.
 """
 
 import os
 import sys
 
-# The command's package or module, the host's module to wait for, and who is called with it.
+# The module whose own function is replaced; of the others it is enough that they are there.
+_PATCHED = "axolotl.utils.config"
+# The host's command or package of commands, the module of it to wait for, and our adapter.
 _HOSTS = (
-    ("axolotl", "axolotl.utils.config", "focalpo_plugins.axolotl.autoload"),
-    # At once, as soon as there is a torch: the CPU mode has to be there before the host is.
-    ("openrlhf.cli.train_dpo", "torch", "focalpo_plugins.openrlhf.autoload"),
+    ("axolotl.cli", _PATCHED, "focalpo_plugins.axolotl.autoload"),
+    ("axolotl.cli", "axolotl.cli.utils", "focalpo_plugins.axolotl.flags"),
+    # The CPU mode has to be there before OpenRLHF imports anything.
+    ("openrlhf.cli.train_dpo", "openrlhf", "focalpo_plugins.openrlhf.autoload"),
 )
+# Commands that are no module's name.
+_SCRIPTS = {"axolotl": "axolotl.cli"}
 
 
 def autoload():
-    """Arm the room of the host that this process runs, if it is one."""
+    """Arm the adapter of the host that this process runs, if it runs one."""
     try:
         if os.environ.get("FOCALPO_AUTOLOAD", "1") == "0":
             return
-        command = _command()
-        for host, awaited, room in _HOSTS:
-            if command == host or command.startswith(host + "."):
-                _when_imported(awaited, room)
+        commands = _commands()
+        for host, awaited, adapter in _HOSTS:
+            if any(f"{command}.".startswith(f"{host}.") for command in commands):
+                _when_imported(awaited, adapter)
     except Exception as error:
         _warn(error)
 
 
-def _command():
-    """The module or script that this process runs: ``axolotl.cli.train``, ``axolotl``."""
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    if spec is not None:
-        return spec.name.removesuffix(".__main__")
-    argv = sys.orig_argv
-    if sys.argv[:1] == ["-m"] and "-m" in argv[:-1]:  # runpy is still importing the parents
-        return argv[argv.index("-m") + 1]
-    script = os.path.basename(sys.argv[0]) if sys.argv else ""
-    return script.removesuffix(".exe").removesuffix("-script.py")
+def _commands():
+    """The modules that the command line names, by name or by file.
+
+    A profiler, debugger or launcher is a command itself and names the host's behind it, so each
+    word counts.  A word for a host that this process doesn't import costs nothing.
+    """
+    found = []
+    script = sys.argv[0] if sys.argv else ""
+    for number, word in enumerate(map(str, [script, *sys.orig_argv[1:]])):
+        if "axolotl" not in word and "openrlhf" not in word:
+            if number or not word.endswith(".py"):
+                continue
+            word = os.path.abspath(word)
+        name = word.replace(os.sep, "/")
+        last = name.rpartition("/")[2].removesuffix(".exe").removesuffix("-script.py")
+        if last in _SCRIPTS and (number == 0 or os.path.isfile(word)):
+            found.append(_SCRIPTS[last])
+        elif name.endswith(".py"):
+            found.append(".".join(name.removesuffix(".py").split("/")[-3:]))
+        else:  # -m axolotl.cli.train, -maxolotl.cli.train, --module=axolotl.cli.train
+            found.append(name.rpartition("=")[2].removeprefix("-m"))
+    return found
 
 
-def _when_imported(awaited, room):
-    """Call ``room.patch(module)`` as soon as the module ``awaited`` has been executed."""
+def _when_imported(awaited, adapter):
+    """Call ``adapter.patch(module)`` as soon as the module ``awaited`` has been executed."""
     module = sys.modules.get(awaited)
-    if awaited == "torch":  # calls us as the last thing that it does while it is imported
-        _patch(room, module)
-    elif module is None:
-        sys.meta_path.insert(0, _Awaiting(awaited, room))
-    elif getattr(module.__spec__, "_initializing", False):
+    if module is None:
+        sys.meta_path.insert(0, _Awaiting(awaited, adapter))
+    elif awaited == _PATCHED and getattr(module.__spec__, "_initializing", False):
         raise RuntimeError(f"{awaited} imported torch itself, before it was complete")
     else:
-        _patch(room, module)
+        _patch(adapter, module)
 
 
 class _Awaiting:
     """A finder that finds nothing, and is there to see one module being imported."""
 
-    def __init__(self, awaited, room):
+    def __init__(self, awaited, adapter):
         self.awaited = awaited
-        self.room = room
+        self.adapter = adapter
 
     def find_spec(self, name, path=None, target=None):
         if name != self.awaited:
@@ -69,22 +84,24 @@ class _Awaiting:
 
         sys.meta_path.remove(self)
         spec = find_spec(name)
-        if spec is not None:
+        if spec is not None and spec.loader is None:  # a folder without code
+            _patch(self.adapter, None)
+        elif spec is not None:
             exec_module = spec.loader.exec_module
 
             def exec_then_patch(module):
                 exec_module(module)
-                _patch(self.room, module)
+                _patch(self.adapter, module)
 
             spec.loader.exec_module = exec_then_patch
         return spec
 
 
-def _patch(room, module):
+def _patch(adapter, module):
     try:
         from importlib import import_module
 
-        import_module(room).patch(module)
+        import_module(adapter).patch(module)
     except Exception as error:
         _warn(error)
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import pluggy
@@ -21,6 +24,30 @@ from . import hookspecs
 from .loss import focalpo_loss, focalpo_weight, label_smoothed, reversal_margin
 
 GROUP = "focalpo_plugins"
+
+# What means something else in a host, and so can be no loss's name.
+RESERVED_NAMES = frozenset(
+    {
+        # Axolotl: other values of `rl`, and the first words of its own keys
+        *("dpo", "ebft", "gdpo", "grpo", "ipo", "kto", "orpo", "simpo", "sft", "reward_model"),
+        *("adapter", "base", "dataset", "datasets", "deepspeed", "fsdp", "lora", "peft", "plugins"),
+        *("rl", "trainer", "trl", "vllm"),
+        # OpenRLHF: the first words of its flags
+        *("actor", "adam", "algo", "ckpt", "critic", "data", "ds", "eval", "logger", "loss"),
+        *("model", "muon", "ref", "reward", "rollout", "train"),
+        # the first words of what the hosts log
+        *("entropy", "logits", "logps", "rewards", "test"),
+    }
+)
+# What every loss of ours has as a key or flag in a host, and so can be no option's name.
+RESERVED_OPTIONS = frozenset(
+    {"allow_changed", "allow_data", "fused", "loss", "precompute_dir", "precompute_ref"}
+)
+
+#: Losses reach it through :func:`add`.
+manager = pluggy.PluginManager("focalpo_plugins")
+manager.add_hookspecs(hookspecs)
+_losses: dict[str, PairwiseLoss] = {}
 
 
 class Register(Protocol):
@@ -38,18 +65,25 @@ class Register(Protocol):
         """Add a loss.
 
         Args:
-            name: what the user writes as ``rl: NAME``; a Python identifier in lower case.
+            name: what the user writes as ``rl: NAME``; an identifier in lower case, without outer
+                or double underscores, and none of :data:`RESERVED_NAMES`, which hosts use.
             loss: ``loss(margins, **options)`` gives per-pair losses of the shape ``(B,)`` of the
                 reward margins; it raises ``ValueError`` for an option out of range, with a message
                 that begins with the option's name.
             weight: ``weight(margins, **options)``, what the loss multiplies DPO's gradient by.
                 Without it the diagnostics ``NAME/weight`` and ``NAME/reversed`` are left out.
             reversal: ``reversal(**options)``, the margin below which the weight is negative.
-            options: the options' names and default values; a host's key for the option ``o`` is
-                ``NAME_o``.
+            options: the options' names and default values, which JSON can hold: a checkpoint says
+                them.  A host's key for the option ``o`` is ``NAME_o``, its flag ``--NAME.o``.  A
+                name is an identifier without outer or double underscores, and none of
+                :data:`RESERVED_OPTIONS`, which every loss has in a host.
+
+        ``loss`` is called with all options by name.  ``weight`` and ``reversal`` are called with
+        those that they name, or with all where they take ``**options``.
 
         Raises:
-            ValueError: the name is not an identifier in lower case, or is taken.
+            ValueError: a name is not as said above or is taken, a default is nothing that JSON can
+                hold, or a function can't be called in this way.
         """
 
 
@@ -62,19 +96,22 @@ class PairwiseLoss:
     weight: Callable[..., Tensor] | None = None
     reversal: Callable[..., float] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    #: Who registered it, by the name of its entry point.
+    package: str = "focalpo_plugins"
 
     def bind(self, **options: Any) -> BoundLoss:
         """The loss with its options set, those not given at their defaults.
 
         Raises:
-            ValueError: an option is unknown or out of range.
+            ValueError: an option is unknown, out of range, or nothing that JSON can hold.
         """
-        for option in options:
+        for option, value in options.items():
             if option not in self.options:
                 raise ValueError(
                     f"{option} is no option of the loss {self.name!r}"
-                    f"{did_you_mean(option, self.options)}."
+                    f"{did_you_mean(option, self.options)}"
                 )
+            _check_json(option, value)
         bound = BoundLoss(self, {**self.options, **options})
         bound(torch.zeros(1))  # the loss checks its own ranges, before anything is trained
         return bound
@@ -120,6 +157,8 @@ class BoundLoss:
     def record(self, separator: str, **of_host: Any) -> dict[str, Any]:
         """What a checkpoint says that it was trained with, by the key that asks for it.
 
+        The values are as JSON gives them back.
+
         Args:
             separator: between the loss's name and an option, as the host's keys have it.
             of_host: the host's own values that go into the loss.
@@ -127,17 +166,21 @@ class BoundLoss:
         asked = {
             f"{self.name}{separator}{name}": value
             for name, value in self.options.items()
-            if name != "allow_reversed"  # it lets a gamma through, and changes no loss
+            # FocalPO's lets a gamma through, and changes no loss.
+            if (self.name, name) != ("focalpo", "allow_reversed")
         }
-        return {"loss": self.name, **asked, **of_host}
+        record: dict[str, Any] = json.loads(json.dumps({"loss": self.name, **asked, **of_host}))
+        return record
 
 
 def losses() -> Mapping[str, PairwiseLoss]:
     """The installed losses by name, FocalPO first.
 
-    A package whose hook fails is left out with one warning: runs that don't ask for its loss go on.
+    A package of which anything fails is left out whole, with one warning: runs that don't ask for
+    its losses go on.
     """
-    return _installed()[0]
+    _add_installed()
+    return MappingProxyType(_losses)
 
 
 def get_loss(name: str) -> PairwiseLoss:
@@ -146,16 +189,47 @@ def get_loss(name: str) -> PairwiseLoss:
     Raises:
         ValueError: there is none; the message lists those there are.
     """
-    found, failed = _installed()
-    if name not in found:
+    failed = _add_installed()
+    if name not in _losses:
         raise ValueError(
-            f"loss must be one of {', '.join(found)}, got {name!r}"
-            f"{did_you_mean(name, found)}."
+            f"loss must be one of {', '.join(_losses)}, got {name!r}{did_you_mean(name, _losses)}"
             + "".join(
                 f" The package {package} failed to register: {why}." for package, why in failed
             )
         )
-    return found[name]
+    return _losses[name]
+
+
+def add(package: str, plugin: Any) -> None:
+    """Register the losses of a plugin: all that its ``register_losses`` gives, or none.
+
+    Args:
+        package: whose it is.
+        plugin: a module or a class with the hook.
+
+    Raises:
+        ValueError: a loss is not as :class:`Register` says, or there is none.
+        Exception: whatever the plugin raises.
+    """
+    own: dict[str, PairwiseLoss] = {}
+
+    def register(name: str, loss: Callable[..., Tensor], **parts: Any) -> None:
+        given = {part: value for part, value in parts.items() if value is not None}
+        registered = PairwiseLoss(name, loss, **given, package=package)
+        _check(registered, {**_losses, **own})
+        own[name] = registered
+
+    manager.register(plugin, name=package)
+    try:
+        # One plugin at a time: pluggy would let the first that raises end the call for all.
+        others = [other for name, other in manager.list_name_plugin() if name != package]
+        manager.subset_hook_caller("register_losses", others)(register=register)
+        if not own:
+            raise ValueError("it registers no loss; is its register_losses marked @hookimpl?")
+    except BaseException:
+        manager.unregister(name=package)
+        raise
+    _losses.update(own)
 
 
 @contextmanager
@@ -169,10 +243,10 @@ def named(prefix: str) -> Iterator[None]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``; did you mean 'gamma'?`` or, with nothing near, ``; known: ...``."""
+    """A sentence's end: ``; did you mean 'gamma'?`` or, with nothing near, ``; known: a, b.``"""
     known = list(known)
     near = difflib.get_close_matches(word.lower(), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}"
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}."
 
 
 def check_unchanged(
@@ -204,7 +278,7 @@ def check_unchanged(
     changed = [
         f"{written.get(key, key)} was {recorded.get(key)!r}, got {asked.get(key)!r}"
         for key in sorted({*recorded, *asked})
-        if recorded.get(key) != asked.get(key)
+        if not _same(recorded.get(key), asked.get(key))
     ]
     if changed:
         raise ValueError(f"{'; '.join(changed)}: so says the checkpoint {checkpoint}; {rest}")
@@ -226,37 +300,114 @@ class _FocalPO:
 
 
 @functools.cache
-def _installed() -> tuple[dict[str, PairwiseLoss], list[tuple[str, str]]]:
-    manager = pluggy.PluginManager("focalpo_plugins")
-    manager.add_hookspecs(hookspecs)
-    found: dict[str, PairwiseLoss] = {}
-    failed: list[tuple[str, str]] = []
-
-    def register(name: str, loss: Callable[..., Tensor], **parts: Any) -> None:
-        if not (name.isidentifier() and name == name.lower()):
-            raise ValueError(f"name must be an identifier in lower case, got {name!r}")
-        if name in found:
-            raise ValueError(f"name must be new, got {name!r}, which is registered already")
-        found[name] = PairwiseLoss(name, loss, **{k: v for k, v in parts.items() if v is not None})
-
-    plugins: list[tuple[str, Callable[[], Any]]] = [("focalpo_plugins", _FocalPO)]
-    plugins += [(point.name, point.load) for point in entry_points(group=GROUP)]
-    for package, load in plugins:
+def _add_installed() -> list[tuple[str, str]]:
+    """Add the losses of other packages, once; the packages that failed, and why."""
+    failed = []
+    for point in entry_points(group=GROUP):
         try:
-            manager.register(load(), name=package)
-            # One plugin at a time: pluggy would let the first that raises end the call for all.
-            others = [plugin for name, plugin in manager.list_name_plugin() if name != package]
-            manager.subset_hook_caller("register_losses", others)(register=register)
+            add(point.name, point.load())
         except Exception as error:
-            failed.append((package, f"{type(error).__name__}: {error}"))
+            failed.append((point.name, f"{type(error).__name__}: {error}"))
             warnings.warn(
-                f"focalpo_plugins: the package {package} failed to register its losses and is "
+                f"focalpo_plugins: the package {point.name} failed to register its losses and is "
                 f"left out ({type(error).__name__}: {error})",
                 stacklevel=2,
             )
-    return found, failed
+    return failed
+
+
+def _check(loss: PairwiseLoss, others: Mapping[str, PairwiseLoss]) -> None:
+    """Refuse a loss that is not as :class:`Register` says."""
+    _check_word("name", loss.name, RESERVED_NAMES)
+    if loss.name != loss.name.lower():
+        raise ValueError(f"name must be an identifier in lower case, got {loss.name!r}")
+    if loss.name in others:
+        raise ValueError(
+            f"name must be new, got {loss.name!r}, which is registered already by the package "
+            f"{others[loss.name].package}"
+        )
+    taken = dict.fromkeys((f"focalpo_{option}" for option in RESERVED_OPTIONS), "focalpo")
+    taken |= {
+        f"{other.name}_{option}": other.name
+        for other in others.values()
+        for option in other.options
+    }
+    for option, default in loss.options.items():
+        _check_word(f"an option of {loss.name}", option, RESERVED_OPTIONS)
+        _check_json(f"the default of {loss.name}'s option {option}", default)
+        key = f"{loss.name}_{option}"
+        if key in taken:
+            raise ValueError(
+                f"an option of {loss.name} must make a key that is new, got {option!r}: {key} "
+                f"belongs to the loss {taken[key]}"
+            )
+    margins = object()
+    calls = {
+        "loss": (loss.loss, [margins], loss.options),
+        "weight": (loss.weight, [margins], None),
+        "reversal": (loss.reversal, [], None),
+    }
+    for part, (function, positional, given) in calls.items():
+        signature = _signature(function) if function is not None else None
+        if function is None or signature is None:
+            continue
+        options = _accepted(function, loss.options) if given is None else given
+        try:
+            signature.bind(*positional, **options)
+        except TypeError as error:
+            called = ", ".join([*["margins"][: len(positional)], *(f"{o}=..." for o in options)])
+            raise ValueError(
+                f"{part} of {loss.name} can't be called as {part}({called}): {error}"
+            ) from None
+
+
+def _check_word(what: str, word: object, reserved: Iterable[str]) -> None:
+    if not isinstance(word, str) or not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9]*(_[a-zA-Z0-9]+)*", word):
+        kind = "an identifier in lower case" if what == "name" else "an identifier"
+        raise ValueError(
+            f"{what} must be {kind}, without outer or double underscores, got {word!r}"
+        )
+    if word in reserved:
+        raise ValueError(
+            f"{what} must be none that a host uses, got {word!r}; they are "
+            f"{', '.join(sorted(reserved))}"
+        )
+
+
+def _check_json(what: str, value: object) -> None:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{what} must be a value that JSON can hold, got {value!r}: a checkpoint says what it "
+            "was trained with"
+        ) from None
+
+
+def _same(recorded: object, asked: object) -> bool:
+    return recorded == asked or json.dumps(recorded) == json.dumps(asked)  # NaN is not NaN
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    """None where it has none, as some that are written in C."""
+    if isinstance(function, torch.nn.Module):
+        function = function.forward  # its __call__ takes anything
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
 
 
 def _accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters
-    return {name: value for name, value in options.items() if name in parameters}
+    """The options that ``function`` names; all of them where it takes any, or doesn't tell."""
+    signature = _signature(function)
+    if signature is None:
+        return dict(options)
+    parameters = signature.parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(options)
+    by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return {name: value for name, value in options.items() if name in by_name}
+
+
+add("focalpo_plugins", _FocalPO)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -69,6 +70,31 @@ def package_copy(tmp_path: Path) -> Path:
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(dist.locate_file(file), tmp_path / file)
     return tmp_path
+
+
+@pytest.fixture
+def add_package() -> Iterator[Callable[[Callable], None]]:
+    """Registers what a package's ``register_losses`` gives, in this process; undone after the test."""
+    from focalpo_plugins import hookimpl, registry
+
+    registry.losses()  # those of installed packages
+    before = dict(registry._losses)
+
+    def add(register_losses: Callable) -> None:
+        hook = staticmethod(hookimpl(register_losses))
+        registry.add("mine", type("Package", (), {"register_losses": hook}))
+
+    yield add
+    if registry.manager.has_plugin("mine"):
+        registry.manager.unregister(name="mine")
+    registry._losses.clear()
+    registry._losses.update(before)
+
+
+@pytest.fixture
+def add_loss(add_package) -> Callable[..., None]:
+    """Registers one loss; takes what ``register`` takes."""
+    return lambda *args, **parts: add_package(lambda register: register(*args, **parts))
 
 
 @pytest.fixture

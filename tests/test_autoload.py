@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from harness import run_python
 
+import _focalpo_plugins_autoload
+
 HOSTS = ("axolotl", "openrlhf", "trl", "transformers")
+# The last that is asked for is the first that is looked at.
+AXOLOTL = ["axolotl.cli.utils", "axolotl.utils.config"]
 REPORT = """
 import sys, torch
 waiting = [finder.awaited for finder in sys.meta_path if type(finder).__name__ == "_Awaiting"]
@@ -36,7 +41,7 @@ def broken_package(package_copy: Path) -> Path:
 HALVES = {
     "syntax error": lambda package: (package / "loss.py").write_text("def focalpo_loss(:\n"),
     "module missing": lambda package: (package / "registry.py").unlink(),
-    "room missing": lambda package: shutil.rmtree(package / "axolotl"),
+    "adapter missing": lambda package: shutil.rmtree(package / "axolotl"),
     "one module": lambda package: [
         shutil.rmtree(part) if part.is_dir() else part.unlink()
         for part in package.iterdir()
@@ -63,7 +68,7 @@ def test_import_torch_survives_half_a_package(package_copy: Path, half: str, sai
     )
     run = run_python(str(script), path=package_copy)
     assert run.stdout.startswith("<function validate_config at"), run.stderr
-    lost = half in ("room missing", "one module")
+    lost = half in ("adapter missing", "one module")
     assert run.stderr.count("autoload failed (") == lost
     if lost:
         assert "ModuleNotFoundError: No module named 'focalpo_plugins.axolotl" in run.stderr
@@ -95,7 +100,7 @@ def host_script(folder: Path) -> str:
 
 def test_waits_in_a_host_process(tmp_path: Path, said_by_torch: str):
     run = run_python(host_script(tmp_path))
-    assert run.stdout == "waiting for ['axolotl.utils.config'] package loaded False\n"
+    assert run.stdout == f"waiting for {AXOLOTL} package loaded False\n"
     assert run.stderr == said_by_torch
 
 
@@ -110,7 +115,126 @@ def test_waits_in_a_process_run_as_a_module(tmp_path: Path, imports_torch: str):
     if imports_torch == "__init__":
         (package / "__init__.py").write_text("import torch\n")
     run = run_python("-m", "axolotl.cli.train", path=tmp_path)
-    assert run.stdout == "waiting for ['axolotl.utils.config'] package loaded False\n", run.stderr
+    assert run.stdout == f"waiting for {AXOLOTL} package loaded False\n", run.stderr
+
+
+# How a process can come to run a host's command, with the command's file in {}; what comes before
+# is Python's own or the standard library's.  `.../bin/axolotl` is the console script.
+RUNS_AXOLOTL = (
+    "-m axolotl.cli.train c.yml",
+    "-maxolotl.cli.train c.yml",
+    "-m axolotl.cli.main train c.yml",
+    "-X importtime -m axolotl.cli.train c.yml",
+    "-u -m axolotl.cli.train c.yml --focalpo-gamma=0.5",
+    "{}/axolotl/cli/train.py c.yml",
+    "-m cProfile -o prof -m axolotl.cli.train c.yml",
+    "-m cProfile {}/axolotl/cli/train.py c.yml",
+    "-m cProfile {}/bin/axolotl train c.yml",
+    "-m pdb -c continue -m axolotl.cli.train c.yml",
+    "-m pdb -c continue {}/axolotl/cli/train.py c.yml",
+    "-m trace --count --missing -C counts --module axolotl.cli.train c.yml",
+    "-m trace --count -C counts {}/axolotl/cli/train.py c.yml",
+    "-m runpy axolotl.cli.train c.yml",
+    "-m other.runner --listen 5678 -m axolotl.cli.train c.yml",
+    "-m other.runner --module=axolotl.cli.train c.yml",
+    "{}/bin/axolotl train c.yml",
+)
+RUNS_OPENRLHF = (
+    "-m openrlhf.cli.train_dpo --loss focalpo",
+    "{}/openrlhf/cli/train_dpo.py --loss focalpo",
+    "-m cProfile -o prof -m openrlhf.cli.train_dpo --loss focalpo",
+    "-m pdb -c continue -m openrlhf.cli.train_dpo",
+    "-m trace --count -C counts --module openrlhf.cli.train_dpo",
+    "-m other.runner -m openrlhf.cli.train_dpo",
+)
+# What has a host's name in its command line and runs none.
+RUNS_NONE = (
+    "{}/mine/axolotl.py",
+    "{}/mine/cli/train.py",
+    "-m mine.axolotl",
+    "-m other.runner --output_dir {}/axolotl",
+    "-m other.runner --output_dir axolotl -m mine.axolotl",
+    "-m openrlhf.cli.train_sft",
+    "{}/openrlhf/cli/train_sft.py",
+)
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packages with the hosts' names, whose commands say what they wait for, and a `torch` that does
+    what torch does with us; so that each run is a few milliseconds."""
+    folder = tmp_path_factory.mktemp("commands")
+    said = "import sys, torch\nprint(torch.waiting())\nsys.exit(0)\n"
+    for command in ("axolotl/cli/train.py", "axolotl/cli/main.py", "bin/axolotl",
+                    "openrlhf/cli/train_dpo.py", "openrlhf/cli/train_sft.py",
+                    "mine/axolotl.py", "mine/cli/train.py"):  # fmt: skip
+        path = folder / command
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(said)
+        for package in (path.parent, path.parent.parent):
+            if package.is_relative_to(folder) and package != folder:
+                (package / "__init__.py").touch()
+    (folder / "other").mkdir()
+    (folder / "other" / "runner.py").write_text(
+        "import runpy, sys, torch\n"
+        "named = [word for before, word in zip(sys.argv, sys.argv[1:]) if before == '-m']\n"
+        "named += [word[9:] for word in sys.argv if word.startswith('--module=')]\n"
+        "sys.argv[:] = ['', *sys.argv[-1:]]\n"
+        "runpy.run_module(named[0], run_name='__main__') if named else print(torch.waiting())\n"
+    )
+    (folder / "torch.py").write_text(
+        "import sys, _focalpo_plugins_autoload\n"
+        "patched = []\n"
+        "_focalpo_plugins_autoload._patch = lambda adapter, module: patched.append(module.__name__)\n"
+        "_focalpo_plugins_autoload.autoload()\n"
+        "def waiting():\n"
+        "    found = [f.awaited for f in sys.meta_path if type(f).__name__ == '_Awaiting']\n"
+        "    return f'waiting for {found} patched {patched} loaded {\"focalpo_plugins\" in sys.modules}'\n"
+    )
+    return folder
+
+
+def said(commands: Path, command: str) -> str:
+    words = [word.format(commands) for word in command.split()]
+    path = Path(_focalpo_plugins_autoload.__file__).parent
+    run = run_python(*words, path=f"{commands}{os.pathsep}{path}", cwd=commands)
+    lines = [line for line in run.stdout.splitlines() if line.startswith("waiting for")]
+    assert lines, run.stderr
+    return lines[-1]
+
+
+@pytest.mark.parametrize("command", RUNS_AXOLOTL)
+def test_knows_axolotl_whoever_runs_it(commands: Path, command: str):
+    assert said(commands, command) == f"waiting for {AXOLOTL} patched [] loaded False"
+
+
+@pytest.mark.parametrize("command", RUNS_OPENRLHF)
+def test_knows_openrlhf_whoever_runs_it(commands: Path, command: str):
+    """Patched before its command imports anything of it: at once if the package is there already,
+    else when it comes, which a script that is run by its path does itself; this one doesn't."""
+    by_path = "waiting for ['openrlhf'] patched [] loaded False"
+    by_name = "waiting for [] patched ['openrlhf'] loaded False"
+    assert said(commands, command) == (by_path if command.startswith("{}") else by_name)
+
+
+@pytest.mark.parametrize("command", RUNS_NONE)
+def test_leaves_every_other_process_alone(commands: Path, command: str):
+    assert said(commands, command) == "waiting for [] patched [] loaded False"
+
+
+@pytest.mark.parametrize("argv", [[], [""], ["-c"], [1], [Path("train.py")]], ids=repr)
+def test_any_command_line(argv: list):
+    """Whatever a program makes of `sys.argv` before it imports torch."""
+    script = f"""
+import sys
+from pathlib import Path, PosixPath
+sys.argv = {argv!r}
+import _focalpo_plugins_autoload
+_focalpo_plugins_autoload.autoload()
+print([finder for finder in sys.meta_path if type(finder).__name__ == "_Awaiting"])
+"""
+    run = run_python("-c", script)
+    assert (run.stdout, run.stderr) == ("[]\n", "")
 
 
 def test_can_be_turned_off(tmp_path: Path):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from harness import run_python
 
-from focalpo_plugins import focalpo_loss, focalpo_weight
-from focalpo_plugins.registry import get_loss, losses
+from focalpo_plugins import focalpo_loss, focalpo_weight, registry
+from focalpo_plugins.registry import check_unchanged, get_loss, losses
 
 
 def test_focalpo_is_registered():
@@ -31,7 +35,8 @@ def test_description_is_what_the_startup_line_shows():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"gama": 0.1}, "gama is no option of the loss 'focalpo'; did you mean 'gamma'?."),
+        ({"gama": 0.1}, "gama is no option of the loss 'focalpo'; did you mean 'gamma'?"),
+        ({"k": 1}, "k is no option of the loss 'focalpo'; known: gamma, variant, allow_reversed."),
         ({"gamma": 2.0}, "gamma must be below 1/ln 2"),
         ({"variant": "wrong"}, "variant must be one of"),
     ],
@@ -89,20 +94,221 @@ except ValueError as error:
     assert run.stderr.count("failed to register its losses and is left out") == 1
 
 
+class Scaled(torch.nn.Module):
+    """A module takes anything when it is called, and its ``forward`` says what."""
+
+    def forward(self, margins, scale):
+        return scale * margins
+
+
+def named(margins, scale=1.0):
+    return scale * margins
+
+
+def by_keyword(margins, *, scale):
+    return scale * margins
+
+
+def any_options(margins, **options):
+    return options["scale"] * margins + options["shift"]
+
+
+class Calls:
+    def __call__(self, margins, scale):
+        return scale * margins
+
+
+# With margins of 1, scale 3 and shift 0.5 or none of them, by what the function names.
+WEIGHTS: dict[str, tuple[Callable, float]] = {
+    "by name": (named, 3),
+    "by keyword": (by_keyword, 3),
+    "any": (any_options, 3.5),
+    "none": (lambda margins: 2 * margins, 2),
+    "none of them, positional alone": (lambda margins, /: 2 * margins, 2),
+    "partial": (functools.partial(named, scale=7.0), 3),
+    "wrapped": (functools.wraps(named)(lambda *args, **kwargs: named(*args, **kwargs)), 3),
+    "object": (Calls(), 3),
+    "module": (Scaled(), 3),
+    "written in C, without a signature": (torch.abs, 1),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_which_options_a_weight_gets(add_loss, kind: str):
+    weight, expected = WEIGHTS[kind]
+    # torch.abs takes no options, and would raise if it were given any.
+    options = {} if weight is torch.abs else {"scale": 3.0, "shift": 0.5}
+    loss = lambda margins, **options: margins  # noqa: E731
+    add_loss("scaled", loss, weight=weight, options=options)
+    assert get_loss("scaled").bind().weight(torch.ones(1)).item() == expected
+
+
 @pytest.mark.parametrize(
-    "call, why",
-    [
-        ("register('focalpo', abs)", "name must be new, got 'focalpo'"),
-        ("register('Hinge', abs)", "name must be an identifier in lower case, got 'Hinge'"),
-        ("register('my-loss', abs)", "name must be an identifier in lower case, got 'my-loss'"),
-    ],
+    "reversal, expected",
+    [(lambda: -1.0, -1), (lambda scale: -scale, -3), (lambda **options: -len(options), -2)],
 )
-def test_bad_names(broken_third_party: Path, call: str, why: str):
+def test_which_options_a_reversal_gets(add_loss, reversal: Callable, expected: float):
+    loss = lambda margins, **options: margins  # noqa: E731
+    options = {"scale": 3.0, "shift": 0.5}
+    add_loss("scaled", loss, reversal=reversal, options=options)
+    bound = get_loss("scaled").bind()
+    assert bound.reversal() == expected
+    assert bound.describe() == (
+        f"loss=scaled scale=3.0 shift=0.5 z*={expected:.2f} loss_at_margin_0=0.0000"
+    )
+
+
+# An option's value, another that is the same once JSON has held it, and one that is not.
+VALUES: dict[str, tuple[Any, Any, Any]] = {
+    "tuple": ((1, 2), [1, 2], [2, 1]),
+    "tuples in it": ({"at": ((0, 1), (2,))}, {"at": [[0, 1], [2]]}, {"at": [[0, 1], [3]]}),
+    "numbers as keys": ({1: 0.5}, {"1": 0.5}, {"2": 0.5}),
+    "float": (1.0, 1, 1.5),
+    "integer": (2, 2.0, 3),
+    "not a number": (float("nan"), float("nan"), 0.0),
+    "infinite": (float("inf"), float("inf"), float("-inf")),
+    "none": (None, None, 0),
+}
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_a_checkpoint_of_the_same_options_is_the_same_loss(add_loss, kind: str):
+    value, same, other = VALUES[kind]
+    loss = lambda margins, at: margins  # noqa: E731
+    add_loss("mine", loss, options={"at": value})
+    saved = json.loads(json.dumps(get_loss("mine").bind().record("_", beta=0.1)))
+    for again in (value, same):
+        asked = get_loss("mine").bind(at=again).record("_", beta=0.1)
+        check_unchanged(saved, asked, "checkpoint-1", "allow", {})
+    with pytest.raises(ValueError, match=r"^mine_at was .* got .*: so says the checkpoint checkpo"):
+        asked = get_loss("mine").bind(at=other).record("_", beta=0.1)
+        check_unchanged(saved, asked, "checkpoint-1", "allow", {})
+
+
+def test_an_option_that_no_checkpoint_can_hold(add_loss):
+    add_loss("mine", lambda margins, at: margins, options={"at": None})
+    with pytest.raises(ValueError, match="^at must be a value that JSON can hold, got {1}"):
+        get_loss("mine").bind(at={1})
+
+
+def test_an_option_that_another_loss_has_too_is_recorded(add_loss):
+    """Of FocalPO's options `allow_reversed` alone changes no loss; another's may mean anything."""
+    options = {"allow_reversed": True}
+    add_loss("mine", lambda margins, allow_reversed: margins, options=options)
+    recorded = get_loss("mine").bind().record("_")
+    assert recorded == {"loss": "mine", "mine_allow_reversed": True}
+    assert "focalpo_allow_reversed" not in get_loss("focalpo").bind().record("_")
+
+
+def loss(margins, **options):
+    return margins
+
+
+# What is wrong with the second loss of a package whose first is fine.
+REFUSED: dict[str, tuple[tuple, dict[str, Any], str]] = {
+    "taken": (("focalpo", loss), {}, "name must be new, got 'focalpo', which is registered already"
+              " by the package focalpo_plugins"),
+    "taken by itself": (("fine", loss), {}, "name must be new, got 'fine'"),
+    "capital": (("Hinge", loss), {}, "name must be an identifier in lower case, got 'Hinge'"),
+    "hyphen": (("my-loss", loss), {}, "name must be an identifier in lower case, without outer or"),
+    "outer underscore": (("_hinge", loss), {}, "name must be an identifier in lower case, without"),
+    "double underscore": (("my__loss", loss), {}, "name must be an identifier in lower case, with"),
+    "no word": ((None, loss), {}, "name must be an identifier in lower case, without outer"),
+    **{
+        f"a host's: {name}": ((name, loss), {}, f"name must be none that a host uses, got {name!r}")
+        for name in ("dpo", "ipo", "lora", "rl", "trl", "model", "data", "train", "ds", "ckpt",
+                     "logger", "eval", "ref", "adam", "loss", "rewards")
+    },
+    **{
+        f"a trainer's: {option}": (
+            ("mine", loss), {"options": {option: 1}},
+            f"an option of mine must be none that a host uses, got {option!r}",
+        )
+        for option in ("fused", "allow_changed", "allow_data", "precompute_ref", "precompute_dir",
+                       "loss")
+    },
+    **{
+        f"option {option!r}": (
+            ("mine", loss), {"options": {option: 1}},
+            f"an option of mine must be an identifier, without outer or double underscores, "
+            f"got {option!r}",
+        )
+        for option in ("a-b", "a b", "1", "", "_a", "a_", "a__b", 3)
+    },
+    "a key of another": (
+        ("focalpo_allow", loss), {"options": {"reversed": False}},
+        "an option of focalpo_allow must make a key that is new, got 'reversed': "
+        "focalpo_allow_reversed belongs to the loss focalpo",
+    ),
+    "a key of every loss": (
+        ("focalpo_allow", loss), {"options": {"changed": False}},
+        "got 'changed': focalpo_allow_changed belongs to the loss focalpo",
+    ),
+    "default": (
+        ("mine", loss), {"options": {"at": torch}},
+        "the default of mine's option at must be a value that JSON can hold, got <module 'torch'",
+    ),
+    "loss without the option": (
+        ("mine", lambda margins: margins), {"options": {"at": 1}},
+        "loss of mine can't be called as loss(margins, at=...): got an unexpected keyword argument",
+    ),
+    "weight of another option": (
+        ("mine", loss), {"options": {"at": 1}, "weight": lambda margins, to: margins},
+        "weight of mine can't be called as weight(margins): missing a required argument: 'to'",
+    ),
+    "weight by position": (
+        ("mine", loss), {"options": {"at": 1}, "weight": lambda margins, at, /: margins},
+        "weight of mine can't be called as weight(margins): missing a required argument: 'at'",
+    ),
+    "reversal of the margins": (
+        ("mine", loss), {"options": {"at": 1}, "reversal": lambda margins, at: at},
+        "reversal of mine can't be called as reversal(at=...): missing a required argument",
+    ),
+    "a part there isn't": (("mine", loss), {"grad": loss}, "unexpected keyword argument 'grad'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_all_of_a_packages_losses_or_none(add_package, case: str):
+    """The package's first loss, which is fine, isn't left behind, and it can be added once more."""
+    arguments, parts, message = REFUSED[case]
+
+    def register_losses(register):
+        register("fine", loss)
+        register(*arguments, **parts)
+
+    with pytest.raises((ValueError, TypeError)) as error:
+        add_package(register_losses)
+    assert message in str(error.value)
+    assert "fine" not in losses() and not registry.manager.has_plugin("mine")
+    add_package(lambda register: register("fine", loss))
+    assert get_loss("fine").package == "mine"
+
+
+def test_a_package_without_a_loss():
+    with pytest.raises(ValueError, match="^it registers no loss; is its register_losses marked"):
+        registry.add("unmarked", type("Package", (), {"register_losses": None}))
+    assert not registry.manager.has_plugin("unmarked")
+
+
+def test_one_packages_failure_is_one_warning(broken_third_party: Path, hinge_package: Path):
+    """The first of three fails half-way; the losses of the others are there."""
     (broken_third_party / "bad_losses.py").write_text(
         "from focalpo_plugins import hookimpl\n\n"
-        f"@hookimpl\ndef register_losses(register):\n    {call}\n"
+        "@hookimpl\ndef register_losses(register):\n"
+        "    register('half', abs)\n    register('model', abs)\n"
     )
-    script = "from focalpo_plugins.registry import losses; print(list(losses()))"
-    run = run_python("-c", script, path=broken_third_party)
-    assert run.stdout.strip() == "['focalpo']"
-    assert why in run.stderr
+    script = """
+from focalpo_plugins.registry import get_loss, losses
+print(list(losses()), list(losses()), get_loss("hinge").package)
+try:
+    get_loss("half")
+except ValueError as error:
+    print(error)
+"""
+    path = f"{broken_third_party}:{hinge_package}"
+    run = run_python("-c", script, path=path)
+    found, error = run.stdout.splitlines()
+    assert found == "['focalpo', 'hinge'] ['focalpo', 'hinge'] hinge"
+    assert "The package bad failed to register: ValueError: name must be none that a host" in error
+    assert run.stderr.count("the package bad failed to register its losses and is left out") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from axolotl.utils.schemas.config import AxolotlInputConfig
 from pydantic import BaseModel, create_model
 
 from ..registry import losses
@@ -13,10 +14,13 @@ from . import ALLOW_CHANGED, FUSED
 
 def _keys() -> dict[str, Any]:
     keys = {
-        f"{loss.name}_{option}": (type(default) | None, None)
+        # A default of None doesn't tell what else it may be.
+        f"{loss.name}_{option}": (Any if default is None else type(default) | None, None)
         for loss in losses().values()
         for option, default in loss.options.items()
     }
+    # A loss that takes a name of Axolotl's own is refused where it is asked for.
+    keys = {key: kind for key, kind in keys.items() if key not in AxolotlInputConfig.model_fields}
     return {
         **keys,
         FUSED: (bool | None, None),

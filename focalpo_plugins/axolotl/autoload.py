@@ -1,41 +1,49 @@
-"""Makes ``rl: focalpo`` work without a ``plugins:`` line; called once in an Axolotl process."""
+"""Makes ``rl: focalpo`` known to Axolotl's ``validate_config``."""
 
 from __future__ import annotations
 
 import functools
+import sys
 from types import ModuleType
 from typing import Any
 
-from . import PLUGIN
-
 
 def patch(config_module: ModuleType) -> None:
-    """Wrap ``axolotl.utils.config.validate_config``, which every command calls once the plugins
-    of the ``plugins:`` line are registered, so that ours is registered where it is asked for."""
+    """Wrap ``axolotl.utils.config.validate_config``, wherever it was imported to: every command
+    calls it once, with the whole config, and goes on with the copy that it returns.
+
+    Called as soon as that module is imported, or else by the plugin that a ``plugins:`` line names.
+    """
     validate_config = config_module.validate_config
+    if hasattr(validate_config, "_of_focalpo_plugins"):
+        return
 
     @functools.wraps(validate_config)
-    def with_focalpo(cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        _ensure_plugin(cfg)
-        return validate_config(cfg, *args, **kwargs)
+    def with_our_losses(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        return validate_config(_rewritten(cfg), *args, **kwargs)
 
-    config_module.validate_config = with_focalpo  # type: ignore[attr-defined]
+    with_our_losses._of_focalpo_plugins = True  # type: ignore[attr-defined]
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get("validate_config") is validate_config:
+            module.validate_config = with_our_losses  # type: ignore[attr-defined]
 
 
-def _ensure_plugin(cfg: Any) -> None:
+def _rewritten(cfg: Any) -> Any:
+    """The config with a loss of ours as Axolotl can train it, a copy; any other as it is."""
+    from importlib.metadata import entry_points
+
     from axolotl.utils.schemas.enums import RLType
 
-    # Our own modules are imported only where the config asks for them: a broken one must not
+    # Our own modules are imported only where the config may ask for them: a broken one must not
     # stop a run that has nothing to do with us.
     is_hosts = cfg.get("rl") in (None, *(rl.value for rl in RLType))
-    if is_hosts and not any(str(key).startswith("focalpo_") for key in cfg):
-        return
-    from axolotl.integrations.base import PluginManager
-
-    from .plugin import FocalPOPlugin
-
-    if PLUGIN not in (cfg.get("plugins") or []):
-        cfg["plugins"] = [*(cfg.get("plugins") or []), PLUGIN]
-    # Not PluginManager.register, which swallows errors and would go on without us.
-    plugins = PluginManager.get_instance().plugins
-    plugins.setdefault(PLUGIN, FocalPOPlugin()).register(cfg)
+    asks = not is_hosts or any("focalpo" in str(word) for word in (*cfg, cfg.get("trainer_cls")))
+    try:
+        if not asks and not entry_points(group="focalpo_plugins"):
+            return cfg
+        from .plugin import rewritten
+    except Exception:
+        if asks:
+            raise
+        return cfg
+    return rewritten(cfg)

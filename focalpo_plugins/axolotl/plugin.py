@@ -1,58 +1,53 @@
 """The Axolotl plugin: turns ``rl: focalpo`` into Axolotl's DPO with our trainer, or refuses.
 
-Axolotl knows no ``rl`` but its own, so the plugin rewrites the raw YAML before it is validated,
-to ``rl: dpo`` with our ``trainer_cls``, and notes the loss in ``focalpo_loss``.  All its state is
-in the config, which is what reaches Ray's workers; there it is registered a second time.
+Axolotl knows no ``rl`` but its own, so its ``validate_config`` is given a copy of the config with
+``rl: dpo``, our ``trainer_cls``, and the loss noted in ``focalpo_loss``.  The user's own object
+stays as it was written.  What the trainer needs is in the validated config, which reaches Ray's
+workers too.
 """
 
 from __future__ import annotations
 
+import copy
+import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import axolotl.utils.config
 from axolotl.integrations.base import BasePlugin, PluginManager
+from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.enums import RLType
 
 from ..loss import check_beta, check_label_smoothing
 from ..pairs import check_file
 from ..registry import BoundLoss, PairwiseLoss, did_you_mean, get_loss, losses, named
-from . import ALLOW_CHANGED, FUSED, TRAINER
+from . import ALLOW_CHANGED, FUSED, PLUGIN, TRAINER, flags
+from .autoload import patch
 
 
 class FocalPOPlugin(BasePlugin):
     """``plugins: [focalpo_plugins.axolotl.FocalPOPlugin]``; needed only where autoload is off."""
 
-    def get_input_args(self) -> str:
-        return "focalpo_plugins.axolotl.args.FocalPOArgs"
+    #: The config of the trainer that Axolotl builds next.
+    building: ClassVar[Any] = None
+
+    def get_input_args(self) -> str | None:
+        plugins = PluginManager.get_instance().plugins.values()
+        first = next((plugin for plugin in plugins if isinstance(plugin, FocalPOPlugin)), self)
+        # The keys can be declared once, though the plugin may be listed by two names.
+        return "focalpo_plugins.axolotl.args.FocalPOArgs" if self is first else None
 
     def register(self, cfg: Any) -> None:
-        """Check the raw config and rewrite it.
+        """See to it that ``validate_config``, which comes next, knows our losses.
 
-        Raises:
-            ValueError: the config asks for what can't be trained; the message names the key.
-            RuntimeError: the installed TRL computes its loss elsewhere.
+        The config is the user's own object, and nothing of it is changed.
         """
-        of_host = [rl.value for rl in RLType]
-        known = [*of_host, *losses()]
-        name, trainer = cfg.get("rl"), cfg.get("trainer_cls")
-        if name is not None and name not in known:
-            near = did_you_mean(str(name), known)
-            raise ValueError(f"rl must be one of {', '.join(known)}, got {name!r}{near}.")
-        if name == "dpo" and trainer == TRAINER and requested_loss(cfg) is not None:
-            return  # rewritten before, in the process that started this one
-        _check_keys(cfg, name)
-        if trainer is not None and (trainer == TRAINER or name in losses()):
-            raise ValueError(
-                f"trainer_cls must be unset, got {trainer!r} under rl: {name}: a loss of ours "
-                "brings its trainer. Remove trainer_cls and set rl: focalpo."
-            )
-        if name is None or name in of_host:
-            return
-        _check_values(cfg, get_loss(name))
-        cfg["rl"] = "dpo"
-        cfg["trainer_cls"] = TRAINER
-        cfg["focalpo_loss"] = name
+        patch(axolotl.utils.config)
+
+    def get_trainer_cls(self, cfg: Any) -> None:
+        """Note the config: Axolotl asks this before it builds a trainer, and hands it to none."""
+        FocalPOPlugin.building = cfg
 
     def pre_model_load(self, cfg: Any) -> None:
         """Refuse another plugin's trainer, which Axolotl would take instead of ours."""
@@ -70,7 +65,7 @@ class FocalPOPlugin(BasePlugin):
         """Make sure that the trainer is ours and has the loss that this config asks for.
 
         Raises:
-            RuntimeError: Axolotl built another trainer.
+            RuntimeError: Axolotl built another trainer, or with another loss.
         """
         loss = requested_loss(cfg)
         if loss is None:
@@ -84,9 +79,48 @@ class FocalPOPlugin(BasePlugin):
                 "what replaces the trainer (trainer_cls, another plugin)."
             )
         if trainer.pairwise_loss != loss:
-            trainer.set_loss(loss)
+            raise RuntimeError(
+                f"Axolotl built a trainer of {trainer.pairwise_loss} where {loss} was asked for."
+            )
         # Axolotl names the data in the model card for its own trainer class only.
         trainer.dataset_tags = [d["path"] for d in cfg.datasets if not Path(d["path"]).is_dir()]
+
+
+def rewritten(cfg: Any) -> Any:
+    """The config as Axolotl can train it: a copy where it asks for a loss of ours, else itself.
+
+    A config that is rewritten already, as Ray's workers get it, is checked and given back.
+
+    Raises:
+        ValueError: the config asks for what can't be trained; the message names the key.
+        RuntimeError: the installed TRL computes its loss elsewhere.
+    """
+    of_host = [rl.value for rl in RLType]
+    known = [*of_host, *losses()]
+    name, trainer = cfg.get("rl"), cfg.get("trainer_cls")
+    flags.check_arrived(cfg)
+    if name is not None and name not in known:
+        near = did_you_mean(str(name), known)
+        raise ValueError(f"rl must be one of {', '.join(known)}, got {name!r}{near}")
+    if name == "dpo" and trainer == TRAINER and requested_loss(cfg) is not None:
+        _use_plugin(cfg)
+        return cfg
+    _check_keys(cfg, name)
+    if trainer is not None and (trainer == TRAINER or name in losses()):
+        raise ValueError(
+            f"trainer_cls must be unset, got {trainer!r} under rl: {name}: a loss of ours "
+            "brings its trainer. Remove trainer_cls and set rl: focalpo."
+        )
+    if name is None or name not in losses():
+        return cfg
+    _check_names(get_loss(name), of_host)
+    _check_values(cfg, get_loss(name))
+    cfg = copy.deepcopy(cfg)
+    cfg["rl"] = "dpo"
+    cfg["trainer_cls"] = TRAINER
+    cfg["focalpo_loss"] = name
+    _use_plugin(cfg)
+    return cfg
 
 
 def requested_loss(cfg: Any) -> BoundLoss | None:
@@ -110,17 +144,48 @@ def _bind(cfg: Any, loss: PairwiseLoss) -> BoundLoss:
         return loss.bind(**given)
 
 
-def _check_keys(cfg: Any, rl: str) -> None:
+def _use_plugin(cfg: Any) -> None:
+    """List the plugin in a config that is ours to change, and have Axolotl know it."""
+    if PLUGIN not in (cfg.get("plugins") or []):
+        cfg["plugins"] = [*(cfg.get("plugins") or []), PLUGIN]
+    # Not PluginManager.register, which swallows errors and would go on without us.
+    PluginManager.get_instance().plugins.setdefault(PLUGIN, FocalPOPlugin())
+
+
+def _check_names(loss: PairwiseLoss, of_host: list[str]) -> None:
+    """Refuse a loss whose names this release of Axolotl has itself."""
+    taken = [f"{loss.name}_{option}" for option in loss.options]
+    taken = [key for key in taken if key in AxolotlInputConfig.model_fields]
+    if loss.name in of_host:
+        taken.insert(0, f"rl: {loss.name}")
+    if taken:
+        raise ValueError(
+            f"rl must be none that takes a name of Axolotl's own, got {loss.name!r}: the package "
+            f"{loss.package} brings {', '.join(taken)}, which Axolotl has itself. The package has "
+            "to rename it."
+        )
+
+
+def _check_keys(cfg: Any, rl: Any) -> None:
     of_loss = {
         f"{loss.name}_{option}": loss.name for loss in losses().values() for option in loss.options
     }
     of_any = rl if rl in losses() else "focalpo"
     of_loss |= {FUSED: of_any, ALLOW_CHANGED: of_any}
+    of_host = AxolotlInputConfig.model_fields
     for key in cfg:
-        if str(key).startswith("focalpo_") and key not in of_loss:
+        if key in of_host:
+            continue
+        # `no` and other marks as a command line has them that Axolotl's parser didn't see.
+        word = re.sub(r"\W", "_", str(key).lower()).removeprefix("no").strip("_")
+        if key == "focalpo_loss" and cfg.get("trainer_cls") == TRAINER:
             raise ValueError(
-                f"{key} is no key of focalpo_plugins, got {cfg[key]!r}{did_you_mean(key, of_loss)}."
+                f"focalpo_loss must go with rl: dpo, got {cfg[key]!r} under rl: {rl}: this config "
+                f"was loaded before, as rl: {cfg[key]}. Load the config as it was written."
             )
+        if key not in of_loss and f"{word}_".startswith(("focalpo_", f"{of_any}_")):
+            near = did_you_mean(word, of_loss)
+            raise ValueError(f"{key} is no key of focalpo_plugins, got {cfg[key]!r}{near}")
         if key in of_loss and cfg[key] is not None and of_loss[key] != rl:
             raise ValueError(
                 f"{key} belongs to rl: {of_loss[key]}, got {cfg[key]!r} under rl: {rl}. Set "

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
-from axolotl.integrations.base import PluginManager
 
 from ..registry import BoundLoss
 from ..trl import PairwiseLossMixin
 from . import ALLOW_CHANGED
-from .plugin import fused_key, requested_loss
+from .plugin import FocalPOPlugin, fused_key, requested_loss
 
 
 class AxolotlPairwiseTrainer(PairwiseLossMixin, AxolotlDPOTrainer):
@@ -26,15 +25,18 @@ class AxolotlPairwiseTrainer(PairwiseLossMixin, AxolotlDPOTrainer):
     }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Axolotl hands its config to no trainer, and `axolotl evaluate` calls no hook that has it.
-        cfg = PluginManager.get_instance().cfg
+        # Not PluginManager's config: that is the one which was loaded last.
+        cfg = FocalPOPlugin.building
         loss = None if cfg is None else requested_loss(cfg)
-        if loss is not None:
-            self._fused = fused_key(cfg)
-            self._allow_changed = bool(cfg.get(ALLOW_CHANGED))
+        if loss is None:
+            raise RuntimeError(
+                f"{type(self).__name__} must be built by Axolotl for a config that asks for a loss "
+                f"of ours, got {'none' if cfg is None else 'another'}. Load one with rl: focalpo."
+            )
+        self._fused = fused_key(cfg)
+        self._allow_changed = bool(cfg.get(ALLOW_CHANGED))
         super().__init__(*args, **kwargs)
-        if loss is not None:
-            self.set_loss(loss)
+        self.set_loss(loss)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, *more: Any, **named: Any

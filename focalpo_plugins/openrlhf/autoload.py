@@ -11,13 +11,14 @@ import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from . import COMMAND, cpu
 
 
-def patch(torch_module: ModuleType | None = None) -> None:
+def patch(module: ModuleType | None = None) -> None:
     """Ready this process, whose command is OpenRLHF's, for ``--loss``."""
     cpu.stand_in()
     originals = {name: getattr(ArgumentParser, name) for name in ("parse_args", "parse_known_args")}
@@ -46,7 +47,9 @@ def patch(torch_module: ModuleType | None = None) -> None:
 
 
 def _is_openrlhf(caller: Mapping[str, Any]) -> bool:
-    name = caller.get("__name__")
+    name = str(caller.get("__name__"))
     if name == "__main__":
-        name = getattr(caller.get("__spec__"), "name", None)
-    return name == COMMAND or str(name).startswith("openrlhf.")
+        file = Path(str(caller.get("__file__")))  # it has no spec where it is run by its path
+        spec = caller.get("__spec__")
+        name = ".".join(file.with_suffix("").parts[-3:]) if spec is None else spec.name
+    return name == COMMAND or name.startswith("openrlhf.")

@@ -219,7 +219,7 @@ def _loss_name(name: str) -> str:
     known = [_OF_HOST, *_offered()]
     if name not in known:
         raise ArgumentTypeError(
-            f"must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}."
+            f"must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}"
         )
     return name
 

@@ -5,11 +5,22 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ON_CPU, PLUGIN, TWO_RANKS, Axolotl, Run, zero3_on_cpu
+from harness import (
+    ON_CPU,
+    PLUGIN,
+    TWO_RANKS,
+    Axolotl,
+    Run,
+    axolotl_environment,
+    zero3_on_cpu,
+)
 
 FIRST = 2**-0.05 * math.log(2)  # 0.66953: every margin is 0 before the first step
 DIAGNOSTICS = ("p", "weight", "reversed")
@@ -259,6 +270,78 @@ def test_two_ranks_agree_with_one_process(
 
 def test_one_batch_of_eight_agrees_with_two_of_four(whole: Run, plain: Run):
     assert_same(whole, plain, rel=1e-3, names=SPLIT)
+
+
+@pytest.mark.parametrize(
+    "runner",
+    [
+        ["-m", "cProfile", "-o", "prof", "-m", "axolotl.cli.train"],
+        [str(Path(find_spec("axolotl").origin).parent / "cli" / "train.py")],
+    ],
+    ids=["profiler", "path"],
+)
+def test_run_by_a_profiler_or_by_its_path(axolotl: Axolotl, runner: list[str]):
+    """`__main__` is the profiler's there, or has no name."""
+    config = axolotl.config(max_steps=1, save_steps=1)
+    done = subprocess.run(
+        [sys.executable, *runner, str(config)],
+        env=axolotl_environment(),
+        cwd=axolotl.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    run = Run(done.returncode, done.stdout, axolotl.folder / "out")
+    assert run.code == 0, run.output[-4000:]
+    assert run.steps("loss")[0][0] == pytest.approx(FIRST, abs=1e-6)
+
+
+def test_a_notebook_that_loads_all_before_it_trains(axolotl: Axolotl):
+    """One object, `rl` and the keys changed between two calls; then each is trained, FocalPO's first
+    by the config that was loaded last of all."""
+    folders = {name: str(axolotl.folder / name) for name in ("fused", "dpo", "plain")}
+    configs = {
+        "fused": {"rl": "focalpo", "focalpo_gamma": 1.0, "focalpo_fused": True},
+        "dpo": {"rl": "dpo", "focalpo_gamma": None, "focalpo_fused": None},
+        "plain": {"rl": "focalpo", "focalpo_gamma": 0.05, "focalpo_fused": False},
+    }
+    script = axolotl.folder / "notebook.py"
+    script.write_text(
+        f"""
+import sys
+import yaml
+from axolotl.cli.config import load_cfg
+from axolotl.cli.args import TrainerCliArgs
+from axolotl.cli.train import do_train
+from axolotl.utils.dict import DictDefault
+
+if __name__ == "__main__":
+    written = DictDefault(yaml.safe_load(open({str(axolotl.config(max_steps=1, save_steps=1))!r})))
+    written["plugins"] = [{PLUGIN!r}]
+    del written["focalpo_variant"]
+    loaded = []
+    for name, keys in {configs!r}.items():
+        written.update(keys, output_dir={folders!r}[name])
+        loaded.append(load_cfg(written))
+        written["datasets"] = [dict(data) for data in written["datasets"]]  # as before Axolotl
+    for cfg in reversed(loaded):
+        do_train(cfg, TrainerCliArgs())
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=axolotl_environment(),
+        cwd=axolotl.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    first = {name: Run(0, "", Path(folder)).steps("loss")[0][0] for name, folder in folders.items()}
+    expected = {"fused": math.log(2) / 2, "dpo": math.log(2), "plain": FIRST}
+    assert first == pytest.approx(expected, abs=1e-6)
+    active = [line for line in done.stdout.splitlines() if "focalpo_plugins: active" in line]
+    assert ["path=fused" in line for line in active] == [False, True]
 
 
 @pytest.mark.releases

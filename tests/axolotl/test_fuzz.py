@@ -1,7 +1,9 @@
-"""Whatever a YAML says under our keys: trained as it says, or one error that names the key."""
+"""Whatever a YAML says under our keys: trained as it says, or one error that names the key; and what
+the user wrote stays as it is."""
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -13,7 +15,7 @@ from axolotl.utils.schemas.enums import RLType
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from focalpo_plugins.axolotl.plugin import FocalPOPlugin, requested_loss
+from focalpo_plugins.axolotl.plugin import requested_loss, rewritten
 
 KEYS = (
     "focalpo_gamma",
@@ -72,18 +74,20 @@ def test_any_yaml(rl: str, lines: dict[str, str]):
     except (yaml.YAMLError, ValueError):
         assume(False)
     assume(isinstance(written, dict) and "rl" in written)
-    cfg = DictDefault(written)
-    before = dict(cfg)
+    given = DictDefault(copy.deepcopy(written))
+    before = copy.deepcopy(given)
     try:
-        FocalPOPlugin().register(cfg)
+        cfg = rewritten(given)
     except ValueError as error:
+        assert repr(given) == repr(before)  # NaN is not NaN
         message = str(error)
         assert "got " in message and "\n" not in message
         named = [key for key in ("rl", "trl.beta", *map(str, written)) if key in message]
         assert named, message
         return
+    assert repr(given) == repr(before)
     if cfg.get("focalpo_loss") is None:
-        assert dict(cfg) == before
+        assert cfg is given
         assert written["rl"] is None or written["rl"] in [rl.value for rl in RLType]
         assert all(cfg[key] is None or not str(key).startswith("focalpo_") for key in written), (
             written
@@ -104,4 +108,4 @@ def test_any_yaml(rl: str, lines: dict[str, str]):
 @pytest.mark.parametrize("rl", ["[focalpo]", "{focalpo: true}", "1", "true"])
 def test_rl_that_is_no_name(rl: str):
     with pytest.raises(ValueError, match="^rl must be one of .*, got "):
-        FocalPOPlugin().register(DictDefault(yaml.safe_load(f"rl: {rl}\nfocalpo_gamma: 0.05")))
+        rewritten(DictDefault(yaml.safe_load(f"rl: {rl}\nfocalpo_gamma: 0.05")))

@@ -19,21 +19,74 @@ from harness import PLUGIN, SUPPORT, Axolotl, run_python
 pytestmark = pytest.mark.releases
 
 LOAD = """
-import json, sys
+import json, os, sys
+import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
+from axolotl.utils.dict import DictDefault
+
+def outcome(config):
+    try:
+        cfg = load_cfg(config)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    keys = ("rl", "trainer_cls", "plugins", "focalpo_loss", "focalpo_gamma", "focalpo_variant",
+            "focalpo_fused")
+    return {key: cfg.get(key) for key in keys}
 
 results = []
 for path in sys.argv[1:]:
     PluginManager.get_instance().plugins.clear()  # as in a process of its own
-    try:
-        cfg = load_cfg(path)
-        keys = ("rl", "trainer_cls", "plugins", "focalpo_loss", "focalpo_gamma", "focalpo_variant",
-                "focalpo_fused")
-        results.append({key: cfg.get(key) for key in keys})
-    except Exception as error:
-        results.append(f"{type(error).__name__}: {error}")
+    if "FOCALPO_AUTOLOAD" not in os.environ:
+        results.append(outcome(path))
+        continue
+    config = DictDefault(yaml.safe_load(open(path)))
+    written = repr({**config})
+    results.append(outcome(config))
+    # Axolotl itself notes where the config was, and turns the data sets of its own losses into its
+    # own objects.
+    config.pop("axolotl_config_path")
+    if config["rl"] in ("dpo", "ipo"):
+        config["datasets"] = DictDefault(yaml.safe_load(open(path)))["datasets"]
+    assert repr({**config}) == written, path
 print("RESULTS", json.dumps(results, default=lambda value: getattr(value, "value", str(value))))
+"""
+
+# A notebook that goes from one loss to another, with one object or with copies of it.
+CELLS = """
+import json, sys
+import yaml
+from axolotl.cli.config import load_cfg
+from axolotl.utils.dict import DictDefault
+
+file, *plugins = sys.argv[1:]
+config = DictDefault(yaml.safe_load(open(file)))
+if plugins:
+    config["plugins"] = plugins
+loaded = []
+
+def cell(rl, **more):
+    config["rl"] = rl
+    config.update(more)
+    try:
+        cfg = load_cfg(config)
+        loaded.append([cfg.rl, cfg.trainer_cls, cfg.focalpo_loss, cfg.focalpo_gamma])
+    except Exception as error:
+        loaded.append(str(error))
+
+cell("focalpo", focalpo_gamma=0.3)
+cell("dpo")                       # the key of the first cell is still there
+del config["focalpo_gamma"]
+cell("dpo")
+cell("ipo")
+# Axolotl has turned the data sets into objects of its own by now, and takes them for no third loss.
+config["datasets"] = DictDefault(yaml.safe_load(open(file)))["datasets"]
+cell("focalpo")
+cell("focalpo", focalpo_gamma=7)  # an error on the way
+cell("focalpo", focalpo_gamma=0.5)
+del config["focalpo_gamma"]
+cell("dpo")
+print("RESULTS", json.dumps(loaded, default=lambda value: getattr(value, "value", str(value))))
 """
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -217,12 +270,23 @@ ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def load(
     folder: Path, configs: list[Path], *path: Path, **variables: str
 ) -> list[dict[str, Any] | str]:
-    """What ``load_cfg`` makes of each config, with ``path`` before what is installed."""
+    """What ``load_cfg`` makes of each config, with ``path`` before what is installed.
+
+    From its file; or, where the autoload is off, as an object of the user's own, which has to be
+    left as it was.
+    """
+    return results(LOAD, folder, *map(str, configs), path=path, **variables)
+
+
+def results(
+    source: str, folder: Path, *arguments: str, path: tuple[Path, ...] = (), **variables: str
+) -> list[Any]:
+    """What the script prints behind ``RESULTS``."""
     script = folder / "axolotl"  # the name that the autoload knows
-    script.write_text(LOAD)
+    script.write_text(source)
     run = run_python(
         str(script),
-        *map(str, configs),
+        *arguments,
         path=os.pathsep.join(map(str, [*path, SUPPORT])),
         AXOLOTL_DO_NOT_TRACK="1",
         CUDA_VISIBLE_DEVICES="",
@@ -257,6 +321,7 @@ def test_refused(outcomes, way, case):
     outcome = outcomes[way][case]
     assert isinstance(outcome, str), f"accepted as {outcome}"
     assert REFUSED[case][1] in outcome
+    assert "?." not in outcome
 
 
 @pytest.mark.parametrize("way", ["autoload", "plugins line"])
@@ -268,22 +333,99 @@ def test_accepted(outcomes, way, case):
     assert outcomes[way][case] == expected
 
 
-def test_registering_twice_changes_nothing():
-    """Ray's worker registers the plug-in again on the config that the driver rewrote."""
+def test_a_rewritten_config_stays_as_it_is():
+    """Ray's worker registers the plug-in again, and validates the config that the driver rewrote."""
     from axolotl.utils.dict import DictDefault
 
     from focalpo_plugins.axolotl import FocalPOPlugin
+    from focalpo_plugins.axolotl.plugin import rewritten
 
-    cfg = DictDefault({"rl": "focalpo", "focalpo_gamma": 0.3, "rl_beta": 0.1})
-    FocalPOPlugin().register(cfg)
+    given = DictDefault({"rl": "focalpo", "focalpo_gamma": 0.3, "rl_beta": 0.1})
+    FocalPOPlugin().register(given)
+    assert given == {"rl": "focalpo", "focalpo_gamma": 0.3, "rl_beta": 0.1}
+    cfg = rewritten(given)
+    assert cfg["rl"] == "dpo"
     once = dict(cfg)
-    assert once["rl"] == "dpo"
-    FocalPOPlugin().register(cfg)
-    assert dict(cfg) == once
+    assert dict(rewritten(cfg)) == once
     # And what is wrong is refused there too.
     cfg["focalpo_gamma"] = 7.0
     with pytest.raises(ValueError, match="^focalpo_gamma must be below"):
-        FocalPOPlugin().register(cfg)
+        rewritten(cfg)
+
+
+OURS = ["dpo", "focalpo_plugins.axolotl.trainer.AxolotlPairwiseTrainer", "focalpo"]
+
+
+@pytest.mark.parametrize("way", ["autoload", "plugins line", "listed by its module"])
+def test_one_config_for_several_losses(once: Axolotl, tmp_path: Path, way: str):
+    """A notebook changes `rl` of one object between its cells: each trains what it says there."""
+    plugins = {"autoload": [], "plugins line": [PLUGIN]}.get(
+        way, ["focalpo_plugins.axolotl.plugin.FocalPOPlugin"]
+    )
+    off = {"FOCALPO_AUTOLOAD": "0"} if way == "plugins line" else {}
+    config = once.config(focalpo_gamma=None, focalpo_variant=None)
+    loaded = results(CELLS, tmp_path, str(config), *plugins, **off)
+    assert loaded[0] == [*OURS, 0.3]
+    assert loaded[1].startswith("focalpo_gamma belongs to rl: focalpo, got 0.3 under rl: dpo.")
+    assert loaded[2:5] == [["dpo", None, None, None], ["ipo", None, None, None], [*OURS, None]]
+    assert loaded[5].startswith("focalpo_gamma must be below 1/ln 2")
+    assert loaded[6:] == [[*OURS, 0.5], ["dpo", None, None, None]]
+
+
+@pytest.mark.releases
+def test_no_loss_may_have_a_name_of_axolotls():
+    from axolotl.utils.schemas.enums import RLType
+
+    from focalpo_plugins.registry import RESERVED_NAMES
+
+    assert {rl.value for rl in RLType} <= RESERVED_NAMES
+
+
+def test_a_loss_with_a_key_of_axolotls_is_refused_where_it_is_asked_for(add_loss):
+    """`chat` is no name of a host's, `chat_template` is a key of Axolotl's."""
+    from axolotl.utils.dict import DictDefault
+
+    from focalpo_plugins.axolotl.plugin import rewritten
+
+    add_loss("chat", lambda margins, template: -margins, options={"template": 1.0})
+    other = DictDefault({"rl": "focalpo", "chat_template": "llama3"})
+    assert rewritten(other)["focalpo_loss"] == "focalpo"
+    with pytest.raises(ValueError, match="^rl must be none that takes a name of Axolotl's own, got "
+                       "'chat': the package mine brings chat_template, which Axolotl has"):  # fmt: skip
+        rewritten(DictDefault({"rl": "chat"}))
+
+
+@pytest.mark.parametrize(
+    "cfg, message",
+    [
+        ({"rl": "dpo", "mine_scale": 2.0}, "mine_scale belongs to rl: mine, got 2.0 under rl: dpo."),
+        ({"rl": "mine", "mine_scal": 2.0}, "mine_scal is no key of focalpo_plugins, got 2.0; did you"
+         " mean 'mine_scale'?"),
+        ({"rl": "mine", "mine_scale": 0.0}, "mine_scale must be above 0, got 0.0"),
+        ({"rl": "mine", "focalpo_gamma": 0.1}, "focalpo_gamma belongs to rl: focalpo, got 0.1 under"),
+        ({"rl": "focalpo", "focalpo-gamma": 0.1}, "focalpo-gamma is no key of focalpo_plugins, got"),
+        ({"rl": "dpo", "focalpo": {"gamma": 0.1}}, "focalpo is no key of focalpo_plugins, got {'gam"),
+        # What was loaded as FocalPO, and is validated once more as another.
+        ({"rl": "ipo", "focalpo_loss": "focalpo", "trainer_cls": OURS[1]}, "focalpo_loss must go with"
+         " rl: dpo, got 'focalpo' under rl: ipo: this config was loaded before, as rl: focalpo. Load"),
+        ({"rl": "dpo", "_focalpo_fused": False}, "_focalpo_fused is no key of focalpo_plugins, got "
+         "False; did you mean 'focalpo_fused'?"),
+    ],
+)  # fmt: skip
+def test_keys_of_any_loss_of_ours(add_loss, cfg: dict[str, Any], message: str):
+    from axolotl.utils.dict import DictDefault
+
+    from focalpo_plugins.axolotl.plugin import rewritten
+
+    def scaled(margins, scale):
+        if scale <= 0:
+            raise ValueError(f"scale must be above 0, got {scale}")
+        return -scale * margins
+
+    add_loss("mine", scaled, options={"scale": 1.0})
+    with pytest.raises(ValueError) as error:
+        rewritten(DictDefault(cfg))
+    assert str(error.value).startswith(message)
 
 
 def test_another_trainer_than_ours_never_trains():
@@ -294,6 +436,18 @@ def test_another_trainer_than_ours_never_trains():
     cfg = DictDefault({"rl": "dpo", "focalpo_loss": "focalpo"})
     with pytest.raises(RuntimeError, match="^Axolotl built object where rl: focalpo needs Axolotl"):
         FocalPOPlugin().post_trainer_create(cfg, object())
+
+
+@pytest.mark.parametrize("cfg", [None, {"rl": "dpo"}])
+def test_our_trainer_trains_no_loss_of_the_hosts(monkeypatch, cfg):
+    from focalpo_plugins.axolotl import FocalPOPlugin
+    from focalpo_plugins.axolotl.trainer import AxolotlPairwiseTrainer
+
+    monkeypatch.setattr(FocalPOPlugin, "building", cfg)
+    with pytest.raises(
+        RuntimeError, match="^AxolotlPairwiseTrainer must be built by Axolotl for a"
+    ):
+        AxolotlPairwiseTrainer()
 
 
 def test_broken_plug_in_does_not_stop_rl_dpo(once: Axolotl, package_copy: Path):

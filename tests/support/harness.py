@@ -22,14 +22,18 @@ PLUGIN = "focalpo_plugins.axolotl.FocalPOPlugin"
 
 
 def run_python(
-    *arguments: str, path: Path | str | None = None, **variables: str
+    *arguments: str, path: Path | str | None = None, cwd: Path | None = None, **variables: str
 ) -> subprocess.CompletedProcess:
     """A fresh interpreter, with ``path`` before everything else that it imports from."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("FOCALPO_", "PYTHONPATH"))}
     if path is not None:
         env["PYTHONPATH"] = str(path)
     return subprocess.run(
-        [sys.executable, *arguments], env={**env, **variables}, capture_output=True, text=True
+        [sys.executable, *arguments],
+        env={**env, **variables},
+        capture_output=True,
+        text=True,
+        cwd=cwd,
     )
 
 

@@ -1,0 +1,147 @@
+"""Our keys as options of Axolotl's commands: ``axolotl train run.yml --focalpo-gamma 0.1``.
+
+Axolotl makes options of its own keys alone.  What its parser doesn't know it hands to the launcher,
+and drops where the launcher is ``python``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import sys
+from types import ModuleType
+from typing import Any, get_args
+
+import click
+
+from . import TRAINER
+
+_KINDS = {int: int, float: float, str: str}
+
+
+def patch(module: ModuleType | None = None) -> None:
+    """Add our options to each command that takes the keys of a config, when click parses it.
+
+    Called in the process of the ``axolotl`` command, before it parses.
+    """
+    parse_args = click.Command.parse_args
+
+    @functools.wraps(parse_args)
+    def with_ours(self: click.Command, ctx: click.Context, args: list[str]) -> list[str]:
+        return parse_args(self, ctx, _with_ours(self, args) if _takes_keys(self) else args)
+
+    click.Command.parse_args = with_ours  # type: ignore[method-assign]
+
+
+def check_arrived(cfg: Any) -> None:
+    """Refuse an option of ours that was given and is not in the config.
+
+    Raises:
+        ValueError: Axolotl dropped it.
+    """
+    context = click.get_current_context(silent=True)
+    if context is not None and _takes_keys(context.command):
+        for word in context.args:
+            if _key(word).startswith(("focalpo", f"{cfg.get('rl')}_")):
+                raise ValueError(
+                    f"{word} is no option that Axolotl's command knows, got it beside a config: it "
+                    f"would be dropped. Write {_key(word)} in the YAML; options of ours need the "
+                    "autoload."
+                )
+    if cfg.get("strict") and cfg.get("trainer_cls") != TRAINER:
+        for word in sys.argv[1:]:
+            if word.startswith("--") and _key(word) in _keys() and cfg.get(_key(word)) is None:
+                raise ValueError(
+                    f"{word} would be dropped under strict: true, which takes from the command "
+                    f"line what the YAML has. Write {_key(word)} in the YAML, or remove strict."
+                )
+
+
+def _takes_keys(command: click.Command) -> bool:
+    return {"base_model", "rl"} <= {parameter.name for parameter in command.params}
+
+
+def _keys() -> dict[str, Any]:
+    """The keys that a user can give, and the type of each."""
+    from .args import FocalPOArgs
+
+    fields = FocalPOArgs.model_fields.items()
+    return {
+        key: next(iter(get_args(field.annotation)), object)
+        for key, field in fields
+        if key != "focalpo_loss"
+    }
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("-").replace("-", "_").removeprefix("no_")
+
+
+def _with_ours(command: click.Command, args: list[str]) -> list[str]:
+    """Add our options to the command if it may be given any; the words as it then knows them.
+
+    Raises:
+        click.UsageError: one of ours is misspelt, or stands where it would be dropped.
+    """
+    known = {
+        option
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    unknown = [word for word in args if word[:1] == "-" and word.partition("=")[0] not in known]
+    if not unknown and "--help" not in args:
+        return args
+    try:
+        flags = _add(command)
+    except Exception:  # a run that doesn't ask for us must go on
+        if any("focalpo" in word for word in unknown):
+            raise
+        return args
+    end = args.index("--") if "--" in args else len(args)
+    words: list[str] = []
+    for word, following in zip(args, [*args[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        flag = name.replace("_", "-")
+        if flag in flags and len(words) < end:
+            if flags[flag] is bool and following.lower() in ("true", "false", "yes", "no"):
+                raise click.UsageError(
+                    f"{name} takes no value, got {following!r}: give {flag} for true, or "
+                    f"--no-{_key(flag).replace('_', '-')} for false."
+                )
+            word = flag + equals + value
+        elif flag in flags:
+            raise click.UsageError(
+                f"{name} must stand before the word --, got it after: the launcher takes the rest."
+            )
+        elif word in unknown and (
+            _key(word).startswith("focalpo")
+            or difflib.get_close_matches(flag, flags, n=1, cutoff=0.85)
+        ):
+            from ..registry import did_you_mean
+
+            raise click.UsageError(f"{name} is no option, got {word!r}{did_you_mean(flag, flags)}")
+        words.append(word)
+    return words
+
+
+def _add(command: click.Command) -> dict[str, Any]:
+    """Our options, each with the type of its value, added to those of the command."""
+    flags = {}
+    there = {parameter.name for parameter in command.params}
+    for key, kind in _keys().items():
+        flag = f"--{key.replace('_', '-')}"
+        off = f"--no-{key.replace('_', '-')}"
+        flags[flag] = kind
+        if kind is bool:
+            flags[off] = kind
+        if key not in there:
+            command.params.append(
+                click.Option(
+                    [f"{flag}/{off}" if kind is bool else flag, key],
+                    default=None,
+                    type=None if kind is bool else _KINDS.get(kind, json.loads),
+                    help="Key of focalpo_plugins, as in the YAML.",
+                )
+            )
+    return flags

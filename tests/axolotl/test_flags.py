@@ -1,0 +1,233 @@
+"""Our keys on the command line of Axolotl's commands: they arrive, or are refused by name.
+
+The command runs as it is; in most of these tests the launchers that it starts are stand-ins that
+write down how they are started, which is what Axolotl passes on.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import PLUGIN, Axolotl, Server, axolotl_environment
+
+
+@pytest.fixture(scope="module")
+def command(hinge_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`axolotl`, with a third party's loss installed and stand-ins for its launchers."""
+    folder = tmp_path_factory.mktemp("launchers")
+    for launcher in ("accelerate", "torchrun"):
+        (folder / launcher).write_text('#!/bin/sh\nprintf "STARTED %s\\n" "$*"\n')
+        (folder / launcher).chmod(0o755)
+    env = axolotl_environment(PYTHONPATH=str(hinge_package))
+    env["PATH"] = f"{folder}{os.pathsep}{env['PATH']}"
+    with Server("axolotl_server.py", env=env, stderr=subprocess.DEVNULL) as server:
+        yield server
+
+
+def outcome(command: Server, config: Path, argv: list[str]) -> tuple[int, str]:
+    words = [str(config) if word == "run.yml" else word for word in argv]
+    return command({"argv": words, "cwd": str(config.parent), "env": {}, "ranks": 1})
+
+
+TRAIN = ["train", "run.yml"]
+# What is given, and the part of it that the launcher's command line has behind the config's path.
+PASSED_ON: dict[str, tuple[list[str], list[str]]] = {
+    "two words": ([*TRAIN, "--focalpo-gamma", "0.5"], ["--focalpo-gamma=0.5"]),
+    "one word": ([*TRAIN, "--focalpo-gamma=5e-1"], ["--focalpo-gamma=0.5"]),
+    "before the config": (["train", "--focalpo-gamma", "0.5", "run.yml"], ["--focalpo-gamma=0.5"]),
+    "underscores": ([*TRAIN, "--focalpo_gamma", "0.5"], ["--focalpo-gamma=0.5"]),
+    "underscore among hyphens": (
+        [*TRAIN, "--focalpo-allow_changed"],
+        ["--focalpo-allow-changed=True"],
+    ),
+    "a word": ([*TRAIN, "--focalpo-variant", "incorrect"], ["--focalpo-variant=incorrect"]),
+    "on": ([*TRAIN, "--focalpo-fused"], ["--focalpo-fused=True"]),
+    "off": ([*TRAIN, "--no-focalpo-fused"], ["--focalpo-fused=False"]),
+    "off, underscores": ([*TRAIN, "--no_focalpo_fused"], ["--focalpo-fused=False"]),
+    "several": (
+        [*TRAIN, "--focalpo-gamma", "0", "--rl-beta", "0.2", "--focalpo-allow-reversed"],
+        ["--focalpo-gamma=0.0", "--rl-beta=0.2", "--focalpo-allow-reversed=True"],
+    ),
+    "a third party's": ([*TRAIN, "--hinge-offset", "2"], ["--hinge-offset=2.0"]),
+    "torchrun": (
+        [*TRAIN, "--launcher", "torchrun", "--focalpo-gamma", "0.5", "--", "--nproc_per_node", "2"],
+        ["--focalpo-gamma=0.5"],
+    ),
+    "evaluate": (["evaluate", "run.yml", "--focalpo-gamma", "0.5"], ["--focalpo-gamma=0.5"]),
+}
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize("case", PASSED_ON)
+def test_passed_on_to_the_launcher(command: Server, axolotl: Axolotl, case: str):
+    argv, passed = PASSED_ON[case]
+    code, output = outcome(command, axolotl.config(), argv)
+    assert code == 0, output
+    (started,) = [line for line in output.splitlines() if line.startswith("STARTED")]
+    before, after = started.split(f" -m axolotl.cli.{argv[0]} ")
+    assert "focalpo" not in before and "hinge" not in before
+    assert set(passed) <= set(after.split()[1:])
+    assert len([word for word in after.split() if "focalpo-" in word or "hinge-" in word]) == len(
+        [word for word in passed if "focalpo-" in word or "hinge-" in word]
+    )
+
+
+def test_passed_on_in_a_sweep(command: Server, axolotl: Axolotl):
+    """Each run of the sweep gets them."""
+    sweep = axolotl.folder / "sweep.yaml"
+    sweep.write_text("learning_rate: [1.0e-5, 1.0e-6]\n")
+    argv = [*TRAIN, "--sweep", str(sweep), "--focalpo-gamma", "0.5"]
+    code, output = outcome(command, axolotl.config(), argv)
+    assert code == 0, output
+    started = [line for line in output.splitlines() if line.startswith("STARTED")]
+    assert len(started) == 2 and all("--focalpo-gamma=0.5" in line.split() for line in started)
+
+
+PYTHON = [*TRAIN, "--launcher", "python"]
+# What is refused, whoever the launcher is, before anything is started.
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "misspelt": (
+        [*TRAIN, "--focalpo-gama", "0.5"],
+        "--focalpo-gama is no option, got '--focalpo-gama'; did you mean '--focalpo-gamma'?",
+    ),
+    "misspelt, python": (
+        [*PYTHON, "--focalpo_gama=0.5"],
+        "--focalpo_gama is no option, got '--focalpo_gama=0.5'; did you mean '--focalpo-gamma'?",
+    ),
+    "one hyphen": ([*TRAIN, "-focalpo-gamma", "0.5"], "-focalpo-gamma is no option, got '-focalpo-"),
+    "OpenRLHF's": ([*TRAIN, "--focalpo.gamma", "0.5"], "--focalpo.gamma is no option, got '--focal"),
+    "a third party's, misspelt": (
+        [*TRAIN, "--hinge-ofset", "2"],
+        "--hinge-ofset is no option, got '--hinge-ofset'; did you mean '--hinge-offset'?",
+    ),
+    "the plug-in's own key": ([*TRAIN, "--focalpo-loss", "focalpo"], "--focalpo-loss is no option"),
+    "evaluate": (["evaluate", "run.yml", "--focalpo-gama", "1"], "--focalpo-gama is no option, got"),
+    "preprocess": (["preprocess", "run.yml", "--focalpo-gama", "1"], "--focalpo-gama is no option"),
+    "no value": ([*TRAIN, "--focalpo-gamma"], "Option '--focalpo-gamma' requires an argument"),
+    "no number": ([*TRAIN, "--focalpo-gamma", "big"], "'big' is not a valid float"),
+    "a value behind a switch": (
+        [*TRAIN, "--focalpo-fused", "false"],
+        "--focalpo-fused takes no value, got 'false': give --focalpo-fused for true, or "
+        "--no-focalpo-fused for false.",
+    ),
+    "the launcher's": (
+        [*TRAIN, "--", "--focalpo-gamma", "0.5"],
+        "--focalpo-gamma must stand before the word --, got it after",
+    ),
+    "the launcher's, misspelt": ([*TRAIN, "--", "--focalpo-gama=1"], "--focalpo-gama is no option"),
+    # Here the value has arrived where it is checked.
+    "gamma out of range": (
+        [*PYTHON, "--focalpo-gamma", "7"],
+        "focalpo_gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 7.0",
+    ),
+    "gamma out of range, preprocess": (
+        ["preprocess", "run.yml", "--focalpo_gamma=7"],
+        "focalpo_gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 7.0",
+    ),
+    "of another loss": (
+        [*PYTHON, "--hinge-offset", "2"],
+        "hinge_offset belongs to rl: hinge, got 2.0 under rl: focalpo",
+    ),
+    "under dpo": (
+        [*PYTHON, "--rl", "dpo", "--focalpo-gamma", "0.1"],
+        "focalpo_gamma belongs to rl: focalpo, got 0.1 under rl: dpo",
+    ),
+    "of another loss, under dpo": (
+        [*PYTHON, "--rl", "dpo", "--hinge-offset", "2"],
+        "hinge_offset belongs to rl: hinge, got 2.0 under rl: dpo",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(command: Server, axolotl: Axolotl, case: str):
+    argv, message = REFUSED[case]
+    dpo = dict.fromkeys(("focalpo_gamma", "focalpo_variant")) if "dpo" in argv else {}
+    code, output = outcome(command, axolotl.config(**dpo), argv)
+    assert code != 0 and message in " ".join(output.split()), output[-3000:]
+    assert "STARTED" not in output and "Loading model" not in output
+    assert "?." not in output.partition("Error:")[2]
+
+
+def test_strict_takes_what_the_yaml_has(command: Server, axolotl: Axolotl):
+    """Axolotl drops the other options there without a word."""
+    strict = axolotl.config(strict=True, focalpo_gamma=None)
+    code, output = outcome(command, strict, [*PYTHON, "--focalpo-gamma", "0.5"])
+    assert code != 0
+    assert "--focalpo-gamma would be dropped under strict: true" in output
+    known = axolotl.config(strict=True)
+    code, output = outcome(command, known, [*PYTHON, "--focalpo-gamma", "7"])
+    assert "focalpo_gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 7.0" in output
+
+
+def test_help_lists_them(command: Server, axolotl: Axolotl):
+    code, output = outcome(command, axolotl.config(), ["train", "--help"])
+    assert code == 0
+    for option in ("--focalpo-gamma FLOAT", "--focalpo-variant TEXT", "--hinge-offset FLOAT",
+                   "--focalpo-fused / --no-focalpo-fused"):  # fmt: skip
+        assert option in output
+    assert "--focalpo-loss" not in output
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun", "python"])
+def test_trains_what_the_command_line_says(axolotl: Axolotl, launcher: str):
+    """2^-1 ln 2 = 0.3466 at gamma 1, where the YAML says 0.05."""
+    config = axolotl.config(max_steps=1, save_steps=1, focalpo_fused=True)
+    given = ("--focalpo-gamma", "1", "--no-focalpo-fused")
+    run = axolotl("train", config, *given, "--launcher", launcher)
+    assert run.code == 0, run.output[-4000:]
+    assert "active. loss=focalpo gamma=1.0 variant=correct" in run.output
+    assert "path=fused" not in run.output
+    assert run.steps("loss")[0][0] == pytest.approx(0.34657, abs=1e-5)
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun", "python"])
+def test_refused_where_the_autoload_is_off(axolotl: Axolotl, launcher: str):
+    """The launchers know no such option; for the python launcher, which gets none, we say it."""
+    config = axolotl.config(plugins=[PLUGIN], max_steps=1)
+    given = ("--focalpo-gamma", "0.5", "--launcher", launcher)
+    run = axolotl("train", config, *given, FOCALPO_AUTOLOAD="0")
+    assert run.code != 0 and not run.checkpoints
+    said = {
+        "accelerate": "unrecognized arguments: --focalpo-gamma",
+        "torchrun": "unrecognized arguments: --focalpo-gamma",
+        "python": "--focalpo-gamma is no option that Axolotl's command knows, got it beside a config:"
+        " it would be dropped. Write focalpo_gamma in the YAML; options of ours need the autoload.",
+    }[launcher]
+    assert said in run.output
+
+
+def test_a_broken_package_stops_no_option_of_axolotls(axolotl: Axolotl, package_copy: Path):
+    """Options that neither knows go to the launcher as without us; one that is ours stops."""
+    (package_copy / "focalpo_plugins" / "registry.py").write_text("raise RuntimeError('broken')\n")
+    source = (
+        "import sys, click\n"
+        "import torch\n"
+        "from axolotl.cli.main import train\n"
+        "for argv in (['run.yml', '--num_processes', '2'], ['run.yml', '--focalpo-gamma', '1']):\n"
+        "    try:\n"
+        "        print('LEFT', train.make_context('train', argv).args)\n"
+        "    except Exception as error:\n"
+        "        print('ERROR', error)\n"
+    )
+    script = axolotl.folder / "axolotl"
+    script.write_text(source)
+    (axolotl.folder / "run.yml").touch()
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=axolotl_environment(PYTHONPATH=str(package_copy)),
+        cwd=axolotl.folder,
+        capture_output=True,
+        text=True,
+    )
+    left, error = done.stdout.splitlines()[-2:]
+    assert ast.literal_eval(left.removeprefix("LEFT ")) == ["--num_processes", "2"], done.stderr
+    assert error == "ERROR broken"
