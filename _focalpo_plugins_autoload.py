@@ -107,10 +107,12 @@ def _patch(adapter, module):
 
 
 def _warn(error):
+    import contextlib
     import warnings
 
-    warnings.warn(
-        f"focalpo_plugins: autoload failed ({type(error).__name__}: {error}) and does nothing; its "
-        "losses are reached through the host's plugin line or our own command alone",
-        stacklevel=2,
-    )
+    with contextlib.suppress(Warning):  # which `python -W error` raises
+        warnings.warn(
+            f"focalpo_plugins: autoload failed ({type(error).__name__}: {error}) and does nothing; "
+            "its losses are reached through the host's plugin line or our own command alone",
+            stacklevel=2,
+        )

@@ -262,3 +262,11 @@ def test_a_host_survives_a_broken_package(broken_package: Path, tmp_path: Path):
     run = run_python(str(script), path=broken_package)
     assert run.stdout.splitlines()[1] == "the host's own", run.stderr
     assert run.stderr.count("autoload failed (RuntimeError: broken on purpose)") == 1
+
+
+def test_never_raises_where_warnings_are_errors():
+    """`python -W error` makes an exception of a warning."""
+    lost = "import sys; del sys.argv, sys.orig_argv\n"
+    script = "import _focalpo_plugins_autoload as a; a.autoload(); print('on')"
+    run = run_python("-W", "error", "-c", lost + script)
+    assert run.stdout == "on\n", run.stderr

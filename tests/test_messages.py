@@ -10,6 +10,7 @@ from harness import run_python
 
 PACKAGE = Path(find_spec("focalpo_plugins").origin).parent
 TWO_RANKS = """
+import os
 from focalpo_plugins.messages import say
 ours = os.fork()
 for number in range(2000):
