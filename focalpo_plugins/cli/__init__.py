@@ -167,10 +167,16 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         example="{prog} score outputs/tiny_focalpo --ref examples/tiny/model "
         "examples/tiny/test.jsonl",
     )
-    score.add_argument("model", metavar="MODEL", help="folder or hub name of the trained model")
+    score.add_argument(
+        "model", metavar="MODEL", help="folder or hub name of the trained model or adapter"
+    )
     score.add_argument("data", metavar="DATA", help=_DATA_HELP)
     score.add_argument("--ref", required=True, metavar="MODEL", help="the model it started from")
-    score.add_argument("--beta", type=float, default=0.1, help="scale of the reward (default: 0.1)")
+    score.add_argument(
+        "--beta",
+        type=float,
+        help="scale of the reward (default: what MODEL says it was trained with, else 0.1)",
+    )
     score.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="pairs at a time (default: 8)"
     )
