@@ -63,7 +63,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "focalpo") -> int:
     if argv[:1] == ["check"] and "--" in argv:
         at = argv.index("--")
         argv, host_argv = argv[:at], argv[at + 1 :]
-    args = _parser(prog).parse_args(argv)
+    parser = _parser(prog)
+    args = parser.parse_args(argv)
+    if args.version:
+        from importlib.metadata import version
+
+        print(f"focalpo_plugins {version('focalpo_plugins')}")
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 0
     args.host_argv = host_argv
     try:
         return int(import_module(f".{args.command}", __name__).run(args))
@@ -79,7 +88,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog, description="FocalPO before, during and after a training run."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(
         name: str, summary: str, *, more: str = "", example: str
