@@ -150,7 +150,8 @@ def _read(path: Path, name: str | None) -> Run:
         (events if ".tfevents." in path.name else files).append(path)
     else:
         files = [p for p in (path / "trainer_state.json",) if p.is_file()]
-        files += [p / "trainer_state.json" for p in sorted(path.glob("checkpoint-*/"))]
+        checkpoints = [p for p in sorted(path.glob("checkpoint-*")) if p.is_dir()]
+        files += [p / "trainer_state.json" for p in checkpoints]
         events = sorted(path.rglob("*.tfevents.*"))
     states: list[tuple[dict[str, Any], Path]] = []
     notes: list[str] = []
