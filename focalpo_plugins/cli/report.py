@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from itertools import cycle
@@ -204,7 +204,9 @@ def _state(path: Path) -> dict[str, Any]:
 def _silence(state: Mapping[str, Any], series: Mapping[str, Any]) -> list[str]:
     """Why a run has no training loss in its log."""
     steps, every = state["global_step"], state.get("logging_steps")
-    if "loss" in series.get("train", {}) or not steps:
+    # The summary that is logged at a run's end says nothing of its steps.
+    of_steps = [e for e in state["log_history"] if not {"train_runtime", *_evaluated(e)} & set(e)]
+    if "loss" in series.get("train", {}) or of_steps or not steps:
         return []
     every = every if isinstance(every, int | float) else math.inf
     if every <= steps:
@@ -215,12 +217,16 @@ def _silence(state: Mapping[str, Any], series: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _evaluated(entry: Iterable[str]) -> list[str]:
+    return [key for key in entry if key.startswith("eval_")]
+
+
 def _from_trainer_state(state: Mapping[str, Any]) -> dict[str, dict[str, Series]]:
     points: dict[str, dict[str, Series]] = {"train": {}, "eval": {}}
     for entry in state["log_history"]:
         split = "train"
-        if any(key.startswith("eval_") for key in entry):
-            name = _set_name([key[5:] for key in entry if key.startswith("eval_")])
+        if evaluated := _evaluated(entry):
+            name = _set_name([key.removeprefix("eval_") for key in evaluated])
             split = f"eval_{name}" if name else "eval"
         # TRL logs its own metrics of a named set without the name: what has it goes before.
         for key in sorted(entry, key=lambda key: key.startswith(f"{split}_")):
@@ -267,9 +273,10 @@ def _from_tensorboard(folder: Path) -> tuple[dict[str, dict[str, Series]], list[
     shared = points["eval"]
     timed = [key.removesuffix("_runtime") for key in shared if key.endswith("_runtime")]
     names = [name for name in timed if f"{name}_loss" in shared]
+    points |= {f"eval_{name}": {} for name in names}
     for name in sorted(names, key=len, reverse=True):  # of `a` and `a_b`, the second first
-        of_set = [key for key in shared if key.startswith(f"{name}_")]
-        points[f"eval_{name}"] = {key[len(name) + 1 :]: shared.pop(key) for key in of_set}
+        for key in [key for key in shared if key.startswith(f"{name}_")]:
+            points[f"eval_{name}"][key.removeprefix(f"{name}_")] = shared.pop(key)
     notes = []
     if len(names) == 1:
         points[f"eval_{names[0]}"] = {**points.pop("eval"), **points[f"eval_{names[0]}"]}
