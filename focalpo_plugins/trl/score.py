@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -250,7 +250,8 @@ def _model(source: Source, role: str, dtype: str) -> Any:
         found = [f"{verb} {_listed(keys)}" for verb, keys in wrong.items() if keys]
         raise ValueError(
             f"{role} must have the weights of its {what} and no others, got {name!r}, whose files "
-            f"{' and '.join(found)}: it would be scored with random ones in their place."
+            f"{' and '.join(found)}: what is lacking would be random. Give a whole model, or the "
+            "folder of an adapter."
         )
     return model
 
@@ -351,9 +352,10 @@ def _pairs(data: Path) -> tuple[Dataset, str]:
             f"chosen and rejected. Read are {_UNDERSTOOD}."
         )
     if not as_it_is:
-        loaded = loaded.remove_columns(named)
-        for column in ("prompt", "chosen", "rejected"):
-            loaded = loaded.add_column(column, [getattr(row, column) for row in rows])
+        pair = ("prompt", "chosen", "rejected")
+        read = Dataset.from_dict({name: [getattr(row, name) for row in rows] for name in pair})
+        rest = loaded.remove_columns(named)
+        loaded = concatenate_datasets([read, rest], axis=1) if rest.column_names else read
     form = "texts as they are" if texts else "conversations by the chat template"
     notes = sorted({row.note for row in rows if row.note})
     return (
