@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from focalpo_plugins import FocalPOConfig, FocalPOTrainer
 from focalpo_plugins.cli.score import _beta
-from focalpo_plugins.trl.score import _pairs, _trainer, _with_adapter
+from focalpo_plugins.trl.score import _model, _pairs, _trainer, _with_adapter, resolve
 
 BETA = 0.2
 PAIRS = 6
@@ -162,7 +162,7 @@ def ends(setting: dict[str, Path]) -> dict[str, tuple[int, str, str]]:
     cases["adapter as reference"] = argv("reversed", *csv, model=setting["ref"], ref="adapter")
     cases["adapter, no base"] = argv("over", *csv, model="adapter, no base")
     cases["reference without base"] = argv("e", *csv, ref="adapter, no base")
-    for model in WRONG_MODELS:
+    for model in ("files beside an adapter", "not a number"):
         cases[model] = argv("f", *csv, model=model)
     # A disk that is full, and a folder where a file goes.
     (folder / "full").mkdir()
@@ -189,19 +189,30 @@ WRONG_MODELS = {
     "with more": "whose files have besides 1 (v_head.weight): what",
     "another shape": "whose files have in another shape 1 (model.layers.0.self_attn.q_proj.weight): what",
     "half": "must be a model that can be loaded, got '{}': SafetensorError: ",
-    "not a number": "must give finite log-probabilities, got nan for the chosen answer of row 0: ",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("model", WRONG_MODELS)
-def test_a_model_with_other_weights_than_its_own_is_refused(setting, ends, model: str):
+def test_a_model_with_other_weights_than_its_own_is_refused(setting, model: str):
     """transformers gives what a file lacks at random, and goes on."""
-    code, _, errors = ends[model]
-    assert code == 2
-    last = errors.splitlines()[-1]
-    assert last.startswith("focalpo score: error: MODEL ")
-    assert WRONG_MODELS[model].format(setting["folder"] / model) in last
-    assert "Traceback" not in errors
+    folder = str(setting["folder"] / model)
+    with pytest.raises(ValueError) as error:
+        _model(resolve(folder, str(setting["ref"]))[0], "MODEL", "auto")
+    assert str(error.value).startswith("MODEL must ")
+    assert WRONG_MODELS[model].format(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_cannot_score_is_one_line(ends):
+    said = {
+        "files beside an adapter": "must have the weights of its LlamaForCausalLM and no others, got",
+        "not a number": "must give finite log-probabilities, got nan for the chosen answer of row 0: ",
+    }
+    for case, words in said.items():
+        code, _, errors = ends[case]
+        assert code == 2
+        assert errors.splitlines()[-1].startswith(f"focalpo score: error: MODEL {words}")
+        assert "Traceback" not in errors
 
 
 def test_an_adapter_is_loaded_over_its_base(setting, ends):
@@ -221,7 +232,7 @@ def test_an_adapter_is_loaded_over_its_base(setting, ends):
     assert [r["chosen_logp"] for r in adapted] == pytest.approx(logps, abs=1e-4)
     assert [r["ref_chosen_logp"] for r in turned] == pytest.approx(logps, abs=1e-4)
     assert [r["chosen_logp"] for r in over] == pytest.approx(logps, abs=1e-4)
-    assert max(abs(r["margin"]) for r in adapted) > 0.05  # it does something
+    assert max(abs(r["margin"]) for r in adapted) > 0.01  # it does something
     for ours, theirs in zip(adapted, turned, strict=True):
         assert ours["margin"] / 0.5 == pytest.approx(-theirs["margin"] / BETA, abs=1e-3)
     assert (
