@@ -61,6 +61,7 @@ def answers(
     focal = ("--loss", "focalpo")
     lora = ("--ds.lora.rank", "8", "--ds.lora.target_modules", "q_proj", "v_proj", "--ref.offload")
     eight = ("--json", "--gpus", "8")
+    flash = ("--ds.packing_samples", "--ds.attn_implementation", "flash_attention_2")
     cases = {
         "plain": argv(*focal),
         "cut": argv(*focal, "--data.max_len", "40"),
@@ -69,9 +70,9 @@ def answers(
         "precomputed": argv(*focal, "--focalpo.precompute_ref", before=()),
         "precomputed, json": argv(*focal, "--focalpo.precompute_ref"),
         "steps": argv(*focal, *STEPS),
-        "parallel": argv(*focal, "--ds.ring_attn_size", "2", "--ds.tensor_parallel_size", "2", before=eight),
+        "parallel": argv(*focal, *flash, "--ds.ring_attn_size", "2", "--ds.tensor_parallel_size", "2", before=eight),
         "dpo": argv("--ds.param_dtype", "fp16"),
-        "flash": argv(*focal, "--ds.packing_samples", "--ds.attn_implementation", "flash_attention_2", before=("--strict",)),
+        "flash": argv(*focal, *flash, before=("--strict",)),
         "no such pair": argv(*focal, before=("--pair", "99")),
         "gamma": argv(*focal, "--focalpo.gamma", "3"),
         "abbreviated": argv(*focal, "--focalpo.gam", "0.1"),
