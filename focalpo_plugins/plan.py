@@ -77,6 +77,10 @@ class Plan:
         micro_batch: pairs of a rank at a time.
         accumulation: micro-batches of a step.
         ranks: that the run is reckoned for.
+        data_ranks: of those, the ones that get pairs of their own; fewer where sequences or layers
+            are split over ranks.
+        epoch_steps: optimizer steps of an epoch, a fraction where one goes on into the next epoch.
+        steps: optimizer steps of the run.
         precision: ``bf16``, ``fp16`` or ``fp32``.
         warnings: the host's own traps, a sentence each.
     """
@@ -94,6 +98,9 @@ class Plan:
     micro_batch: int
     accumulation: int
     ranks: int
+    data_ranks: int
+    epoch_steps: float
+    steps: int
     precision: str
     state: ModelState
     warnings: list[str] = field(default_factory=list)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
-from harness import focalpo, run_python
+from harness import ManyFocalpo, focalpo, run_python
 
 COMMANDS = ("check", "curves", "report", "score")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -41,9 +44,28 @@ def test_each_command_has_help_with_an_example(command: str):
     assert f"example:\n  focalpo {command} " in done.stdout
 
 
+def test_without_a_command_it_shows_its_help():
+    bare, asked = focalpo(), focalpo("--help")
+    assert (bare.returncode, bare.stdout, bare.stderr) == (0, asked.stdout, "")
+
+
+def test_python_m_is_the_command():
+    done = run_python("-m", "focalpo_plugins", "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: python -m focalpo_plugins [-h]")
+    assert run_python("-m", "focalpo_plugins", "report", "nowhere").returncode == 2
+
+
+def test_version():
+    for done in (focalpo("--version"), run_python("-m", "focalpo_plugins", "--version")):
+        assert (done.returncode, done.stdout) == (
+            0,
+            f"focalpo_plugins {version('focalpo_plugins')}\n",
+        )
+
+
 # One line each, and no traceback: arguments, what is said.
 ERRORS = [
-    ([], "the following arguments are required: COMMAND"),
     (["cruves"], "invalid choice: 'cruves'"),
     (["curves", "--gamma", "-1"], "--gamma must be a finite number of at least 0, got -1.0"),
     (["curves", "--gamma", "x"], "argument --gamma: invalid float value: 'x'"),
@@ -126,6 +148,28 @@ def test_curves_are_those_of_the_paper(drawn: tuple[Path, str]):
     assert float(star["dpo"]) == pytest.approx(1)
 
 
+# A gamma that training refuses without allow_reversed, and one that it takes: 1/ln 2 is 1.4427.
+REFUSED = [
+    ("correct", 2.0, "refused in training: gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 2.0"),
+    ("correct_exact", 1.0, "refused in training: gamma must be below 1 for variant 'correct_exact', got 1.0"),
+    ("correct", 1.44, ""),
+    ("incorrect", 3.0, ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variant", "gamma", "said"), REFUSED)
+def test_curves_say_what_training_would_refuse(reports, tmp_path, variant, gamma, said):
+    words = ["curves", "--variant", variant, "--gamma", gamma, "--format", "csv", "--out", tmp_path]
+    code, output, errors = reports(*words)
+    assert code == 0, errors
+    row = next(
+        line for line in output.splitlines() if line.startswith(f"{variant} gamma={gamma:g}")
+    )
+    assert row.endswith("refused in training") is bool(said)
+    lines = [line for line in output.splitlines() if line.startswith("refused in training")]
+    assert [line[: len(said)] for line in lines] == ([said] if said else [])
+
+
 def test_without_matplotlib_the_numbers_come_all_the_same(tmp_path: Path):
     (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('blocked')")
     refused = focalpo("curves", "--out", tmp_path / "a", path=tmp_path)
@@ -139,6 +183,13 @@ def test_without_matplotlib_the_numbers_come_all_the_same(tmp_path: Path):
         "fig3.csv",
         "fig4.csv",
     ]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ManyFocalpo]:
+    modules = ("focalpo_plugins.cli.report", "focalpo_plugins.loss", "matplotlib.pyplot")
+    with ManyFocalpo(*modules, cwd=tmp_path_factory.mktemp("reports")) as many:
+        yield many
 
 
 def write_state(folder: Path, log: list[dict[str, float]], step: int = 0) -> None:
@@ -182,6 +233,7 @@ def test_report_of_trainer_states(tmp_path: Path):
     assert float(train["accuracy"]) == pytest.approx(0.195)
     assert (train["weight"], held_out["weight"]) == ("", "")
     assert (held_out["loss"], held_out["margin"], held_out["accuracy"]) == ("0.5", "7.0", "0.75")
+    assert held_out["first_loss"] == ""  # it is of step 20
     assert float(mine["weight"]) == pytest.approx(0.9)
     assert float(mine["reversed"]) == 0.25
 
@@ -210,6 +262,7 @@ def test_report_of_tensorboard(tmp_path: Path):
     assert float(train["loss"]) == pytest.approx(0.1)
     assert (train["margin"], train["accuracy"], train["weight"]) == ("20.0", "0.5", "0.75")
     assert (held_out["split"], held_out["loss"], held_out["margin"]) == ("eval", "0.25", "")
+    assert held_out["first_loss"] == ""  # it is of step 10
 
 
 def test_report_without_tensorboard_says_what_is_missing(tmp_path: Path):
@@ -228,3 +281,149 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path):
     done = focalpo("report", tmp_path / "a" / "out", tmp_path / "b" / "out", "--out", out)
     assert done.returncode == 0, done.stderr
     assert {row["run"] for row in rows(out / "report.csv")} == {"out (1)", "out (2)"}
+
+
+def test_what_exists_is_a_run_and_not_a_name(reports, tmp_path: Path):
+    """Sweeps name their folders so; and a name may have a ``=`` too."""
+    for folder in ("lr=1e-4", "b=2/lr=3"):
+        write_state(tmp_path / folder, trl_log(3, weight=False))
+    runs = {
+        tmp_path / "lr=1e-4": "lr=1e-4",
+        f"mine={tmp_path / 'b=2' / 'lr=3'}": "mine",
+        f"x=1={tmp_path / 'lr=1e-4'}": "x=1",
+    }
+    code, _, errors = reports("report", *runs, "--format", "csv", "--out", tmp_path / "out")
+    assert code == 0, errors
+    assert {row["run"] for row in rows(tmp_path / "out" / "report.csv")} == set(runs.values())
+
+
+# What a run that was killed while it saved left of its newest trainer_state.json.
+HALF_WRITTEN = {
+    "cut": '{"global_step": 9, "log_hist',
+    "empty": "",
+    "no file": None,
+    "no object": "[]",
+    "no steps": '{"log_history": []}',
+    "no entries": '{"global_step": 9, "log_history": [null]}',
+}
+
+
+@pytest.mark.parametrize("content", HALF_WRITTEN.values(), ids=HALF_WRITTEN)
+def test_a_half_written_checkpoint_is_skipped(reports, tmp_path: Path, content: str | None):
+    half = tmp_path / "run" / "checkpoint-9" / "trainer_state.json"
+    half.parent.mkdir(parents=True)
+    if content is not None:
+        half.write_text(content)
+    words = ["report", tmp_path / "run", "--format", "csv", "--out", tmp_path / "out"]
+    code, _, errors = reports(*words)
+    assert code == 2
+    assert errors.count("\n") == 1
+    assert "RUN must hold a trainer_state.json that is whole" in errors
+    write_state(tmp_path / "run" / "checkpoint-3", trl_log(3, weight=False))
+    code, said, errors = reports(*words)
+    assert code == 0, errors
+    assert f"{half} is skipped: not whole, as where a run is killed while it saves\n" in said
+    assert [row["step"] for row in rows(tmp_path / "out" / "report.csv")] == ["3", "3"]
+
+
+def evaluated(name: str, loss: float, margin: float, weight: float, own: bool) -> dict[str, Any]:
+    """An entry of the evaluation set ``name`` at step 2.  transformers' keys have the set's name and
+    TRL's have not; ours have it where they are the set's own."""
+    key = f"eval_{name}_" if own else "eval_"
+    trl = {"eval_rewards/margins": margin, "eval_rewards/accuracies": 0.5, "eval_aux_loss": 9.0}
+    ours = {f"{key}focalpo/weight": weight, "step": 2}
+    return {**trl, f"eval_{name}_loss": loss, f"eval_{name}_runtime": 1.0, **ours}
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_each_named_evaluation_set_has_a_row(reports, tmp_path: Path, own: bool):
+    """Names that look like transformers' own keys, and that begin alike, among them; TRL's other
+    losses are no set's name."""
+    sets = {"easy": 0.4, "hard": 0.8, "hard_new": 0.9, "loss": 0.3, "aux": 0.2}
+    log = [
+        {"step": 0, "eval_easy_loss": 0.6695, "eval_rewards/margins": 0.0},
+        *trl_log(2, True)[:2],
+    ]
+    log += [evaluated(name, loss, 10 * loss, 1 - loss, own) for name, loss in sets.items()]
+    write_state(tmp_path / "run", log)
+    out = tmp_path / "out"
+    code, _, errors = reports("report", tmp_path / "run", "--out", out)
+    assert code == 0, errors
+    assert (out / "report.png").read_bytes()[:8] == PNG
+    train, *table = rows(out / "report.csv")
+    assert train["split"] == "train"
+    found = [tuple(row[key] for key in ("split", "loss", "margin", "weight")) for row in table]
+    assert found == [(f"eval_{n}", str(x), str(10 * x), str(1 - x)) for n, x in sets.items()]
+    assert [row["first_loss"] for row in table] == ["0.6695", "", "", "", ""]
+
+
+def test_named_evaluation_sets_in_tensorboard(reports, tmp_path: Path):
+    """transformers writes `eval_easy_loss` as `eval/easy_loss`.  TRL's metrics of all sets are under
+    one name there, so that with several sets nobody knows whose they are."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for run, names in (("one", ["easy"]), ("two", ["easy", "easy_new"])):
+        with SummaryWriter(str(tmp_path / run)) as writer:
+            writer.add_scalar("train/loss", 0.6, 1)
+            for loss, name in enumerate(names, 1):
+                values = {f"{name}_loss": loss, f"{name}_runtime": 1, "rewards/margins": 7}
+                for key, value in {**values, f"{name}_focalpo/weight": 0.5}.items():
+                    writer.add_scalar(f"eval/{key}", value, 1)
+    words = [tmp_path / "one", tmp_path / "two", "--format", "csv", "--out", tmp_path / "out"]
+    code, said, errors = reports("report", *words)
+    assert code == 0, errors
+    table = [row for row in rows(tmp_path / "out" / "report.csv") if row["split"] != "train"]
+    assert [
+        tuple(row[key] for key in ("run", "split", "loss", "margin", "weight")) for row in table
+    ] == [
+        ("one", "eval_easy", "1.0", "7.0", "0.5"),
+        ("two", "eval_easy", "1.0", "", "0.5"),
+        ("two", "eval_easy_new", "2.0", "", "0.5"),
+    ]
+    assert said.count("have one name in TensorBoard, and are left out") == 1
+
+
+def write_silent(folder: Path, *log: dict[str, Any], every: int | None = 500) -> None:
+    folder.mkdir()
+    state = {"global_step": 6, "log_history": [{"step": 6, "train_runtime": 9.0}, *log]}
+    if every is not None:
+        state["logging_steps"] = every
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+
+
+def test_logging_steps_larger_than_the_run_are_said(reports, tmp_path: Path):
+    larger = "logging_steps, 500, is larger than the run, which has 6 steps. Set it to 6 or less."
+    cases = {
+        "larger": (500, larger),
+        "unknown": (None, "logging_steps is larger than the run, which has 6 steps."),
+        "strategy": (1, "no training loss was logged in 6 steps: look at logging_strategy."),
+    }
+    for name, (every, said) in cases.items():
+        write_silent(tmp_path / name, every=every)
+        code, _, errors = reports("report", tmp_path / name, "--out", tmp_path / "out")
+        assert code == 2
+        assert errors.count("\n") == 1
+        assert said.lower() in errors.lower()
+    write_silent(tmp_path / "eval", {"step": 6, "eval_loss": 0.5})
+    words = ["report", tmp_path / "eval", "--format", "csv", "--out", tmp_path / "out"]
+    code, output, errors = reports(*words)
+    assert code == 0, errors
+    assert larger in output
+    assert [row["split"] for row in rows(tmp_path / "out" / "report.csv")] == ["eval"]
+
+
+def test_a_run_without_evaluation_is_not_faint():
+    """Beside one that has evaluations, whose training batches are."""
+    from focalpo_plugins.cli.plots import pyplot
+    from focalpo_plugins.cli.report import Run, _draw
+
+    train = {"margin": {1: 0.0, 2: 1.0}}
+    runs = [
+        Run("with", Path("a"), {"train": train, "eval": {"margin": {2: 0.5}}}, []),
+        Run("without", Path("b"), {"train": train}, []),
+    ]
+    lines = _draw(pyplot(), runs).axes[0].get_lines()
+    # Training batches and evaluation of the first, training batches of the second.
+    assert [line.get_alpha() for line in lines] == [0.45, None, None]
+    assert [line.get_marker() for line in lines] == ["None", "o", "None"]
+    assert len({line.get_color() for line in lines}) == 2

@@ -7,6 +7,7 @@ one: a tiny stand-in, since what the trainer does to the data doesn't depend on 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -72,6 +73,10 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
     from ..trl.head import check_config
     from .plugin import fused_key
 
+    split = (cfg.tensor_parallel_size or 1) * (cfg.context_parallel_size or 1)
+    data_ranks = max(1, gpus // split)
+    if cfg.batch_size:
+        cfg.batch_size *= data_ranks  # as Axolotl does on each rank: it counts the steps with it
     tokenizer = load_tokenizer(cfg)
     data = load_preference_datasets(cfg=cfg)
     train, held_out = data.train_dataset, data.eval_dataset
@@ -89,7 +94,14 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
             f"none fits into {cfg.sequence_len}. Raise sequence_len."
         )
     trainer = _trainer(cfg, train, held_out, tokenizer, data.total_num_steps)
-    dataset, collator = trainer.train_dataset, trainer.data_collator
+    dataset, collator, args = trainer.train_dataset, trainer.data_collator, trainer.args
+    epoch_steps = _epoch_steps(
+        len(dataset),
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        data_ranks,
+        args.dataloader_drop_last,
+    )
     loss = getattr(trainer, "pairwise_loss", None)
     state = _state(cfg)
     fused = fused_key(cfg) if loss is not None else None
@@ -114,14 +126,30 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
         kept=len(dataset),
         pairs=_pairs(dataset, collator),
         max_length=getattr(collator, "max_length", None),
-        micro_batch=cfg.micro_batch_size,
-        accumulation=cfg.gradient_accumulation_steps,
+        micro_batch=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
         ranks=gpus,
+        data_ranks=data_ranks,
+        epoch_steps=epoch_steps,
+        steps=(
+            args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch_steps)
+        ),
         precision=_precision(cfg),
         state=replace(state, logits_at_once=LOGITS_AT_ONCE if fused else None),
         warnings=warnings,
         notes=notes,
     )
+
+
+def _epoch_steps(
+    pairs: int, micro_batch: int, accumulation: int, ranks: int, drop_last: bool
+) -> int:
+    """As transformers and accelerate count: a batch, a round of ranks and a step that are not full
+    are trained on, unless ``drop_last`` leaves out the first two."""
+    left_out = 0 if drop_last else 1
+    batches = pairs // micro_batch + left_out * bool(pairs % micro_batch)
+    of_rank = batches // ranks + left_out * bool(batches % ranks)
+    return max(1, -(-of_rank // accumulation))
 
 
 def _load_cfg(config: Path, gpus: int, scratch: Path) -> tuple[Any, list[str]]:

@@ -63,7 +63,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "focalpo") -> int:
     if argv[:1] == ["check"] and "--" in argv:
         at = argv.index("--")
         argv, host_argv = argv[:at], argv[at + 1 :]
-    args = _parser(prog).parse_args(argv)
+    parser = _parser(prog)
+    args = parser.parse_args(argv)
+    if args.version:
+        from importlib.metadata import version
+
+        print(f"focalpo_plugins {version('focalpo_plugins')}")
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 0
     args.host_argv = host_argv
     try:
         return int(import_module(f".{args.command}", __name__).run(args))
@@ -79,7 +88,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog, description="FocalPO before, during and after a training run."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(
         name: str, summary: str, *, more: str = "", example: str
@@ -167,10 +177,16 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         example="{prog} score outputs/tiny_focalpo --ref examples/tiny/model "
         "examples/tiny/test.jsonl",
     )
-    score.add_argument("model", metavar="MODEL", help="folder or hub name of the trained model")
+    score.add_argument(
+        "model", metavar="MODEL", help="folder or hub name of the trained model or adapter"
+    )
     score.add_argument("data", metavar="DATA", help=_DATA_HELP)
     score.add_argument("--ref", required=True, metavar="MODEL", help="the model it started from")
-    score.add_argument("--beta", type=float, default=0.1, help="scale of the reward (default: 0.1)")
+    score.add_argument(
+        "--beta",
+        type=float,
+        help="scale of the reward (default: what MODEL says it was trained with, else 0.1)",
+    )
     score.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="pairs at a time (default: 8)"
     )

@@ -295,13 +295,14 @@ def _print(
             f"{n} in {_share(times, 2 * counts.pairs)}" for n, times in sorted(counter.items())
         )
         line("", f"{title} {token!r}, times in the tokens {what}: {times}")
-    batch = plan.micro_batch * plan.accumulation * plan.ranks
-    ranks = f"{plan.ranks} rank{'s' * (plan.ranks != 1)}"
+    ranks = f"{plan.data_ranks} rank{'s' * (plan.data_ranks != 1)}"
+    among = "--gpus" if plan.data_ranks == plan.ranks else f"of --gpus {plan.ranks}"
     line(
         "batch",
-        f"{plan.micro_batch} pairs x {plan.accumulation} accumulated x {ranks} (--gpus) = {batch} "
-        f"pairs a step, {plan.kept // batch} steps an epoch",
+        f"{plan.micro_batch} pairs x {plan.accumulation} accumulated x {ranks} ({among}) = "
+        f"{_batch(plan)} pairs a step",
     )
+    line("", f"{_steps(plan.epoch_steps)} an epoch, {_steps(plan.steps)} in the run")
     _print_memory(plan, memory, line)
     print(f"\npair {number}, as the model gets it; [masked] tokens are not trained on")
     for side in ("chosen", "rejected"):
@@ -309,6 +310,14 @@ def _print(
         masked = sequence.trained.count(False)
         print(f"{side}: {masked} masked, {len(sequence.ids) - masked} trained on")
         print("  " + _rendered(plan.tokenizer, sequence))
+
+
+def _batch(plan: Plan) -> int:
+    return plan.micro_batch * plan.accumulation * plan.data_ranks
+
+
+def _steps(number: float) -> str:
+    return f"{number:.6g} step{'s' * (number != 1)}"
 
 
 def _spread(values: list[int]) -> str:
@@ -407,7 +416,9 @@ def _as_json(
         "micro_batch": plan.micro_batch,
         "accumulation": plan.accumulation,
         "ranks": plan.ranks,
-        "batch": plan.micro_batch * plan.accumulation * plan.ranks,
+        "batch": _batch(plan),
+        "epoch_steps": plan.epoch_steps,
+        "steps": plan.steps,
         "precision": plan.precision,
         "zero_stage": plan.state.zero_stage,
         "memory_bytes": None if memory is None else {**vars(memory), "state": memory.state},

@@ -77,6 +77,16 @@ class Curve:
 
         return reversal_margin(self.gamma, self.variant)
 
+    def refused(self) -> str:
+        """Why training refuses this gamma; empty where it doesn't."""
+        from ..loss import check_gamma
+
+        try:
+            check_gamma(self.gamma, self.variant)
+        except ValueError as error:
+            return str(error)
+        return ""
+
 
 def run(args: Namespace) -> int:
     from ..loss import check_gamma
@@ -111,12 +121,15 @@ def run(args: Namespace) -> int:
         print("wrote " + ", ".join(map(str, written)))
 
     print(f"\n{'loss':<28} {'L(0)':>8} {'push at 0':>10} {'peak at z':>10} {'height':>8} {'z*':>9}")
-    for curve in dict.fromkeys([dpo, *asked, opposite]):
+    curves = list(dict.fromkeys([dpo, *asked, opposite]))
+    for curve in curves:
         print(_summary(curve))
     print(
         "push is -dL/dz; below z* a pair is pushed the wrong way. A run starts with z = 0, so its "
         "first\nloss is L(0)."
     )
+    for why in filter(None, (curve.refused() for curve in curves)):
+        print(f"refused in training: {why}")
     return 0
 
 
@@ -257,5 +270,5 @@ def _summary(curve: Curve) -> str:
     star = f"{reversal:.2f}" if reversal > -math.inf else "none"
     return (
         f"{name:<28} {curve.loss(zero).item():>8.4f} {curve.push(zero).item():>10.4f} {at:>10} "
-        f"{height:>8} {star:>9}"
+        f"{height:>8} {star:>9}{'  refused in training' * bool(curve.refused())}"
     )

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from itertools import cycle
@@ -49,16 +49,29 @@ _PANELS = {
 # Where a panel has a level that means something.
 _LEVELS = {"accuracy": (0.5, "chance"), "weight": (1.0, "DPO: 1 by definition")}
 
+_FAINT = {"linewidth": 0.9, "alpha": 0.45}
+
 Series = dict[int, float]  # value by training step
 
 
 @dataclass
 class Run:
-    """One run's log: for ``train`` and ``eval`` each quantity by step."""
+    """One run's log.
+
+    Attributes:
+        series: for ``train``, ``eval``, and ``eval_NAME`` for an evaluation set of that name, each
+            quantity by step.
+        notes: what the user is told of the log.
+    """
 
     name: str
     source: Path
     series: dict[str, dict[str, Series]]
+    notes: list[str]
+
+    @property
+    def evaluations(self) -> list[str]:
+        return [split for split in self.series if split != "train"]
 
     def rows(self) -> list[dict[str, Any]]:
         """The table's rows: the mean of the last tenth of the steps, and the last evaluation."""
@@ -68,7 +81,9 @@ class Run:
             steps = sorted(losses)
             tail = steps[-max(1, len(steps) // 10) :] if split == "train" else steps[-1:]
             row: dict[str, Any] = {"run": self.name, "split": split, "step": steps[-1]}
-            row["first_loss"] = quantities.get("loss", {}).get(steps[0], math.nan)
+            # An evaluation after some training is not the first.
+            first = steps[0] if split == "train" else 0
+            row["first_loss"] = quantities.get("loss", {}).get(first, math.nan)
             for column in _COLUMNS[4:]:
                 series = quantities.get(column, {})
                 values = [series[step] for step in tail if step in series]
@@ -82,20 +97,23 @@ def run(args: Namespace) -> int:
     plt = pyplot() if draws else None
     runs: list[Run] = []
     for word in args.runs:
-        name, separator, path = word.partition("=")
-        runs.append(_read(Path(path), name) if separator else _read(Path(word), None))
+        name, path = _named(word)
+        runs.append(_read(path, name))
     _tell_apart(runs)
     folder = output_folder(args.out)
 
     for each in runs:
         print(f"{each.name}: {each.source}")
+        for note in each.notes:
+            print(f"  {note}")
     rows = [row for each in runs for row in each.rows()]
     print()
     _print_table(rows)
     print(
-        "\ntrain: mean of the last tenth of the logged steps; eval: the last evaluation. Losses "
-        "of\ndifferent kinds can't be compared with each other; margins and accuracies can. "
-        "OpenRLHF logs\nthe rewards of each step's last micro-batch, and none in evaluation."
+        "\ntrain: mean of the last tenth of the logged steps; eval: the last evaluation. First "
+        "loss: of the\nfirst logged step, and of an evaluation before it. Losses of different "
+        "kinds can't be compared\nwith each other; margins and accuracies can. OpenRLHF logs the "
+        "rewards of each step's last\nmicro-batch, and none in evaluation."
     )
     written = []
     if "csv" in args.format:
@@ -113,25 +131,54 @@ def run(args: Namespace) -> int:
     return 0
 
 
+def _named(word: str) -> tuple[str | None, Path]:
+    """Name and path of ``NAME=RUN``; what exists is a path, and a name may have a ``=`` as well."""
+    splits = [at for at, letter in enumerate(word) if letter == "="]
+    if not splits or Path(word).exists():
+        return None, Path(word)
+    at = next((at for at in splits if word[at + 1 :] and Path(word[at + 1 :]).exists()), splits[0])
+    return word[:at], Path(word[at + 1 :])
+
+
 def _read(path: Path, name: str | None) -> Run:
     """The log at ``path``, which is a log file, a checkpoint, or a folder that holds them."""
     if not path.exists():
         raise CommandError(f"RUN must be a run's folder or log, got {str(path)!r}: nothing there.")
-    states: list[Path] = []
+    files: list[Path] = []
     events: list[Path] = []
     if path.is_file():
-        (events if ".tfevents." in path.name else states).append(path)
+        (events if ".tfevents." in path.name else files).append(path)
     else:
-        states = [p for p in (path / "trainer_state.json",) if p.is_file()]
-        states += sorted(path.glob("checkpoint-*/trainer_state.json"))
+        files = [p for p in (path / "trainer_state.json",) if p.is_file()]
+        checkpoints = [p for p in sorted(path.glob("checkpoint-*")) if p.is_dir()]
+        files += [p / "trainer_state.json" for p in checkpoints]
         events = sorted(path.rglob("*.tfevents.*"))
+    states: list[tuple[dict[str, Any], Path]] = []
+    notes: list[str] = []
+    for file in files:
+        try:
+            states.append((_state(file), file))
+        except (OSError, ValueError, LookupError, TypeError):
+            if path.is_file():
+                raise CommandError(
+                    f"{path} must be a trainer_state.json with log_history and global_step, and is "
+                    "not. Give the run's folder."
+                ) from None
+            notes.append(f"{file} is skipped: not whole, as where a run is killed while it saves")
     if states:
         # The newest is the one that got farthest; each holds the whole log up to its step.
-        state, source = max(((_state(p), p) for p in states), key=lambda s: s[0]["global_step"])
+        state, source = max(states, key=lambda found: found[0]["global_step"])
         series = _from_trainer_state(state)
+        notes += _silence(state, series)
     elif events:
         source = max(events, key=lambda p: p.stat().st_mtime).parent
-        series = _from_tensorboard(source)
+        series, found = _from_tensorboard(source)
+        notes += found
+    elif notes:
+        raise CommandError(
+            f"RUN must hold a trainer_state.json that is whole, got {str(path)!r}: "
+            f"{'; '.join(notes)}."
+        )
     else:
         raise CommandError(
             f"RUN must hold trainer_state.json, checkpoint-*/trainer_state.json or TensorBoard "
@@ -141,35 +188,74 @@ def _read(path: Path, name: str | None) -> Run:
     if not any("margin" in quantities or "loss" in quantities for quantities in series.values()):
         raise CommandError(
             f"RUN must be the log of a training run, got {str(source)!r}: it holds no loss."
+            + "".join(f" {note[0].upper()}{note[1:]}" for note in notes)
         )
-    return Run(name or _name(path), source, series)
+    return Run(name or _name(path), source, series, notes)
 
 
 def _state(path: Path) -> dict[str, Any]:
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if not (isinstance(state["log_history"], list) and isinstance(state["global_step"], int)):
-            raise TypeError
-    except (ValueError, KeyError, TypeError):
-        raise CommandError(
-            f"{path} must be a trainer_state.json with log_history and global_step, and is not. "
-            "Give the run's folder."
-        ) from None
-    return dict(state)
+    state = json.loads(path.read_text(encoding="utf-8"))
+    entries = state["log_history"]
+    if not (isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
+        raise TypeError
+    return {**state, "global_step": int(state["global_step"])}
+
+
+def _silence(state: Mapping[str, Any], series: Mapping[str, Any]) -> list[str]:
+    """Why a run has no training loss in its log."""
+    steps, every = state["global_step"], state.get("logging_steps")
+    # The summary that is logged at a run's end says nothing of its steps.
+    of_steps = [e for e in state["log_history"] if not {"train_runtime", *_evaluated(e)} & set(e)]
+    if "loss" in series.get("train", {}) or of_steps or not steps:
+        return []
+    every = every if isinstance(every, int | float) else math.inf
+    if every <= steps:
+        return [f"no training loss was logged in {steps} steps: look at logging_strategy."]
+    return [
+        f"no training loss was logged: logging_steps{f', {every},' * (every < math.inf)} is larger "
+        f"than the run, which has {steps} step{'s' * (steps != 1)}. Set it to {steps} or less."
+    ]
+
+
+def _evaluated(entry: Iterable[str]) -> list[str]:
+    return [key for key in entry if key.startswith("eval_")]
 
 
 def _from_trainer_state(state: Mapping[str, Any]) -> dict[str, dict[str, Series]]:
     points: dict[str, dict[str, Series]] = {"train": {}, "eval": {}}
     for entry in state["log_history"]:
-        split = "eval" if any(key.startswith("eval_") for key in entry) else "train"
-        for key, value in entry.items():
-            if isinstance(value, (int, float)) and "step" in entry:
-                key = key.removeprefix("eval_")
-                points[split].setdefault(key, {})[entry["step"]] = float(value)
+        split = "train"
+        if evaluated := _evaluated(entry):
+            name = _set_name([key.removeprefix("eval_") for key in evaluated])
+            split = f"eval_{name}" if name else "eval"
+        # TRL logs its own metrics of a named set without the name: what has it goes before.
+        for key in sorted(entry, key=lambda key: key.startswith(f"{split}_")):
+            if isinstance(entry[key], (int, float)) and "step" in entry:
+                short = key
+                if split != "train":
+                    own = key.startswith(f"{split}_")
+                    short = key.removeprefix(f"{split}_" if own else "eval_")
+                points.setdefault(split, {}).setdefault(short, {})[entry["step"]] = float(
+                    entry[key]
+                )
     return _quantities(points)
 
 
-def _from_tensorboard(folder: Path) -> dict[str, dict[str, Series]]:
+def _set_name(keys: Sequence[str]) -> str:
+    """Of the evaluation set that logged ``keys``; empty where it has no name.
+
+    transformers logs a set's loss as ``NAME_loss``, or ``loss``; a trainer may log other losses
+    (``aux_loss``) beside it, but no other run time.
+    """
+    if "loss" in keys:
+        return ""
+    names = [key.removesuffix("_loss") for key in keys if key.endswith("_loss")]
+    timed = [name for name in names if f"{name}_runtime" in keys]
+    return next(iter([*timed, *names]), "")
+
+
+def _from_tensorboard(folder: Path) -> tuple[dict[str, dict[str, Series]], list[str]]:
+    """The series, and what the user is told of them."""
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError:
@@ -184,7 +270,23 @@ def _from_tensorboard(folder: Path) -> dict[str, dict[str, Series]]:
         split, _, key = tag.partition("/")
         if split in points:
             points[split][key] = {event.step: event.value for event in log.Scalars(tag)}
-    return _quantities(points)
+    shared = points["eval"]
+    timed = [key.removesuffix("_runtime") for key in shared if key.endswith("_runtime")]
+    names = [name for name in timed if f"{name}_loss" in shared]
+    points |= {f"eval_{name}": {} for name in names}
+    for name in sorted(names, key=len, reverse=True):  # of `a` and `a_b`, the second first
+        for key in [key for key in shared if key.startswith(f"{name}_")]:
+            points[f"eval_{name}"][key.removeprefix(f"{name}_")] = shared.pop(key)
+    notes = []
+    if len(names) == 1:
+        points[f"eval_{names[0]}"] = {**points.pop("eval"), **points[f"eval_{names[0]}"]}
+    elif names:
+        del points["eval"]
+        notes.append(
+            f"TRL's metrics of the evaluation sets {', '.join(names)} have one name in "
+            "TensorBoard, and are left out: give a checkpoint's trainer_state.json for them."
+        )
+    return _quantities(points), notes
 
 
 def _quantities(points: Mapping[str, Mapping[str, Series]]) -> dict[str, dict[str, Series]]:
@@ -246,19 +348,23 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 def _draw(plt: Any, runs: list[Run]) -> Any:
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.6), sharex=True, layout="constrained")
-    looks = [look for look, _ in zip(line_looks(), runs, strict=False)]
-    marks = [mark for mark, _ in zip(cycle("osD^vP"), runs, strict=False)]
-    splits = {split for each in runs for split in each.series}
-    faint = {"linewidth": 0.9, "alpha": 0.45} if "eval" in splits else {}
+    # A line of its own for each evaluation set, and for a run without any.
+    lines = [(each, split) for each in runs for split in each.evaluations or ["train"]]
+    looks = [look for look, _ in zip(line_looks(), lines, strict=False)]
+    marks = [mark for mark, _ in zip(cycle("osD^vP"), lines, strict=False)]
     for axis, (quantity, title) in zip(axes.flat, _PANELS.items(), strict=True):
         axis.set_title(title, loc="left", fontsize=10)
-        for each, look, mark in zip(runs, looks, marks, strict=True):
-            train = sorted(each.series.get("train", {}).get(quantity, {}).items())
-            held_out = sorted(each.series.get("eval", {}).get(quantity, {}).items())
-            if train:
-                axis.plot(*zip(*train, strict=True), **look, **faint)
-            if held_out:
-                axis.plot(*zip(*held_out, strict=True), marker=mark, markersize=5, **look)
+        begun = set()
+        for (each, split), look, mark in zip(lines, looks, marks, strict=True):
+            for part in ("train", split):
+                points = sorted(each.series.get(part, {}).get(quantity, {}).items())
+                if not points or (id(each), part) in begun:
+                    continue
+                begun.add((id(each), part))
+                style: dict[str, Any] = {"marker": mark, "markersize": 5}
+                if part == "train":
+                    style = _FAINT if each.evaluations else {}
+                axis.plot(*zip(*points, strict=True), **look, **style)
         if quantity == "weight":
             axis.margins(y=0.15)
         elif quantity == "accuracy":
@@ -282,10 +388,18 @@ def _draw(plt: Any, runs: list[Run]) -> Any:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], label=each.name, marker=mark if "eval" in splits else "", **look)
-        for each, look, mark in zip(runs, looks, marks, strict=True)
+        Line2D([], [], label=_label(each, split), marker="" if split == "train" else mark, **look)
+        for (each, split), look, mark in zip(lines, looks, marks, strict=True)
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=4)
-    if "eval" in splits:
-        figure.supxlabel("marked lines: held-out pairs; faint lines: training batches", fontsize=9)
+    if any(each.evaluations for each in runs):
+        caption = "marked lines: held-out pairs; faint lines: training batches"
+        if not all(each.evaluations for each in runs):
+            caption += "; plain lines: training batches of runs without evaluation"
+        figure.supxlabel(caption, fontsize=9)
     return figure
+
+
+def _label(run: Run, split: str) -> str:
+    named = split not in ("train", "eval")
+    return f"{run.name}, {split.removeprefix('eval_')}" if named else run.name

@@ -6,8 +6,9 @@ import csv
 import hashlib
 import json
 import math
+import re
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from typing import Any
 from . import CommandError, output_folder, write, writing
 from .plots import pyplot, save
 
+_BETA = 0.1  # TRL's, Axolotl's and OpenRLHF's default
 _BINS = 40
+# Weights, config, tokenizer and chat template.
+_OF_A_MODEL = (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt")
 _GROUPS = {"all pairs": None, "reference ranks right": True, "reference ranks wrong": False}
 
 
@@ -23,44 +27,58 @@ def run(args: Namespace) -> int:
     from ..loss import check_beta
 
     try:
-        check_beta(args.beta)
+        check_beta(_BETA if args.beta is None else args.beta)
     except ValueError as error:
         raise CommandError(f"--{error}") from None
-    if args.batch_size < 1:
-        raise CommandError(f"--batch-size must be at least 1, got {args.batch_size}.")
+    for flag in ("batch_size", "max_length"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise CommandError(f"--{flag.replace('_', '-')} must be at least 1, got {value}.")
     data = Path(args.data)
     if not data.is_file():
         raise CommandError(f"DATA must be a file, got {args.data!r}: there is none.")
+    identities = [_identity(args.model), _identity(args.ref)]
     draws = {"png", "svg"} & set(args.format)
     plt = pyplot() if draws else None
     folder = output_folder(args.out)
-
-    header = {
-        "focalpo_score": 1,
-        "policy": _identity(args.model),
-        "reference": _identity(args.ref),
-        "data": hashlib.sha256(data.read_bytes()).hexdigest(),
-        "beta": args.beta,
-        "max_length": args.max_length,
-        "dtype": args.dtype,
-    }
-    scores = folder / "scores.jsonl"
-    done = _resume(scores, header)
-    if done:
-        print(f"{scores} has {len(done)} pairs already; going on from there")
     try:
-        from ..trl.score import PairScorer
+        from ..trl.score import PairScorer, resolve
     except ImportError as error:
         raise CommandError(
             f"scoring needs TRL, which prepares the data, and {error.name} is not installed: "
             "pip install 'focalpo_plugins[trl]'."
         ) from None
     try:
+        sources = resolve(args.model, args.ref)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    beta, why = _beta(args.beta, Path(args.model))
+    for note in (*(source.note for source in sources if source.note), why):
+        print(note)
+
+    header = {
+        "focalpo_score": 1,
+        "policy": identities[0],
+        "reference": identities[1],
+        "data": hashlib.sha256(data.read_bytes()).hexdigest(),
+        "beta": beta,
+        "max_length": args.max_length,
+        "dtype": args.dtype,
+    }
+    for role, source in zip(("policy", "reference"), sources, strict=True):
+        if source.base is not None:
+            header[f"{role}_base"] = _identity(source.base)
+    scores = folder / "scores.jsonl"
+    done = _resume(scores, header)
+    if done:
+        print(f"{scores} has {len(done)} pairs already; going on from there")
+    try:
         scorer = PairScorer(
             args.model, args.ref, data, max_length=args.max_length, dtype=args.dtype
         )
-    except (ValueError, OSError) as error:
-        raise CommandError(str(error).splitlines()[0]) from None
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    print(f"{len(scorer.rows)} pairs of {data}: {scorer.form}")
 
     from tqdm import tqdm
 
@@ -75,7 +93,8 @@ def run(args: Namespace) -> int:
         for start in range(0, len(waiting), args.batch_size):
             batch = waiting[start : start + args.batch_size]
             for found in scorer.score(batch):
-                record = _with_rewards(found, args.beta)
+                _check_finite(found)
+                record = _with_rewards(found, beta)
                 done[record["row"]] = record
                 file.write(json.dumps(record) + "\n")
             file.flush()
@@ -99,6 +118,65 @@ def run(args: Namespace) -> int:
     return 0
 
 
+def _beta(asked: float | None, model: Path) -> tuple[float, str]:
+    """The beta to score with, and where it is from, or that the model was trained with another."""
+    found = _recorded_beta(model)
+    if found is None:
+        if asked is not None:
+            return asked, f"beta {asked:g}, from --beta"
+        return _BETA, f"beta {_BETA:g}, the default: MODEL does not say what it was trained with"
+    recorded, place = found
+    if asked is None:
+        return recorded, f"beta {recorded:g}, which MODEL was trained with ({place})"
+    if asked != recorded:
+        return asked, (
+            f"warning: beta {asked:g}, from --beta, where MODEL was trained with {recorded:g} "
+            f"({place})"
+        )
+    return asked, f"beta {asked:g}, from --beta, which MODEL was trained with ({place})"
+
+
+def _recorded_beta(model: Path) -> tuple[float, Path] | None:
+    """The beta of the newest record that can be read, in the model's folder, in checkpoints inside
+    it, or where the model was made of a checkpoint or an adapter, beside it; and its file."""
+    from ..loss import check_beta
+
+    if not model.is_dir():
+        return None
+    folders = [model]
+    if model.name == "merged":  # Axolotl's merge-lora, in the adapter's folder
+        folders.append(model.parent)
+    elif model.name.endswith("_hf"):  # OpenRLHF's --ckpt.save_hf, beside the checkpoint
+        folders.append(model.with_name(model.name.removesuffix("_hf")))
+    for folder in folders:
+        inside = [place for pattern in _CHECKPOINTS for place in folder.glob(pattern)]
+        inside.sort(key=lambda place: int("".join(re.findall(r"\d+$", place.name)) or -1))
+        for place in (folder, *reversed(inside)):
+            for name, record_of in _RECORDS.items():
+                try:
+                    content = json.loads((place / name).read_text(encoding="utf-8"))
+                    beta = record_of(content)["beta"]
+                    check_beta(beta)
+                except (OSError, ValueError, TypeError, LookupError):
+                    continue  # none is there, or it was being written when the run was killed
+                return beta, place / name
+    return None
+
+
+def _of_trainer_state(state: Any) -> Any:
+    record = state["stateful_callbacks"]["_Record"]
+    # A list where a trainer was given its loss twice.
+    return (record[-1] if isinstance(record, list) else record)["args"]["record"]
+
+
+# Where hosts write what a checkpoint was trained with, and how it is read there.
+_CHECKPOINTS = ("checkpoint-*", "global_step*", "*/global_step*")
+_RECORDS: dict[str, Callable[[Any], Any]] = {
+    "trainer_state.json": _of_trainer_state,
+    "focalpo_plugins.json": dict,
+}
+
+
 def _identity(model: str) -> str:
     """What tells one model from another: a hash of a folder's contents, or a hub name."""
     folder = Path(model)
@@ -106,7 +184,7 @@ def _identity(model: str) -> str:
         if folder.is_absolute() or model.startswith("."):
             raise CommandError(f"a model must be a folder or a hub name, got {model!r}.")
         return model
-    files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")]
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in _OF_A_MODEL and p.is_file()]
     if not any(p.name in ("config.json", "adapter_config.json") for p in files):
         raise CommandError(f"a model folder must hold config.json, got {model!r} without one.")
     digest = hashlib.sha256()
@@ -148,6 +226,17 @@ def _resume(scores: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
         with writing(scores), scores.open("r+b") as file:
             file.truncate(len(whole))
     return done
+
+
+def _check_finite(found: dict[str, Any]) -> None:
+    for name, prefix in (("MODEL", ""), ("--ref", "ref_")):
+        for side in ("chosen", "rejected"):
+            if not math.isfinite(logp := found[f"{prefix}{side}_logp"]):
+                raise CommandError(
+                    f"{name} must give finite log-probabilities, got {logp} for the {side} answer "
+                    f"of row {found['row']}: its weights are not finite, or leave the range of "
+                    "their dtype. Give another model, or --dtype float32."
+                )
 
 
 def _with_rewards(found: dict[str, Any], beta: float) -> dict[str, Any]:

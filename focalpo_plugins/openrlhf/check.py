@@ -90,13 +90,21 @@ def plan(argv: Sequence[str], gpus: int) -> Plan:
             f"the {len(rows)} pairs fits. Raise it."
         )
 
-    accumulation, rest = divmod(args.train.batch_size, args.train.micro_batch_size * gpus)
+    data_ranks = max(1, gpus // (args.ds.ring_attn_size * args.ds.tensor_parallel_size))
+    accumulation, rest = divmod(args.train.batch_size, args.train.micro_batch_size * data_ranks)
+    # What doesn't fill a rank's share or a micro-batch is dropped; a step may span two epochs.
+    batches = len(trained) // data_ranks // args.train.micro_batch_size
     found = []
     if accumulation == 0 or rest:
         found.append(
             f"--train.batch_size {args.train.batch_size} is no multiple of micro-batch x ranks, "
-            f"{args.train.micro_batch_size} x {gpus}: OpenRLHF rounds the accumulation down, and "
-            "DeepSpeed refuses a batch that doesn't come out."
+            f"{args.train.micro_batch_size} x {data_ranks}: OpenRLHF rounds the accumulation down, "
+            "and DeepSpeed refuses a batch that doesn't come out."
+        )
+    if len(trained) < args.train.batch_size:
+        found.append(
+            f"--train.batch_size {args.train.batch_size} is larger than the data, {len(trained)} "
+            "pairs: OpenRLHF refuses to train."
         )
     if args.ds.use_liger_kernel:
         found.append(
@@ -129,6 +137,9 @@ def plan(argv: Sequence[str], gpus: int) -> Plan:
         micro_batch=args.train.micro_batch_size,
         accumulation=max(1, accumulation),
         ranks=gpus,
+        data_ranks=data_ranks,
+        epoch_steps=batches / max(1, accumulation),
+        steps=args.train.max_epochs * batches // max(1, accumulation),
         precision=args.ds.param_dtype,
         state=_state(args, precomputed),
         warnings=found,

@@ -1,33 +1,122 @@
 """Log-probabilities of preference pairs, with TRL's own preparation of the data.
 
-A ``DPOTrainer`` is built and never trained: what it makes of the data set, and its collator, are
-what a run would have trained on.
+A ``DPOTrainer`` is built, of a stand-in for the model, and never trained: what it makes of the data
+set, and its collator, are what a run would have trained on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from datasets import load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from trl import DPOConfig, DPOTrainer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
+from transformers import logging as transformers_logging
+from transformers.utils import find_adapter_config_file
+from trl import DPOConfig, DPOTrainer, extract_prompt
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_UNDERSTOOD = (
+    "chosen and rejected as texts or as lists of messages (role and content), and prompt, a text "
+    "or messages, unless it is the start of both"
+)
+# What Axolotl's strategies put into a prompt by templates of their own.
+_OTHER_PROMPTS = ("instruction", "input", "question", "system", "conversations")
+# Of TRL's other data forms: its test for conversations may look at them in place of the pair's.
+_OTHER_FORMS = ("messages", "completion")
+_NAMED = 3  # weights in a message
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to load.
+
+    Attributes:
+        name: folder or hub name, of an adapter where ``base`` is set.
+        base: folder or hub name of the model that the adapter is loaded over.
+        note: what the user is told of it.
+    """
+
+    name: str
+    base: str | None = None
+    note: str = ""
+
+
+def resolve(policy: str, reference: str) -> tuple[Source, Source]:
+    """Tell adapters from whole models, and find what each adapter is loaded over: the model that
+    its own config names, or where that is not there, the reference.
+
+    Raises:
+        ValueError: an adapter has no base.
+    """
+    ref = _resolve(reference, "--ref", None)
+    return _resolve(policy, "MODEL", None if ref.base else ref.name), ref
+
+
+def _resolve(name: str, role: str, otherwise: str | None) -> Source:
+    try:
+        path = find_adapter_config_file(name)
+    except (OSError, ValueError):  # no name of a hub's: loading it says so
+        path = None
+    if path is None:
+        return Source(name)
+    try:
+        named = json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{role} must be a model or an adapter, got {name!r}, whose adapter_config.json can't "
+            "be read or names no base_model_name_or_path."
+        ) from None
+    if named and _is_there(named):
+        if find_adapter_config_file(named) is not None:
+            raise ValueError(
+                f"{role} must be an adapter of a whole model, got {name!r}, whose base {named!r} "
+                "is an adapter itself. Merge that one into its model first."
+            )
+        return Source(name, named, f"{role} is an adapter, loaded over {named}, which it names")
+    if otherwise is None:
+        raise ValueError(
+            f"{role} must be a model, or an adapter whose base is there, got {name!r}, an adapter "
+            f"of {named!r}, which is not. Change base_model_name_or_path in its "
+            "adapter_config.json, or give a whole model as --ref."
+        )
+    why = f"the base that it names, {named}, is not there"
+    return Source(name, otherwise, f"{role} is an adapter, loaded over --ref {otherwise}: {why}")
+
+
+def _is_there(name: str) -> bool:
+    if Path(name).is_dir():
+        return True
+    try:
+        AutoConfig.from_pretrained(name)
+    except Exception:  # not a hub's name, not on it, or no hub to ask
+        return False
+    return True
 
 
 class PairScorer:
     """The pairs of a preference file under two models.
 
     Args:
-        policy: folder or hub name of the model.
+        policy: folder or hub name of the model, or of an adapter; see :func:`resolve`.
         reference: the same of the reference model.
         data: a preference file with ``chosen`` and ``rejected``, and ``prompt`` unless it is the
-            start of both; each a text or a list of messages.
+            start of both; each a text or a list of messages. A text ``prompt`` beside whole
+            conversations is left out, and beside answers alone it is the user's message.
         max_length: tokens that a sequence is cut to, as TRL does; None cuts nothing.
         dtype: of the weights, ``auto`` for that which they are saved in.
 
@@ -35,37 +124,33 @@ class PairScorer:
         rows: the numbers of the file's rows that TRL keeps, from 0; with ``max_length`` it drops
             those whose prompt fills it.
         total: rows in the file.
+        form: how the pairs were read, for the user.
 
     Raises:
-        ValueError: the file's format, its columns or the tokenizer won't do.
-        OSError: a model can't be loaded.
+        ValueError: the file's format, its columns or a row won't do; a model can't be loaded, or
+            lacks weights, or its folder has others; the two have different vocabularies.
     """
 
     def __init__(
         self, policy: str, reference: str, data: Path, *, max_length: int | None, dtype: str
     ) -> None:
-        pairs = _pairs(data)
-        tokenizer = _tokenizer(policy, reference)
-        cpu = not torch.cuda.is_available()
-        models = [
-            AutoModelForCausalLM.from_pretrained(name, dtype=dtype) for name in (policy, reference)
-        ]
-        with TemporaryDirectory() as folder:
-            config = DPOConfig(
-                output_dir=folder, max_length=max_length, bf16=False, use_cpu=cpu, report_to=[]
-            )
-            trainer = DPOTrainer(
-                models[0],
-                models[1],
-                args=config,
-                train_dataset=pairs,
-                processing_class=tokenizer,
-            )
-        self._pairs, self._collate = trainer.train_dataset, trainer.data_collator
-        self._models = [trainer.model.eval(), trainer.ref_model.eval()]
-        self._device = trainer.accelerator.device
+        sources = resolve(policy, reference)
+        pairs, self.form = _pairs(data)
         self.total = len(pairs)
-        self.rows: list[int] = list(self._pairs["row"])
+        # A name that no column of the file has.
+        row = "row"
+        while row in pairs.column_names:
+            row += "_"
+        pairs = pairs.add_column(row, list(range(self.total)))
+        tokenizer = _tokenizer(*sources)
+        trainer = _trainer(pairs, tokenizer, max_length, str(data))
+        self._pairs, self._collate = trainer.train_dataset, trainer.data_collator
+        self._device = trainer.accelerator.device
+        self.rows: list[int] = list(self._pairs[row])
+        self._models = [
+            _model(source, role, dtype).to(self._device).eval()
+            for source, role in zip(sources, ("MODEL", "--ref"), strict=True)
+        ]
 
     def score(self, positions: Sequence[int]) -> list[dict[str, Any]]:
         """For each position in :attr:`rows`, the answers' summed log-probabilities, in nats."""
@@ -98,43 +183,297 @@ class PairScorer:
         return torch.where(mask.bool(), picked, 0.0).sum(-1)
 
 
-def _pairs(data: Path) -> Any:
+def _trainer(
+    pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, data: str
+) -> DPOTrainer:
+    """What TRL makes of the data doesn't depend on the model, so that it gets a tiny one."""
+    with TemporaryDirectory() as folder:
+        config = DPOConfig(
+            output_dir=folder,
+            max_length=max_length,
+            bf16=False,
+            use_cpu=not torch.cuda.is_available(),
+            report_to=[],
+        )
+        try:
+            return DPOTrainer(
+                _stand_in(len(tokenizer)),
+                _stand_in(len(tokenizer)),
+                args=config,
+                train_dataset=pairs,
+                processing_class=tokenizer,
+            )
+        except Exception as error:  # a chat template raises what it likes
+            raise ValueError(
+                f"DATA must be pairs that TRL {version('trl')} can prepare, got {data!r}: "
+                f"{_one_line(error)}"
+            ) from error
+
+
+def _stand_in(vocabulary: int) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes, **heads))
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _model(source: Source, role: str, dtype: str) -> Any:
+    """The model, with every weight from its files, and every weight of its files in it."""
+    verbosity = transformers_logging.get_verbosity()
+    # Its table of what is missing comes as our error.
+    transformers_logging.set_verbosity_error()
+    try:
+        name = source.base or source.name
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        what = type(model).__name__
+        wrong = {
+            "lack": list(info["missing_keys"]),
+            "have besides": list(info["unexpected_keys"]),
+            "have in another shape": [key for key, *_ in info["mismatched_keys"]],
+        }
+        if source.base and not any(wrong.values()):
+            name, what = source.name, "adapter"
+            model, wrong["lack"], wrong["have besides"] = _with_adapter(model, name)
+    except Exception as error:  # broken files raise errors of many kinds
+        why = str(error).splitlines()[0] if isinstance(error, OSError) else _one_line(error)
+        raise ValueError(
+            f"{role} must be a model that can be loaded, got {source.name!r}: {why}"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if any(wrong.values()):
+        found = [f"{verb} {_listed(keys)}" for verb, keys in wrong.items() if keys]
+        raise ValueError(
+            f"{role} must have the weights of its {what} and no others, got {name!r}, whose files "
+            f"{' and '.join(found)}: what is lacking would be random. Give a whole model, or the "
+            "folder of an adapter."
+        )
+    return model
+
+
+def _listed(keys: list[str]) -> str:
+    few = sorted(keys)[:_NAMED]
+    return f"{len(keys)} ({', '.join(few)}{', ...' * (len(keys) > len(few))})"
+
+
+def _with_adapter(model: Any, name: str) -> tuple[Any, list[str], list[str]]:
+    """The adapter over its base; weights that the adapter's files lack, and that it has no place
+    for."""
+    try:
+        from peft import PeftConfig, get_peft_model
+        from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+    except ImportError:
+        raise ValueError(
+            "it is an adapter, which needs peft, and that is not installed: pip install peft."
+        ) from None
+    config = PeftConfig.from_pretrained(name)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"it is a {config.peft_type.value} adapter, which puts tokens of its own before a "
+            "text, and only adapters on the model's layers can be scored."
+        )
+    config.inference_mode = False  # what the adapter trains is what its files have to hold
+    model = get_peft_model(model, config)
+    trained = {key for key, weight in model.named_parameters() if weight.requires_grad}
+    found = set_peft_model_state_dict(model, load_peft_weights(name, device="cpu"))
+    return model, sorted(trained & set(found.missing_keys)), list(found.unexpected_keys)
+
+
+def _tokenizer(policy: Source, reference: Source) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer where it has one, else the reference's; they have to agree."""
+    found = [each for each in (_own_tokenizer(policy), _own_tokenizer(reference)) if each]
+    if not found:
+        raise ValueError(f"neither {policy.name} nor {reference.name} has a tokenizer.")
+    if len(found) == 2 and found[0].get_vocab() != found[1].get_vocab():
+        raise ValueError(
+            f"MODEL and --ref must have one vocabulary, got {policy.name!r} and "
+            f"{reference.name!r}, which differ: a reward compares the two on the same tokens."
+        )
+    return found[0]
+
+
+def _own_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
+    for name in (source.name, source.base):
+        if name is not None:
+            try:
+                return AutoTokenizer.from_pretrained(name)
+            except Exception:  # it has none: which error says so depends on its files
+                continue
+    return None
+
+
+def _pairs(data: Path) -> tuple[Dataset, str]:
+    """The file's rows as TRL's DPO takes them, and how they were read.
+
+    All columns are kept, since TRL puts some besides the pair's into the prompt (``tools``).
+    """
+    loaded = _read(data)
+    columns = loaded.column_names
+    if {"chosen", "rejected"} - set(columns) or len(loaded) == 0:
+        raise ValueError(
+            f"DATA must have rows with chosen and rejected, got {str(data)!r} with {len(loaded)} "
+            f"rows of {', '.join(columns) or 'nothing'}. Rename its columns; read are "
+            f"{_UNDERSTOOD}."
+        )
+    for column in ("image", "images"):
+        if column in columns:
+            raise ValueError(
+                f"DATA must be pairs of texts, got {str(data)!r} with the column {column}: what a "
+                "model of images makes of a pair can't be scored."
+            )
+    asked = next((column for column in ("prompt", "messages") if column in columns), None)
+    named = ["chosen", "rejected", *([asked] if asked else [])]
+    rows: list[_Row] = []
+    as_it_is = True  # for TRL to make of it what it does in training
+    for number, row in enumerate(loaded.select_columns(named)):
+        try:
+            rows.append(_row(row, asked))
+            if rows[-1].texts != rows[0].texts:
+                raise ValueError(
+                    "has texts where row 0 has messages, or messages where it has texts"
+                )
+        except ValueError as error:
+            raise ValueError(
+                f"DATA must hold a pair in each row, got {str(data)!r}, where row {number} (the "
+                f"first is 0) {error}. Mend that row, or remove it."
+            ) from None
+        as_it_is = as_it_is and rows[-1] == _seen_by_trl(row)
+    texts = rows[0].texts
+    other = [column for column in _OTHER_PROMPTS if column in columns]
+    if texts and asked is None and other:
+        raise ValueError(
+            f"DATA must have a prompt, got {str(data)!r} with {other[0]} in place of it, which "
+            "Axolotl puts into a template of its own: write what it makes of a row into prompt, "
+            f"chosen and rejected. Read are {_UNDERSTOOD}."
+        )
+    if not as_it_is:
+        pair = ("prompt", "chosen", "rejected")
+        read = Dataset.from_dict({name: [getattr(row, name) for row in rows] for name in pair})
+        rest = loaded.remove_columns(named)
+        loaded = concatenate_datasets([read, rest], axis=1) if rest.column_names else read
+    form = "texts as they are" if texts else "conversations by the chat template"
+    notes = sorted({row.note for row in rows if row.note})
+    return (
+        loaded.remove_columns([c for c in _OTHER_FORMS if c in loaded.column_names]),
+        "; ".join([form, *notes]),
+    )
+
+
+def _read(data: Path) -> Dataset:
     if data.suffix not in _FORMATS:
         raise ValueError(
             f"DATA must end in {', '.join(_FORMATS)}, got {str(data)!r}: convert it to one of them."
         )
     try:
+        if data.suffix == ".csv":
+            import pandas
+
+            # An answer of digits is a text.
+            return Dataset.from_pandas(pandas.read_csv(data, dtype=str), preserve_index=False)
         with TemporaryDirectory() as cache:
-            loaded = load_dataset(
+            return load_dataset(
                 _FORMATS[data.suffix], data_files=str(data), split="train", cache_dir=cache,
                 keep_in_memory=True,
             )  # fmt: skip
     except Exception as error:  # the readers raise errors of many kinds
-        why = str(error.__cause__ or error).splitlines()[0]
+        why = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"DATA must be a preference file, got {str(data)!r}: {why}") from None
-    missing = {"chosen", "rejected"} - set(loaded.column_names)
-    if missing or len(loaded) == 0:
-        raise ValueError(
-            f"DATA must have rows with chosen and rejected, got {str(data)!r} with {len(loaded)} "
-            f"rows of {', '.join(loaded.column_names) or 'nothing'}. Rename its columns."
-        )
-    keep = [c for c in ("prompt", "chosen", "rejected") if c in loaded.column_names]
-    return loaded.select_columns(keep).add_column("row", list(range(len(loaded))))
 
 
-def _tokenizer(policy: str, reference: str) -> PreTrainedTokenizerBase:
-    """The reference's tokenizer where it has one, else the policy's; they have to agree."""
-    found = []
-    for name in (reference, policy):
-        try:
-            found.append(AutoTokenizer.from_pretrained(name))
-        except (OSError, ValueError):
-            continue
-    if not found:
-        raise ValueError(f"neither {policy} nor {reference} has a tokenizer.")
-    if len(found) == 2 and found[0].get_vocab() != found[1].get_vocab():
+@dataclass
+class _Row:
+    """A pair; ``prompt`` is None where TRL is left to find it in two texts."""
+
+    prompt: Any
+    chosen: Any
+    rejected: Any
+    note: str = field(default="", compare=False)
+
+    @property
+    def texts(self) -> bool:
+        return isinstance(self.chosen, str)
+
+
+def _row(row: Mapping[str, Any], asked: str | None) -> _Row:
+    """The pair of a row, in the form that some host trains on.
+
+    Args:
+        asked: the column beside ``chosen`` and ``rejected`` that may hold the prompt.
+
+    Raises:
+        ValueError: it holds none; the message goes on from "row 3".
+    """
+    chosen, rejected = (_content(side, row[side]) for side in ("chosen", "rejected"))
+    texts = isinstance(chosen, str)
+    if texts != isinstance(rejected, str):
+        raise ValueError("has a text as one answer and messages as the other")
+    whole = 0 if texts else _common_start(chosen, rejected)
+    if whole and not (asked == "prompt" and isinstance(row[asked], list)):
+        note = "the prompt is their common start, and the column prompt is not used"
+        note = note if asked == "prompt" else ""
+        return _Row(chosen[:whole], chosen[whole:], rejected[whole:], note)
+    if asked is None:
+        if not texts:
+            raise ValueError("has no prompt: its two conversations begin with different messages")
+        if not (chosen and rejected):
+            raise ValueError("has an empty text as an answer, and no prompt")
+        return _Row(None, chosen, rejected)
+    prompt = _content(asked, row[asked])
+    if texts and asked == "prompt" and isinstance(prompt, str):
+        return _Row(prompt, chosen, rejected)
+    note = "the prompt is messages" if asked == "messages" else ""
+    if isinstance(prompt, str):
+        prompt, note = [{"role": "user", "content": prompt}], f"{asked} is the user's message"
+    if texts:
+        chosen, rejected = ([{"role": "assistant", "content": it}] for it in (chosen, rejected))
+    return _Row(prompt, chosen, rejected, note)
+
+
+def _content(column: str, value: Any) -> Any:
+    """A cell's text or messages, one message as a list of it."""
+    if value is None:
         raise ValueError(
-            f"MODEL and --ref must have one vocabulary, got {policy!r} and {reference!r}, which "
-            "differ: a reward compares the two on the same tokens."
+            f"has nothing in {column} (in a CSV, an empty cell, None and NA are read as nothing)"
         )
-    return found[-1]
+    if isinstance(value, str):
+        return value
+    messages = [value] if isinstance(value, dict) else value
+    if not isinstance(messages, list):
+        raise ValueError(f"has {value!r} in {column}, which is no text and no list of messages")
+    if not messages:
+        raise ValueError(f"has no message in {column}")
+    for message in messages:
+        held = (
+            []
+            if not isinstance(message, dict)
+            else [k for k, v in message.items() if v is not None]
+        )
+        if "role" not in held or len(held) < 2:
+            raise ValueError(
+                f"has {message!r} in {column}, which is no message with a role and a content"
+            )
+    return messages
+
+
+def _common_start(chosen: list[Any], rejected: list[Any]) -> int:
+    """Messages that two conversations begin with, of each but its last."""
+    count = 0
+    for pair in zip(chosen[:-1], rejected[:-1], strict=False):
+        # Tables have None where a message lacks what another has.
+        ours, theirs = ({k: v for k, v in m.items() if v is not None} for m in pair)
+        if ours != theirs:
+            break
+        count += 1
+    return count
+
+
+def _seen_by_trl(row: Mapping[str, Any]) -> _Row:
+    sides = {side: row[side] for side in ("chosen", "rejected")}
+    if "prompt" not in row and all(isinstance(messages, list) for messages in sides.values()):
+        return _Row(**extract_prompt(sides))
+    return _Row(row.get("prompt"), **sides)

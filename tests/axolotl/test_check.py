@@ -7,6 +7,7 @@ import math
 import shutil
 import statistics
 import subprocess
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +17,17 @@ from harness import Axolotl, ManyFocalpo
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from focalpo_plugins.axolotl.check import _epoch_steps
 from focalpo_plugins.cli.check import _count, _warnings
 from focalpo_plugins.plan import Pair, Sequence
 from focalpo_plugins.registry import get_loss
 
 MODULES = ("axolotl.cli.config", "axolotl.common.datasets", "axolotl.utils.trainer")
 MODULES += ("axolotl.core.builders", "focalpo_plugins.axolotl.trainer", "peft", "tqdm")
+
+# Of 12 pairs, four at a time and two accumulated: three batches and two steps an epoch, and
+# ceil(12 * 2.5 / 8) steps in two epochs and a half, as Axolotl counts them.
+EPOCHS = {"num_epochs": 2.5, "max_steps": None}
 
 Answer = tuple[int, str, str]
 
@@ -127,9 +133,11 @@ def answers(
     cases = {
         "plain": ["--json", config()],
         "cut by TRL": ["--json", config(skip_prepare_dataset=True, sequence_len=40)],
-        "lora": ["--json", config(**truncate, **lora)],
+        "lora": ["--json", config(**truncate, **lora, num_epochs=2, max_steps=None)],
         "dpo": ["--json", "--gpus", "8", config(bf16=True, deepspeed=str(zero3), **plain_dpo)],
         "two BOS": ["--json", config(base_model=str(doubling), **plain_dpo)],
+        "steps": ["--json", config(**EPOCHS)],
+        "steps of two ranks": ["--json", "--gpus", "2", config(**EPOCHS)],
         "traps": ["--strict", config(base_model=str(doubling), rl_beta=1.0, fp16=True)],
         "fused": ["--json", config(focalpo_fused=True, micro_batch_size=4096)],
         "fused, capped": [config(base_model=str(capped), focalpo_fused=True)],
@@ -223,6 +231,44 @@ def test_what_is_cut_is_counted(answers, tiny: Path, data: Path):
     assert found["counts"]["lengths"]["max"] == 40
     found = read(answers["lora"])
     assert (found["rows"], found["dropped"], found["counts"]["truncated"]) == (13, 0, 1)
+
+
+def test_steps(answers):
+    """12 pairs, four at a time, are three batches, and with two accumulated two steps, the second of
+    one batch; on two ranks one step, and ceil(12 * 2.5 / 16) in all.  13 pairs of two epochs are
+    ceil(26 / 8).  Of eight ranks five have no pairs of their own, and there is one step."""
+    cases = ("plain", "steps", "steps of two ranks", "lora", "dpo")
+    found = [read(answers[name]) for name in cases]
+    steps = [(each["epoch_steps"], each["steps"]) for each in found]
+    assert steps == [(2, 6), (2, 4), (1, 2), (2, 4), (1, 6)]
+    assert "pairs a step\n         2 steps an epoch, 6 steps in the run\n" in answers["traps"][1]
+
+
+def test_a_run_has_the_steps_that_were_said(answers, once: Axolotl, data: Path):
+    pairs = {"path": str(data), "ds_type": "json", "split": "train"}
+    pairs["type"] = "chat_template.argilla_chat"
+    folder = str(once.folder / "steps")
+    run = once.train(**EPOCHS, datasets=[pairs], save_steps=50, output_dir=folder)
+    state = json.loads((run.checkpoints[-1] / "trainer_state.json").read_text())
+    assert state["global_step"] == read(answers["steps"])["steps"]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_steps_of_an_epoch_are_those_of_accelerate(drop_last: bool):
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler
+
+    for pairs, micro, accumulation, ranks in product(range(1, 30), (1, 4), (1, 3), (1, 2, 3)):
+        batches = BatchSampler(range(pairs), micro, drop_last)
+        of_rank = len(BatchSamplerShard(batches, ranks, 0)) if ranks > 1 else len(batches)
+        expected = max(1, math.ceil(of_rank / accumulation))
+        assert _epoch_steps(pairs, micro, accumulation, ranks, drop_last) == expected
+
+
+def test_it_does_not_say_that_a_loss_is_active(answers):
+    """It builds a trainer, and trains nothing."""
+    for case in ("plain", "traps", "fused"):
+        assert "active" not in answers[case][1] + answers[case][2]
 
 
 def test_memory(answers, tiny: Path):

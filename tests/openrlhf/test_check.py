@@ -15,6 +15,9 @@ from tokenizers import Tokenizer
 
 MODULES = ("focalpo_plugins.cli.check", "focalpo_plugins.openrlhf.check", "peft", "tqdm")
 
+# Of 11 pairs, two at a time: five batches an epoch, two to a step, in three epochs.
+STEPS = ("--train.batch_size", "4", "--train.max_epochs", "3")
+
 Answer = tuple[int, str, str]
 
 
@@ -58,6 +61,7 @@ def answers(
     focal = ("--loss", "focalpo")
     lora = ("--ds.lora.rank", "8", "--ds.lora.target_modules", "q_proj", "v_proj", "--ref.offload")
     eight = ("--json", "--gpus", "8")
+    flash = ("--ds.packing_samples", "--ds.attn_implementation", "flash_attention_2")
     cases = {
         "plain": argv(*focal),
         "cut": argv(*focal, "--data.max_len", "40"),
@@ -65,8 +69,10 @@ def answers(
         "lora": argv(*focal, *lora),
         "precomputed": argv(*focal, "--focalpo.precompute_ref", before=()),
         "precomputed, json": argv(*focal, "--focalpo.precompute_ref"),
+        "steps": argv(*focal, *STEPS),
+        "parallel": argv(*focal, *flash, "--ds.ring_attn_size", "2", "--ds.tensor_parallel_size", "2", before=eight),
         "dpo": argv("--ds.param_dtype", "fp16"),
-        "flash": argv(*focal, "--ds.packing_samples", "--ds.attn_implementation", "flash_attention_2", before=("--strict",)),
+        "flash": argv(*focal, *flash, before=("--strict",)),
         "no such pair": argv(*focal, before=("--pair", "99")),
         "gamma": argv(*focal, "--focalpo.gamma", "3"),
         "abbreviated": argv(*focal, "--focalpo.gam", "0.1"),
@@ -135,6 +141,31 @@ def test_what_is_cut_is_counted(answers, tiny: Path, rows):
     assert found["counts"]["pairs"] == len(kept)
     assert found["counts"]["truncated"] == len(cut)
     assert found["counts"]["lengths"]["max"] == 40
+
+
+def test_steps(answers):
+    """OpenRLHF drops what doesn't fill a micro-batch, and a step goes on into the next epoch: 15
+    batches are seven steps.  With fewer pairs than a batch has it refuses to train."""
+    found = read(answers["steps"])
+    assert (found["epoch_steps"], found["steps"]) == (2.5, 7)
+    assert not any("larger than the data" in warning for warning in found["warnings"])
+    found = read(answers["plain"])
+    assert found["steps"] == 0
+    said = "--train.batch_size 16 is larger than the data, 11 pairs: OpenRLHF refuses to train."
+    assert said in found["warnings"]
+
+
+def test_a_run_has_the_steps_that_were_said(answers, rows, train):
+    data = ("--data.dataset", str(rows[0]), "--data.max_len", "64")
+    run = train("--loss", "focalpo", *data, *STEPS)
+    assert run.code == 0, run.stderr[-3000:]
+    assert max(run.steps("train/")) == read(answers["steps"])["steps"]
+
+
+def test_ranks_that_share_their_pairs(answers):
+    """Of eight ranks four share each sequence and its layers: two times two pairs, four times."""
+    found = read(answers["parallel"])
+    assert (found["ranks"], found["accumulation"], found["batch"]) == (8, 4, 16)
 
 
 def test_memory(answers, tiny: Path):

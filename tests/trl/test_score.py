@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, load_dataset
 from harness import ManyFocalpo
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from focalpo_plugins import FocalPOConfig, FocalPOTrainer
+from focalpo_plugins.cli.score import _beta
+from focalpo_plugins.trl.score import _model, _pairs, _trainer, _with_adapter, resolve
 
 BETA = 0.2
 PAIRS = 6
@@ -33,6 +42,69 @@ def by_hand(network: Any, tokenizer: Any, messages: list[dict[str, str]]) -> tup
     return sum(logps[n + i - 1, token].item() for i, token in enumerate(answer)), len(answer)
 
 
+def save_adapter(base: Path, folder: Path) -> None:
+    """A LoRA that is not its initial self, over ``base``, in a folder as Axolotl leaves it: beside the
+    adapter a config.json, and a model.safetensors under PEFT's names."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], modules_to_save=["norm"])
+    lora.base_model_name_or_path = str(base)
+    model = get_peft_model(model, lora)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight += 0.02 * torch.randn(weight.shape, generator=generator)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    shutil.copy(base / "config.json", folder)
+    weights = {key: weight.contiguous().clone() for key, weight in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def mend_models(folder: Path) -> None:
+    """Copies of the adapter and of the policy, each with something wrong."""
+
+    def copy(source: str, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
+        shutil.copytree(folder / source, folder / name)
+        file = "adapter_model.safetensors" if source == "adapter" else "model.safetensors"
+        weights = load_file(folder / name / file)
+        change(weights)
+        save_file(weights, folder / name / file, {"format": "pt"})
+
+    def renamed(weights: dict[str, Any]) -> None:
+        key = next(key for key in sorted(weights) if "lora_A" in key)
+        weights["base_model.model.elsewhere.lora_A.weight"] = weights.pop(key)
+
+    q = "model.layers.0.self_attn.q_proj.weight"
+    copy("adapter", "adapter, renamed", renamed)
+    copy("adapter", "adapter, no norm", lambda w: w.pop("base_model.model.model.norm.weight"))
+    copy("policy", "without", lambda w: w.pop(q))
+    copy("policy", "with more", lambda w: w.update({"v_head.weight": torch.zeros(3)}))
+    copy("policy", "another shape", lambda w: w.update({q: torch.zeros(3, 3)}))
+    copy("policy", "not a number", lambda w: w[q].fill_(float("nan")))
+    for name in ("adapter, no base", "adapter, base is one", "files beside an adapter"):
+        copy("adapter", name, lambda w: None)
+    changed = {"adapter, no base": "./moved", "adapter, base is one": str(folder / "adapter")}
+    for name, base in changed.items():
+        config = folder / name / "adapter_config.json"
+        found = json.loads(config.read_text())
+        config.write_text(json.dumps({**found, "base_model_name_or_path": base}))
+    (folder / "files beside an adapter" / "adapter_config.json").unlink()
+    (folder / "files beside an adapter" / "adapter_model.safetensors").unlink()
+    shutil.copytree(folder / "policy", folder / "half")
+    (folder / "half" / "model.safetensors").write_bytes(b"half")
+    (folder / "adapter" / "checkpoint-6").mkdir()
+    write_record(folder / "adapter" / "checkpoint-6" / "trainer_state.json", 0.5)
+
+
+def write_record(file: Path, beta: float | None) -> None:
+    """What the trainer leaves in a checkpoint: its record in transformers' file; none where DPO has
+    trained it."""
+    record = {"args": {"record": {"loss": "focalpo", "beta": beta}}, "attributes": {}}
+    callbacks = {} if beta is None else {"_Record": record}
+    file.write_text(json.dumps({"global_step": 6, "stateful_callbacks": callbacks}))
+
+
 @pytest.fixture(scope="module")
 def setting(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A policy that differs from the tiny model, and a few pairs, the second with equal answers."""
@@ -48,6 +120,9 @@ def setting(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
             weight += 0.02 * torch.randn(weight.shape, generator=generator)
     network.save_pretrained(folder / "policy")
     AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(folder / "policy")
+    save_adapter(tiny / "model", folder / "adapter")
+    mend_models(folder)
+    (folder / "null.csv").write_text("prompt,chosen,rejected\nIs it there?,yes,no\nWhich?,None,b\n")
     (folder / "columns.jsonl").write_text('{"good": "a", "bad": "b"}\n')
     (folder / "broken.jsonl").write_text("{not json\n")
     (folder / "pairs.txt").write_text("")
@@ -58,9 +133,17 @@ def setting(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 def ends(setting: dict[str, Path]) -> dict[str, tuple[int, str, str]]:
     folder = setting["folder"]
 
-    def argv(out: str, *more: str, data: str = "pairs.jsonl", beta: float = BETA) -> list[str]:
-        words = ["score", setting["policy"], "--ref", setting["ref"], folder / data]
-        return [*map(str, words), "--beta", str(beta), "--out", str(folder / out), *more]
+    def argv(
+        out: str,
+        *more: str,
+        data: str = "pairs.jsonl",
+        beta: float | None = BETA,
+        model: str | Path = "policy",
+        ref: str | Path = setting["ref"],
+    ) -> list[str]:
+        words = ["score", folder / model, "--ref", folder / ref, folder / data]
+        words += ["--out", folder / out, *([] if beta is None else ["--beta", beta]), *more]
+        return [*map(str, words)]
 
     cases = {
         "whole": argv("whole", "--batch-size", "4", "--format", "csv", "png"),
@@ -72,6 +155,15 @@ def ends(setting: dict[str, Path]) -> dict[str, tuple[int, str, str]]:
         "broken": argv("b", "--format", "csv", data="broken.jsonl"),
         "format": argv("c", "--format", "csv", data="pairs.txt"),
     }
+    csv = ("--format", "csv")
+    cases["null cell"] = argv("d", *csv, data="null.csv")
+    cases["max length"] = argv("d", "--max-length", "0")
+    cases["adapter"] = argv("adapted", *csv, model="adapter", beta=None)
+    cases["adapter as reference"] = argv("reversed", *csv, model=setting["ref"], ref="adapter")
+    cases["adapter, no base"] = argv("over", *csv, model="adapter, no base")
+    cases["reference without base"] = argv("e", *csv, ref="adapter, no base")
+    for model in ("files beside an adapter", "not a number"):
+        cases[model] = argv("f", *csv, model=model)
     # A disk that is full, and a folder where a file goes.
     (folder / "full").mkdir()
     (folder / "full" / "scores.jsonl").symlink_to("/dev/full")
@@ -85,6 +177,274 @@ def ends(setting: dict[str, Path]) -> dict[str, tuple[int, str, str]]:
             (folder / name).mkdir()
             (folder / name / "scores.jsonl").write_text(kept)
         return found | {name: focalpo(*words) for name, words in cases.items()}
+
+
+# Folder of the model, and what is said of it.
+WRONG_MODELS = {
+    "adapter, renamed": "must have the weights of its adapter and no others, got '{}', whose files lack 1 (base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight) and have besides 1 (base_model.model.elsewhere.lora_A.default.weight): what",
+    "adapter, no norm": "base_model.model.model.norm.weight",  # PEFT's own error
+    "adapter, base is one": "must be an adapter of a whole model, got '{}', whose base",
+    "files beside an adapter": "must have the weights of its LlamaForCausalLM and no others, got '{}', whose files lack ",
+    "without": "whose files lack 1 (model.layers.0.self_attn.q_proj.weight): what is lacking would be random",
+    "with more": "whose files have besides 1 (v_head.weight): what",
+    "another shape": "whose files have in another shape 1 (model.layers.0.self_attn.q_proj.weight): what",
+    "half": "must be a model that can be loaded, got '{}': SafetensorError: ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", WRONG_MODELS)
+def test_a_model_with_other_weights_than_its_own_is_refused(setting, model: str):
+    """transformers gives what a file lacks at random, and goes on."""
+    folder = str(setting["folder"] / model)
+    with pytest.raises(ValueError) as error:
+        _model(resolve(folder, str(setting["ref"]))[0], "MODEL", "auto")
+    assert str(error.value).startswith("MODEL must ")
+    assert WRONG_MODELS[model].format(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_cannot_score_is_one_line(ends):
+    said = {
+        "files beside an adapter": "must have the weights of its LlamaForCausalLM and no others, got",
+        "not a number": "must give finite log-probabilities, got nan for the chosen answer of row 0: ",
+    }
+    for case, words in said.items():
+        code, _, errors = ends[case]
+        assert code == 2
+        assert errors.splitlines()[-1].startswith(f"focalpo score: error: MODEL {words}")
+        assert "Traceback" not in errors
+
+
+def test_an_adapter_is_loaded_over_its_base(setting, ends):
+    """Its log-probabilities are those of the model that it is merged into; as reference it changes
+    places; where its base is gone, --ref is its base.  beta 0.5 is its checkpoint's."""
+    folder = setting["folder"]
+    base = AutoModelForCausalLM.from_pretrained(setting["ref"])
+    from peft import PeftModel
+
+    merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().double()
+    tokenizer = AutoTokenizer.from_pretrained(setting["ref"])
+    lines = (folder / "pairs.jsonl").read_text().splitlines()
+    logps = [by_hand(merged, tokenizer, json.loads(line)["chosen"])[0] for line in lines]
+    for case in ("adapter", "adapter as reference", "adapter, no base"):
+        assert ends[case][0] == 0, ends[case][2][-3000:]
+    adapted, turned, over = (records(folder / out) for out in ("adapted", "reversed", "over"))
+    assert [r["chosen_logp"] for r in adapted] == pytest.approx(logps, abs=1e-4)
+    assert [r["ref_chosen_logp"] for r in turned] == pytest.approx(logps, abs=1e-4)
+    assert [r["chosen_logp"] for r in over] == pytest.approx(logps, abs=1e-4)
+    assert max(abs(r["margin"]) for r in adapted) > 0.01  # it does something
+    for ours, theirs in zip(adapted, turned, strict=True):
+        assert ours["margin"] / 0.5 == pytest.approx(-theirs["margin"] / BETA, abs=1e-3)
+    assert (
+        f"MODEL is an adapter, loaded over {setting['ref']}, which it names" in ends["adapter"][1]
+    )
+    assert "beta 0.5, which MODEL was trained with (" in ends["adapter"][1]
+    said = ends["adapter, no base"][1]
+    assert (
+        f"loaded over --ref {setting['ref']}: the base that it names, ./moved, is not there" in said
+    )
+    code, _, errors = ends["reference without base"]
+    assert (code, "--ref must be a model, or an adapter whose base is there" in errors) == (2, True)
+    header = json.loads((folder / "adapted" / "scores.jsonl").read_text().splitlines()[0])
+    plain = json.loads((folder / "whole" / "scores.jsonl").read_text().splitlines()[0])
+    assert header["policy_base"] == plain["reference"] == header["reference"]
+    assert not {"policy_base", "reference_base"} & set(plain)
+
+
+def test_without_peft_an_adapter_is_refused(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    with pytest.raises(
+        ValueError, match="it is an adapter, which needs peft, and that is not inst"
+    ):
+        _with_adapter(None, "folder")
+
+
+def write_openrlhf(file: Path, beta: float) -> None:
+    file.write_text(json.dumps({"loss": "focalpo", "focalpo.gamma": 0.05, "beta": beta}))
+
+
+# Files in the model's folder `out` or beside it, with the beta that each records; the model; what is
+# taken.  None is a run of DPO's, a text one that is not whole.
+RECORDED = [
+    ({}, "out", 0.1),
+    ({"out/trainer_state.json": 0.3}, "out", 0.3),
+    ({"out/checkpoint-9/trainer_state.json": 0.3, "out/checkpoint-10/trainer_state.json": 0.4}, "out", 0.4),
+    ({"out/checkpoint-9/trainer_state.json": 0.3, "out/checkpoint-10/trainer_state.json": "{"}, "out", 0.3),
+    ({"out/checkpoint-9/trainer_state.json": None}, "out", 0.1),
+    ({"out/trainer_state.json": -1.0}, "out", 0.1),
+    ({"out/checkpoint-9/trainer_state.json": 0.3}, "out/merged", 0.3),
+    ({"out/checkpoint-9/trainer_state.json": 0.3}, "out/checkpoint-9", 0.3),
+    ({"out/ckpt/global_step9/focalpo_plugins.json": 0.3}, "out", 0.3),
+    ({"out/global_step9/focalpo_plugins.json": 0.3}, "out/global_step9_hf", 0.3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "model", "beta"), RECORDED)
+def test_beta_is_what_the_model_was_trained_with(tmp_path: Path, files, model: str, beta: float):
+    for name, recorded in files.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(recorded, str):
+            file.write_text(recorded)
+        else:
+            write = write_record if file.name == "trainer_state.json" else write_openrlhf
+            write(file, recorded)
+    (tmp_path / model).mkdir(parents=True, exist_ok=True)
+    known = beta != 0.1
+    found, said = _beta(None, tmp_path / model)
+    assert found == beta
+    assert ("MODEL was trained with (" in said) is known
+    given, said = _beta(2.0, tmp_path / model)
+    assert given == 2.0
+    expected = f"warning: beta 2, from --beta, where MODEL was trained with {beta:g} ("
+    assert said.startswith(expected if known else "beta 2, from --beta")
+    assert _beta(beta, tmp_path / model)[1].startswith(f"beta {beta:g}, from --beta")
+
+
+def test_beta_of_a_trainer_that_was_given_its_loss_twice(tmp_path: Path):
+    write_record(tmp_path / "trainer_state.json", 0.3)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    first = {"args": {"record": {"beta": 0.7}}}
+    state["stateful_callbacks"]["_Record"] = [first, state["stateful_callbacks"]["_Record"]]
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert _beta(None, tmp_path)[0] == 0.3
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+WHOLE = {"chosen": [user("q"), answer("a")], "rejected": [user("q"), answer("b")]}
+ALONE = {"chosen": [answer("a")], "rejected": [answer("b")]}
+PARTS = ([user("q")], [answer("a")], [answer("b")])
+TEXTS = {"chosen": "a", "rejected": "b"}
+
+# Rows of a file, and prompt, chosen and rejected as a host takes them.
+FORMS = {
+    "texts": ({"prompt": "q", **TEXTS}, ("q", "a", "b")),
+    "messages": ({"prompt": [user("q")], **ALONE}, PARTS),
+    # HuggingFaceH4/ultrafeedback_binarized, in Axolotl and OpenRLHF.
+    "text prompt, whole conversations": ({"prompt": "q", "prompt_id": "1", "messages": WHOLE["chosen"], "score_chosen": 1.0, **WHOLE}, PARTS),
+    "no text prompt, whole conversations": ({"prompt": None, **WHOLE}, PARTS),
+    # Axolotl's chat_template.default.
+    "text prompt, answers": ({"prompt": "q", **ALONE}, PARTS),
+    "one message each": ({"prompt": "q", "chosen": answer("a"), "rejected": answer("b")}, PARTS),
+    "list of a prompt, texts": ({"prompt": [user("q")], **TEXTS}, PARTS),
+    "messages, one message each": ({"messages": [user("q")], "chosen": answer("a"), "rejected": answer("b")}, PARTS),
+    "several turns": (
+        {"prompt": "q", "chosen": [user("q"), answer("x"), user("r"), answer("a")], "rejected": [user("q"), answer("x"), user("r"), answer("b")]},
+        ([user("q"), answer("x"), user("r")], [answer("a")], [answer("b")]),
+    ),
+    "equal": ({"prompt": "q", "chosen": WHOLE["chosen"], "rejected": WHOLE["chosen"]}, (PARTS[0], PARTS[1], PARTS[1])),
+}  # fmt: skip
+
+
+def write_rows(folder: Path, *rows: dict[str, Any]) -> Path:
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize(("row", "expected"), FORMS.values(), ids=FORMS)
+def test_what_a_host_trains_on_can_be_scored(tmp_path: Path, row, expected):
+    pairs, _ = _pairs(write_rows(tmp_path, row, row))
+    for found in pairs:
+        assert tuple(found[key] for key in ("prompt", "chosen", "rejected")) == expected
+    # No column but the pair's decides whether it is a conversation.
+    assert "messages" not in pairs.column_names
+
+
+def test_a_prompt_that_is_the_start_of_both_is_left_to_trl(tmp_path: Path):
+    """Conversations, also where a table fills one with None for what the other alone has, and texts."""
+    for rows in ([WHOLE, WHOLE], [{"chosen": "q a", "rejected": "q b"}]):
+        file = write_rows(tmp_path, *rows)
+        assert "prompt" not in _pairs(file)[0].column_names
+    called = {**answer("b"), "tool_calls": [{"name": "f"}]}
+    filled = Dataset.from_list([{**WHOLE, "rejected": [{**user("q"), "tool_calls": None}, called]}])
+    filled.to_parquet(tmp_path / "pairs.parquet")
+    row = _pairs(tmp_path / "pairs.parquet")[0][0]
+    assert [message["content"] for message in row["prompt"]] == ["q"]
+    assert [row[side][0]["content"] for side in ("chosen", "rejected")] == ["a", "b"]
+
+
+def test_digits_in_a_csv_are_text(tmp_path: Path):
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\n1,2,007\n3,4.0,5\n")
+    rows = list(_pairs(tmp_path / "pairs.csv")[0])
+    assert rows[0] == {"prompt": "1", "chosen": "2", "rejected": "007"}
+    assert rows[1] == {"prompt": "3", "chosen": "4.0", "rejected": "5"}
+
+
+GOOD = {"prompt": "q", **TEXTS}
+# Rows of a file, and what is said of the first that won't do, or of its columns.
+BAD_ROWS = {
+    "null": ([GOOD, {**GOOD, "chosen": None}], "row 1 (the first is 0) has nothing in chosen"),
+    "no column": ([GOOD, TEXTS], "row 1 (the first is 0) has nothing in prompt"),
+    "number": ([{**GOOD, "rejected": 1}], "row 0 (the first is 0) has 1 in rejected, which is no text and"),
+    "numbers among texts": ([GOOD, {**GOOD, "rejected": 1}], "row 1 (the first is 0) has 1 in rejected"),
+    "no message": ([{**WHOLE, "rejected": []}], "row 0 (the first is 0) has no message in rejected"),
+    "null message": ([{**WHOLE, "chosen": [user("q"), None]}], "row 0 (the first is 0) has None in chosen, which is no message"),
+    "no content": ([{**WHOLE, "chosen": [user("q"), {"role": "assistant", "content": None}]}], "which is no message with a role and a content"),
+    "ShareGPT": ([{"prompt": "q", "chosen": [{"from": "gpt", "value": "a"}], "rejected": [{"from": "gpt", "value": "b"}]}], "which is no message with a role and a content"),
+    "texts of a list": ([{"prompt": "q", "chosen": ["a"], "rejected": ["b"]}], "row 0 (the first is 0) has 'a' in chosen, which is no message"),
+    "text and messages": ([{**GOOD, "rejected": [answer("b")]}], "row 0 (the first is 0) has a text as one answer and messages as the other"),
+    "another form": ([GOOD, {"prompt": [user("q")], **ALONE}], "row 1 (the first is 0) has texts where row 0 has messages, or"),
+    "no prompt": ([ALONE], "row 0 (the first is 0) has no prompt: its two conversations begin with different"),
+    "empty text": ([{"chosen": "", "rejected": "b"}], "row 0 (the first is 0) has an empty text as an answer, and no prompt"),
+    "Intel's": ([{"system": "", "question": "q", **TEXTS}], "DATA must have a prompt, got {} with question in place of it, which Axolotl puts"),
+    "images": ([{**GOOD, "images": ["x.png"]}], "DATA must be pairs of texts, got {} with the column images"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "said"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_row_that_is_no_pair_is_named(tmp_path: Path, rows, said: str):
+    file = write_rows(tmp_path, *rows)
+    with pytest.raises(ValueError) as error:
+        _pairs(file)
+    assert said.format(repr(str(file))) in str(error.value)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% if tools %}[{{ tools | tojson }}]{% endif %}{{ tone }}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_it_prepares_what_a_run_trains_on(tiny: Path, tmp_path: Path):
+    """All that TRL puts into a prompt: tools, as JSON, and arguments of the template, beside columns
+    that it doesn't know, one of which has the name that the rows' numbers would have."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    tokenizer.chat_template = TEMPLATE
+    tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    more = {"tools": json.dumps([tool]), "chat_template_kwargs": {"tone": "kind"}, "row": "r"}
+    lines = (tiny / "test.jsonl").read_text().splitlines()[:2]
+    file = write_rows(tmp_path, *({**json.loads(line), **more} for line in lines))
+    rows = load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "c"))
+    config = FocalPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    run = FocalPOTrainer(model, args=config, processing_class=tokenizer, train_dataset=rows)
+    scored = _trainer(_pairs(file)[0], tokenizer, None, str(file)).train_dataset
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        assert scored[name][:] == run.train_dataset[name][:]
+    prompt = tokenizer.decode(scored[0]["prompt_ids"])
+    assert "look" in prompt
+    assert "kind" in prompt
+
+
+def test_what_trl_cannot_prepare_is_one_line(tiny: Path, tmp_path: Path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    tokenizer.chat_template = "{{ raise_exception('the roles must\n alternate') }}"
+    file = write_rows(tmp_path, WHOLE)
+    with pytest.raises(ValueError) as error:
+        _trainer(_pairs(file)[0], tokenizer, None, "pairs.jsonl")
+    assert "DATA must be pairs that TRL" in str(error.value)
+    assert str(error.value).endswith("the roles must alternate")
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -198,6 +558,8 @@ def test_what_max_length_drops_is_counted(setting, ends):
         ("no columns", "DATA must have rows with chosen and rejected, got"),
         ("broken", "DATA must be a preference file, got"),
         ("format", "DATA must end in .jsonl, .json, .parquet, .csv, got"),
+        ("null cell", "DATA must hold a pair in each row, got"),
+        ("max length", "--max-length must be at least 1, got 0."),
     ],
 )
 def test_bad_data(ends, case: str, said: str):
