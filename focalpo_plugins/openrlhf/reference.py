@@ -18,7 +18,6 @@ import os
 import secrets
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -28,16 +27,14 @@ from typing import Any, NoReturn
 import torch
 from deepspeed import zero
 from deepspeed.accelerator import get_accelerator
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
 from ..messages import say
 
-_watch: Any = StorageWeakRef
 _DIGEST = 16  # bytes
 _MISSING = -torch.inf
 _NOT_FINITE = torch.inf
@@ -49,11 +46,16 @@ class ReferenceLogps:
     Args:
         digests: of the pairs, ``(N, 16)``, bytes.
         logps: of the chosen and the rejected answers, ``(N, 2)``.
+
+    Attributes:
+        unknown: what to say of a pair that was asked for and is not there; empty until then.
     """
 
     def __init__(self, digests: Tensor, logps: Tensor) -> None:
         self._rows = {bytes(digest): row for row, digest in enumerate(digests.numpy())}
-        self._logps = logps
+        # The last row is that of a pair which is not there.
+        self._logps = torch.cat([logps, torch.full((1, 2), torch.nan)])
+        self.unknown = ""
 
     def __call__(
         self,
@@ -65,16 +67,16 @@ class ReferenceLogps:
     ) -> tuple[Tensor, Tensor]:
         """Both sides ``(B,)`` for a batch of ids and masks ``(B, T)``, as ``DPOTrainer`` has them.
 
-        Raises:
-            RuntimeError: a pair is not one of those that the log-probabilities were computed of.
+        NaN for a pair that is not one of those that the log-probabilities were computed of: one
+        rank may meet it, and all have to stop.
         """
         batch = (chosen_ids, chosen_mask, rejected_ids, rejected_mask, prompt_lengths)
         rows = [self._rows.get(digest, -1) for digest in pair_digests(*batch)]
         if -1 in rows:
-            raise RuntimeError(
-                f"focalpo_plugins: the reference's log-probabilities of pair {rows.index(-1)} of a "
-                "batch were not precomputed: it is in neither data set as it was when training "
-                "began. Leave out precompute_ref."
+            self.unknown = (
+                f"the reference's log-probabilities of pair {rows.index(-1)} of a batch were not "
+                "precomputed: it is in neither data set as it was when training began. Leave out "
+                "precompute_ref."
             )
         chosen, rejected = self._logps[rows].to(chosen_ids.device).unbind(1)
         return chosen, rejected
@@ -108,8 +110,8 @@ def precompute(trainer: Any, strategy: Any, folder: Path, flag: str) -> Referenc
     if strategy.is_rank_0() and os.path.exists(path):
         try:
             logps = _read(path, key, pairs.digests)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            say(f"{path} is damaged ({error}) and made anew.")
+        except Exception as error:  # whatever it is, the other ranks wait
+            say(f"{path} is damaged ({error}) and recreated.")
     # The largest: what the first rank has read, for all of them or none.
     logps = strategy.all_reduce(logps, "max")
     how = "read from"
@@ -236,8 +238,7 @@ def _compute_and_write(
         _write(strategy, temporary, _as_bytes(pairs.digests, nothing, about), flag)
         logps = _compute(trainer, strategy, pairs)
         _write(strategy, temporary, _as_bytes(pairs.digests, logps, about), flag)
-        if strategy.is_rank_0():
-            os.replace(temporary, path)
+        on_rank_0(strategy, lambda: _name(temporary, path, flag))
     finally:
         if strategy.is_rank_0():
             with suppress(OSError):  # it is not there, nor is perhaps its folder
@@ -305,6 +306,16 @@ def _write(strategy: Any, path: Path, content: bytes, flag: str) -> None:
     on_rank_0(strategy, write)
 
 
+def _name(temporary: Path, path: Path, flag: str) -> None:
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(
+            f"{flag} must be a folder where a file can have the name {path.name}, got "
+            f"{str(path.parent)!r}: {error}. Remove what has that name, or name another folder."
+        ) from None
+
+
 def _read(path: Path, key: str, digests: Tensor) -> Tensor:
     with safe_open(path, "pt") as file:
         metadata, found = file.metadata(), file.get_tensor("digests")
@@ -320,25 +331,17 @@ def _free(actor: Any) -> int:
     """Free the engine in ``actor``, and say how many bytes of weights it held on this rank."""
     engine, actor.model = actor.model, None
     engine.destroy()
-    held, storages = 0, []
+    held = 0
     for parameter in engine.parameters():
         # Under ZeRO-3 a parameter is empty, and this rank's share is beside it.  DeepSpeed's hooks
         # keep parameters alive after their engine, so they are emptied.
         share = getattr(parameter, "ds_tensor", None)
         for tensor in (parameter,) if share is None else (parameter, share):
             held += tensor.nbytes
-            storages.append(_watch(tensor.untyped_storage()))
             tensor.data = tensor.new_empty(0)
     del engine
     gc.collect()
     get_accelerator().empty_cache()
-    kept = sum(not storage.expired() for storage in storages)
-    if kept:
-        warnings.warn(
-            f"focalpo_plugins: {kept} of {len(storages)} tensors of the reference are still held "
-            "by something, so that memory falls by less than its size.",
-            stacklevel=2,
-        )
     return held
 
 
@@ -347,15 +350,19 @@ def _bar(numbers: range, what: str, strategy: Any) -> Any:
 
 
 def on_rank_0(strategy: Any, do: Callable[[], None]) -> None:
-    """Have the first rank ``do`` something; where that raises ``ValueError``, it says so, and all
-    end."""
+    """Have the first rank ``do`` something; where that raises, all end.
+
+    Of a ``ValueError`` the first rank says what it says; anything else it raises.
+    """
     problem = None
     if strategy.is_rank_0():
         try:
             do()
-        except ValueError as error:
+        except Exception as error:  # whatever it is, the other ranks wait
             problem = error
     if strategy.all_reduce(float(problem is not None), "max"):
+        if problem is not None and not isinstance(problem, ValueError):
+            raise problem
         stop_all(strategy, str(problem))
 
 

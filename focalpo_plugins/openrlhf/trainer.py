@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +34,6 @@ from .reference import ReferenceLogps, on_rank_0, precompute
 
 #: Beside DeepSpeed's files in the folder of a checkpoint: what it was trained with.
 RECORD = "focalpo_plugins.json"
-_LONGEST = 256  # bytes that a rank has for what is wrong with its margins
 
 
 def versions() -> str:
@@ -86,16 +84,16 @@ class PairwiseDPOTrainer(DPOTrainer):
         self._check_pairs(strategy.is_rank_0())
         self._loss = loss_fn.pairwise_loss
         self._mode = "train"
-        self._step_sums: Tensor | None = None
+        self._called = False
         self._sums: dict[str, Tensor] = {}
         loss_fn.record = self._record
         self._margins: list[Tensor] = []
-        self._batches = 0
+        self._batches = self._to_evaluate = 0
         record = self._loss.record(".", beta=loss_fn.beta, label_smoothing=loss_fn.label_smoothing)
         ckpt = dotted(strategy.args).ckpt
         if ckpt.load_enable and not flags.get("allow_changed"):
             _check_resumed(strategy, Path(ckpt.path), record, f"--{name}.allow_changed")
-        _check_folders(strategy)
+        _check_folders(self, strategy)
         self.strategy = _ReducingDiagnostics(strategy, self._diagnostics)
         # Not around the strategy's save_ckpt, which first deletes the oldest of too many folders.
         engine = model.model
@@ -140,6 +138,7 @@ class PairwiseDPOTrainer(DPOTrainer):
     def concatenated_forward(self, model: Any, *batch: Any) -> Any:
         if self._reference is None or model is not self.ref_model:
             return super().concatenated_forward(model, *batch)
+        # NaN for a pair that is not known there: every rank then stops where the margins are.
         return *self._reference(*batch), None, None
 
     def save_logs_and_checkpoints(
@@ -149,68 +148,89 @@ class PairwiseDPOTrainer(DPOTrainer):
         if global_step % dotted(args).logger.logging_steps == 0:
             self._sums.pop("train", None)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> None:
-        self._mode = "eval"
+    def evaluate(self, eval_dataloader: Any, *args: Any, **kwargs: Any) -> None:
+        self._mode, self._margins = "eval", []
+        # Until all ranks have as many pairs the sampler repeats some, after the last: this rank's
+        # first ones, as many as it would have without, are no repeats.
+        sampler = eval_dataloader.sampler
+        own = range(sampler.rank, len(eval_dataloader.dataset), sampler.num_replicas)
+        self._to_evaluate = len(own)
         try:
-            super().evaluate(*args, **kwargs)
+            super().evaluate(eval_dataloader, *args, **kwargs)
         finally:
             self._mode = "train"
             self._sums.pop("eval", None)
 
     def _record(self, margins: Tensor) -> None:
-        self._margins.append(margins.detach())
-        sums = margin_sums(margins, self._loss)
-        self._step_sums = sums if self._step_sums is None else self._step_sums + sums
+        """Count the pairs of a batch, and stop every rank if a margin of any is not finite: before
+        the batch's gradients are computed.
 
-    def _diagnostics(self, reduce: Callable[[Tensor, str], Tensor]) -> dict[str, float]:
-        """Diagnostics of the pairs of all ranks since the last log, or of one evaluation."""
-        if self._step_sums is None:
-            raise _moved(self._loss, "a step was trained that did not call loss_fn")
-        sums, self._step_sums = reduce(self._step_sums, "sum"), None
-        margins, self._margins = self._margins, []
-        self._batches += self._mode == "train"
+        Training repeats no pair: OpenRLHF drops those that don't fill a batch of every rank, others
+        in each epoch.
+        """
+        self._called = True
+        if self._mode == "train":
+            self._margins = []
+        else:
+            margins = margins[: self._to_evaluate]
+            self._to_evaluate -= len(margins)
+        self._margins.append(margins.detach())
+        sums = self.strategy.all_reduce(margin_sums(margins, self._loss), "sum")
         if not sums[MARGINS].isfinite().all():
-            self._stop(torch.cat(margins))
+            self._stop(torch.cat(self._margins))
+        self._batches += self._mode == "train"
         before = self._sums.get(self._mode)
         self._sums[self._mode] = sums if before is None else before + sums
+
+    def _diagnostics(self) -> dict[str, float]:
+        """Diagnostics of the pairs of all ranks since the last log, or of one evaluation."""
+        if not self._called:
+            raise _moved(self._loss, "a step was trained that did not call loss_fn")
+        self._called = False
         return means(self._sums[self._mode], self._loss)
 
     def _stop(self, margins: Tensor) -> None:
-        """Stop every rank, after the reduction that told them all, before anything is saved."""
-        said = not_finite(margins, torch.distributed.get_rank()).encode()[:_LONGEST]
-        words = torch.tensor(list(said.ljust(_LONGEST)), dtype=torch.uint8, device=margins.device)
-        of_ranks = [torch.empty_like(words) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(of_ranks, words)
-        found = [bytes(rank.tolist()).decode().strip() for rank in of_ranks]
-        step = -(-self._batches // self.strategy.accumulated_gradient)
-        when = f"{'step' if self._mode == 'train' else 'evaluation after step'} {step}"
-        stop(self._loss.name, when, [words for words in found if words])
+        """Raise on every rank, once the reduction has told them all."""
+        ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        unknown = self._reference and self._reference.unknown
+        mine = unknown, not_finite(margins, torch.distributed.get_rank())
+        torch.distributed.all_gather_object(ranks, mine)
+        for unknown, _ in ranks:
+            if unknown:
+                raise RuntimeError(f"focalpo_plugins: {unknown}")
+        accumulated = self.strategy.accumulated_gradient
+        if self._mode == "train":
+            when = f"step {self._batches // accumulated + 1}"
+        else:
+            when = f"evaluation after step {self._batches // accumulated}"
+        stop(self._loss.name, when, [words for _, words in ranks if words])
 
 
 class _ReducingDiagnostics:
     """OpenRLHF's strategy; the numbers that the trainer has reduced over the ranks are what it
     shows and logs, so that is where ours join them."""
 
-    def __init__(self, strategy: Any, diagnostics: Callable[..., dict[str, float]]) -> None:
+    def __init__(self, strategy: Any, diagnostics: Callable[[], dict[str, float]]) -> None:
         self._strategy = strategy
         self._diagnostics = diagnostics
 
     def all_reduce(self, data: Any, op: str = "mean") -> Any:
         reduced = self._strategy.all_reduce(data, op)
         if isinstance(data, dict):
-            reduced.update(self._diagnostics(self._strategy.all_reduce))
+            reduced.update(self._diagnostics())
         return reduced
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._strategy, name)
 
 
-def _check_folders(strategy: Any) -> None:
+def _check_folders(trainer: DPOTrainer, strategy: Any) -> None:
     """Stop every rank before the first step if what is trained could not be saved; OpenRLHF writes
     to its output folder after the last step alone.  Rank 0 looks."""
     ckpt = dotted(strategy.args).ckpt
-    # OpenRLHF has set it to infinity where no checkpoint is asked for.
-    used = ("output_dir", "path") if ckpt.save_steps < math.inf else ("output_dir",)
+    # -1, the default, asks for no checkpoints; OpenRLHF makes it infinity later.
+    saves = ckpt.save_steps != -1 and (trainer.save_hf_ckpt or not trainer.disable_ds_ckpt)
+    used = ("output_dir", "path") if saves else ("output_dir",)
 
     def check() -> None:
         for name in used:
@@ -250,22 +270,21 @@ def _save_with_record(
 
 def _check_resumed(strategy: Any, folder: Path, asked: Mapping[str, Any], allow: str) -> None:
     """Stop every rank if the checkpoint that was loaded is of another loss; rank 0 looks."""
-    error = None
-    latest = folder / "latest"
-    if strategy.is_rank_0() and latest.is_file():
+
+    def check() -> None:
+        latest = folder / "latest"
+        if not latest.is_file():
+            return
         checkpoint = folder / latest.read_text(encoding="utf-8").strip()
         path = checkpoint / RECORD
-        try:
-            recorded = _read_record(path) if path.is_file() else None
-            of_host = vars(strategy.args)
-            written = {key: f"--{key}" for key in asked} | {
-                key: f"--{spelled(f'model.{key}', of_host)}" for key in ("beta", "label_smoothing")
-            }
-            check_unchanged(recorded, asked, str(checkpoint), allow, written)
-        except ValueError as found:
-            error = found
-    if strategy.all_reduce(float(error is not None), "max"):
-        raise error or ValueError(f"rank 0 refuses the checkpoint in {folder}, and says why.")
+        recorded = _read_record(path) if path.is_file() else None
+        of_host = vars(strategy.args)
+        written = {key: f"--{key}" for key in asked} | {
+            key: f"--{spelled(f'model.{key}', of_host)}" for key in ("beta", "label_smoothing")
+        }
+        check_unchanged(recorded, asked, str(checkpoint), allow, written)
+
+    on_rank_0(strategy, check)
 
 
 def _read_record(path: Path) -> dict[str, Any]:

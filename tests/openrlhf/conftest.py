@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,12 +11,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from harness import Server, at_once, free_port
 from openrlhf_flags import of_host
 
 COMMAND = "openrlhf.cli.train_dpo"
+OURS = "focalpo_plugins: "  # how each line of ours begins
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +74,17 @@ class Run:
         return found
 
     def said(self, what: str) -> list[str]:
-        return [line for line in self.stderr.splitlines() if what in line]
+        """Our lines that hold this, up to their ends; what stands before one is not ours, such as
+        another process's progress bar, whose line it has not ended."""
+        lines = [line.partition(OURS) for line in self.stderr.splitlines() if what in line]
+        return ["".join(line[1:]) for line in lines if what in "".join(line[1:])]
+
+    def seen(self) -> list[list[list]]:
+        """By rank, what ``watched_openrlhf`` saw."""
+        return [
+            [json.loads(line) for line in path.read_text().splitlines()]
+            for path in sorted(self.folder.glob("rank*.jsonl"))
+        ]
 
 
 def environment(path: Sequence[Path | str] = (), **variables: str) -> dict[str, str]:
@@ -92,17 +105,21 @@ def environment(path: Sequence[Path | str] = (), **variables: str) -> dict[str, 
 @pytest.fixture(scope="session")
 def forked() -> Iterator[Callable[..., list[tuple[int, str, str]]]]:
     """``forked([(argv, folder, ranks), ...], *path)`` runs OpenRLHF's command with each, in processes
-    forked off one that has it imported, from ``path`` before all else; exit codes, stdout, stderr."""
+    forked off one that has it and ``modules`` imported, from ``path`` before all else; exit codes,
+    stdout, stderr."""
 
-    def server(*path: Path | str) -> Server:
-        return Server("openrlhf_server.py", env=environment(path, RANK="0", COLUMNS="200"))
+    def server(path: Sequence[Path | str] = (), modules: Sequence[str] = ()) -> Server:
+        env = environment(path, RANK="0", COLUMNS="200")
+        return Server("openrlhf_server.py", *modules, env=env)
 
     with server() as plain:
 
         def run(
-            calls: Sequence[tuple[Sequence[str], Path, int]], *path: Path | str
+            calls: Sequence[tuple[Sequence[str], Path, int]],
+            *path: Path | str,
+            modules: Sequence[str] = (),
         ) -> list[tuple[int, str, str]]:
-            with server(*path) if path else nullcontext(plain) as ask:
+            with server(path, modules) if path or modules else nullcontext(plain) as ask:
                 return [
                     ask({"argv": of_host(argv), "cwd": str(folder), "ranks": ranks})
                     for argv, folder, ranks in calls
@@ -242,5 +259,25 @@ def train_many(
         ]
         ends = zip(runs, forked(calls, *path), folders, strict=True)
         return {name: Run(*end, folder) for name, end, folder in ends}
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def watched(
+    tiny: Path, few: Path, forked: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[Any, Run]]:
+    """``watched({name: (flags, ranks, fault), ...})`` trains as ``train_many`` does, on so many ranks,
+    with ``watched_openrlhf`` to see it, and to make the fault."""
+
+    def run(runs: dict[Any, tuple[Sequence[str], int, dict]]) -> dict[Any, Run]:
+        folders = {name: tmp_path_factory.mktemp("run") for name in runs}
+        calls = []
+        for name, (flags, ranks, fault) in runs.items():
+            (folders[name] / "faults.json").write_text(json.dumps(fault))
+            argv = [*tiny_flags(tiny, few, folders[name]), *flags]
+            calls.append((argv, folders[name], ranks))
+        ends = zip(folders.items(), forked(calls, modules=["watched_openrlhf"]), strict=True)
+        return {name: Run(*end, folder) for (name, folder), end in ends}
 
     return run

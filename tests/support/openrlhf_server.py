@@ -1,4 +1,7 @@
-"""Run OpenRLHF's command as asked, with every rank forked off this process, which has it imported."""
+"""Run OpenRLHF's command as asked, with every rank forked off this process, which has it imported.
+
+The modules named on the command line are imported after it.
+"""
 
 import sys
 import tempfile
@@ -24,4 +27,5 @@ def end_of(asked):
 
 
 cpu.stand_in()
-serve(("openrlhf.datasets", "openrlhf.trainer.dpo_trainer", "openrlhf.utils.deepspeed"), end_of)
+host = ("openrlhf.datasets", "openrlhf.trainer.dpo_trainer", "openrlhf.utils.deepspeed")
+serve((*host, *sys.argv[1:]), end_of)

@@ -1,0 +1,204 @@
+"""Which pairs the diagnostics are of, and what a margin that is not finite does, wherever it stands.
+
+In real runs, on data that divides by nothing: the margins come from OpenRLHF's own log-probabilities,
+which ``watched_openrlhf`` writes down as OpenRLHF computes them, and the reference is another model, so
+that they are far from each other from the start.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+NAMES = ("p", "margin_correct", "margin_incorrect")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a run; ``batch`` is of all ranks and accumulated batches."""
+
+    ranks: int
+    train: int
+    evaluate: int
+    micro: int
+    batch: int
+    epochs: int = 2
+    zero: int = 2
+    log: int = 1
+
+    def __str__(self) -> str:
+        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+    @property
+    def accumulated(self) -> int:
+        return self.batch // self.micro // self.ranks
+
+
+ACCUMULATED = Case(ranks=2, train=11, evaluate=5, micro=2, batch=8)
+# Five batches an epoch, of which three make a step, so that the second step has both epochs' pairs.
+OVER_EPOCHS = Case(ranks=1, train=11, evaluate=3, micro=2, batch=6)
+# The second rank evaluates nothing but a repeat.
+ONE_EVALUATED = Case(ranks=2, train=9, evaluate=1, micro=3, batch=6, zero=3)
+CASES = (
+    ACCUMULATED,
+    OVER_EPOCHS,
+    ONE_EVALUATED,
+    Case(ranks=2, train=17, evaluate=7, micro=4, batch=8, log=2),
+    Case(ranks=2, train=7, evaluate=3, micro=1, batch=4, epochs=3, log=2, zero=3),
+)
+
+# Where a log-probability is made not finite: in which batch of its rank, counted from 0, of training
+# or of evaluation, and of the policy (0: chosen, 1: rejected) or the reference (2, 3).
+FAULTS = {
+    "first of an accumulation": (
+        ACCUMULATED, dict(mode="train", batch=0, rank=1, row=1, side=0, value="nan"), "step 1"
+    ),
+    "last of an accumulation": (
+        ACCUMULATED, dict(mode="train", batch=3, rank=0, row=0, side=3, value="inf"), "step 2"
+    ),
+    "middle of an accumulation over epochs": (
+        OVER_EPOCHS, dict(mode="train", batch=4, rank=0, row=1, side=1, value="-inf"), "step 2"
+    ),
+    "under ZeRO-3": (
+        ONE_EVALUATED, dict(mode="train", batch=1, rank=1, row=2, side=2, value="nan"), "step 2"
+    ),
+    "in evaluation": (
+        ACCUMULATED,
+        dict(mode="eval", batch=1, rank=0, row=0, side=1, value="nan"),
+        "evaluation after step 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Path, watched: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("counting")
+    reference = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32)
+    with torch.no_grad():
+        reference.model.norm.weight *= 1.1
+    reference.save_pretrained(folder / "reference")
+    AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(folder / "reference")
+
+    def flags(case: Case) -> list[str]:
+        files = []
+        for name, count in (("train", case.train), ("test", case.evaluate)):
+            lines = (tiny / f"{name}.jsonl").read_text().splitlines(keepends=True)[:count]
+            files.append(folder / f"{name}{count}.jsonl")
+            files[-1].write_text("".join(lines))
+        given = {
+            "--loss": "focalpo", "--lr_scheduler": "constant", "--ds.zero_stage": case.zero,
+            "--data.dataset": files[0], "--eval.dataset": files[1], "--eval.split": "train",
+            "--train.micro_batch_size": case.micro, "--train.batch_size": case.batch,
+            "--train.max_epochs": case.epochs, "--logger.logging_steps": case.log,
+            "--ref.model_name_or_path": folder / "reference", "--model.beta": 1,
+        }  # fmt: skip
+        return [str(word) for flag in given.items() for word in flag]
+
+    asked: dict[Any, tuple] = {case: (flags(case), case.ranks, {}) for case in CASES}
+    asked |= {
+        name: (flags(case), case.ranks, fault) for name, (case, fault, _) in FAULTS.items()
+    }
+    return watched(asked)
+
+
+def of_kind(seen: list[list], kind: str) -> list[list]:
+    return [event[1:] for event in seen if event[0] == kind]
+
+
+def rows(batches: list[list]) -> list[tuple[str, float]]:
+    """The pairs of a rank's batches, and their margins."""
+    return [row for batch in batches for row in zip(*batch, strict=True)]
+
+
+def diagnostics(margins: list[float]) -> dict[str, float]:
+    z = torch.tensor(margins, dtype=torch.float64)
+    of = {"p": z.sigmoid(), "margin_correct": z[z > 0], "margin_incorrect": z[z <= 0]}
+    return {name: values.mean().item() for name, values in of.items() if len(values)}
+
+
+def logged(values: dict[str, float]) -> dict[str, float]:
+    return {name: values[f"focalpo/{name}"] for name in NAMES if f"focalpo/{name}" in values}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_each_trained_pair_is_counted_once(runs, case: Case):
+    """A step's diagnostics are the means over all that was trained since the last log: every row of
+    every batch of every rank.  OpenRLHF repeats no pair within an epoch."""
+    run = runs[case]
+    assert run.returncode == 0, run.output
+    ranks = [of_kind(seen, "train") for seen in run.seen()]
+    of_epoch = case.train // case.ranks // case.micro
+    assert [len(batches) for batches in ranks] == [of_epoch * case.epochs] * case.ranks
+    for epoch in range(case.epochs):
+        batches = slice(epoch * of_epoch, (epoch + 1) * of_epoch)
+        pairs = [pair for batch in ranks for pair, _ in rows(batch[batches])]
+        assert len(set(pairs)) == len(pairs) == of_epoch * case.ranks * case.micro
+    steps = run.steps("train/")
+    last = of_epoch * case.epochs // case.accumulated
+    assert sorted(steps) == list(range(case.log, last + 1, case.log))
+    for step, values in steps.items():
+        window = slice((step - case.log) * case.accumulated, step * case.accumulated)
+        margins = [margin for batch in ranks for _, margin in rows(batch[window])]
+        assert logged(values) == pytest.approx(diagnostics(margins), rel=1e-5), step
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_each_evaluated_pair_is_counted_once(runs, case: Case):
+    """OpenRLHF's sampler deals the pairs out to the ranks in turn, and begins again until all have
+    as many: an evaluation's diagnostics are of the first time of each."""
+    run = runs[case]
+    evaluations = run.steps("eval/")
+    assert evaluations
+    ranks = [rows(of_kind(seen, "eval")) for seen in run.seen()]
+    of_rank = -(-case.evaluate // case.ranks)
+    assert len(ranks[0]) == of_rank * len(evaluations)
+    for number, (step, values) in enumerate(sorted(evaluations.items())):
+        mine = slice(number * of_rank, (number + 1) * of_rank)
+        dealt = [row for turn in zip_longest(*(rank[mine] for rank in ranks)) for row in turn]
+        once, again = dealt[: case.evaluate], dealt[case.evaluate :]
+        assert len({pair for pair, _ in once}) == case.evaluate
+        assert {pair for pair, _ in again} <= {pair for pair, _ in once}
+        expected = diagnostics([margin for _, margin in once])
+        assert logged(values) == pytest.approx(expected, rel=1e-5), step
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_not_finite_anywhere_stops_all_ranks_before_the_weights_change(runs, name: str):
+    """The weights are to the last bit those of the run without the fault after as many steps; every
+    rank ends by the same error; and nothing of that step is logged or saved."""
+    case, fault, when = FAULTS[name]
+    run, clean = runs[name], runs[case]
+    assert run.returncode == 1, run.output
+    step = int(when.split()[-1])
+    done = step if fault["mode"] == "eval" else step - 1
+    for seen, whole in zip(run.seen(), clean.seen(), strict=True):
+        weights, without = of_kind(seen, "weights"), of_kind(whole, "weights")
+        # The first are those at the start; they change at every step.
+        of_steps = without[:: case.accumulated]
+        assert all(before != after for before, after in zip(of_steps, of_steps[1:-1]))
+        assert weights[-1] == of_steps[done]
+        assert weights[:-1] == without[: len(weights) - 1]
+        batches = fault["batch"] if fault["mode"] == "train" else done * case.accumulated
+        assert len(weights) == 2 + batches
+    found = re.findall(
+        rf"FloatingPointError: focalpo: reward margins are not finite, {when}: rank (\d), "
+        r"row (\d) of (\d) \((-?\w+), float32\)\.",
+        run.stderr,
+    )
+    # In an evaluation the rows are of all of a rank's batches up to that one.
+    before = case.micro * fault["batch"] if fault["mode"] == "eval" else 0
+    assert len(found) == case.ranks and len(set(found)) == 1, run.output
+    rank, row, count, _ = found[0]
+    assert (int(rank), int(row)) == (fault["rank"], before + fault["row"])
+    assert before < int(count) <= before + case.micro
+    assert sorted(run.steps("train/")) == list(range(1, done + 1))
+    assert not (run.folder / "out" / "model.safetensors").exists()
