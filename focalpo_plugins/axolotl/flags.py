@@ -29,7 +29,10 @@ def patch(module: ModuleType | None = None) -> None:
 
     @functools.wraps(parse_args)
     def with_ours(self: click.Command, ctx: click.Context, args: list[str]) -> list[str]:
-        return parse_args(self, ctx, _with_ours(self, args) if _takes_keys(self) else args)
+        rest: list[str] = parse_args(
+            self, ctx, _with_ours(self, args) if _takes_keys(self) else args
+        )
+        return rest
 
     click.Command.parse_args = with_ours  # type: ignore[method-assign]
 
