@@ -111,7 +111,7 @@ def precompute(trainer: Any, strategy: Any, folder: Path, flag: str) -> Referenc
         try:
             logps = _read(path, key, pairs.digests)
         except Exception as error:  # whatever it is, the other ranks wait
-            say(f"{path} is damaged ({error}) and recreated.")
+            say(f"{path} is damaged ({error}) and is recreated.")
     # The largest: what the first rank has read, for all of them or none.
     logps = strategy.all_reduce(logps, "max")
     how = "read from"

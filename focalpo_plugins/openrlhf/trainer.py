@@ -195,9 +195,9 @@ class PairwiseDPOTrainer(DPOTrainer):
         unknown = self._reference and self._reference.unknown
         mine = unknown, not_finite(margins, torch.distributed.get_rank())
         torch.distributed.all_gather_object(ranks, mine)
-        for unknown, _ in ranks:
+        for rank, (unknown, _) in enumerate(ranks):
             if unknown:
-                raise RuntimeError(f"focalpo_plugins: {unknown}")
+                raise RuntimeError(f"focalpo_plugins: on rank {rank}, {unknown}")
         accumulated = self.strategy.accumulated_gradient
         if self._mode == "train":
             when = f"step {self._batches // accumulated + 1}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,14 +113,18 @@ def forked() -> Iterator[Callable[..., list[tuple[int, str, str]]]]:
         env = environment(path, RANK="0", COLUMNS="200")
         return Server("openrlhf_server.py", *modules, env=env)
 
-    with server() as plain:
+    with ExitStack() as stack:
+
+        @functools.cache
+        def plain() -> Server:
+            return stack.enter_context(server())
 
         def run(
             calls: Sequence[tuple[Sequence[str], Path, int]],
             *path: Path | str,
             modules: Sequence[str] = (),
         ) -> list[tuple[int, str, str]]:
-            with server(path, modules) if path or modules else nullcontext(plain) as ask:
+            with server(path, modules) if path or modules else nullcontext(plain()) as ask:
                 return [
                     ask({"argv": of_host(argv), "cwd": str(folder), "ranks": ranks})
                     for argv, folder, ranks in calls

@@ -7,12 +7,9 @@ import json
 import math
 import re
 import shutil
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 from harness import SUPPORT, with_nan
 from openrlhf_flags import of_host
@@ -52,35 +49,23 @@ def test_a_checkpoint_says_what_it_was_trained_with(never_killed):
 
 
 @pytest.mark.parametrize(
-    "alone, ranks", [(False, [1]), (False, [0, 1]), (True, [0])], ids=["one", "all", "LoRA"]
+    "alone, ranks", [(False, "1"), (False, "0,1"), (True, "0")], ids=["one", "all", "LoRA"]
 )
-def test_killed_and_started_again(train, never_killed, tmp_path: Path, alone: bool, ranks: list):
-    """kill -9 after the checkpoint of step 3: resuming gives the losses and gradient norms of the
-    run that was never killed, step for step."""
+def test_killed_and_started_again(train, never_killed, tmp_path: Path, alone: bool, ranks: str):
+    """kill -9 after step 4: resuming from the checkpoint of step 3 gives the losses and gradient
+    norms of the run that was never killed, step for step."""
     launch = {"folder": tmp_path, "ranks": 1 if alone else 2}
-    launcher = "python" if alone else "torchrun"
     flags = (*OURS, *TWO_EPOCHS, *(LORA if alone else ZERO3))
-    with ThreadPoolExecutor() as threads:
-        run = threads.submit(train, *flags, **launch, launcher=launcher)
-        while not (tmp_path / "checkpoints" / "latest").exists():  # the first that is whole
-            assert not run.done(), run.result().output
-            time.sleep(0.01)
-        for process in psutil.process_iter():
-            try:
-                ours = any(str(tmp_path) in word for word in process.cmdline())
-                # The launcher itself has no rank.
-                if ours and int(process.environ().get("RANK", -1)) in ranks:
-                    process.kill()
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        assert run.result().returncode != 0
-    before = len(run.result().steps("train/"))
-    assert 3 <= before < 10
+    killed = {"module": "killed_openrlhf", "path": [SUPPORT]}
+    run = train(*flags, **launch, **killed, KILLED_AT="4", KILLED_RANKS=ranks)
+    assert run.returncode != 0
+    checkpoints = tmp_path / "checkpoints"
+    assert [path.name for path in checkpoints.glob("global_step*")] == ["global_step3"], run.output
     shutil.rmtree(tmp_path / "tensorboard")
     again = train(*flags, "--ckpt.load_enable", **launch)
     assert again.returncode == 0, again.output
     whole, rest = never_killed(alone).steps("train/"), again.steps("train/")
-    assert sorted(rest) == list(range(min(rest), 11)) and min(rest) in (4, 7, 10)
+    assert sorted(rest) == list(range(4, 11))
     for step, values in rest.items():
         assert {tag: values[tag] for tag in TAGS} == {tag: whole[step][tag] for tag in TAGS}, step
 
@@ -109,22 +94,23 @@ def test_a_checkpoint_of_another_loss(train, never_killed, tmp_path: Path, flags
 
 @pytest.mark.releases
 def test_two_ranks_refuse_a_checkpoint_of_the_hosts_dpo(train, never_killed, tmp_path: Path):
-    """What a checkpoint without our record is; rank 0 alone looks, and both stop."""
+    """What a checkpoint without our record is; rank 0 alone looks and says so, and both stop."""
     shutil.copytree(never_killed(False).folder / "checkpoints", tmp_path / "checkpoints")
     for record in (tmp_path / "checkpoints").rglob("focalpo_plugins.json"):
         record.unlink()
     flags = (*OURS, *TWO_EPOCHS, *ZERO3, "--ckpt.load_enable")
     run = train(*flags, ranks=2, folder=tmp_path)
-    assert run.returncode != 0
-    assert "does not say that it was trained with a loss of focalpo_plugins" in run.stderr
-    assert "rank 0 refuses the checkpoint in " in run.stderr
+    assert run.returncode == 1
+    assert len(run.said("does not say that it was trained with a loss of focalpo_plugins")) == 1
+    assert "Traceback" not in run.stderr
     assert not run.steps("train/")
 
 
 @pytest.mark.releases
 def test_margins_that_are_not_finite(train, tiny: Path, few: Path, tmp_path: Path):
     """A pair whose token has lost its weights, on two ranks: both stop, at its step, before it is
-    logged or saved, and say which row on which rank."""
+    logged or saved, and say which row on which rank.  That the weights are untouched by then, and
+    that it may stand anywhere, is in test_counting."""
     with_nan(tiny / "model", few / "train.jsonl", tmp_path / "lost")
     run = train(
         *(*OURS, *ZERO3, "--ckpt.save_steps", "1"),
@@ -141,7 +127,8 @@ def test_margins_that_are_not_finite(train, tiny: Path, few: Path, tmp_path: Pat
     assert len(found) == 2 and len(set(found)) == 1, run.output
     step, rank, row = map(int, found[0])
     assert 1 <= step <= 5 and rank in (0, 1) and row in (0, 1)
-    assert sorted(run.steps("train/")) == list(range(1, step))
+    # What TensorBoard has not written by the end of the process is lost.
+    assert max(run.steps("train/"), default=0) < step
     saved = (tmp_path / "checkpoints").glob("global_step*")
     assert sorted(int(path.name.removeprefix("global_step")) for path in saved) == [
         *range(max(1, step - 3), step)
@@ -164,7 +151,7 @@ def test_a_full_disk(train, tmp_path: Path):
     assert run.returncode != 0
     (line,) = run.said("the folder of checkpoints must have room")
     assert str(tmp_path / "checkpoints") in line and "File too large" in line
-    assert sorted(run.steps("train/")) == [1, 2]
+    assert max(run.steps("train/"), default=0) <= 2
     checkpoints = tmp_path / "checkpoints"
     assert not (checkpoints / "latest").exists()
     assert not list(checkpoints.rglob("focalpo_plugins.json*"))
@@ -185,6 +172,28 @@ def test_a_folder_that_is_read_only(train, tmp_path: Path, name: str):
         "Permission denied. Name another, or change its permissions."
     ]
     assert not run.steps("train/") and not list(folder.iterdir())
+
+
+def test_a_folder_where_no_checkpoints_are_asked_for(train_many, tmp_path: Path):
+    """It is neither made nor looked at; it is one under a file, where none can be."""
+    (tmp_path / "file").touch()
+    unusable = ("--ckpt.path", str(tmp_path / "file" / "in it"))
+    saves = ("--ckpt.save_steps", "2")
+    runs = train_many(
+        {
+            "default": OURS,
+            "unusable": (*OURS, *unusable),
+            "not DeepSpeed's": (*OURS, *unusable, *saves, "--ckpt.disable_ds"),
+            "used": (*OURS, *unusable, *saves, "--ckpt.disable_ds", "--ckpt.save_hf"),
+        }
+    )
+    for name in ("default", "unusable", "not DeepSpeed's"):
+        assert runs[name].returncode == 0, runs[name].output
+        assert not (runs[name].folder / "checkpoints").exists()
+    assert runs["used"].returncode == 1
+    (line,) = runs["used"].said("must be a folder that can be written to")
+    assert line.startswith("focalpo_plugins: --ckpt.path must be a folder that can be written to, ")
+    assert not runs["used"].steps("train/")
 
 
 def test_killed_before_the_record_is_there(train, tmp_path: Path):

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -112,9 +113,12 @@ def with_nan(model: Path, pairs: Path, folder: Path) -> None:
 
 
 def free_port() -> str:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
+    """One below those that the system gives out itself, as it may do before this one is used."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return str(port)
 
 
 TWO_RANKS = ("--launcher", "torchrun", "--", "--nproc_per_node", "2")

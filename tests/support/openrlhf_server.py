@@ -27,5 +27,10 @@ def end_of(asked):
 
 
 cpu.stand_in()
+from deepspeed.accelerator import get_accelerator  # noqa: E402
+
 host = ("openrlhf.datasets", "openrlhf.trainer.dpo_trainer", "openrlhf.utils.deepspeed")
+# Each would be looked for, and the CPU asked what it can do, in every process that is forked.
+for builder in ("FusedAdamBuilder", "ShareMemCommBuilder"):
+    get_accelerator().create_op_builder(builder).load()
 serve((*host, *sys.argv[1:]), end_of)

@@ -10,8 +10,8 @@ too.
 
 ``faults.json`` there may name one place, ``{"rank", "mode", "batch", "row", "value", "side"}``, whose
 log-probability is made ``value``: of the policy's chosen, the policy's rejected, the reference's chosen
-or the reference's rejected answer, by ``side`` from 0 to 3.  ``{"rank", "edited": row}`` edits a training
-pair, which that rank alone then trains on.
+or the reference's rejected answer, by ``side`` from 0 to 3.  ``{"rank", "edited": true}`` edits all
+training pairs of that rank when training begins.
 """
 
 import hashlib
@@ -85,10 +85,9 @@ def watched_forward(self, model, chosen, chosen_mask, rejected, rejected_mask, l
 
 
 def watched_fit(self, *arguments, **more):
-    if "edited" in fault():
+    if fault().get("edited"):
         data = self.train_dataloader.dataset
-        data.chosens = list(data.chosens)
-        data.chosens[fault()["edited"]] = "No. " + data.chosens[fault()["edited"]]
+        data.chosens = ["No. " + chosen for chosen in data.chosens]
     weights(self.model.model)
     try:
         fit(self, *arguments, **more)
