@@ -21,7 +21,7 @@ _DECODER = json.JSONDecoder()
 _INK = re.compile(r"[^ \t\n\r]")  # what JSON doesn't take for space
 
 _WHY = {
-    "identical": "a chosen answer equal to the rejected one{cut}: the margin stays 0. Remove them, "
+    "identical": "a chosen answer equal to the rejected one{cut}: the margin stays 0. {fix}, "
     "or look at which columns are read as chosen and rejected",
     "empty": "an empty answer. Remove them, or look at which columns are read as the answers",
     "shared": "an answer that the other one begins with: without a column prompt their common "
@@ -142,15 +142,17 @@ def check(
         for name in found:
             rows[name] += 1
             first.setdefault(name, (row, [*prompt, *answers[0]]))
-    data = "evaluation" if evaluation else "training"
     if not looked_at and not evaluation:
         raise ValueError(
             "the training data must hold a pair, got none: the file is empty, or every pair was "
             f"dropped as longer than {key}={limit}. Look at the file, or raise {key}."
         )
-    once_cut = f", {alike_once_cut} of them once cut to {key}={limit}" if alike_once_cut else ""
+    once_cut, fix = "", "Remove them"
+    if alike_once_cut:
+        once_cut = f", {alike_once_cut} of them once cut to {key}={limit}"
+        fix = f"Raise {key}, remove them"
     for name, (row, tokens) in first.items():
-        why = _WHY[name].format(key=key, limit=limit, cut=once_cut)
+        why = _WHY[name].format(key=key, limit=limit, cut=once_cut, fix=fix)
         many = 2 * rows[name] > looked_at and name != "shared"
         refused = many and not allowed and not evaluation
         message = (
@@ -159,7 +161,7 @@ def check(
             f"of the tokenized data, {tokenizer.decode(tokens[:_SHOWN])!r}"
         )
         if refused:
-            raise ValueError(f"the {data} data can't be learnt from, got {message}")
+            raise ValueError(f"the training data can't be learnt from, got {message}")
         if say:
             messages.say(f"warning: {message}")
 

@@ -32,11 +32,12 @@ STRAYED = "a BOS, or another turn, inside an answer"
 DOUBLED = "two BOS at their start: chat template and tokenizer"
 END: dict[str, Any] = {"keep_end": True}
 BAD: dict[str, tuple[Pair, str, dict[str, Any]]] = {
-    "equal": (([BOS, 5], [7, EOS], [7, EOS]), f"{EQUAL}: the margin stays 0", {}),
+    "equal": (([BOS, 5], [7, EOS], [7, EOS]), f"{EQUAL}: the margin stays 0. Remove them", {}),
     # 2 tokens of the prompt and 8 of the answer are kept; the answers differ in the ninth.
     "equal once cut": (
         ([BOS, 5], [*[7] * 8, 8, EOS], [*[7] * 8, EOS]),
-        f"{EQUAL}, 2 of them once cut to max_length=10: the margin stays 0", {}),
+        f"{EQUAL}, 2 of them once cut to max_length=10: the margin stays 0. Raise max_length, "
+        "remove them", {}),
     # The last 10 are kept, and of neither answer the first.
     "equal once their start is cut": (
         ([BOS, 5], [8, *[7] * 9, EOS], [9, *[7] * 9, EOS]),
