@@ -13,6 +13,8 @@ PLUGIN = "focalpo_plugins.axolotl.FocalPOPlugin"
 FUSED = "focalpo_fused"
 #: The key that lets a run go on from a checkpoint of another loss.
 ALLOW_CHANGED = "focalpo_allow_changed"
+#: The key that lets a run go on with data that mostly can't be learnt from.
+ALLOW_DATA = "focalpo_allow_data"
 TRAINER = "focalpo_plugins.axolotl.trainer.AxolotlPairwiseTrainer"
 
 

@@ -1,5 +1,6 @@
 """The keys that the plug-in adds to Axolotl's YAML: ``NAME_o`` for the option ``o`` of a loss, and
-``focalpo_fused`` and ``focalpo_allow_changed`` for whichever loss of ours is trained."""
+for whichever loss of ours is trained ``focalpo_fused``, ``focalpo_allow_changed`` and
+``focalpo_allow_data``."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from axolotl.utils.schemas.config import AxolotlInputConfig
 from pydantic import BaseModel, create_model
 
 from ..registry import losses
-from . import ALLOW_CHANGED, FUSED
+from . import ALLOW_CHANGED, ALLOW_DATA, FUSED
 
 
 def _keys() -> dict[str, Any]:
@@ -25,6 +26,7 @@ def _keys() -> dict[str, Any]:
         **keys,
         FUSED: (bool | None, None),
         ALLOW_CHANGED: (bool | None, None),
+        ALLOW_DATA: (bool | None, None),
         # Written by the plugin, not by the user: which loss `rl` asked for before it became `dpo`.
         "focalpo_loss": (str | None, None),
     }

@@ -22,7 +22,7 @@ from axolotl.utils.schemas.enums import RLType
 from ..loss import check_beta, check_label_smoothing
 from ..pairs import check_file
 from ..registry import BoundLoss, PairwiseLoss, did_you_mean, get_loss, losses, named
-from . import ALLOW_CHANGED, FUSED, PLUGIN, TRAINER, flags
+from . import ALLOW_CHANGED, ALLOW_DATA, FUSED, PLUGIN, TRAINER, flags
 from .autoload import patch
 
 
@@ -171,7 +171,7 @@ def _check_keys(cfg: Any, rl: Any) -> None:
         f"{loss.name}_{option}": loss.name for loss in losses().values() for option in loss.options
     }
     of_any = rl if rl in losses() else "focalpo"
-    of_loss |= {FUSED: of_any, ALLOW_CHANGED: of_any}
+    of_loss |= {FUSED: of_any, ALLOW_CHANGED: of_any, ALLOW_DATA: of_any}
     of_host = AxolotlInputConfig.model_fields
     for key in cfg:
         if key in of_host:
@@ -220,7 +220,7 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
     if smoothing is not None:
         with named("dpo_"):
             check_label_smoothing(_as_number(smoothing))
-    for key in (FUSED, ALLOW_CHANGED):
+    for key in (FUSED, ALLOW_CHANGED, ALLOW_DATA):
         if cfg.get(key) not in (None, True, False):
             raise ValueError(f"{key} must be true or false, got {cfg[key]!r}.")
     if cfg.get("dpo_use_liger_kernel") and find_spec("liger_kernel") is None:

@@ -5,14 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+from datasets import Dataset
+from pyarrow.compute import list_slice
 
 from ..registry import BoundLoss
 from ..trl import PairwiseLossMixin
-from . import ALLOW_CHANGED
+from . import ALLOW_CHANGED, ALLOW_DATA
 from .plugin import FocalPOPlugin, fused_key, requested_loss
 
 
-class AxolotlPairwiseTrainer(PairwiseLossMixin, AxolotlDPOTrainer):
+class _OneBosTrainer(AxolotlDPOTrainer):
+    """Axolotl's trainer, with one BOS where it leaves two.
+
+    Axolotl's strategies render text, TRL tokenizes it, and where the chat template writes a BOS
+    (Llama-3's does) the tokenizer puts another before it.  Axolotl means to take the second out in
+    a method that TRL no longer calls.
+    """
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, *more: Any, **named: Any
+    ) -> Any:
+        dataset = super()._prepare_dataset(dataset, processing_class, args, *more, **named)
+        bos = getattr(processing_class, "tokenizer", processing_class).bos_token_id
+        # Each row is looked at: of data sets that are mixed, some render a BOS and some don't.
+        if bos is None or isinstance(dataset, Dataset) and not _any_doubled(dataset, bos):
+            return dataset
+        with args.main_process_first():
+            return dataset.map(_with_one_bos, fn_kwargs={"bos": bos})
+
+
+class AxolotlPairwiseTrainer(PairwiseLossMixin, _OneBosTrainer):
     """Named in ``trainer_cls`` by the plugin; trains the loss that Axolotl's config asks for."""
 
     _packages = ("axolotl", "trl", "torch")
@@ -23,6 +45,8 @@ class AxolotlPairwiseTrainer(PairwiseLossMixin, AxolotlDPOTrainer):
         "label_smoothing": "dpo_label_smoothing",
         "loss_type": "dpo_loss_type",
     }
+    # What its chat_template strategies render an answer after, to cut it off again.
+    _marker = "[[dummy_message]]"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Not PluginManager's config: that is the one which was loaded last.
@@ -35,30 +59,19 @@ class AxolotlPairwiseTrainer(PairwiseLossMixin, AxolotlDPOTrainer):
             )
         self._fused = fused_key(cfg)
         self._allow_changed = bool(cfg.get(ALLOW_CHANGED))
+        self._allow_data = bool(cfg.get(ALLOW_DATA))
         super().__init__(*args, **kwargs)
         self.set_loss(loss)
-
-    def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, args: Any, *more: Any, **named: Any
-    ) -> Any:
-        """The host's own, with one BOS where it leaves two.
-
-        Axolotl's strategies render text, TRL tokenizes it, and where the chat template writes a BOS
-        (Llama-3's does) the tokenizer puts another before it.  Axolotl means to take the second
-        out in a method that TRL no longer calls.
-        """
-        dataset = super()._prepare_dataset(dataset, processing_class, args, *more, **named)
-        bos = getattr(processing_class, "tokenizer", processing_class).bos_token_id
-        first: dict[str, Any] = next(iter(dataset), {})
-        if bos is None or first.get("prompt_ids", [])[:2] != [bos, bos]:
-            return dataset
-        with args.main_process_first():
-            return dataset.map(_with_one_bos, fn_kwargs={"bos": bos})
 
     def set_loss(self, loss: BoundLoss) -> None:
         super().set_loss(loss)
         # Axolotl's own list, beside TRL's.
         self.tag_names: list[str] = [*self.tag_names, loss.name]
+
+
+def _any_doubled(dataset: Dataset, bos: int) -> bool:
+    starts = dataset.select_columns(["prompt_ids"]).with_format("arrow").iter(batch_size=1000)
+    return any([bos, bos] in list_slice(rows["prompt_ids"], 0, 2).to_pylist() for rows in starts)
 
 
 def _with_one_bos(row: dict[str, Any], bos: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..pairs import faults
+from ..pairs import blank, faults
 from ..plan import Pair, Plan, Sequence
 from . import CommandError
 from .memory import FORMULA, GIB, LEFT_OUT, Estimate, estimate
@@ -145,6 +145,7 @@ def _count(plan: Plan, number: int) -> tuple[Counts, Pair]:
     if not 0 <= number < plan.kept:
         raise CommandError(f"--pair must be from 0 to {plan.kept - 1}, got {number}.")
     bos, eos = plan.tokenizer.bos_token_id, plan.tokenizer.eos_token_id
+    is_blank = blank(plan.tokenizer)
     counts, shown = Counts(), None
     for place, pair in enumerate(tqdm(plan.pairs, total=plan.kept, unit="pair", leave=False)):
         if place == number:
@@ -153,7 +154,7 @@ def _count(plan: Plan, number: int) -> tuple[Counts, Pair]:
         counts.truncated += pair.truncated
         sides = (pair.chosen, pair.rejected)
         answers = [_answer(side) for side in sides]
-        wrong = faults(answers[0], answers[1], eos)
+        wrong = faults(answers[0], answers[1], is_blank)
         counts.identical += "identical" in wrong
         counts.empty += "empty" in wrong
         for side, answer in zip(sides, answers, strict=True):

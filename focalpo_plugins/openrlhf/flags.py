@@ -25,6 +25,7 @@ _HELP = {
     "free the reference before the first step",
     "precompute_dir": "Folder of that file",
     "allow_changed": "Resume a checkpoint that another loss has trained",
+    "allow_data": "Train on data that mostly can't be learnt from",
 }
 
 # Flags under every loss's name that are no options of it; not there if it has one of such a name.
@@ -32,6 +33,7 @@ _OF_TRAINER = {
     "precompute_ref": False,
     "precompute_dir": "OpenRLHF's output folder",
     "allow_changed": False,
+    "allow_data": False,
 }
 
 # What we read of OpenRLHF's flags, by the names of its releases from 0.10.2 on, and before.

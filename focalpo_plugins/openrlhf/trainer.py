@@ -81,7 +81,9 @@ class PairwiseDPOTrainer(DPOTrainer):
         loss_fn = getattr(self, "loss_fn", None)
         if not isinstance(loss_fn, FocalPOLoss):
             raise _moved(name, f"its loss_fn is {type(loss_fn).__name__}")
-        self._check_pairs(strategy.is_rank_0())
+        self._check_pairs(
+            strategy.is_rank_0(), f"--{name}.allow_data", bool(flags.get("allow_data"))
+        )
         self._loss = loss_fn.pairwise_loss
         self._mode = "train"
         self._called = False
@@ -110,25 +112,26 @@ class PairwiseDPOTrainer(DPOTrainer):
             folder, flag = Path(flags["precompute_dir"]), f"--{name}.precompute_dir"
             self._reference = precompute(self, strategy, folder, flag)
 
-    def _check_pairs(self, say: bool) -> None:
+    def _check_pairs(self, say: bool, allow: str, allowed: bool) -> None:
         """Refuse token ids that nothing can be learnt from; on each rank, of the same rows."""
-        dataset, limit = self.train_dataloader.dataset, dotted(self.args).data.max_len
 
-        def rows() -> Iterator[tuple[int, list[int], list[int], list[int]]]:
+        def rows(dataset: Any) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
             for row in pairs.places(len(dataset)):
                 chosen, _, rejected, _, length = dataset[row]
                 chosen, rejected = chosen.flatten().tolist(), rejected.flatten().tolist()
                 yield row, chosen[:length], chosen[length:], rejected[length:]
 
-        pairs.check(
-            rows(),
-            bos=self.tokenizer.bos_token_id,
-            eos=self.tokenizer.eos_token_id,
-            decode=self.tokenizer.decode,
-            key=f"--{spelled('data.max_len', vars(self.args))}",
-            limit=limit,
-            say=say,
-        )
+        for evaluation, loader in enumerate((self.train_dataloader, self.eval_dataloader)):
+            pairs.check(
+                rows([] if loader is None else loader.dataset),
+                self.tokenizer,
+                key=f"--{spelled('data.max_len', vars(self.args))}",
+                limit=dotted(self.args).data.max_len,
+                allow=allow,
+                allowed=allowed,
+                say=say,
+                evaluation=bool(evaluation),
+            )
 
     def fit(self, args: Any, consumed_samples: int = 0, *more: Any, **kwargs: Any) -> None:
         steps = consumed_samples // dotted(args).train.batch_size

@@ -66,6 +66,7 @@ class FocalPOConfig(DPOConfig):
             such a path of its own, and takes it anyway.
         focalpo_allow_changed: resume from a checkpoint that was trained with another loss, gamma,
             variant, beta, label smoothing or loss type, or with a loss not ours.
+        focalpo_allow_data: train on data of which more than half can't be learnt from.
 
     Raises:
         ValueError: a ``focalpo_*`` value is out of range.
@@ -89,6 +90,9 @@ class FocalPOConfig(DPOConfig):
     )
     focalpo_allow_changed: bool = field(
         default=False, metadata={"help": "Resume a checkpoint that another loss has trained."}
+    )
+    focalpo_allow_data: bool = field(
+        default=False, metadata={"help": "Train on data that mostly can't be learnt from."}
     )
 
     def __post_init__(self) -> None:
@@ -131,6 +135,9 @@ class PairwiseLossMixin(FusedStepMixin):
     _packages: Sequence[str] = ("trl", "torch")  # whose versions the start-up line names
     _said_active = False
     _allow_changed = False
+    _allow_data = False
+    _train_data_seen = False
+    _marker: str | None = None  # a text that the host renders beside an answer
     # Whether a reference that was given is kept for data that `evaluate()` is given later on.
     _keeps_reference = True
     _kept_reference: Any = None
@@ -148,7 +155,7 @@ class PairwiseLossMixin(FusedStepMixin):
             if self._fused is not None:
                 check_fused_parts(given, config, self._fused)
         train_dataset = given.get("train_dataset")
-        if isinstance(train_dataset, Dataset) and not len(train_dataset):
+        if train_dataset is not None and next(iter(train_dataset), None) is None:
             raise ValueError(
                 "train_dataset must hold a pair, got none: it was empty, or every pair of it was "
                 "dropped as too long. Look at the data, or raise Axolotl's sequence_len."
@@ -158,8 +165,6 @@ class PairwiseLossMixin(FusedStepMixin):
         self._steps_recorded = 0
         if self.precompute_ref_logps and self.ref_model is not None:
             self._set_reference_aside()
-        if isinstance(self.train_dataset, Dataset) and not self._is_vlm:
-            self._check_pairs(self.train_dataset)
 
     def set_loss(self, loss: BoundLoss) -> None:
         """Train with ``loss`` from now on.
@@ -289,21 +294,44 @@ class PairwiseLossMixin(FusedStepMixin):
         self._record(margins[0])
         return result
 
-    def _check_pairs(self, dataset: Dataset) -> None:
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, *more: Any, **named: Any
+    ) -> Any:
+        """The host's own, and a look at what it made; the training data come first, and before a
+        reference is precomputed.  Images are prepared later, and not looked at.
+
+        Raises:
+            ValueError: most of the training data can't be learnt from.
+        """
+        first: dict[str, Any] = next(iter(dataset), {})
+        prepared = super()._prepare_dataset(dataset, processing_class, args, *more, **named)
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        shared = "prompt" not in first and isinstance(first.get("chosen"), str)
+        self._check_pairs(prepared, tokenizer, args, shared)
+        self._train_data_seen = True
+        return prepared
+
+    def _check_pairs(self, dataset: Any, tokenizer: Any, args: Any, shared: bool) -> None:
         """Refuse token ids that nothing can be learnt from; on each rank, of the same rows."""
-        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
         columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-        rows = pairs.places(len(dataset))
-        found = dataset.select_columns(columns).select(rows)
-        keeps_start = getattr(self.args, "truncation_mode", "keep_start") == "keep_start"
+        if isinstance(dataset, Dataset):
+            rows = pairs.places(len(dataset))
+            found = dataset.select_columns(columns).select(rows)
+        else:
+            rows, found = range(pairs.FIRST), dataset.take(pairs.FIRST)
         pairs.check(
-            ((row, *map(pair.get, columns)) for row, pair in zip(rows, found, strict=True)),
-            bos=tokenizer.bos_token_id,
-            eos=tokenizer.eos_token_id,
-            decode=tokenizer.decode,
+            ((row, *map(pair.get, columns)) for row, pair in zip(rows, found, strict=False)),
+            tokenizer,
             key="max_length",
-            limit=self.args.max_length if keeps_start else None,
-            say=self.accelerator.is_main_process,
+            # As TRL's collator cuts, and before 1.0 its step.
+            limit=args.max_length,
+            keep_end=getattr(args, "truncation_mode", None) == "keep_end",
+            shared=shared,
+            marker=self._marker,
+            allow="focalpo_allow_data: true",
+            allowed=self._allow_data,
+            say=args.process_index == 0,
+            evaluation=self._train_data_seen,
         )
 
     def _set_reference_aside(self) -> None:
@@ -454,6 +482,7 @@ class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
                 f"args must be a FocalPOConfig, got {type(args).__name__}: FocalPOConfig takes the "
                 "same arguments, and focalpo_gamma and focalpo_variant besides."
             )
+        self._allow_data = args.focalpo_allow_data
         super().__init__(model, ref_model, args, *more, **kwargs)
         self._allow_changed = args.focalpo_allow_changed
         self.set_loss(args.pairwise_loss())

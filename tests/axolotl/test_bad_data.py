@@ -20,6 +20,16 @@ def alike(row: Row) -> Row:
     return says(row, "rejected", row["chosen"][-1]["content"])
 
 
+def without_answer(row: Row) -> Row:
+    """For which Axolotl takes the whole conversation."""
+    return says(row, "chosen", "")
+
+
+def short_answer(row: Row) -> Row:
+    """A word that stands in the template, so that Axolotl takes all that follows it there."""
+    return says(row, "rejected", "user")
+
+
 def long_prompt(row: Row) -> Row:
     question = {"role": "user", "content": "And how many words are in this? " * 60}
     return {side: [question, row[side][-1]] for side in ("chosen", "rejected")}
@@ -44,6 +54,12 @@ REFUSED: dict[str, tuple[Callable[[list[Row]], str], tuple[str, ...]]] = {
         ("train_dataset must hold a pair, got none", "sequence_len"),
     ),
     "an empty file": (lambda rows: "", ("datasets[0].path must hold a pair, got ", "pairs.jsonl', which is empty")),
+    "empty answers, and words of the template": (
+        lambda rows: lines([*map(without_answer, rows[:4]), *map(short_answer, rows[4:7]), *rows[7:]]),
+        ("got 7 of 12 pairs have a BOS, or another turn, inside an answer", "for an empty answer",
+         "Give focalpo_allow_data: true to train on them all the same."),
+    ),
+    "the first line cut": (lambda rows: lines(rows)[9:], ("datasets[0].path must be JSON lines, got ", "pairs.jsonl', of which line 1 can't be used: ")),
     "malformed JSON": (lambda rows: lines(rows)[:-40], ("datasets[0].path must be JSON lines, got ", "pairs.jsonl', of which line 12 can't be used: ")),
     "no column chosen": (lambda rows: lines(map(without("chosen"), rows)), ("chosen",)),
     "no column rejected": (lambda rows: lines(map(without("rejected"), rows)), ("rejected",)),
@@ -81,3 +97,32 @@ def test_a_few_are_warned_of(axolotl: Axolotl, tiny: Path):
     assert run.code == 0, run.output[-3000:]
     warning = "focalpo_plugins: warning: 4 of 12 pairs have a chosen answer equal"
     assert run.output.count(warning) == 1
+
+
+@pytest.mark.parametrize("first", ["chat", "plain"])
+def test_one_bos_in_mixed_data(axolotl: Axolotl, tiny: Path, first: str):
+    """The chat template writes a BOS, before which the tokenizer puts another; a plain text has the
+    tokenizer's alone.  All 16 rows are looked at.  With the plain ones first, the others' answers
+    are equal too, which is allowed here."""
+    found = (tiny / "train.jsonl").read_text().splitlines()[:12]
+    rows = [json.loads(line) for line in found]
+    if first == "plain":
+        rows = list(map(alike, rows))
+    plain = [{"question": f"Count to {i}.", "chosen": "Fine.", "rejected": "No."} for i in range(4)]
+    sets = {"chat": (rows, "chat_template.argilla_chat"), "plain": (plain, "chatml.intel")}
+    datasets = []
+    for name in sorted(sets, reverse=first == "plain"):
+        file = axolotl.folder / f"{name}.jsonl"
+        file.write_text(lines(sets[name][0]))
+        datasets.append(
+            {"path": str(file), "ds_type": "json", "split": "train", "type": sets[name][1]}
+        )
+    run = axolotl.train(
+        datasets=datasets, shuffle_merged_datasets=False, max_steps=1, save_steps=1,
+        focalpo_allow_data=first == "plain")  # fmt: skip
+    warnings = [line for line in run.output.splitlines() if "focalpo_plugins: warning" in line]
+    if first == "chat":
+        assert not warnings
+    else:
+        (warning,) = warnings
+        assert "12 of 16 pairs have a chosen answer equal to the rejected one" in warning

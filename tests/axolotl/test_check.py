@@ -365,6 +365,9 @@ class Words:
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [0, 7]}
 
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return " ".join(map(str, ids))
+
 
 # Ids of prompt and of the two answers, whether they were cut, and what is warned of.
 SEQUENCES = [

@@ -17,6 +17,12 @@ DOUBLED = (
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 
+# It leaves the EOS to OpenRLHF, which puts it after a space.
+WITHOUT_EOS = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
 
 def says(row: dict, side: str, answer: str) -> dict:
     return {**row, side: [*row[side][:-1], {"role": "assistant", "content": answer}]}
@@ -56,6 +62,7 @@ REFUSED: dict[str, tuple[Callable[[list[dict]], str], str]] = {
         f"every pair was dropped as longer than {MAX_LEN}=128. Look at the file, or raise {MAX_LEN}.",
     ),
     "an empty file": (lambda rows: "", "dataset must hold a pair, got "),
+    "the first line cut": (lambda rows: lines(rows)[9:], "of which line 1 can't be used: Expecting value. Mend"),
     "malformed JSON": (lambda rows: lines(rows)[:-40], "of which line 16 can't be used: Unterminated string"),
     "no column chosen": (
         lambda rows: lines([rows[0], *({"rejected": row["rejected"]} for row in rows)]),
@@ -79,6 +86,12 @@ def runs(few: Path, train_many: Callable, tmp_path_factory: pytest.TempPathFacto
         folder = tmp_path_factory.mktemp(f"bad_data{number}")
         (folder / "pairs.jsonl").write_text(write(rows))
         flags[name] = [*OURS, "--data.dataset", str(folder / "pairs.jsonl")]
+    held_out = tmp_path_factory.mktemp("held_out") / "pairs.jsonl"
+    held_out.write_text(lines(map(alike, rows)))
+    flags["a few"] += ["--eval.dataset", str(held_out), "--eval.split", "train"]
+    flags["allowed"] = [*flags["chosen equal to rejected"], "--focalpo.allow_data"]
+    template = ["--data.tokenizer_chat_template", WITHOUT_EOS]
+    flags["a space"] = [*flags["empty answers"], *template]
     flags["two BOS"] = [*OURS, "--data.tokenizer_chat_template", DOUBLED]
     return train_many(flags)
 
@@ -101,8 +114,28 @@ def test_two_bos_by_the_chat_template(runs: dict):
     assert "'<|begin_of_text|><|begin_of_text|>user: " in message
 
 
+def test_an_answer_of_a_space_and_an_eos(runs: dict):
+    run = runs["a space"]
+    assert run.returncode != 0
+    assert not run.steps("train/")
+    message = run.stderr.strip().splitlines()[-1]
+    assert "got 16 of 16 pairs have an empty answer. Remove them" in message, run.output
+    assert "Give --focalpo.allow_data to train on them all the same." in message
+
+
+def test_allowed(runs: dict):
+    run = runs["allowed"]
+    assert run.returncode == 0, run.output
+    warning = "focalpo_plugins: warning: 16 of 16 pairs have a chosen answer equal to the rejected"
+    assert len(run.said(warning)) == 1
+    assert len(run.steps("train/")) == 2
+
+
 def test_a_few_are_warned_of(runs: dict):
+    """Of evaluation data, all that have a fault."""
     run = runs["a few"]
     assert run.returncode == 0, run.output
     warning = "focalpo_plugins: warning: 4 of 16 pairs have a chosen answer equal to the rejected"
     assert len(run.said(warning)) == 1
+    evaluated = "focalpo_plugins: warning: 16 of 16 pairs of the evaluation data have a chosen"
+    assert len(run.said(evaluated)) == 1

@@ -1,0 +1,225 @@
+"""Data that nothing can be learnt from, through TRL's trainer: refused before it computes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset, load_dataset
+from json_files import FILES
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl.trainer import dpo_trainer
+
+from focalpo_plugins import FocalPOConfig, FocalPOTrainer
+
+pytestmark = pytest.mark.releases
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<|end|>", "<unk>"]
+WORDS = ["user", "assistant", "one", "two", *(f"w{i}" for i in range(20))]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }} {{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+Row = dict[str, Any]
+
+
+def row(i: int, chosen: str, rejected: str) -> Row:
+    return {"prompt": f"user w{i} assistant", "chosen": f" {chosen}", "rejected": f" {rejected}"}
+
+
+def good(i: int) -> Row:
+    return row(i, f"one w{i}", f"two w{i}")
+
+
+def alike(i: int) -> Row:
+    return row(i, f"one w{i}", f"one w{i}")
+
+
+def without_answer(i: int) -> Row:
+    return row(i, "", f"two w{i}")
+
+
+def silent(i: int) -> Row:
+    """The turn of an empty answer is ended by the template, with another token than the EOS."""
+    said = {"prompt": [("user", f"w{i}")], "chosen": [("assistant", "")],
+            "rejected": [("assistant", f"w{i}")]}  # fmt: skip
+    return {
+        side: [{"role": role, "content": content} for role, content in turns]
+        for side, turns in said.items()
+    }
+
+
+def late(i: int) -> Row:
+    """Three tokens and a BOS of the prompt, twelve that are alike, one that isn't, and the EOS."""
+    return row(i, "one " * 12 + f"w{i}", "one " * 12 + "two")
+
+
+def early(i: int) -> Row:
+    return row(i, f"w{i}" + " one" * 12, "two" + " one" * 12)
+
+
+def texts(i: int) -> Row:
+    """Without a column prompt; the rejected answer goes on where the chosen one ends."""
+    return {"chosen": f"user w{i} assistant one", "rejected": f"user w{i} assistant one w{i}"}
+
+
+EQUAL = "8 of 8 pairs have a chosen answer equal to the rejected one"
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "alike": (alike, {}, EQUAL + ": the margin stays 0"),
+    "alike once cut": (
+        late, {"max_length": 16}, EQUAL + ", 8 of them once cut to max_length=16: the margin"),
+    "alike once their start is cut": (
+        early, {"max_length": 12, "truncation_mode": "keep_end"},
+        EQUAL + ", 8 of them once cut to max_length=12: the margin"),
+    "empty answers": (without_answer, {}, "8 of 8 pairs have an empty answer"),
+    "empty turns": (silent, {}, "8 of 8 pairs have an empty answer"),
+    "five of eight": (lambda i: (alike if i < 5 else good)(i), {}, "got 5 of 8 pairs have a chosen"),
+}  # fmt: skip
+PASS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "good": (good, {}),
+    "cut one token later": (late, {"max_length": 17}),
+    "their start cut one token earlier": (
+        early, {"max_length": 14, "truncation_mode": "keep_end"}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        unk_token="<unk>", additional_special_tokens=["<|end|>"])  # fmt: skip
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture
+def build(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Any:
+    """A function that gives a trainer on the rows; one that computes anything before it is built
+    is a failure."""
+
+    def trainer(rows: Any, **changes: Any) -> FocalPOTrainer:
+        if isinstance(rows, list):
+            # TRL up to 1.8 can't precompute for data in memory.
+            Dataset.from_list(rows).save_to_disk(tmp_path / "pairs")
+            rows = Dataset.load_from_disk(tmp_path / "pairs")
+        size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        llama = LlamaConfig(vocab_size=len(tokenizer), intermediate_size=8, **size)
+        torch.manual_seed(0)
+        policy, reference = LlamaForCausalLM(llama), LlamaForCausalLM(llama)
+        if changes.get("precompute_ref_log_probs"):
+            reference.forward = policy.forward = None
+        evaluation = changes.pop("eval_dataset", None)
+        config = FocalPOConfig(
+            str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", max_steps=1,
+            save_strategy="no", logging_steps=1, gradient_checkpointing=False, **changes)  # fmt: skip
+        return FocalPOTrainer(
+            policy, reference, config, train_dataset=rows, eval_dataset=evaluation,
+            processing_class=tokenizer)  # fmt: skip
+
+    return trainer
+
+
+def warnings(capsys: Any) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if "focalpo_plugins: w" in line]
+
+
+def stream(rows: list[Row]) -> IterableDataset:
+    return Dataset.from_list(rows).to_iterable_dataset()
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(build: Any, case: str, capsys: Any):
+    """Before the reference, which has no forward here, is asked for log-probabilities."""
+    make, changes, why = REFUSED[case]
+    rows = [make(i) for i in range(8)]
+    with pytest.raises(ValueError) as refused:
+        build(rows, precompute_ref_log_probs=True, **changes)
+    assert "the training data can't be learnt from, got" in str(refused.value)
+    assert why in str(refused.value) and "focalpo_allow_data: true" in str(refused.value)
+    assert not warnings(capsys)
+    build(stream(rows), focalpo_allow_data=True, **changes)
+    (warning,) = warnings(capsys)
+    assert why.removeprefix("got ") in warning
+
+
+def test_a_stream_is_refused_and_allowed(build: Any):
+    rows = [alike(i) for i in range(8)]
+    with pytest.raises(ValueError, match="got " + EQUAL):
+        build(stream(rows))
+    trainer = build(stream(rows), focalpo_allow_data=True)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("case", PASS)
+def test_passes(build: Any, case: str, capsys: Any):
+    make, changes = PASS[case]
+    build([make(i) for i in range(8)], **changes)
+    assert not warnings(capsys)
+
+
+def test_a_common_start_that_became_the_prompt(build: Any, capsys: Any):
+    """The place of the EOS is learnt, so that the first step has a gradient.  TRL from 1.15 on puts
+    the last word that both have into the answers."""
+    trainer = build([texts(i) for i in range(8)])
+    said = warnings(capsys)
+    if hasattr(dpo_trainer, "common_prefix_length"):
+        assert not said
+    else:
+        assert len(said) == 1 and "8 of 8 pairs have an answer that the other one begins" in said[0]
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0.01
+
+
+def test_a_few_are_warned_of(build: Any, capsys: Any):
+    """In the evaluation data any number is."""
+    rows = [*map(alike, range(3)), *map(good, range(3, 8))]
+    build(rows, eval_dataset={"train": stream([*map(alike, range(8))])})
+    ours = "focalpo_plugins: warning: "
+    training, evaluation = warnings(capsys)
+    assert training.startswith(ours + "3 of 8 pairs have a chosen answer equal to")
+    assert evaluation.startswith(ours + "8 of 8 pairs of the evaluation data have a chosen answer")
+
+
+def test_the_first_rows_of_a_stream(build: Any, capsys: Any):
+    """64 are looked at, of which these last 30 are bad, and training then begins with the first."""
+    read: list[int] = []
+
+    def rows() -> Iterator[Row]:
+        for i in range(10**6):
+            read.append(i)
+            yield (good if i < 34 else alike)(i % 20)
+
+    trainer = build(IterableDataset.from_generator(rows), per_device_train_batch_size=4)
+    (warning,) = warnings(capsys)
+    assert "30 of 64 pairs have a chosen answer equal" in warning and "is row 34 of" in warning
+    assert max(read) <= 64
+    batch = next(iter(trainer.get_train_dataloader()))
+    ids = trainer.processing_class.convert_tokens_to_ids(["w0", "w1", "w2", "w3"])
+    assert batch["input_ids"][:4, 2].tolist() == ids
+
+
+def test_an_empty_stream(build: Any):
+    with pytest.raises(ValueError, match="train_dataset must hold a pair, got none"):
+        build(IterableDataset.from_generator(lambda: iter(())))
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files_are_refused_that_hosts_cannot_read(case: str, tmp_path: Path):
+    """The table's own expectations, against what reads the files of every host."""
+    content, line, _ = FILES[case]
+    (tmp_path / "pairs.jsonl").write_bytes(content.encode())
+    file = {"data_files": str(tmp_path / "pairs.jsonl"), "cache_dir": str(tmp_path / "cache")}
+    if line is None:
+        assert len(load_dataset("json", split="train", **file))
+    else:
+        with pytest.raises(Exception):  # noqa: B017  (of pyarrow, pandas or datasets)
+            load_dataset("json", split="train", **file)
