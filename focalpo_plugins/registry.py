@@ -233,13 +233,22 @@ def add(package: str, plugin: Any) -> None:
 
 
 @contextmanager
-def named(prefix: str) -> Iterator[None]:
-    """Put the user's prefix, ``focalpo_`` or ``--focalpo.``, before the message of a ValueError
-    raised inside, which begins with the name of the value that is wrong."""
+def named(prefix: str, options: Iterable[str] = (), true: str = "=True") -> Iterator[None]:
+    """Have the message of a ValueError raised inside name values as the user writes them.
+
+    Args:
+        prefix: ``focalpo_`` or ``--focalpo.``, put before the message, which begins with the name
+            of the value that is wrong.
+        options: names that the message may tell the user to set, as ``NAME=True``.
+        true: how a user sets one, after prefix and name: ``: true`` in a YAML.
+    """
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from None
+        message = str(error)
+        for option in options:
+            message = message.replace(f"{option}=True", f"{prefix}{option}{true}")
+        raise ValueError(f"{prefix}{message}") from None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

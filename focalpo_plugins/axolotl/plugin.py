@@ -140,7 +140,7 @@ def _bind(cfg: Any, loss: PairwiseLoss) -> BoundLoss:
         value = cfg.get(f"{loss.name}_{option}")
         if value is not None:
             given[option] = _as_number(value) if isinstance(default, float) else value
-    with named(f"{loss.name}_"):
+    with named(f"{loss.name}_", loss.options, ": true"):
         return loss.bind(**given)
 
 
@@ -251,8 +251,8 @@ def _check_fused(cfg: Any, fused: str) -> None:
     for key, fine in {**alone, **others}.items():
         if cfg.get(key) not in fine:
             raise ValueError(
-                f"{fused} can't be combined with {key}, got {cfg[key]!r}: the fused path has no "
-                f"part for it. Set {fused} to false, or remove {key}."
+                f"{fused} can't be combined with {key}, got {cfg[key]!r}: the fused path does not "
+                f"compute it. Set {fused} to false, or remove {key}."
             )
 
 

@@ -297,13 +297,8 @@ def _bind(loss: PairwiseLoss, values: dict[str, Any]) -> BoundLoss:
         for option in loss.options
         if f"{loss.name}.{option}" in values
     }
-    try:
+    with named(f"--{loss.name}.", loss.options, ""):
         return loss.bind(**given)
-    except ValueError as error:
-        message = str(error)
-        for option in loss.options:
-            message = message.replace(f"{option}=True", f"--{loss.name}.{option}")
-        raise ValueError(f"--{loss.name}.{message}") from None
 
 
 def _check_precompute(values: dict[str, Any], loss: PairwiseLoss) -> None:

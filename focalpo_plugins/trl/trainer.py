@@ -110,7 +110,7 @@ class FocalPOConfig(DPOConfig):
             "variant": self.focalpo_variant,
             "allow_reversed": self.focalpo_allow_reversed,
         }
-        with named("focalpo_"):
+        with named("focalpo_", options):
             loss = get_loss(self.focalpo_loss)
             if loss.name == "focalpo":
                 return loss.bind(**options)

@@ -128,6 +128,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"focalpo_gamma": 1.5},
         "focalpo_gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 1.5",
     ),
+    "gamma backwards, and the way out": (
+        {"focalpo_gamma": 1.5},
+        "; focalpo_allow_reversed: true accepts it all the same.",
+    ),
     "exact gamma 1": (
         {"focalpo_gamma": 1.0, "focalpo_variant": "correct_exact"},
         "focalpo_gamma must be below 1 for variant 'correct_exact', got 1.0",

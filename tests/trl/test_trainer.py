@@ -735,6 +735,7 @@ def test_the_same_batch_however_it_is_split(tokenizer, tmp_path):
         ),
         ({"beta": 0.0}, "beta must be a finite number above 0, got 0.0"),
         ({"focalpo_gamma": 2.0}, "focalpo_gamma must be below 1/ln 2"),
+        ({"focalpo_gamma": 1.5}, "; focalpo_allow_reversed=True accepts it all the same."),
         ({"focalpo_gamma": -1.0}, "focalpo_gamma must be a finite number of at least 0, got -1.0"),
         (
             {"focalpo_variant": "corect"},
