@@ -438,10 +438,12 @@ def test_pairs_that_one_rank_alone_does_not_know(watched: Callable):
 
 
 def test_a_name_that_is_taken(train: Callable, flags, in_turn, tmp_path: Path):
-    """A folder has the file's name, which rank 0 finds out once all is computed: both ranks end."""
+    """A folder has the file's name, which rank 0 finds out once all is computed: both ranks end.
+    The name is that of a run on one rank, with another ZeRO stage."""
     name, cache = file_of(in_turn[0]["first"]).name, tmp_path / "cache"
     (cache / name).mkdir(parents=True)
-    run = train(*flags, *PRECOMPUTE, "--focalpo.precompute_dir", str(cache), ranks=2)
+    asked = (*flags, *PRECOMPUTE, "--focalpo.precompute_dir", str(cache), "--ds.zero_stage", "3")
+    run = train(*asked, ranks=2)
     line = stopped(run)
     start = "focalpo_plugins: --focalpo.precompute_dir must be a folder where a file can have the "
     assert line.startswith(f"{start}name {name}, got {str(cache)!r}: ")
