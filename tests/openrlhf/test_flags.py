@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from harness import run_python
 from openrlhf_flags import of_host
+
+from focalpo_plugins.registry import RESERVED_NAMES
 
 pytestmark = pytest.mark.releases
 
@@ -177,3 +182,20 @@ def test_help(ends: dict):
         "Folder of that file (default: OpenRLHF's output folder)",
     ):
         assert text in ours, output
+    # No loss may be called as OpenRLHF's flags begin.
+    assert set(re.findall(r"--(\w+)\.", own)) <= {*RESERVED_NAMES, "focalpo", "hinge"}
+
+
+@pytest.mark.parametrize(
+    "runner",
+    [["-m", "cProfile", "-o", "prof", "-m", "openrlhf.cli.train_dpo"],
+     [str(Path(find_spec("openrlhf").origin).parent / "cli" / "train_dpo.py")]],
+    ids=["profiler", "path"],
+)  # fmt: skip
+def test_run_by_a_profiler_or_by_its_path(tmp_path: Path, runner: list[str]):
+    """`__main__` is the profiler's there, or has no name; the flags are there all the same, and so
+    is the CPU mode, without which OpenRLHF can't be imported here."""
+    run = run_python(*runner, "--help", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "--focalpo.gamma" in run.stdout.split("\nfocalpo_plugins:\n")[1]
+    assert run.stderr.count("focalpo_plugins: CPU mode") == 1
