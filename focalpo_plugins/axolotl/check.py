@@ -183,9 +183,14 @@ def _trainer(cfg: Any, train: Any, held_out: Any, tokenizer: Any, steps: int) ->
     from axolotl.utils.dict import DictDefault
     from axolotl.utils.trainer import setup_trainer
 
+    from . import FUSED
+    from .plugin import fused_key
+
     few = held_out.select(range(min(4, len(held_out)))) if held_out is not None else None
+    # Liger's switch asks for the fused path too, and for layers that a CPU can't run.
+    changed = {**_OFF_FOR_STAND_IN, FUSED: fused_key(cfg) is not None, "torch_dtype": torch.float32}
     return setup_trainer(
-        cfg=DictDefault({**cfg, **_OFF_FOR_STAND_IN, "torch_dtype": torch.float32}),
+        cfg=DictDefault({**cfg, **changed}),
         train_dataset=train,
         eval_dataset=few,
         model=_stand_in(cfg, tokenizer),
