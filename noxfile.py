@@ -43,11 +43,6 @@ PICTURES = ("matplotlib", "tensorboard")
 built: list[str] = []
 
 
-def ends(*release: str) -> nox.param:
-    """A host's oldest or newest release, which CI runs; `compat` runs those between as well."""
-    return nox.param(*release, tags=["ends"])
-
-
 def wheel(session: nox.Session) -> str:
     """Build sdist and wheel, in the first session that needs it, and return the wheel's path."""
     if not built:
@@ -143,7 +138,7 @@ def evaluation(session: nox.Session) -> None:
 
 
 @nox.session(tags=["compat"])
-@nox.parametrize("release", [ends("0.28.0"), ends("0.29.0"), ends("1.16.0")])
+@nox.parametrize("release", ["0.28.0", "0.29.0", "1.16.0"])
 def trl_releases(session: nox.Session, release: str) -> None:
     """The same tests in other releases of TRL; the oldest is refused."""
     with environment(session):
@@ -158,7 +153,7 @@ def trl_releases(session: nox.Session, release: str) -> None:
 
 
 @nox.session(tags=["compat"])
-@nox.parametrize("release", [ends("0.16.1"), "0.18.0", ends("0.21.0")])
+@nox.parametrize("release", ["0.16.1", "0.18.0", "0.21.0"])
 def axolotl_releases(session: nox.Session, release: str) -> None:
     """The same tests in other releases of Axolotl."""
     with environment(session):
@@ -170,7 +165,7 @@ def axolotl_releases(session: nox.Session, release: str) -> None:
 
 
 @nox.session(tags=["compat"])
-@nox.parametrize("release, deepspeed", [ends("0.9.10", "0.18.9"), ("0.10.4", "0.19.1")])
+@nox.parametrize("release, deepspeed", [("0.9.10", "0.18.9"), ("0.10.4", "0.19.1")])
 def openrlhf_releases(session: nox.Session, release: str, deepspeed: str) -> None:
     """The same tests in other releases of OpenRLHF."""
     with environment(session):
