@@ -16,25 +16,30 @@ from focalpo_plugins.registry import get_loss
 @pytest.fixture(scope="module")
 def trainer(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
     from axolotl.core.trainers.dpo.args import AxolotlDPOConfig
+    from axolotl.utils.dict import DictDefault
     from transformers import AutoTokenizer
 
+    from focalpo_plugins.axolotl import FocalPOPlugin
     from focalpo_plugins.axolotl.trainer import AxolotlPairwiseTrainer
 
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     other = [*chat[:1], {"role": "assistant", "content": "c"}]
-    return AxolotlPairwiseTrainer(
-        one_batch.model(1),
-        one_batch.model(2),
-        args=AxolotlDPOConfig(
-            str(tmp_path_factory.mktemp("one_batch")),
-            beta=one_batch.BETA,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-        ),
-        train_dataset=Dataset.from_list([{"chosen": chat, "rejected": other}]),
-        processing_class=AutoTokenizer.from_pretrained(tiny / "model"),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        # As Axolotl has our plugin note it, before it builds the trainer.
+        patch.setattr(FocalPOPlugin, "building", DictDefault({"focalpo_loss": "focalpo"}))
+        return AxolotlPairwiseTrainer(
+            one_batch.model(1),
+            one_batch.model(2),
+            args=AxolotlDPOConfig(
+                str(tmp_path_factory.mktemp("one_batch")),
+                beta=one_batch.BETA,
+                use_cpu=True,
+                bf16=False,
+                report_to="none",
+            ),
+            train_dataset=Dataset.from_list([{"chosen": chat, "rejected": other}]),
+            processing_class=AutoTokenizer.from_pretrained(tiny / "model"),
+        )
 
 
 def inputs(rows: list[int]) -> dict[str, torch.Tensor]:
