@@ -50,7 +50,7 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
     """Read the config at ``config`` as ``axolotl train`` would.
 
     Args:
-        gpus: ranks that the run is reckoned for.
+        gpus: ranks that the run is meant for.
         scratch: an empty folder, which takes the place of the config's ``output_dir``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a model's state takes on a rank, reckoned from its config alone."""
+"""What a model's state takes on a rank, computed from its config alone."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def plan(argv: Sequence[str], gpus: int) -> Plan:
     """Read the command line ``argv``, without the program's name, as OpenRLHF would.
 
     Args:
-        gpus: ranks that the run is reckoned for.
+        gpus: ranks that the run is meant for.
 
     Raises:
         ValueError: the flags are wrong; the message is the parser's.
