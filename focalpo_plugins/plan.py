@@ -76,7 +76,7 @@ class Plan:
         max_length: tokens that a sequence is cut to.
         micro_batch: pairs of a rank at a time.
         accumulation: micro-batches of a step.
-        ranks: that the run is reckoned for.
+        ranks: that the run is meant for.
         data_ranks: of those, the ones that get pairs of their own; fewer where sequences or layers
             are split over ranks.
         epoch_steps: optimizer steps of an epoch, a fraction where one goes on into the next epoch.
