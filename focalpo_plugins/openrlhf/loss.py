@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..loss import check_beta, check_label_smoothing
+from ..loss import check_beta, check_label_smoothing, label_smoothed
 from ..registry import get_loss
 
 
@@ -74,10 +74,16 @@ class FocalPOLoss(nn.Module):
         """
         policy_logratios = policy_chosen_logps - policy_rejected_logps
         reference_logratios = reference_chosen_logps - reference_rejected_logps
-        margins = self.beta * (policy_logratios - reference_logratios)
+        logratios = policy_logratios - reference_logratios
         if self.record is not None:
-            self.record(margins)
-        loss = self.pairwise_loss(margins, self.label_smoothing).mean()
+            self.record(self.beta * logratios)
+        # Beta multiplies each of the two gradients, before they are added, as in ``DPOLoss``: at
+        # gamma 0 the last bit is the same.
+        loss = label_smoothed(
+            lambda logratios: self.pairwise_loss(self.beta * logratios),
+            logratios,
+            self.label_smoothing,
+        ).mean()
         chosen_rewards = self.beta * (policy_chosen_logps - reference_chosen_logps).detach()
         rejected_rewards = self.beta * (policy_rejected_logps - reference_rejected_logps).detach()
         return loss, chosen_rewards, rejected_rewards
