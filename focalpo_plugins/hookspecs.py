@@ -15,18 +15,59 @@ From then on ``rl: hinge`` trains in Axolotl, and ``hinge`` is offered wherever 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 
 if TYPE_CHECKING:
-    from .registry import Register
+    from torch import Tensor
 
 hookspec = pluggy.HookspecMarker("focalpo_plugins")
 hookimpl = pluggy.HookimplMarker("focalpo_plugins")
 
 
+class Register(Protocol):
+    """What a ``register_losses`` hook is given to call."""
+
+    def __call__(
+        self,
+        name: str,
+        loss: Callable[..., Tensor],
+        *,
+        weight: Callable[..., Tensor] | None = None,
+        reversal: Callable[..., float] | None = None,
+        options: Mapping[str, Any] | None = None,
+        help: Mapping[str, str] | None = None,
+    ) -> None:
+        """Add a loss.
+
+        Args:
+            name: what the user writes as ``rl: NAME``; an identifier in lower case, without outer
+                or double underscores, and none of the registry's ``RESERVED_NAMES``, which hosts
+                use.
+            loss: ``loss(margins, **options)`` gives per-pair losses of the shape ``(B,)`` of the
+                reward margins; it raises ``ValueError`` for an option out of range, with a message
+                that begins with the option's name.
+            weight: ``weight(margins, **options)``, what the loss multiplies DPO's gradient by.
+                Without it the diagnostics ``NAME/weight`` and ``NAME/reversed`` are left out.
+            reversal: ``reversal(**options)``, the margin below which the weight is negative.
+            options: the options' names and default values, which JSON can hold: a checkpoint says
+                them.  A host's key for the option ``o`` is ``NAME_o``, its flag ``--NAME.o``.  A
+                name is an identifier without outer or double underscores, and none of
+                ``RESERVED_OPTIONS``, which every loss has in a host.
+            help: what each option does, a phrase each, for the hosts' ``--help``.
+
+        ``loss`` is called with all options by name.  ``weight`` and ``reversal`` are called with
+        those that they name, or with all where they take ``**options``.
+
+        Raises:
+            ValueError: a name is not as said above or is taken, a default is nothing that JSON can
+                hold, or a function can't be called in this way.
+        """
+
+
 @hookspec
 def register_losses(register: Register) -> None:
-    """Call ``register(name, loss)`` once for each loss; :meth:`.registry.Register.__call__` tells
-    what else it takes."""
+    """Call ``register(name, loss)`` once for each loss; :meth:`Register.__call__` tells what
+    else it takes."""

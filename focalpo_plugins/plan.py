@@ -1,16 +1,19 @@
-"""What a host is about to train, as its room read it with the host's own code; see ``check``."""
+"""What a host is about to train, as its adapter read it with the host's own code."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from .registry import BoundLoss
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Tokens:
     """Prompt and one answer as the model gets them, without padding.
 
     Attributes:
@@ -26,8 +29,8 @@ class Sequence:
 class Pair:
     """A preference pair as it is trained on; ``truncated`` where either side was cut."""
 
-    chosen: Sequence
-    rejected: Sequence
+    chosen: Tokens
+    rejected: Tokens
     truncated: bool
 
 
@@ -105,3 +108,11 @@ class Plan:
     state: ModelState
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def reversal(self) -> float:
+        """The margin below which the loss pushes a pair the wrong way; ``-inf`` where none is."""
+        return -math.inf if self.loss is None else self.loss.reversal()
+
+    def first_loss(self) -> float:
+        """The loss at margin 0, where every run starts; label smoothing changes nothing there."""
+        return math.log(2) if self.loss is None else self.loss(torch.zeros(1).double()).item()

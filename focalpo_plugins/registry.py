@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import pluggy
 import torch
 from torch import Tensor
 
 from . import hookspecs
+from .guards.messages import did_you_mean
+from .hookspecs import Register
 from .loss import focalpo_loss, focalpo_weight, label_smoothed, reversal_margin
+from .options import OF_ANY_LOSS, OF_FOCALPO
 
 GROUP = "focalpo_plugins"
 
@@ -40,51 +41,12 @@ RESERVED_NAMES = frozenset(
     }
 )
 # What every loss of ours has as a key or flag in a host, and so can be no option's name.
-RESERVED_OPTIONS = frozenset(
-    {"allow_changed", "allow_data", "fused", "loss", "precompute_dir", "precompute_ref"}
-)
+RESERVED_OPTIONS = frozenset({*OF_ANY_LOSS, "loss", "pairwise_loss", "rl"})
 
 #: Losses reach it through :func:`add`.
 manager = pluggy.PluginManager("focalpo_plugins")
 manager.add_hookspecs(hookspecs)
 _losses: dict[str, PairwiseLoss] = {}
-
-
-class Register(Protocol):
-    """What a ``register_losses`` hook is given to call."""
-
-    def __call__(
-        self,
-        name: str,
-        loss: Callable[..., Tensor],
-        *,
-        weight: Callable[..., Tensor] | None = None,
-        reversal: Callable[..., float] | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Add a loss.
-
-        Args:
-            name: what the user writes as ``rl: NAME``; an identifier in lower case, without outer
-                or double underscores, and none of :data:`RESERVED_NAMES`, which hosts use.
-            loss: ``loss(margins, **options)`` gives per-pair losses of the shape ``(B,)`` of the
-                reward margins; it raises ``ValueError`` for an option out of range, with a message
-                that begins with the option's name.
-            weight: ``weight(margins, **options)``, what the loss multiplies DPO's gradient by.
-                Without it the diagnostics ``NAME/weight`` and ``NAME/reversed`` are left out.
-            reversal: ``reversal(**options)``, the margin below which the weight is negative.
-            options: the options' names and default values, which JSON can hold: a checkpoint says
-                them.  A host's key for the option ``o`` is ``NAME_o``, its flag ``--NAME.o``.  A
-                name is an identifier without outer or double underscores, and none of
-                :data:`RESERVED_OPTIONS`, which every loss has in a host.
-
-        ``loss`` is called with all options by name.  ``weight`` and ``reversal`` are called with
-        those that they name, or with all where they take ``**options``.
-
-        Raises:
-            ValueError: a name is not as said above or is taken, a default is nothing that JSON can
-                hold, or a function can't be called in this way.
-        """
 
 
 @dataclass(frozen=True)
@@ -96,6 +58,7 @@ class PairwiseLoss:
     weight: Callable[..., Tensor] | None = None
     reversal: Callable[..., float] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    help: Mapping[str, str] = field(default_factory=dict)
     #: Who registered it, by the name of its entry point.
     package: str = "focalpo_plugins"
 
@@ -232,67 +195,6 @@ def add(package: str, plugin: Any) -> None:
     _losses.update(own)
 
 
-@contextmanager
-def named(prefix: str, options: Iterable[str] = (), true: str = "=True") -> Iterator[None]:
-    """Have the message of a ValueError raised inside name values as the user writes them.
-
-    Args:
-        prefix: ``focalpo_`` or ``--focalpo.``, put before the message, which begins with the name
-            of the value that is wrong.
-        options: names that the message may tell the user to set, as ``NAME=True``.
-        true: how a user sets one, after prefix and name: ``: true`` in a YAML.
-    """
-    try:
-        yield
-    except ValueError as error:
-        message = str(error)
-        for option in options:
-            message = message.replace(f"{option}=True", f"{prefix}{option}{true}")
-        raise ValueError(f"{prefix}{message}") from None
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A sentence's end: ``; did you mean 'gamma'?`` or, with nothing near, ``; known: a, b.``"""
-    known = list(known)
-    near = difflib.get_close_matches(word.lower(), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}."
-
-
-def check_unchanged(
-    recorded: Mapping[str, Any] | None,
-    asked: Mapping[str, Any],
-    checkpoint: str,
-    allow: str,
-    written: Mapping[str, str],
-) -> None:
-    """Compare what a checkpoint was trained with and what is asked for.
-
-    Args:
-        recorded: by key, as saved with the checkpoint; None where nothing was.
-        asked: by key, what this run would train.
-        checkpoint: where it is, for the message.
-        allow: what the user gives to go on all the same.
-        written: the keys as the user writes them, where the host has another name for one.
-
-    Raises:
-        ValueError: they differ; half a run would be trained with one loss and half with another.
-    """
-    rest = f"give the values it was trained with, start without resuming, or give {allow}."
-    if recorded is None:
-        raise ValueError(
-            f"the checkpoint {checkpoint} does not say that it was trained with a loss of "
-            f"focalpo_plugins, got loss={asked['loss']!r} to go on with. Resume it with the loss "
-            f"that began it, start without resuming, or give {allow}."
-        )
-    changed = [
-        f"{written.get(key, key)} was {recorded.get(key)!r}, got {asked.get(key)!r}"
-        for key in sorted({*recorded, *asked})
-        if not _same(recorded.get(key), asked.get(key))
-    ]
-    if changed:
-        raise ValueError(f"{'; '.join(changed)}: so says the checkpoint {checkpoint}; {rest}")
-
-
 class _FocalPO:
     """FocalPO's own registration, through the hook that every other package uses."""
 
@@ -305,6 +207,7 @@ class _FocalPO:
             weight=focalpo_weight,
             reversal=reversal_margin,
             options={"gamma": 0.05, "variant": "correct", "allow_reversed": False},
+            help=OF_FOCALPO,
         )
 
 
@@ -312,6 +215,7 @@ class _FocalPO:
 def _add_installed() -> list[tuple[str, str]]:
     """Add the losses of other packages, once; the packages that failed, and why."""
     failed = []
+    # Not pluggy's load_setuptools_entrypoints: it ends at the first package that can't be loaded.
     for point in entry_points(group=GROUP):
         try:
             add(point.name, point.load())
@@ -349,6 +253,12 @@ def _check(loss: PairwiseLoss, others: Mapping[str, PairwiseLoss]) -> None:
             raise ValueError(
                 f"an option of {loss.name} must make a key that is new, got {option!r}: {key} "
                 f"belongs to the loss {taken[key]}"
+            )
+    for option in loss.help:
+        if option not in loss.options:
+            raise ValueError(
+                f"help of {loss.name} must be of its options, got {option!r}"
+                f"{did_you_mean(option, loss.options)}"
             )
     margins = object()
     calls = {
@@ -391,10 +301,6 @@ def _check_json(what: str, value: object) -> None:
             f"{what} must be a value that JSON can hold, got {value!r}: a checkpoint says what it "
             "was trained with"
         ) from None
-
-
-def _same(recorded: object, asked: object) -> bool:
-    return recorded == asked or json.dumps(recorded) == json.dumps(asked)  # NaN is not NaN
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:

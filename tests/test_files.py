@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from harness import SUPPORT, focalpo, run_python
 
-from focalpo_plugins.files import write_whole
+from focalpo_plugins.guards.folders import write_whole
 
 FAULTS = SUPPORT / "disk_faults"
-WRITE = "import sys; from pathlib import Path; from focalpo_plugins.files import write_whole; "
+WRITE = (
+    "import sys; from pathlib import Path; from focalpo_plugins.guards.folders import write_whole; "
+)
 WRITE += "write_whole(Path(sys.argv[1]), 'x' * 1000)"
 
 
@@ -63,7 +65,7 @@ def test_a_command_that_cannot_write(tmp_path: Path, how: str, at: str, why: str
     assert all(path.read_text().endswith("\n") for path in files)
 
 
-CHECK = "import sys; from pathlib import Path; from focalpo_plugins.files import check_folder; "
+CHECK = "import sys; from pathlib import Path; from focalpo_plugins.guards.folders import check_folder; "
 CHECK += "check_folder(Path(sys.argv[1]), 'output_dir')"
 
 

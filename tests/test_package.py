@@ -13,6 +13,7 @@ from harness import run_python
 import focalpo_plugins
 
 PACKAGE = Path(focalpo_plugins.__file__).parent
+# By module or folder of ours: which hosts it may import, and which of our own.
 HOSTS = {
     "axolotl",
     "openrlhf",
@@ -23,13 +24,29 @@ HOSTS = {
     "peft",
     "liger_kernel",
 }
-CORE = ("loss", "hookspecs", "registry", "diagnostics", "pairs", "plan")
-ROOMS = {
-    "axolotl": {"axolotl", "pydantic", "transformers"},
+OF_HOST = {
+    "axolotl": {"axolotl", "transformers"},
     # OpenRLHF is built on DeepSpeed and requires it.
     "openrlhf": {"openrlhf", "transformers", "peft", "deepspeed"},
     "trl": {"trl", "transformers", "accelerate", "peft", "deepspeed"},
     "cli": {"transformers", "peft"},  # to count a model's parameters, whoever trains it
+}
+CORE = {"loss", "hookspecs", "options", "registry", "diagnostics", "plan", "guards", "compute"}
+ARROWS: dict[str, set[str]] = {
+    "loss": set(),
+    "hookspecs": set(),
+    "guards": set(),
+    "compute": set(),
+    "options": {"loss"},
+    "registry": {"loss", "hookspecs", "options", "guards"},
+    "diagnostics": {"registry"},
+    "plan": {"registry"},
+    "trl": {"loss", "options", "registry", "diagnostics", "guards", "compute"},
+    "axolotl": {"loss", "options", "registry", "plan", "guards", "compute", "trl"},
+    "openrlhf": {"loss", "options", "registry", "diagnostics", "plan", "guards"},
+    "cli": {"loss", "plan", "guards", "trl", "axolotl", "openrlhf"},
+    "__main__": {"cli"},
+    "__init__": {"loss", "hookspecs", "trl"},
 }
 
 
@@ -49,7 +66,10 @@ def test_importing_the_package_loads_neither_torch_nor_a_host():
 
 
 def test_the_core_loads_no_host():
-    loaded = loaded_by("import " + ", ".join(f"focalpo_plugins.{name}" for name in CORE))
+    files = [path for path in PACKAGE.rglob("*.py") if place(path) in CORE]
+    assert len(files) > len(CORE)
+    names = [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in files]
+    loaded = loaded_by("import " + ", ".join(f"focalpo_plugins.{name}" for name in names))
     assert "torch" in loaded
     assert not loaded & HOSTS
 
@@ -63,15 +83,40 @@ def imports_of(file: Path) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def test_a_host_is_imported_in_its_own_room_only():
-    files = sorted(PACKAGE.rglob("*.py"))
-    assert len(files) > len(CORE)
-    for file in files:
-        parts = file.relative_to(PACKAGE).parts
-        allowed = ROOMS.get(parts[0], set()) if len(parts) > 1 else set()
+def place(file: Path) -> str:
+    """The module or the folder of ours that a file belongs to."""
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def ours_in(file: Path) -> set[str]:
+    """Of this package, what the file imports: at its top, and inside its functions."""
+    package = ["focalpo_plugins", *file.relative_to(PACKAGE).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            start = package[: len(package) + 1 - node.level] if node.level else []
+            name = ".".join([*start, node.module or ""]).strip(".")
+            found |= {f"{name}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name.split(".")[1] for name in found if name.startswith("focalpo_plugins.")}
+
+
+def test_a_host_is_imported_in_its_own_adapter_only():
+    for file in sorted(PACKAGE.rglob("*.py")):
+        allowed = OF_HOST.get(place(file), set())
         assert not imports_of(file) & (HOSTS - allowed), file
-    # The fused loss is tensors alone; TRL's trainer brings it what it needs.
-    assert not imports_of(PACKAGE / "trl" / "fused.py") & HOSTS
+
+
+def test_the_arrows():
+    """Guards and compute import nothing of ours outside, adapters no other host's but that Axolotl's
+    is built on TRL's, and nothing imports the command."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert {place(file) for file in files} == ARROWS.keys()
+    arrows: dict[str, set[str]] = {name: set() for name in ARROWS}
+    for file in files:
+        arrows[place(file)] |= ours_in(file) - {place(file)}
+    assert arrows == ARROWS
 
 
 def test_the_autoload_imports_the_standard_library_alone():
@@ -118,7 +163,7 @@ def of_module(called: ast.expr, module: str) -> bool:
     return isinstance(owner, ast.Name) and owner.id == module
 
 
-OF_TRL = {"FocalPOConfig", "FocalPOTrainer"}  # tested in TRL's room
+OF_TRL = {"FocalPOConfig", "FocalPOTrainer"}  # tested with TRL
 
 
 @pytest.mark.parametrize("name", sorted({*focalpo_plugins.__all__} - OF_TRL))

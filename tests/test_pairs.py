@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from json_files import FILES
 
-from focalpo_plugins import pairs
+from focalpo_plugins.guards import pairs
+from focalpo_plugins.guards.jsonl import check_file
 
 BOS, EOS, TURN, SPACE, MARKER = 1, 2, 3, 4, 99
 
@@ -160,10 +161,10 @@ def test_files(tmp_path, case: str):
     file = tmp_path / "pairs.jsonl"
     file.write_bytes(content.encode())
     if line is None:
-        pairs.check_file(file, "data")
+        check_file(file, "data")
         return
     with pytest.raises(ValueError) as refused:
-        pairs.check_file(file, "data")
+        check_file(file, "data")
     start = f"data must be JSON lines, got {str(file)!r}, of which line {line} can't be used: "
     assert str(refused.value).startswith(start + why)
     assert str(refused.value).endswith(". Mend that line, or remove it.")
@@ -183,7 +184,7 @@ def test_files_refused_as_a_whole(tmp_path, content: bytes, why: str):
     file = tmp_path / "pairs.jsonl"
     file.write_bytes(content)
     with pytest.raises(ValueError) as refused:
-        pairs.check_file(file, "data")
+        check_file(file, "data")
     assert why in str(refused.value) and repr(str(file)) in str(refused.value)
 
 
@@ -197,18 +198,18 @@ def test_files_refused_as_a_whole(tmp_path, content: bytes, why: str):
 )
 def test_an_entry_without_a_column(tmp_path, content: str, place: str):
     (tmp_path / "p.jsonl").write_text(content)
-    pairs.check_file(tmp_path / "p.jsonl", "data", ["a"])
+    check_file(tmp_path / "p.jsonl", "data", ["a"])
     why = re.escape(f"{place} can't be used: it has no 'b', got a, c. Mend")
     with pytest.raises(ValueError, match=why):
-        pairs.check_file(tmp_path / "p.jsonl", "data", ["a", "b"])
+        check_file(tmp_path / "p.jsonl", "data", ["a", "b"])
 
 
 def test_files_that_are_not_looked_at(tmp_path):
     """Other formats, and names on a hub."""
     for name in ("d.parquet", "e.jsonl.gz"):
         (tmp_path / name).write_text("{")
-        pairs.check_file(tmp_path / name, "data")
-    pairs.check_file(tmp_path / "nobody" / "pairs", "data")
+        check_file(tmp_path / name, "data")
+    check_file(tmp_path / "nobody" / "pairs", "data")
 
 
 def test_places():

@@ -13,7 +13,8 @@ import torch
 from harness import run_python
 
 from focalpo_plugins import focalpo_loss, focalpo_weight, registry
-from focalpo_plugins.registry import check_unchanged, get_loss, losses
+from focalpo_plugins.guards.resume import check_unchanged
+from focalpo_plugins.registry import get_loss, losses
 
 
 def test_focalpo_is_registered():

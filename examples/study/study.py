@@ -38,8 +38,6 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from focalpo_plugins.cli import CommandError
-from focalpo_plugins.cli.plots import pyplot, save
 from focalpo_plugins.registry import get_loss
 
 EXAMPLES = Path(__file__).resolve().parents[1]
@@ -48,6 +46,10 @@ RESAMPLES = 10_000
 # Evaluation during training would cost time and change nothing: every model is scored at its end.
 NOT_IN_A_STUDY = ("test_datasets", "val_set_size", "eval_steps", "evals_per_epoch", "eval_strategy")
 OWN_KEYS = ("rl", "seed", "base_model", "datasets", "output_dir", "save_steps")
+
+
+class StudyError(Exception):
+    """What is wrong with the arguments or with a run, in one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def read_pairs(path: Path) -> list[dict[str, list[dict[str, str]]]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise CommandError(f"a preference file can't be read: {error}") from None
+        raise StudyError(f"a preference file can't be read: {error}") from None
     pairs = []
     for number, line in enumerate(lines, 1):
         try:
@@ -138,9 +140,9 @@ def read_pairs(path: Path) -> list[dict[str, list[dict[str, str]]]]:
                 raise ValueError("a row must be an object with chosen and rejected")
             pairs.append(conversations(row))
         except ValueError as error:
-            raise CommandError(f"{path}, line {number}: {error}.") from None
+            raise StudyError(f"{path}, line {number}: {error}.") from None
     if not pairs:
-        raise CommandError(f"{path} holds no pairs.")
+        raise StudyError(f"{path} holds no pairs.")
     return pairs
 
 
@@ -154,7 +156,7 @@ def split(pairs: list[Any], share: float) -> tuple[list[Any], list[Any]]:
     for pair in pairs:
         parts[prompt_of(pair) in held_out].append(pair)
     if not all(parts):
-        raise CommandError(
+        raise StudyError(
             f"--held-out must leave prompts on both sides, got {share} of {len(prompts)} prompts."
         )
     return parts
@@ -167,9 +169,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CommandError(f"--config must be an Axolotl YAML, got {path}: {error}") from None
+        raise StudyError(f"--config must be an Axolotl YAML, got {path}: {error}") from None
     if not isinstance(content, dict):
-        raise CommandError(f"--config must be an Axolotl YAML, got {path} without any key.")
+        raise StudyError(f"--config must be an Axolotl YAML, got {path} without any key.")
     return content
 
 
@@ -184,13 +186,13 @@ def base_config(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, A
     for word in args.set:
         key, equals, value = word.partition("=")
         if not equals or key in OWN_KEYS or of_the_loss(key):
-            raise CommandError(
+            raise StudyError(
                 f"--set takes KEY=VALUE of Axolotl's keys, got {word!r}; {', '.join(OWN_KEYS)} and "
                 "focalpo_*, but for focalpo_fused, are the study's own."
             )
         config[key] = yaml.safe_load(value)
     if not isinstance(config.get("max_steps"), int) or config["max_steps"] < 1:
-        raise CommandError(
+        raise StudyError(
             f"max_steps must be a whole number of at least 1, got {config.get('max_steps')!r}: "
             "the losses are compared after the same number of steps. Give --set max_steps=100."
         )
@@ -206,7 +208,7 @@ def two_files(path: Path, content: dict[str, Any]) -> list[str]:
     try:
         return [content[key][0]["path"] for key in ("datasets", "test_datasets")]
     except (KeyError, IndexError, TypeError):
-        raise CommandError(
+        raise StudyError(
             f"{path} must name a data set and a test set by their paths; or give --data."
         ) from None
 
@@ -215,7 +217,7 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     """Write or find the study's data; what all runs share, and the held-out file.
 
     Raises:
-        CommandError: something is wrong with the arguments, or the folder is of another study.
+        StudyError: something is wrong with the arguments, or the folder is of another study.
     """
     content = read_yaml(args.config)
     config = base_config(args, content)
@@ -253,12 +255,12 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
         for key in {**before["config"], **config}:
             old, new = before["config"].get(key), config.get(key)
             if old != new:
-                raise CommandError(
+                raise StudyError(
                     f"{args.out} holds a study with {key} {old!r}, and this one has {new!r}: give "
                     "another --out."
                 )
         if before["data"] != digest:
-            raise CommandError(f"{args.out} holds a study of other data: give another --out.")
+            raise StudyError(f"{args.out} holds a study of other data: give another --out.")
     else:
         data.mkdir(parents=True, exist_ok=True)
         for path, text in texts.items():
@@ -273,7 +275,7 @@ def command(words: Sequence[str], log: Path, bar: tqdm, cores: int) -> None:
     """Run a command into ``log``, and move the bar with the training steps it reports.
 
     Raises:
-        CommandError: the command failed; the message has its last lines.
+        StudyError: the command failed; the message has its last lines.
     """
     env = {**os.environ, "OMP_NUM_THREADS": str(cores), "TOKENIZERS_PARALLELISM": "false"}
     steps = 0
@@ -294,7 +296,7 @@ def command(words: Sequence[str], log: Path, bar: tqdm, cores: int) -> None:
                 process.wait()
     if process.returncode != 0:
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-        raise CommandError(f"{' '.join(words)} failed; {log} ends:\n" + "\n".join(tail))
+        raise StudyError(f"{' '.join(words)} failed; {log} ends:\n" + "\n".join(tail))
 
 
 def train_and_score(
@@ -359,7 +361,7 @@ def check_paired(losses: Sequence[Loss], seeds: Iterable[int], out: Path) -> Non
     """Every loss must have seen DPO's batches: the host logs the tokens of each step.
 
     Raises:
-        CommandError: the runs of one seed differ.
+        StudyError: the runs of one seed differ.
     """
     for seed in seeds:
         seen = {}
@@ -372,7 +374,7 @@ def check_paired(losses: Sequence[Loss], seeds: Iterable[int], out: Path) -> Non
             seen[loss.name] = (first, [entry["num_tokens"] for entry in steps])
         for name, found in seen.items():
             if found != seen["DPO"]:
-                raise CommandError(
+                raise StudyError(
                     f"{name} and DPO were trained on other batches under seed {seed}: they can't "
                     "be compared pair by pair."
                 )
@@ -596,10 +598,25 @@ def chosen_losses(args: argparse.Namespace) -> list[Loss]:
         try:
             get_loss("focalpo").bind(variant=variant, gamma=gamma)
         except ValueError as error:
-            raise CommandError(str(error).replace("gamma", flag, 1)) from None
+            raise StudyError(str(error).replace("gamma", flag, 1)) from None
         if gamma and Loss(variant, gamma) not in losses:
             losses.append(Loss(variant, gamma))
     return losses
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing into files."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise StudyError("the picture needs matplotlib: pip install matplotlib.") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    bare = {f"axes.spines.{side}": False for side in ("top", "right")}
+    grid = {"axes.grid": True, "axes.axisbelow": True, "grid.color": "#dddddd"}
+    pyplot.rcParams.update({"legend.frameon": False, "lines.linewidth": 1.8, **bare, **grid})
+    return pyplot
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -611,7 +628,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_all(losses, args, config, held_out)
         check_paired(losses, args.seeds, args.out)
         results, differences = summarise(losses, args.seeds, held_out, args.out)
-    except CommandError as error:
+    except StudyError as error:
         print(f"study: error: {error}", file=sys.stderr)
         return 2
     write_csv(args.out / "results.csv", results)
@@ -624,9 +641,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{', '.join(map(str, args.seeds))}; {config['max_steps']} steps, "
         f"beta {config.get('rl_beta', 0.1)}"
     )
-    written = save(draw(plt, losses, results, differences, title), args.out, "study", ["png"])
-    names = [*written, args.out / "results.csv", args.out / "differences.csv"]
-    print("\nwrote " + ", ".join(map(str, names)))
+    figure = draw(plt, losses, results, differences, title)
+    figure.savefig(args.out / "study.png", dpi=150, bbox_inches="tight")
+    names = ("study.png", "results.csv", "differences.csv")
+    print("\nwrote " + ", ".join(str(args.out / name) for name in names))
     print("It shows where each loss turns training, not which loss gives the better model.")
     return 0
 

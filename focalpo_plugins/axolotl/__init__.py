@@ -15,6 +15,8 @@ FUSED = "focalpo_fused"
 ALLOW_CHANGED = "focalpo_allow_changed"
 #: The key that lets a run go on with data that mostly can't be learnt from.
 ALLOW_DATA = "focalpo_allow_data"
+#: Written by the plugin, not by the user: which loss `rl` asked for before it became `dpo`.
+REQUESTED = "focalpo_rl"
 TRAINER = "focalpo_plugins.axolotl.trainer.AxolotlPairwiseTrainer"
 
 

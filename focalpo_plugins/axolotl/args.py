@@ -7,29 +7,29 @@ from __future__ import annotations
 from typing import Any
 
 from axolotl.utils.schemas.config import AxolotlInputConfig
-from pydantic import BaseModel, create_model
+from pydantic import BaseModel, Field, create_model
 
+from ..options import OF_ANY_LOSS
 from ..registry import losses
-from . import ALLOW_CHANGED, ALLOW_DATA, FUSED
+from . import ALLOW_CHANGED, ALLOW_DATA, FUSED, REQUESTED
 
 
 def _keys() -> dict[str, Any]:
     keys = {
         # A default of None doesn't tell what else it may be.
-        f"{loss.name}_{option}": (Any if default is None else type(default) | None, None)
+        f"{loss.name}_{option}": (
+            Any if default is None else type(default) | None,
+            Field(default=None, description=loss.help.get(option)),
+        )
         for loss in losses().values()
         for option, default in loss.options.items()
     }
     # A loss that takes a name of Axolotl's own is refused where it is asked for.
     keys = {key: kind for key, kind in keys.items() if key not in AxolotlInputConfig.model_fields}
-    return {
-        **keys,
-        FUSED: (bool | None, None),
-        ALLOW_CHANGED: (bool | None, None),
-        ALLOW_DATA: (bool | None, None),
-        # Written by the plugin, not by the user: which loss `rl` asked for before it became `dpo`.
-        "focalpo_loss": (str | None, None),
-    }
+    for key in (FUSED, ALLOW_CHANGED, ALLOW_DATA):
+        description = OF_ANY_LOSS[key.removeprefix("focalpo_")]
+        keys[key] = (bool | None, Field(default=None, description=description))
+    return {**keys, REQUESTED: (str | None, None)}
 
 
 FocalPOArgs: type[BaseModel] = create_model("FocalPOArgs", **_keys())

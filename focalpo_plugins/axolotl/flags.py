@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import click
 
-from . import TRAINER
+from . import REQUESTED, TRAINER
 
 _KINDS = {int: int, float: float, str: str}
 
@@ -65,15 +65,15 @@ def _takes_keys(command: click.Command) -> bool:
     return {"base_model", "rl"} <= {parameter.name for parameter in command.params}
 
 
-def _keys() -> dict[str, Any]:
-    """The keys that a user can give, and the type of each."""
+def _keys() -> dict[str, tuple[Any, str]]:
+    """The keys that a user can give, the type of each, and what it does."""
     from .args import FocalPOArgs
 
     fields = FocalPOArgs.model_fields.items()
     return {
-        key: next(iter(get_args(field.annotation)), object)
+        key: (next(iter(get_args(field.annotation)), object), field.description or "")
         for key, field in fields
-        if key != "focalpo_loss"
+        if key != REQUESTED
     }
 
 
@@ -121,7 +121,7 @@ def _with_ours(command: click.Command, args: list[str]) -> list[str]:
             _key(word).startswith("focalpo")
             or difflib.get_close_matches(flag, flags, n=1, cutoff=0.85)
         ):
-            from ..registry import did_you_mean
+            from ..guards.messages import did_you_mean
 
             raise click.UsageError(f"{name} is no option, got {word!r}{did_you_mean(flag, flags)}")
         words.append(word)
@@ -132,7 +132,7 @@ def _add(command: click.Command) -> dict[str, Any]:
     """Our options, each with the type of its value, added to those of the command."""
     flags = {}
     there = {parameter.name for parameter in command.params}
-    for key, kind in _keys().items():
+    for key, (kind, description) in _keys().items():
         flag = f"--{key.replace('_', '-')}"
         off = f"--no-{key.replace('_', '-')}"
         flags[flag] = kind
@@ -144,7 +144,7 @@ def _add(command: click.Command) -> dict[str, Any]:
                     [f"{flag}/{off}" if kind is bool else flag, key],
                     default=None,
                     type=None if kind is bool else _KINDS.get(kind, json.loads),
-                    help="Key of focalpo_plugins, as in the YAML.",
+                    help=f"{description or 'Option of a loss'}. Key of focalpo_plugins.",
                 )
             )
     return flags

@@ -1,7 +1,7 @@
 """The Axolotl plugin: turns ``rl: focalpo`` into Axolotl's DPO with our trainer, or refuses.
 
 Axolotl knows no ``rl`` but its own, so its ``validate_config`` is given a copy of the config with
-``rl: dpo``, our ``trainer_cls``, and the loss noted in ``focalpo_loss``.  The user's own object
+``rl: dpo``, our ``trainer_cls``, and the loss noted in ``focalpo_rl``.  The user's own object
 stays as it was written.  What the trainer needs is in the validated config, which reaches Ray's
 workers too.
 """
@@ -19,10 +19,11 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.enums import RLType
 
+from ..guards.jsonl import check_file
+from ..guards.messages import did_you_mean, named
 from ..loss import check_beta, check_label_smoothing
-from ..pairs import check_file
-from ..registry import BoundLoss, PairwiseLoss, did_you_mean, get_loss, losses, named
-from . import ALLOW_CHANGED, ALLOW_DATA, FUSED, PLUGIN, TRAINER, flags
+from ..registry import BoundLoss, PairwiseLoss, get_loss, losses
+from . import ALLOW_CHANGED, ALLOW_DATA, FUSED, PLUGIN, REQUESTED, TRAINER, flags
 from .autoload import patch
 
 
@@ -58,7 +59,7 @@ class FocalPOPlugin(BasePlugin):
             if trainer is not None:
                 raise ValueError(
                     f"plugins holds {name}, whose trainer {trainer.__name__} would run instead of "
-                    f"the one that trains rl: {cfg.focalpo_loss}. Remove one of the two."
+                    f"the one that trains rl: {cfg[REQUESTED]}. Remove one of the two."
                 )
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
@@ -118,14 +119,14 @@ def rewritten(cfg: Any) -> Any:
     cfg = copy.deepcopy(cfg)
     cfg["rl"] = "dpo"
     cfg["trainer_cls"] = TRAINER
-    cfg["focalpo_loss"] = name
+    cfg[REQUESTED] = name
     _use_plugin(cfg)
     return cfg
 
 
 def requested_loss(cfg: Any) -> BoundLoss | None:
     """The loss that a rewritten config asks for; None where it asks for none of ours."""
-    name = cfg.get("focalpo_loss")
+    name = cfg.get(REQUESTED)
     return None if name is None else _bind(cfg, get_loss(name))
 
 
@@ -178,9 +179,9 @@ def _check_keys(cfg: Any, rl: Any) -> None:
             continue
         # `no` and other marks as a command line has them that Axolotl's parser didn't see.
         word = re.sub(r"\W", "_", str(key).lower()).removeprefix("no").strip("_")
-        if key == "focalpo_loss" and cfg.get("trainer_cls") == TRAINER:
+        if key == REQUESTED and cfg.get("trainer_cls") == TRAINER:
             raise ValueError(
-                f"focalpo_loss must go with rl: dpo, got {cfg[key]!r} under rl: {rl}: this config "
+                f"{REQUESTED} must go with rl: dpo, got {cfg[key]!r} under rl: {rl}: this config "
                 f"was loaded before, as rl: {cfg[key]}. Load the config as it was written."
             )
         if key not in of_loss and f"{word}_".startswith(("focalpo_", f"{of_any}_")):

@@ -57,7 +57,7 @@ class AxolotlPairwiseTrainer(PairwiseLossMixin, _OneBosTrainer):
                 f"{type(self).__name__} must be built by Axolotl for a config that asks for a loss "
                 f"of ours, got {'none' if cfg is None else 'another'}. Load one with rl: focalpo."
             )
-        self._fused = fused_key(cfg)
+        self._fused_key = fused_key(cfg)
         self._allow_changed = bool(cfg.get(ALLOW_CHANGED))
         self._allow_data = bool(cfg.get(ALLOW_DATA))
         super().__init__(*args, **kwargs)

@@ -13,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from ..guards.resume import RECORD_FILE, of_trainer_state
 from . import CommandError, output_folder, write, writing
 from .plots import pyplot, save
 
@@ -157,23 +158,17 @@ def _recorded_beta(model: Path) -> tuple[float, Path] | None:
                     content = json.loads((place / name).read_text(encoding="utf-8"))
                     beta = record_of(content)["beta"]
                     check_beta(beta)
-                except (OSError, ValueError, TypeError, LookupError):
+                except (OSError, ValueError, TypeError, LookupError, AttributeError):
                     continue  # none is there, or it was being written when the run was killed
                 return beta, place / name
     return None
 
 
-def _of_trainer_state(state: Any) -> Any:
-    record = state["stateful_callbacks"]["_Record"]
-    # A list where a trainer was given its loss twice.
-    return (record[-1] if isinstance(record, list) else record)["args"]["record"]
-
-
 # Where hosts write what a checkpoint was trained with, and how it is read there.
 _CHECKPOINTS = ("checkpoint-*", "global_step*", "*/global_step*")
 _RECORDS: dict[str, Callable[[Any], Any]] = {
-    "trainer_state.json": _of_trainer_state,
-    "focalpo_plugins.json": dict,
+    "trainer_state.json": of_trainer_state,
+    RECORD_FILE: dict,
 }
 
 

@@ -12,8 +12,8 @@ COMMAND = "openrlhf.cli.train_dpo"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "FocalPOLoss":
-        from .loss import FocalPOLoss
+    if name == "PairwiseDPOLoss":
+        from .loss import PairwiseDPOLoss
 
-        return FocalPOLoss
+        return PairwiseDPOLoss
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -55,7 +55,7 @@ def check(namespace: SimpleNamespace | Any) -> None:
     """
     if not active:
         return
-    from .flags import spelled
+    from .names import spelled
 
     values = vars(namespace)
     for name, what in (("ds.packing_samples", "flash-attn"), ("ds.use_liger_kernel", "Triton")):

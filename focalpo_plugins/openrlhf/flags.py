@@ -5,102 +5,28 @@ from __future__ import annotations
 import functools
 import sys
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..loss import VARIANTS, check_beta, check_label_smoothing
-from ..pairs import check_file
-from ..registry import BoundLoss, PairwiseLoss, did_you_mean, get_loss, losses, named
+from ..guards.jsonl import check_file
+from ..guards.messages import did_you_mean, named
+from ..loss import check_beta, check_label_smoothing
+from ..options import OF_ANY_LOSS
+from ..registry import BoundLoss, PairwiseLoss, get_loss, losses
 from . import cpu
+from .names import spelled, versions
 
 # OpenRLHF's own loss.  It stays OpenRLHF's, whatever a package may register under this name.
 _OF_HOST = "dpo"
 
-_HELP = {
-    "focalpo.gamma": "Focusing parameter; 0 is DPO",
-    "focalpo.variant": f"Modulating factor: {', '.join(VARIANTS)}",
-    "focalpo.allow_reversed": "Accept a gamma from which on training runs backwards",
-    "precompute_ref": "Compute the reference's log-probabilities once, keep them in a file, and "
-    "free the reference before the first step",
-    "precompute_dir": "Folder of that file",
-    "allow_changed": "Resume a checkpoint that another loss has trained",
-    "allow_data": "Train on data that mostly can't be learnt from",
-}
-
-# Flags under every loss's name that are no options of it; not there if it has one of such a name.
+# Flags under every loss's name that are no options of it.
 _OF_TRAINER = {
     "precompute_ref": False,
     "precompute_dir": "OpenRLHF's output folder",
     "allow_changed": False,
     "allow_data": False,
 }
-
-# What we read of OpenRLHF's flags, by the names of its releases from 0.10.2 on, and before.
-FLAT = {
-    "model.model_name_or_path": "pretrain",
-    "model.beta": "beta",
-    "model.label_smoothing": "label_smoothing",
-    "model.ipo_enable": "ipo",
-    "ref.offload": "ref_offload",
-    "data.chosen_key": "chosen_key",
-    "data.dataset": "dataset",
-    "data.dataset_probs": "dataset_probs",
-    "data.dataset_split": "dataset_split",
-    "data.disable_fast_tokenizer": "disable_fast_tokenizer",
-    "data.input_template": "input_template",
-    "data.max_len": "max_len",
-    "data.max_samples": "max_samples",
-    "data.rejected_key": "rejected_key",
-    "train.batch_size": "train_batch_size",
-    "train.max_epochs": "max_epochs",
-    "train.micro_batch_size": "micro_train_batch_size",
-    "train.seed": "seed",
-    "ds.adam_offload": "adam_offload",
-    "ds.attn_implementation": "attn_implementation",
-    "ds.load_in_4bit": "load_in_4bit",
-    "ds.lora.alpha": "lora_alpha",
-    "ds.lora.dropout": "lora_dropout",
-    "ds.lora.rank": "lora_rank",
-    "ds.lora.target_modules": "target_modules",
-    "ds.packing_samples": "packing_samples",
-    "ds.param_dtype": "param_dtype",
-    "ds.ring_attn_size": "ring_attn_size",
-    "ds.tensor_parallel_size": "ds_tensor_parallel_size",
-    "ds.use_liger_kernel": "use_liger_kernel",
-    "ds.zero_stage": "zero_stage",
-    "ckpt.load_enable": "load_checkpoint",
-    "ckpt.output_dir": "save_path",
-    "ckpt.path": "ckpt_path",
-    "ckpt.save_steps": "save_steps",
-    "logger.logging_steps": "logging_steps",
-}
-
-
-def spelled(flag: str, values: Mapping[str, Any]) -> str:
-    """``flag``, a key of :data:`FLAT`, as the installed OpenRLHF spells it.
-
-    Args:
-        values: the parsed command line, by the flags' names.
-    """
-    return flag if flag in values or FLAT[flag] not in values else FLAT[flag]
-
-
-def dotted(args: Any) -> Any:
-    """OpenRLHF's arguments, to be read by the names of the keys of :data:`FLAT`; a copy where its
-    own are flat."""
-    if hasattr(args, "model"):
-        return args
-    nested = Namespace()
-    for flag, flat in FLAT.items():
-        *prefixes, name = flag.split(".")
-        within = nested
-        for prefix in prefixes:
-            if not hasattr(within, prefix):
-                setattr(within, prefix, Namespace())
-            within = getattr(within, prefix)
-        setattr(within, name, getattr(args, flat))
-    return nested
 
 
 def parse(
@@ -137,20 +63,6 @@ def parse(
     return parsed
 
 
-def given_options(args: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was given under the name of ``args.loss``: options of the loss, and the trainer's flags.
-
-    Args:
-        args: as OpenRLHF hands them on, with a namespace for each prefix or without.
-    """
-    prefix = f"{args.loss}."
-    given = dict(vars(getattr(args, args.loss, Namespace())))
-    given |= {k.removeprefix(prefix): v for k, v in vars(args).items() if k.startswith(prefix)}
-    options = get_loss(args.loss).options
-    of_loss = {name: value for name, value in given.items() if name in options}
-    return of_loss, {name: value for name, value in given.items() if name not in options}
-
-
 def _offered() -> dict[str, PairwiseLoss]:
     return {name: loss for name, loss in losses().items() if name != _OF_HOST}
 
@@ -165,11 +77,7 @@ def _flags() -> dict[str, tuple[PairwiseLoss, str]]:
 
 
 def _defaults(loss: PairwiseLoss) -> dict[str, Any]:
-    return {**_trainer_flags(loss), **loss.options}
-
-
-def _trainer_flags(loss: PairwiseLoss) -> dict[str, Any]:
-    return _OF_TRAINER if _OF_TRAINER.keys().isdisjoint(loss.options) else {}
+    return {**_OF_TRAINER, **loss.options}
 
 
 def _add(parser: ArgumentParser, argv: Sequence[str]) -> bool:
@@ -178,8 +86,6 @@ def _add(parser: ArgumentParser, argv: Sequence[str]) -> bool:
     taken = ours & _known(parser)
     if taken:
         if ours & {word.split("=")[0] for word in argv}:
-            from .trainer import versions
-
             parser.error(
                 f"{versions()}: OpenRLHF has {', '.join(sorted(taken))} itself, which "
                 "focalpo_plugins would add. Use an openrlhf release that the README lists, or set "
@@ -203,8 +109,8 @@ def _add(parser: ArgumentParser, argv: Sequence[str]) -> bool:
             kind = {"action": "store_false" if default else "store_true"}
         elif isinstance(default, (int, float)):
             kind = {"type": functools.partial(_number, default)}
-        text = f"Option of the loss {loss.name}"
-        text = _HELP.get(flag if option in loss.options else option, text)
+        helps = loss.help if option in loss.options else OF_ANY_LOSS
+        text = helps.get(option, f"Option of the loss {loss.name}")
         text = f"{text} (default: {default})".replace("%", "%%")
         # Left out of the namespace unless given, which tells what the user asked for.
         group.add_argument(f"--{flag}", default=SUPPRESS, help=text, **kind)
@@ -303,8 +209,6 @@ def _bind(loss: PairwiseLoss, values: dict[str, Any]) -> BoundLoss:
 
 def _check_precompute(values: dict[str, Any], loss: PairwiseLoss) -> None:
     """``precompute_dir`` goes with ``precompute_ref``; by default OpenRLHF's output folder."""
-    if not _trainer_flags(loss):
-        return
     ref, folder = (f"{loss.name}.precompute_{of}" for of in ("ref", "dir"))
     if values.get(ref):
         values.setdefault(folder, values[spelled("ckpt.output_dir", values)])
@@ -317,8 +221,6 @@ def _check_precompute(values: dict[str, Any], loss: PairwiseLoss) -> None:
 
 def _check_host_flags(values: dict[str, Any], name: str) -> None:
     """OpenRLHF's own flags that go into the loss; it doesn't check them itself."""
-    from .trainer import versions
-
     flags = {
         option: spelled(f"model.{option}", values)
         for option in ("beta", "label_smoothing", "ipo_enable")

@@ -11,7 +11,7 @@ from ..loss import check_beta, check_label_smoothing, label_smoothed
 from ..registry import get_loss
 
 
-class FocalPOLoss(nn.Module):
+class PairwiseDPOLoss(nn.Module):
     r"""Four tensors of log-probabilities in; mean loss and both rewards out.
 
     .. math:: z = \beta\,\big((\pi_w - \pi_l) - (\pi^{ref}_w - \pi^{ref}_l)\big)
@@ -30,7 +30,7 @@ class FocalPOLoss(nn.Module):
         ValueError: a value is out of range, or the loss or an option is not known.
 
     Example:
-        >>> loss_fn = FocalPOLoss(beta=0.1, gamma=0.05)
+        >>> loss_fn = PairwiseDPOLoss(beta=0.1, gamma=0.05)
         >>> loss, chosen_rewards, rejected_rewards = loss_fn(
         ...     policy_chosen, policy_rejected, reference_chosen, reference_rejected
         ... )

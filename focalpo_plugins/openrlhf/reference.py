@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
-from ..messages import say
+from ..guards.messages import say
 
 _DIGEST = 16  # bytes
 _MISSING = -torch.inf

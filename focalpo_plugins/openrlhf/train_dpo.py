@@ -7,7 +7,7 @@ import runpy
 import sys
 from importlib.util import find_spec
 
-from ..messages import say
+from ..guards.messages import say
 from . import COMMAND
 
 

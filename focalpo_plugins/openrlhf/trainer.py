@@ -23,22 +23,16 @@ from openrlhf.trainer import dpo_trainer
 from openrlhf.trainer.dpo_trainer import DPOTrainer
 from torch import Tensor
 
-from .. import pairs
-from ..diagnostics import MARGINS, margin_sums, means, not_finite, stop
-from ..files import check_folder, write_whole
-from ..messages import say
-from ..registry import BoundLoss, check_unchanged
-from .flags import dotted, given_options, spelled
-from .loss import FocalPOLoss
+from ..diagnostics import MARGINS, margin_sums, means
+from ..guards import pairs
+from ..guards.folders import check_folder, write_whole
+from ..guards.margins import not_finite, stop
+from ..guards.messages import say
+from ..guards.resume import RECORD_FILE, check_unchanged
+from ..registry import BoundLoss
+from .loss import PairwiseDPOLoss
+from .names import dotted, given_options, spelled, versions
 from .reference import ReferenceLogps, on_rank_0, precompute
-
-#: Beside DeepSpeed's files in the folder of a checkpoint: what it was trained with.
-RECORD = "focalpo_plugins.json"
-
-
-def versions() -> str:
-    """``focalpo_plugins 0.1.0 with openrlhf 0.11.2``."""
-    return f"focalpo_plugins {version('focalpo_plugins')} with openrlhf {version('openrlhf')}"
 
 
 def install(loss: BoundLoss) -> None:
@@ -76,10 +70,10 @@ class PairwiseDPOTrainer(DPOTrainer):
         name = strategy.args.loss
         options, flags = given_options(strategy.args)
         self._reference: ReferenceLogps | None = None
-        with _dpo_loss_replaced(functools.partial(FocalPOLoss, loss=name, **options)):
+        with _dpo_loss_replaced(functools.partial(PairwiseDPOLoss, loss=name, **options)):
             super().__init__(model, ref_model, strategy, *args, **kwargs)
         loss_fn = getattr(self, "loss_fn", None)
-        if not isinstance(loss_fn, FocalPOLoss):
+        if not isinstance(loss_fn, PairwiseDPOLoss):
             raise _moved(name, f"its loss_fn is {type(loss_fn).__name__}")
         self._check_pairs(
             strategy.is_rank_0(), f"--{name}.allow_data", bool(flags.get("allow_data"))
@@ -256,7 +250,7 @@ def _save_with_record(
     that is whole, which is when DeepSpeed names it in ``latest``, has it."""
 
     def write() -> None:
-        path = Path(folder) / tag / RECORD
+        path = Path(folder) / tag / RECORD_FILE
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(record))
@@ -279,7 +273,7 @@ def _check_resumed(strategy: Any, folder: Path, asked: Mapping[str, Any], allow:
         if not latest.is_file():
             return
         checkpoint = folder / latest.read_text(encoding="utf-8").strip()
-        path = checkpoint / RECORD
+        path = checkpoint / RECORD_FILE
         recorded = _read_record(path) if path.is_file() else None
         of_host = vars(strategy.args)
         written = {key: f"--{key}" for key in asked} | {
@@ -304,7 +298,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _dpo_loss_replaced(replacement: Callable[..., FocalPOLoss]) -> Iterator[None]:
+def _dpo_loss_replaced(replacement: Callable[..., PairwiseDPOLoss]) -> Iterator[None]:
     original = dpo_trainer.DPOLoss
     dpo_trainer.DPOLoss = replacement
     try:

@@ -2,65 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Any, NoReturn
 
-import torch.nn.functional as F
 from accelerate import ParallelismConfig
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import is_peft_model, parse_flag_from_env
 from torch import nn
 from transformers import AutoConfig, ProcessorMixin
 from trl import DPOConfig, DPOTrainer
 
+from ..compute import output_layer
+from ..compute.output_layer import Head, check_config
 from ..loss import check_beta, check_label_smoothing
-from .head import check_adapter, check_config, head_of
-
-# For each TRL loss type that a pairwise loss can take the place of, the log-sigmoids it calls,
-# each with whether our label smoothing goes in: `robust` does its own, with a second log-sigmoid.
-_SEAM: Mapping[str, Sequence[bool]] = {
-    "sigmoid": (True,),
-    "sigmoid_norm": (True,),
-    "robust": (False, False),
-    "sft": (),
-}
-
-_WHY_NOT = {
-    "nca_pair": "its log-sigmoids are of each reward, not of the margin",
-    "bco_pair": "its log-sigmoids are of each reward, not of the margin",
-    "exo_pair": "its log-sigmoid is one term of a divergence, not the loss",
-    "discopop": "its log-sigmoid is blended with an exponential",
-    "aot": "it sorts the batch, and a sorted margin belongs to no pair",
-    "aot_unpaired": "it sorts the batch, and a sorted margin belongs to no pair",
-    "hinge": "it has no log-sigmoid of the margin",
-    "ipo": "it has no log-sigmoid of the margin",
-    "sppo_hard": "it has no log-sigmoid of the margin",
-    "apo_zero": "it has no log-sigmoid of the margin",
-    "apo_down": "it has no log-sigmoid of the margin",
-}
+from .seam import check_loss_types
 
 
-def check_host() -> None:
-    """Raise ``RuntimeError`` unless the installed TRL computes its loss where we exchange it."""
-    method = inspect.unwrap(getattr(DPOTrainer, "_compute_loss", check_host))
-    names = method.__code__.co_names
-    if "logsigmoid" not in names or getattr(seam_module(), "F", None) is not F:
-        raise RuntimeError(
-            f"focalpo_plugins {version('focalpo_plugins')} does not know where trl "
-            f"{version('trl')} computes its DPO loss: it must call F.logsigmoid in "
-            "DPOTrainer._compute_loss, as trl 0.29 to 1.16 do. Install one of these."
-        )
-
-
-def check_arguments(args: DPOConfig, fused: str | None = None) -> str | None:
+def check_arguments(args: DPOConfig, key: str | None = None) -> str | None:
     """Check TRL's arguments, and say which key asks for the fused path.
 
     Args:
-        fused: a key that asks for it beside those of ``args``.
+        key: one that asks for it beside those of ``args``.
 
     Returns:
         The key; None where the loss is to be TRL's plain path, or the fused one of its own that TRL
@@ -82,22 +45,22 @@ def check_arguments(args: DPOConfig, fused: str | None = None) -> str | None:
         )
     if not hasattr(DPOTrainer, "_compute_loss_liger"):
         return None
-    for key in ("focalpo_fused", "use_liger_kernel"):
-        if getattr(args, key, False):
-            fused = fused or key
-    if fused is not None:
-        if hasattr(DPOTrainer, "_truncate_inputs"):
-            raise ValueError(
-                f"{fused} needs trl 1.0 or a later one, got trl {version('trl')}: it cuts "
-                f"sequences in the step itself. Install a later one, or remove {fused}."
-            )
-        if args.use_liger_kernel and find_spec("liger_kernel") is None:
-            raise ValueError(
-                "use_liger_kernel needs the package liger-kernel, which is not installed. Install "
-                "it, or set focalpo_fused in its place, which needs nothing."
-            )
-        _check_fused_arguments(args, types, fused)
-    return fused
+    asking = ("focalpo_fused", "use_liger_kernel")
+    key = key or next((name for name in asking if getattr(args, name, False)), None)
+    if key is None:
+        return None
+    if hasattr(DPOTrainer, "_truncate_inputs"):
+        raise ValueError(
+            f"{key} needs trl 1.0 or a later one, got trl {version('trl')}: it cuts sequences in "
+            f"the step itself. Install a later one, or remove {key}."
+        )
+    if args.use_liger_kernel and find_spec("liger_kernel") is None:
+        raise ValueError(
+            "use_liger_kernel needs the package liger-kernel, which is not installed. Install it, "
+            "or set focalpo_fused in its place, which needs nothing."
+        )
+    _check_fused_arguments(args, types, key)
+    return key
 
 
 def _check_parallelism(args: DPOConfig) -> None:
@@ -112,23 +75,6 @@ def _check_parallelism(args: DPOConfig) -> None:
                 "a sequence and its logits, and a margin is of whole sequences. Remove it; "
                 "focalpo_fused and ZeRO-3 save memory too."
             )
-
-
-def check_loss_types(types: Sequence[str], key: str = "loss_type") -> None:
-    """Raise ``ValueError`` unless each of TRL's loss types is one that a pairwise loss can stand in
-    for, and one at least is not ``sft``."""
-    for loss_type in types:
-        if str(loss_type) not in _SEAM:
-            why = _WHY_NOT.get(str(loss_type), "it is not known to be a log-sigmoid of the margin")
-            raise ValueError(
-                f"{key} must be of {', '.join(_SEAM)}, got {loss_type!r}: {why}. Remove it; "
-                "'sigmoid' is the default."
-            )
-    if not seam(types):
-        raise ValueError(
-            f"{key} must hold one of sigmoid, sigmoid_norm, robust, got {list(types)}: there is no "
-            "preference loss in it. Put 'sigmoid' beside 'sft'."
-        )
 
 
 def _check_fused_arguments(args: DPOConfig, types: Sequence[str], key: str) -> None:
@@ -185,6 +131,50 @@ def check_fused_parts(given: Mapping[str, Any], args: DPOConfig, key: str) -> No
         refuse(name, args.router_aux_loss_coef, key, instead)
 
 
+def check_adapter(config: Any, key: str) -> None:
+    """Raise ``ValueError`` for PEFT's config of an adapter that the fused path would go around."""
+    from peft import PromptLearningConfig
+
+    if isinstance(config, PromptLearningConfig):
+        raise ValueError(
+            f"{key} can't be combined with prompt learning, got {type(config).__name__}: the "
+            f"fused path goes around the model that adds the prompt. Set {key} to false, or train "
+            "another adapter, such as LoRA."
+        )
+    names = getattr(config, "target_modules", None)
+    if not isinstance(names, str) and "lm_head" in (names or ()):
+        _refuse_adapted_head(key)
+
+
+def _refuse_adapted_head(key: str) -> NoReturn:
+    raise ValueError(
+        f"{key} can't be combined with an adapter on the output layer, got 'lm_head' among the "
+        f"adapter's target modules: the fused path would not train it. Set {key} to false, or "
+        "remove it from them."
+    )
+
+
+def _check_adapters(model: Any, key: str) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for config in model.peft_config.values():
+        check_adapter(config, key)
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        _refuse_adapted_head(key)
+
+
+def head_of(model: Any, key: str) -> Head:
+    """Backbone and output layer of ``model``, with PEFT's adapters or without.
+
+    Raises:
+        ValueError: the fused path would compute other log-probs than the model.
+    """
+    if is_peft_model(model):
+        _check_adapters(model, key)
+        model = model.base_model.model
+    return output_layer.head_of(model, key)
+
+
 def _config_of(model: Any) -> Any:
     """The config of a model that is given by its folder or hub name; None where transformers alone
     can't read it, which the host then says."""
@@ -212,13 +202,3 @@ def refuse(name: str, value: Any, key: str, instead: str) -> NoReturn:
         f"{key} can't be combined with {name}, got {value!r}: the fused path does not compute it. "
         f"Set {key} to false{f', or {instead}' * bool(instead)}."
     )
-
-
-def seam(types: Sequence[str]) -> list[bool]:
-    """For each log-sigmoid that TRL calls for them, whether our label smoothing goes in."""
-    return [own for loss_type in types for own in _SEAM[loss_type]]
-
-
-def seam_module() -> ModuleType:
-    """Where TRL's trainer looks up the name ``F``, ours for the length of its loss method."""
-    return sys.modules[DPOTrainer.__module__]

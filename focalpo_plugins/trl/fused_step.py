@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor
 from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from ..compute.fused_loss import IGNORED, FusedLoss, fused_logps, fused_pairwise_loss
+from ..compute.output_layer import Head, check_config, check_logits
 from ..registry import BoundLoss
-from .checks import check_fused_parts
-from .fused import IGNORED, FusedLoss, fused_logps, fused_pairwise_loss
-from .head import Head, check_config, check_logits, gathered, head_of
+from .checks import check_fused_parts, head_of
 
 if TYPE_CHECKING:
     # What the mixin's super() is, in its place in the list of bases.
@@ -32,8 +32,8 @@ class FusedStepMixin(_Host):
 
     pairwise_loss: BoundLoss | None
     ref_model: Any
-    # The key that asked for the fused path, None where none did.
-    _fused: str | None = None
+    _fused = False
+    _fused_key: str | None = None  # what asked for the fused path, for messages
 
     if TYPE_CHECKING:  # the mixin's own
 
@@ -45,8 +45,8 @@ class FusedStepMixin(_Host):
         # By identity, the models whose output layer was seen to give their logits.
         self._compared: set[int] = set()
         super().__init__(*args, **kwargs)
-        if self._fused is not None:
-            self._check_fused(self._fused)
+        if self._fused:
+            self._check_fused()
 
     # TRL asks itself whether to take Liger's path. It never does: ours stands in its place, and the
     # argument of the same name still puts Liger's layers into the model.
@@ -141,14 +141,14 @@ class FusedStepMixin(_Host):
 
     def _states(self, model: Any, inputs: Mapping[str, Tensor]) -> tuple[Head, Tensor, Tensor]:
         """The output layer, the last hidden states, and the label of each."""
-        assert self._fused is not None
-        head = head_of(model, self._fused)
+        key = str(self._fused_key)
+        head = head_of(model, key)
         ids, completion = inputs["input_ids"], inputs["completion_mask"]
         if id(head.model) not in self._compared:
-            check_config(head.model.config, self._fused)
+            check_config(head.model.config, key)
             few = ids[0][inputs["attention_mask"][0].bool()][:_TOKENS_COMPARED]
             with torch.no_grad(), self._without_checkpointing():
-                self._all_together(lambda: check_logits(head, few, str(self._fused)))
+                self._all_together(lambda: check_logits(head, few, key, gathered))
             self._compared.add(id(head.model))
         others = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
         arguments = {key: value for key, value in inputs.items() if key not in others}
@@ -162,16 +162,34 @@ class FusedStepMixin(_Host):
 
     def compute_ref_log_probs(self, *args: Any) -> Any:
         # TRL 0.29 has no model among the arguments.
-        if self._fused is None:
+        if not self._fused:
             return super().compute_ref_log_probs(*args)
         model = args[0] if len(args) > 1 else self.ref_model or self.model
         return self._inside(model, self._fused_logps, args[-1]).chunk(2)
 
-    def _check_fused(self, key: str) -> None:
+    def _check_fused(self) -> None:
         """Raise ``ValueError`` for what only the built trainer knows for certain."""
         built = {
             "model": self.accelerator.unwrap_model(self.model),
             "processing_class": self.processing_class,
             "compute_metrics": self.compute_metrics,
         }
-        check_fused_parts(built, self.args, key)
+        check_fused_parts(built, self.args, str(self._fused_key))
+
+
+@contextmanager
+def gathered(*parameters: Tensor | None) -> Iterator[None]:
+    """The parameters in one piece, where DeepSpeed's ZeRO-3 has them in parts."""
+    # By identity: tied and shared ones come twice, and DeepSpeed takes each once.
+    parts = {
+        id(p): p
+        for p in parameters
+        if getattr(getattr(p, "ds_status", None), "name", "AVAILABLE") != "AVAILABLE"
+    }
+    if not parts:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parts.values())):
+        yield

@@ -1,41 +1,32 @@
-"""TRL's DPO trainer with another pairwise loss; the only change with respect to it is the loss.
-
-``DPOTrainer._compute_loss`` has no hook for the loss, but its DPO-family branches call
-``F.logsigmoid`` on the reward margin, with ``F`` a name of the trainer's module.  For the length
-of that call the name stands for a proxy whose ``logsigmoid`` is minus our loss.  The calls are
-counted, and a count other than the expected one stops the run: a TRL that moves its loss must
-never train DPO under another loss's name.
-"""
+"""TRL's DPO trainer with another pairwise loss; the only change with respect to it is the loss."""
 
 from __future__ import annotations
 
 import inspect
-import json
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import torch.nn.functional as F
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
-from .. import pairs
-from ..diagnostics import MARGINS, margin_sums, means, not_finite, stop
-from ..files import check_folder
-from ..messages import say
-from ..registry import BoundLoss, check_unchanged, get_loss, named
-from .checks import check_arguments, check_fused_parts, check_host, seam, seam_module
+from ..diagnostics import MARGINS, margin_sums, means
+from ..guards import pairs
+from ..guards.folders import check_folder
+from ..guards.margins import not_finite, stop
+from ..guards.messages import say
+from ..guards.resume import check_unchanged
+from ..registry import BoundLoss
+from .checks import check_arguments, check_fused_parts
+from .config import FocalPOConfig
 from .fused_step import FusedStepMixin
+from .record import Record, recorded
+from .seam import check_host, exchanged
 
 # What TRL's model card says of the method.
 _PAPER = {
@@ -49,78 +40,6 @@ _PAPER = {
     year = 2025
 }""",
 }
-
-
-@dataclass
-class FocalPOConfig(DPOConfig):
-    """TRL's ``DPOConfig`` with FocalPO's knobs.
-
-    Args:
-        focalpo_gamma: focusing parameter gamma of Eq. 4, the paper's 0.05 by default.
-        focalpo_variant: ``correct`` (Eq. 4), ``correct_exact`` (Eq. 3) or ``incorrect``.
-        focalpo_allow_reversed: accept a gamma from which on training runs backwards.
-        focalpo_loss: the registered loss; another package's name trains that loss, with its
-            options at their defaults.
-        focalpo_fused: compute the loss without ever holding the logits of the batch, with or
-            without a precomputed reference; Liger's package isn't needed. A TRL from 1.14 on has
-            such a path of its own, and takes it anyway.
-        focalpo_allow_changed: resume from a checkpoint that was trained with another loss, gamma,
-            variant, beta, label smoothing or loss type, or with a loss not ours.
-        focalpo_allow_data: train on data of which more than half can't be learnt from.
-
-    Raises:
-        ValueError: a ``focalpo_*`` value is out of range.
-    """
-
-    focalpo_gamma: float = field(
-        default=0.05, metadata={"help": "Focusing parameter gamma; 0 is DPO."}
-    )
-    focalpo_variant: str = field(
-        default="correct",
-        metadata={"help": "Modulating factor: correct, correct_exact or incorrect."},
-    )
-    focalpo_allow_reversed: bool = field(
-        default=False, metadata={"help": "Accept a gamma that trains backwards."}
-    )
-    focalpo_loss: str = field(
-        default="focalpo", metadata={"help": "Name of the registered pairwise loss."}
-    )
-    focalpo_fused: bool = field(
-        default=False, metadata={"help": "Never hold the logits of the batch."}
-    )
-    focalpo_allow_changed: bool = field(
-        default=False, metadata={"help": "Resume a checkpoint that another loss has trained."}
-    )
-    focalpo_allow_data: bool = field(
-        default=False, metadata={"help": "Train on data that mostly can't be learnt from."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.pairwise_loss()
-
-    def pairwise_loss(self) -> BoundLoss:
-        """The loss that the ``focalpo_*`` fields ask for.
-
-        Raises:
-            ValueError: a field is out of range; the message names it.
-        """
-        options = {
-            "gamma": self.focalpo_gamma,
-            "variant": self.focalpo_variant,
-            "allow_reversed": self.focalpo_allow_reversed,
-        }
-        with named("focalpo_", options):
-            loss = get_loss(self.focalpo_loss)
-            if loss.name == "focalpo":
-                return loss.bind(**options)
-            for name, default in get_loss("focalpo").options.items():
-                if options[name] != default:
-                    raise ValueError(
-                        f"{name} is an option of focalpo alone, got {options[name]!r} with "
-                        f"focalpo_loss={loss.name!r}: remove it."
-                    )
-            return loss.bind()
 
 
 class PairwiseLossMixin(FusedStepMixin):
@@ -151,9 +70,10 @@ class PairwiseLossMixin(FusedStepMixin):
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         config = given.get("args")
         if config is not None:
-            self._fused = check_arguments(config, self._fused)
-            if self._fused is not None:
-                check_fused_parts(given, config, self._fused)
+            self._fused_key = check_arguments(config, self._fused_key)
+            self._fused = self._fused_key is not None
+            if self._fused_key is not None:
+                check_fused_parts(given, config, self._fused_key)
         train_dataset = given.get("train_dataset")
         if train_dataset is not None and next(iter(train_dataset), None) is None:
             raise ValueError(
@@ -174,7 +94,7 @@ class PairwiseLossMixin(FusedStepMixin):
         """
         self.pairwise_loss = loss
         self._said_active = False
-        self.add_callback(_Record(self._record_of_loss(loss)))
+        self.add_callback(Record(self._record_of_loss(loss)))
         is_focalpo = loss.name == "focalpo"
         self._name, self._paper = ("FocalPO", _PAPER) if is_focalpo else (loss.name, {})
         self._tag_names: list[str] = [*self._tag_names, loss.name]
@@ -226,7 +146,7 @@ class PairwiseLossMixin(FusedStepMixin):
         if Path(folder).is_dir():  # else the host says so itself
             asked = self._record_of_loss(self.pairwise_loss)
             allow = "focalpo_allow_changed: true"
-            check_unchanged(_recorded(Path(folder)), asked, str(folder), allow, self._written)
+            check_unchanged(recorded(Path(folder)), asked, str(folder), allow, self._written)
 
     def _all_together(self, check: Callable[[], None]) -> None:
         """Run ``check`` on every rank, and raise on all where it raises on one.
@@ -253,11 +173,11 @@ class PairwiseLossMixin(FusedStepMixin):
                 f"{type(self).__name__} has no pairwise loss yet, and would train DPO: call "
                 "set_loss() before training."
             )
-        if self._fused is not None:
+        if self._fused:
             if return_outputs:
                 raise RuntimeError(
-                    f"{self._fused} has no outputs to return, as predict() asks for: the logits "
-                    f"are never there as a whole. Set {self._fused} to false."
+                    f"{self._fused_key} has no outputs to return, as predict() asks for: the "
+                    f"logits are never there as a whole. Set {self._fused_key} to false."
                 )
             return self._fused_step(model, inputs)
         recorded = self._steps_recorded
@@ -273,24 +193,8 @@ class PairwiseLossMixin(FusedStepMixin):
     def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = self.pairwise_loss
         assert loss is not None  # compute_loss
-        smoothing = [self.label_smoothing if own else 0.0 for own in seam(self.loss_types)]
-        margins: list[Tensor] = []
-
-        def logsigmoid(z: Tensor) -> Tensor:
-            margins.append(z)
-            if len(margins) > len(smoothing):
-                return z  # the count below stops the run
-            return -loss(z, smoothing[len(margins) - 1])
-
-        with _logsigmoid_replaced(seam_module(), logsigmoid):
+        with exchanged(loss, self.loss_types, self.label_smoothing) as margins:
             result = super()._compute_loss(*args, **kwargs)
-        if len(margins) != len(smoothing):
-            raise RuntimeError(
-                f"trl {version('trl')} called logsigmoid {len(margins)} times for loss_type "
-                f"{list(self.loss_types)}, where focalpo_plugins {version('focalpo_plugins')} "
-                f"expects {len(smoothing)}: its loss has moved, and this step would not have "
-                f"trained {loss.name}. Use a trl release that the README lists."
-            )
         self._record(margins[0])
         return result
 
@@ -430,33 +334,6 @@ class PairwiseLossMixin(FusedStepMixin):
         return "train" if self.model.training else "eval"
 
 
-class _Record(TrainerCallback, ExportableState):
-    """Has transformers write what was trained into each checkpoint's trainer_state.json."""
-
-    def __init__(self, record: Mapping[str, Any] | None = None) -> None:
-        self.record = record
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {"record": self.record}, "attributes": {}}
-
-
-def _recorded(checkpoint: Path) -> dict[str, Any] | None:
-    """The record in a checkpoint; None where no loss of ours has trained it."""
-    path = checkpoint / TRAINER_STATE_NAME
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        found = state["stateful_callbacks"].get(_Record.__name__)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"resume_from_checkpoint must be a whole checkpoint, got {str(checkpoint)!r}: "
-            f"{path.name} can't be read ({error}), as where a run was killed while it saved. "
-            "Remove the folder, and resume from an earlier one."
-        ) from None
-    # A list where a trainer was given its loss twice.
-    last = found[-1] if isinstance(found, list) else found
-    return None if last is None else last["args"]["record"]
-
-
 class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
     """TRL's ``DPOTrainer`` with FocalPO's loss; takes a :class:`FocalPOConfig` as ``args``.
 
@@ -496,48 +373,3 @@ def _moved(model: Any, device: Any) -> Any:
         return model.to(device)
     except (ValueError, RuntimeError):
         return model
-
-
-#: Held by the one trainer whose loss method is running.
-_SWAPPED = threading.Lock()
-
-
-@contextmanager
-def _logsigmoid_replaced(
-    module: ModuleType, logsigmoid: Callable[[Tensor], Tensor]
-) -> Iterator[None]:
-    """``module.F`` with another ``logsigmoid``, for this thread; one thread at a time.
-
-    Raises:
-        RuntimeError: the name doesn't stand for ``torch.nn.functional`` as it is found.
-    """
-    with _SWAPPED:
-        if module.F is not F:
-            raise RuntimeError(
-                f"{module.__name__}.F must be torch.nn.functional, got {module.F!r}: another "
-                "package has exchanged it, and would compute another loss. Remove that package."
-            )
-        module.F = _Functional(logsigmoid)  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            # The constant, not what was found: that can't be another trainer's.
-            module.F = F  # type: ignore[attr-defined]
-
-
-class _Functional:
-    """``torch.nn.functional`` with another ``logsigmoid``, for the thread that made it.
-
-    A plain ``DPOTrainer`` in another thread looks up the same name.
-    """
-
-    def __init__(self, logsigmoid: Callable[[Tensor], Tensor]) -> None:
-        self._logsigmoid = logsigmoid
-        self._thread = threading.get_ident()
-
-    def logsigmoid(self, z: Tensor) -> Tensor:
-        ours = threading.get_ident() == self._thread
-        return self._logsigmoid(z) if ours else F.logsigmoid(z)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(F, name)

@@ -17,9 +17,10 @@ from harness import Axolotl, ManyFocalpo
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from focalpo_plugins.axolotl.check import _epoch_steps
-from focalpo_plugins.cli.check import _count, _warnings
-from focalpo_plugins.plan import Pair, Sequence
+from focalpo_plugins.axolotl.dry_run import _epoch_steps
+from focalpo_plugins.cli.check.counts import count
+from focalpo_plugins.cli.check.warnings import warnings
+from focalpo_plugins.plan import Pair, Tokens
 from focalpo_plugins.registry import get_loss
 
 MODULES = ("axolotl.cli.config", "axolotl.common.datasets", "axolotl.utils.trainer")
@@ -386,15 +387,16 @@ SEQUENCES = [
 def test_what_check_warns_of_in_the_tokens(prompt, chosen, rejected, cut, said):
     """Of one pair, two sequences; a cut answer has lost its EOS for another reason."""
     sides = [
-        Sequence([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
+        Tokens([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
         for answer in (chosen, rejected)
     ]
+    loss = get_loss("focalpo").bind()
     plan = SimpleNamespace(
-        loss=get_loss("focalpo").bind(), beta=0.01, precision="bf16", tokenizer=Words(),
+        loss=loss, reversal=loss.reversal, warnings=[], beta=0.01, precision="bf16", tokenizer=Words(),
         rows=1, kept=1, pairs=[Pair(*sides, truncated=cut)], max_length=2,
     )  # fmt: skip
-    counts, _ = _count(plan, 0)
-    warnings = _warnings(plan, counts)
-    assert len(warnings) == len(said)
-    for warning, beginning in zip(warnings, said, strict=True):
+    counts, _ = count(plan, 0)
+    found = warnings(plan, counts)
+    assert len(found) == len(said)
+    for warning, beginning in zip(found, said, strict=True):
         assert warning.startswith(beginning)

@@ -86,7 +86,7 @@ def test_any_yaml(rl: str, lines: dict[str, str]):
         assert named, message
         return
     assert repr(given) == repr(before)
-    if cfg.get("focalpo_loss") is None:
+    if cfg.get("focalpo_rl") is None:
         assert cfg is given
         assert written["rl"] is None or written["rl"] in [rl.value for rl in RLType]
         assert all(cfg[key] is None or not str(key).startswith("focalpo_") for key in written), (

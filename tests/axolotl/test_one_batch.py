@@ -26,7 +26,7 @@ def trainer(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
     other = [*chat[:1], {"role": "assistant", "content": "c"}]
     with pytest.MonkeyPatch.context() as patch:
         # As Axolotl has our plugin note it, before it builds the trainer.
-        patch.setattr(FocalPOPlugin, "building", DictDefault({"focalpo_loss": "focalpo"}))
+        patch.setattr(FocalPOPlugin, "building", DictDefault({"focalpo_rl": "focalpo"}))
         return AxolotlPairwiseTrainer(
             one_batch.model(1),
             one_batch.model(2),

@@ -30,7 +30,7 @@ def outcome(config):
         cfg = load_cfg(config)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    keys = ("rl", "trainer_cls", "plugins", "focalpo_loss", "focalpo_gamma", "focalpo_variant",
+    keys = ("rl", "trainer_cls", "plugins", "focalpo_rl", "focalpo_gamma", "focalpo_variant",
             "focalpo_fused")
     return {key: cfg.get(key) for key in keys}
 
@@ -70,7 +70,7 @@ def cell(rl, **more):
     config.update(more)
     try:
         cfg = load_cfg(config)
-        loaded.append([cfg.rl, cfg.trainer_cls, cfg.focalpo_loss, cfg.focalpo_gamma])
+        loaded.append([cfg.rl, cfg.trainer_cls, cfg.focalpo_rl, cfg.focalpo_gamma])
     except Exception as error:
         loaded.append(str(error))
 
@@ -95,8 +95,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "focalpo_gama is no key of focalpo_plugins, got 0.1; did you mean 'focalpo_gamma'?",
     ),
     "the plug-in's own key": (
-        {"focalpo_loss": "focalpo"},
-        "focalpo_loss is no key of focalpo_plugins",
+        {"focalpo_rl": "focalpo"},
+        "focalpo_rl is no key of focalpo_plugins",
     ),
     "keys under dpo": (
         {"rl": "dpo"},
@@ -223,7 +223,7 @@ REWRITTEN = {
     "rl": "dpo",
     "trainer_cls": "focalpo_plugins.axolotl.trainer.AxolotlPairwiseTrainer",
     "plugins": [PLUGIN],
-    "focalpo_loss": "focalpo",
+    "focalpo_rl": "focalpo",
     "focalpo_gamma": 0.05,
     "focalpo_variant": "correct",
     "focalpo_fused": None,
@@ -393,7 +393,7 @@ def test_a_loss_with_a_key_of_axolotls_is_refused_where_it_is_asked_for(add_loss
 
     add_loss("chat", lambda margins, template: -margins, options={"template": 1.0})
     other = DictDefault({"rl": "focalpo", "chat_template": "llama3"})
-    assert rewritten(other)["focalpo_loss"] == "focalpo"
+    assert rewritten(other)["focalpo_rl"] == "focalpo"
     with pytest.raises(ValueError, match="^rl must be none that takes a name of Axolotl's own, got "
                        "'chat': the package mine brings chat_template, which Axolotl has"):  # fmt: skip
         rewritten(DictDefault({"rl": "chat"}))
@@ -410,7 +410,7 @@ def test_a_loss_with_a_key_of_axolotls_is_refused_where_it_is_asked_for(add_loss
         ({"rl": "focalpo", "focalpo-gamma": 0.1}, "focalpo-gamma is no key of focalpo_plugins, got"),
         ({"rl": "dpo", "focalpo": {"gamma": 0.1}}, "focalpo is no key of focalpo_plugins, got {'gam"),
         # What was loaded as FocalPO, and is validated once more as another.
-        ({"rl": "ipo", "focalpo_loss": "focalpo", "trainer_cls": OURS[1]}, "focalpo_loss must go with"
+        ({"rl": "ipo", "focalpo_rl": "focalpo", "trainer_cls": OURS[1]}, "focalpo_rl must go with"
          " rl: dpo, got 'focalpo' under rl: ipo: this config was loaded before, as rl: focalpo. Load"),
         ({"rl": "dpo", "_focalpo_fused": False}, "_focalpo_fused is no key of focalpo_plugins, got "
          "False; did you mean 'focalpo_fused'?"),
@@ -437,7 +437,7 @@ def test_another_trainer_than_ours_never_trains():
 
     from focalpo_plugins.axolotl import FocalPOPlugin
 
-    cfg = DictDefault({"rl": "dpo", "focalpo_loss": "focalpo"})
+    cfg = DictDefault({"rl": "dpo", "focalpo_rl": "focalpo"})
     with pytest.raises(RuntimeError, match="^Axolotl built object where rl: focalpo needs Axolotl"):
         FocalPOPlugin().post_trainer_create(cfg, object())
 

@@ -132,7 +132,7 @@ def test_other_batches_are_seen(done: Path, module: ModuleType, tmp_path: Path):
         copy = tmp_path / state.relative_to(done / "out")
         copy.parent.mkdir(parents=True)
         copy.write_text(json.dumps(content))
-    with pytest.raises(module.CommandError, match="other batches under seed 5"):
+    with pytest.raises(module.StudyError, match="other batches under seed 5"):
         module.check_paired(losses, [5], tmp_path)
 
 

@@ -13,7 +13,7 @@ import torch
 from harness import ManyFocalpo
 from tokenizers import Tokenizer
 
-MODULES = ("focalpo_plugins.cli.check", "focalpo_plugins.openrlhf.check", "peft", "tqdm")
+MODULES = ("focalpo_plugins.cli.check", "focalpo_plugins.openrlhf.dry_run", "peft", "tqdm")
 
 # Of 11 pairs, two at a time: five batches an epoch, two to a step, in three epochs.
 STEPS = ("--train.batch_size", "4", "--train.max_epochs", "3")

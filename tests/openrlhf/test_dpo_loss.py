@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from focalpo_plugins.openrlhf import FocalPOLoss
+from focalpo_plugins.openrlhf import PairwiseDPOLoss
 
 pytestmark = pytest.mark.releases
 
@@ -34,7 +34,7 @@ def test_by_hand():
     tensors = (
         torch.tensor(x, dtype=torch.float64) for x in ([-2, -7], [-5, -9], [-4, -7], [-4, -9])
     )
-    loss, chosen, rejected = FocalPOLoss(0.5, gamma=1.0)(*tensors)
+    loss, chosen, rejected = PairwiseDPOLoss(0.5, gamma=1.0)(*tensors)
     assert loss.item() == pytest.approx(0.2556219, abs=1e-7)
     assert chosen.tolist() == [1, 0]
     assert rejected.tolist() == [-0.5, 0]
@@ -43,7 +43,7 @@ def test_by_hand():
 def test_label_smoothing_by_hand():
     """At z = ln 3 with gamma 1: L(z) = 3/4 ln(4/3), L(-z) = 1/4 ln 4, mixed 0.9 to 0.1."""
     tensors = (torch.tensor([x], dtype=torch.float64) for x in (LN3, 0.0, 0.0, 0.0))
-    loss, _, _ = FocalPOLoss(1.0, 0.1, gamma=1.0)(*tensors)
+    loss, _, _ = PairwiseDPOLoss(1.0, 0.1, gamma=1.0)(*tensors)
     expected = 0.9 * 0.75 * math.log(4 / 3) + 0.1 * 0.25 * math.log(4)
     assert loss.item() == pytest.approx(expected, rel=1e-14)
 
@@ -58,7 +58,7 @@ def test_gamma_zero_is_openrlhfs_own_to_the_last_bit(
     results = []
     for loss_fn in (
         openrlhf.DPOLoss(0.1, label_smoothing, False),
-        FocalPOLoss(0.1, label_smoothing, False, gamma=0.0),
+        PairwiseDPOLoss(0.1, label_smoothing, False, gamma=0.0),
     ):
         tensors = [tensor.requires_grad_() for tensor in four_logps(dtype)]
         loss, chosen, rejected = loss_fn(*tensors)
@@ -71,7 +71,7 @@ def test_gamma_zero_is_openrlhfs_own_to_the_last_bit(
 
 def test_rewards_are_openrlhfs_own_and_detached(openrlhf: SimpleNamespace):
     tensors = [tensor.requires_grad_() for tensor in four_logps()]
-    own, ours = openrlhf.DPOLoss(0.1)(*tensors), FocalPOLoss(0.1)(*tensors)
+    own, ours = openrlhf.DPOLoss(0.1)(*tensors), PairwiseDPOLoss(0.1)(*tensors)
     for rewards, expected in zip(ours[1:], own[1:], strict=True):
         assert torch.equal(rewards, expected)
         assert not rewards.requires_grad
@@ -80,7 +80,7 @@ def test_rewards_are_openrlhfs_own_and_detached(openrlhf: SimpleNamespace):
 
 def test_records_the_margins_that_the_loss_sees():
     seen: list[torch.Tensor] = []
-    loss_fn = FocalPOLoss(0.5)
+    loss_fn = PairwiseDPOLoss(0.5)
     loss_fn.record = seen.append
     loss_fn(*(torch.tensor(x) for x in ([-2.0, -7], [-5.0, -9], [-4.0, -7], [-4.0, -9])))
     assert [margins.tolist() for margins in seen] == [[1.5, 0.0]]
@@ -103,5 +103,5 @@ def test_records_the_margins_that_the_loss_sees():
 )
 def test_refusals(arguments: tuple, options: dict, message: str):
     with pytest.raises(ValueError) as error:
-        FocalPOLoss(*arguments, **options)
+        PairwiseDPOLoss(*arguments, **options)
     assert str(error.value).startswith(message)

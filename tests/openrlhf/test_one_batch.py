@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from focalpo_plugins import focalpo_loss
-from focalpo_plugins.openrlhf import FocalPOLoss
+from focalpo_plugins.openrlhf import PairwiseDPOLoss
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,13 @@ def log_probs(trainer, actors: list, rows: list[int]) -> list[torch.Tensor]:
 def test_losses_and_gradients(trainer, actors, options: dict, label_smoothing: float):
     """As in Axolotl's test of the same name: padded together, and each pair by itself."""
     seen: list[torch.Tensor] = []
-    loss_fn = FocalPOLoss(one_batch.BETA, label_smoothing, **options)
-    loss_fn.record = lambda z: (z.retain_grad(), seen.append(z))
+    loss_fn = PairwiseDPOLoss(one_batch.BETA, label_smoothing, **options)
+    loss_fn.record = seen.append
+
+    def slopes_of(logps: list[torch.Tensor]) -> torch.Tensor:
+        """With respect to the margins: beta times the chosen log-probability is in them."""
+        torch.testing.assert_close(logps[0].grad, -logps[1].grad, rtol=0, atol=0)
+        return logps[0].grad.double() / one_batch.BETA
 
     z = torch.tensor(one_batch.MARGINS, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(one_batch.truth(), z.detach(), rtol=0, atol=1e-9)
@@ -71,13 +76,15 @@ def test_losses_and_gradients(trainer, actors, options: dict, label_smoothing: f
     (slopes,) = torch.autograd.grad(losses.sum(), z)
 
     near = {"rtol": 0, "atol": 2e-5}
-    whole = loss_fn(*log_probs(trainer, actors, [0, 1, 2, 3]))[0]
+    logps = log_probs(trainer, actors, [0, 1, 2, 3])
+    whole = loss_fn(*logps)[0]
     whole.backward()
     torch.testing.assert_close(whole.double(), losses.mean(), **near)
     torch.testing.assert_close(seen[0].double(), z, **near)
-    torch.testing.assert_close(seen[0].grad.double() * 4, slopes, **near)
+    torch.testing.assert_close(slopes_of(logps) * 4, slopes, **near)
     for row in range(4):
-        one = loss_fn(*log_probs(trainer, actors, [row]))[0]
+        logps = log_probs(trainer, actors, [row])
+        one = loss_fn(*logps)[0]
         one.backward()
         torch.testing.assert_close(one.double(), losses[row], **near)
-        torch.testing.assert_close(seen[-1].grad.double(), slopes[row : row + 1], **near)
+        torch.testing.assert_close(slopes_of(logps), slopes[row : row + 1], **near)

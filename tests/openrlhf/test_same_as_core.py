@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from focalpo_plugins import focalpo_loss
-from focalpo_plugins.openrlhf import FocalPOLoss
+from focalpo_plugins.openrlhf import PairwiseDPOLoss
 
 BETA = 0.5
 OPTIONS = [
@@ -108,7 +108,7 @@ def test_losses_and_gradients(trainer, models, batches, kind: str, options: dict
     assert all(logp.dtype == torch.float32 for logp in logps)
     label_smoothing = options.get("label_smoothing", 0.0)
     of_loss = {name: value for name, value in options.items() if name != "label_smoothing"}
-    loss_fn = FocalPOLoss(BETA, label_smoothing, **of_loss)
+    loss_fn = PairwiseDPOLoss(BETA, label_smoothing, **of_loss)
     loss, chosen_rewards, rejected_rewards = loss_fn(*logps)
     gradients = torch.autograd.grad(loss, logps)
     each = [loss_fn(*(logp[row : row + 1] for logp in logps))[0].item() for row in range(count)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from focalpo_plugins.openrlhf.flags import FLAT
+from focalpo_plugins.openrlhf.names import FLAT
 
 # Flags that the tests give, and the package doesn't read, by their names before OpenRLHF 0.10.2.
 OF_TESTS = {

@@ -14,7 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from focalpo_plugins import focalpo_loss
-from focalpo_plugins.trl.fused import IGNORED, LOGITS_AT_ONCE, fused_logps, fused_pairwise_loss
+from focalpo_plugins.compute.fused_loss import (
+    IGNORED,
+    LOGITS_AT_ONCE,
+    fused_logps,
+    fused_pairwise_loss,
+)
 
 BETA = 0.3
 VOCABULARY, SIZE = 300, 16

@@ -24,9 +24,9 @@ from transformers import (
 from trl import DPOTrainer
 
 from focalpo_plugins import FocalPOConfig, FocalPOTrainer
+from focalpo_plugins.compute.fused_loss import IGNORED
+from focalpo_plugins.compute.output_layer import check_config
 from focalpo_plugins.trl import fused_step
-from focalpo_plugins.trl.fused import IGNORED
-from focalpo_plugins.trl.head import check_config
 
 README = (EXAMPLES.parent / "README.md").read_text()
 

@@ -587,7 +587,7 @@ def test_whose_path_the_key_asks_for(tokenizer, tmp_path):
             trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_fused=True)
         return
     host = trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_fused=True)
-    assert (host._fused is not None) is of_liger
+    assert host._fused is of_liger
     z = margins_of(host, inputs := batch(host))
     loss = host.compute_loss(host.model, inputs)
     assert loss.item() == pytest.approx(focalpo_loss(z).mean().item(), rel=1e-5)
@@ -741,7 +741,7 @@ def test_the_same_batch_however_it_is_split(tokenizer, tmp_path):
             {"focalpo_variant": "corect"},
             "focalpo_variant must be one of correct, correct_exact, incorrect, got 'corect'",
         ),
-        ({"focalpo_loss": "focal"}, "focalpo_loss must be one of focalpo"),
+        ({"focalpo_pairwise_loss": "focal"}, "focalpo_pairwise_loss must be one of focalpo"),
         ({"label_smoothing": 0.5}, "label_smoothing must be at least 0 and below 0.5, got 0.5"),
     ],
     ids=str,
@@ -786,7 +786,7 @@ def test_a_reference_that_is_the_policy(tokenizer, tmp_path):
 
 def test_every_loss_type_of_this_trl_is_ours_or_refused_with_its_reason():
     """A new one must not slip through unnamed."""
-    from focalpo_plugins.trl.checks import _SEAM, _WHY_NOT
+    from focalpo_plugins.trl.seam import _SEAM, _WHY_NOT
 
     assert len(LOSS_TYPES) > 10
     assert {*_SEAM, *_WHY_NOT} >= LOSS_TYPES

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from ..cli import main
+from . import main
 
 
 def _run(arguments: tuple[str, ...]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..plan import ModelState, Pair, Plan, Sequence
+from ..plan import ModelState, Pair, Plan, Tokens
 
 # What the run will have where there is no GPU to ask: an A100's, the least that trains in bf16.
 _ASSUMED = {"bf16": True, "fp8": False, "tf32": True, "compute_capability": "sm_80"}
@@ -69,8 +69,8 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
     from axolotl.utils.data import prepare_preference_datasets
     from axolotl.utils.dict import DictDefault
 
-    from ..trl.fused import LOGITS_AT_ONCE
-    from ..trl.head import check_config
+    from ..compute.fused_loss import LOGITS_AT_ONCE
+    from ..compute.output_layer import check_config
     from .plugin import fused_key
 
     split = (cfg.tensor_parallel_size or 1) * (cfg.context_parallel_size or 1)
@@ -226,7 +226,7 @@ def _pairs(dataset: Any, collator: Any) -> Iterator[Pair]:
             batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True
         ):
             real = attention.bool()
-            sides.append(Sequence(ids[real].tolist(), trained[real].bool().tolist()))
+            sides.append(Tokens(ids[real].tolist(), trained[real].bool().tolist()))
         answers = (row["chosen_ids"], row["rejected_ids"])
         # What `excess_length_strategy: truncate` cut is cut here once more: TRL adds an EOS to it.
         cut = any(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..plan import Plan
+from ...plan import Plan
 
 GIB = 2**30
 #: What NF4 with double quantisation takes: 4 bits, and 0.127 for its scales (QLoRA, section 3).

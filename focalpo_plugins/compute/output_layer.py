@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch.nn.functional as F
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
 # Gemma 2's final_logit_softcapping, Cohere's logit_scale, Granite's logits_scaling, ...
@@ -45,7 +44,7 @@ class Head:
 
 
 def head_of(model: Any, key: str) -> Head:
-    """The two parts of ``model``, with PEFT's adapters or without.
+    """The two parts of ``model``, which is without adapters' wrappers.
 
     Args:
         key: what asked for the fused path, for the message.
@@ -53,14 +52,10 @@ def head_of(model: Any, key: str) -> Head:
     Raises:
         ValueError: the fused path would compute other log-probs than the model.
     """
-    whole = model
-    if is_peft_model(model):
-        _check_adapters(model, key)
-        whole = model.base_model.model
-    backbone, layer = whole.base_model, whole.get_output_embeddings()
+    backbone, layer = model.base_model, model.get_output_embeddings()
     weight = getattr(layer, "weight", None)
     plain = (
-        backbone is not whole
+        backbone is not model
         and isinstance(weight, Tensor)
         and weight.is_floating_point()
         # FSDP's and tensor parallelism's pieces of it, outside of the model's forward.
@@ -69,9 +64,9 @@ def head_of(model: Any, key: str) -> Head:
     if not plain:
         raise ValueError(
             f"{key} needs a model that is a backbone and one linear output layer, got "
-            f"{type(whole).__name__} with {type(layer).__name__}. Set {key} to false."
+            f"{type(model).__name__} with {type(layer).__name__}. Set {key} to false."
         )
-    return Head(whole, backbone, layer)
+    return Head(model, backbone, layer)
 
 
 def check_config(config: Any, key: str) -> None:
@@ -87,43 +82,17 @@ def check_config(config: Any, key: str) -> None:
             )
 
 
-def check_adapter(config: Any, key: str) -> None:
-    """Raise ``ValueError`` for PEFT's config of an adapter that the fused path would go around."""
-    from peft import PromptLearningConfig
-
-    if isinstance(config, PromptLearningConfig):
-        raise ValueError(
-            f"{key} can't be combined with prompt learning, got {type(config).__name__}: the "
-            f"fused path goes around the model that adds the prompt. Set {key} to false, or train "
-            "another adapter, such as LoRA."
-        )
-    names = getattr(config, "target_modules", None)
-    if not isinstance(names, str) and "lm_head" in (names or ()):
-        _refuse_adapted_head(key)
-
-
-def _refuse_adapted_head(key: str) -> NoReturn:
-    raise ValueError(
-        f"{key} can't be combined with an adapter on the output layer, got 'lm_head' among the "
-        f"adapter's target modules: the fused path would not train it. Set {key} to false, or "
-        "remove it from them."
-    )
-
-
-def _check_adapters(model: Any, key: str) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for config in model.peft_config.values():
-        check_adapter(config, key)
-    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        _refuse_adapted_head(key)
-
-
-def check_logits(head: Head, ids: Tensor, key: str) -> None:
+def check_logits(
+    head: Head,
+    ids: Tensor,
+    key: str,
+    gathered: Callable[..., AbstractContextManager[None]],
+) -> None:
     """Compare the model's own logits of one sequence with its output layer's.
 
     Args:
         ids: token ids ``(n,)``; a few will do.
+        gathered: ``gathered(weight, bias)`` has both in one piece inside.
 
     Raises:
         ValueError: they differ by more than rounding.
@@ -151,21 +120,3 @@ def check_logits(head: Head, ids: Tensor, key: str) -> None:
             f"{off:.3g} from those of its output layer: the model changes them afterwards. Set "
             f"{key} to false."
         )
-
-
-@contextmanager
-def gathered(*parameters: Tensor | None) -> Iterator[None]:
-    """The parameters in one piece, where DeepSpeed's ZeRO-3 has them in parts."""
-    # By identity: tied and shared ones come twice, and DeepSpeed takes each once.
-    parts = {
-        id(p): p
-        for p in parameters
-        if getattr(getattr(p, "ds_status", None), "name", "AVAILABLE") != "AVAILABLE"
-    }
-    if not parts:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(parts.values())):
-        yield

@@ -15,12 +15,11 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from ..plan import ModelState, Pair, Plan
-from ..plan import Sequence as Tokens
+from ..plan import ModelState, Pair, Plan, Tokens
 from ..registry import get_loss
 from . import COMMAND, cpu
 from .autoload import patch
-from .flags import dotted, given_options, spelled
+from .names import dotted, given_options, spelled
 
 _OURS = "focalpo_plugins.openrlhf.train_dpo"
 _NO_LIMIT = 10**9  # tokens

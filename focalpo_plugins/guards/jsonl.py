@@ -1,0 +1,156 @@
+"""Files of preference pairs that a host could not read, refused with the number of the line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+_DECODER = json.JSONDecoder()
+_INK = re.compile(r"[^ \t\n\r]")  # what JSON doesn't take for space
+
+
+def check_file(path: Path, name: str, columns: Sequence[str] = ()) -> None:
+    """Refuse a local file of JSON that is empty, that the hosts can't read, or that has an entry
+    without a column; the hosts' own error for it names neither file nor line.
+
+    Hosts read objects, which may stand on a line each or over several, or one array of them.
+
+    Args:
+        name: of the key or flag that names the file.
+        columns: that every entry must have.
+
+    Raises:
+        ValueError: the message names the line.
+    """
+    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+        return
+    entries = 0
+    try:
+        for place, row in _entries(path):
+            entries += 1
+            for column in columns:
+                if isinstance(row, dict) and column not in row:
+                    got = ", ".join(row) or "nothing"
+                    raise ValueError(f"{place} can't be used: it has no {column!r}, got {got}")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} must be in UTF-8, got {str(path)!r} ({error}). Write it again in UTF-8."
+        ) from None
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must be JSON lines, got {str(path)!r}, of which {error}. Mend that line, or "
+            "remove it."
+        ) from None
+    if not entries:
+        raise ValueError(f"{name} must hold a pair, got {str(path)!r}, which is empty.")
+
+
+def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Place and value of each entry; None for what the hosts alone can read.
+
+    Raises:
+        ValueError: a line is broken; the message begins with its number.
+    """
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            row = _object(line)
+            if row is not None:
+                yield f"line {number}", row
+            elif line.strip():
+                break  # an array, an object over several lines, or broken
+        else:
+            return
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = _values(text.removeprefix("\ufeff"))
+    except ValueError:
+        if not _read_by_hosts(path):
+            raise
+        values = [None]
+    # Some releases of datasets can't read an array that a byte order mark or a space stands before.
+    if text[0] not in "[{" and _read_by_hosts(path) is False:
+        raise ValueError("line 1 can't be used: it must begin with the [ of an array, or a {")
+    yield from ((f"entry {number}", value) for number, value in enumerate(values, 1))
+
+
+def _read_by_hosts(path: Path) -> bool | None:
+    """Whether ``datasets``, by which the hosts read files, can; None where it isn't installed."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        return None
+    try:
+        read = load_dataset("json", data_files=str(path), split="train", streaming=True)
+        for _ in read.with_format("arrow").iter(batch_size=1000):
+            pass
+    except Exception:  # of pyarrow, pandas or datasets
+        return False
+    return True
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """The JSON object that ``text`` is; None where it is none that the hosts can read."""
+    try:
+        value = json.loads(text)
+        _check_surrogates(text, value)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _values(text: str) -> list[Any]:
+    """The objects that stand in ``text`` one after the other, or in one array.
+
+    Raises:
+        ValueError: it is broken; the message begins with the number of the line.
+    """
+    try:
+        return _parsed(text)
+    except json.JSONDecodeError as error:
+        whole = error
+    lines = text.split("\n")
+    opening = next((line for line in lines if line.strip()), "")
+    is_array = opening.lstrip().startswith("[") and _why_broken(opening) is not None
+    if not is_array and any(line.startswith("{") and _object(line) is not None for line in lines):
+        # JSON lines: a line that is cut may read on into the next, and break further down.
+        for number, line in enumerate(lines, 1):
+            if line.strip() and _object(line) is None:
+                why = _why_broken(line) or "it is not one JSON object"
+                raise ValueError(f"line {number} can't be used: {why}")
+    raise ValueError(f"line {whole.lineno} can't be used: {whole.msg}")
+
+
+def _parsed(text: str) -> list[Any]:
+    if text.lstrip().startswith("["):
+        value = json.loads(text)
+        _check_surrogates(text, value)
+        return list(value)
+    values: list[Any] = []
+    end = 0
+    while (start := _INK.search(text, end)) is not None:
+        value, end = _DECODER.raw_decode(text, start.start())
+        if not isinstance(value, dict | None):
+            raise json.JSONDecodeError("it is not one JSON object", text, start.start())
+        _check_surrogates(text[start.start() : end], value)
+        values.append(value or {})  # hosts read null as an entry without columns
+    return values
+
+
+def _why_broken(text: str) -> str | None:
+    try:
+        _parsed(text)
+    except json.JSONDecodeError as error:
+        return error.msg
+    return None
+
+
+def _check_surrogates(text: str, value: Any) -> None:
+    """Python reads half of a surrogate pair, and the hosts do not."""
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise json.JSONDecodeError("it has half of a surrogate pair", text, 0) from None

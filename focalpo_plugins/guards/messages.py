@@ -1,0 +1,44 @@
+"""How this package says things: one line on stderr, and errors that name what the user wrote."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+
+def say(what: str) -> None:
+    """Write one line to stderr, in one write.
+
+    ``print`` writes a line and its end separately where a launcher unbuffers its ranks, and another
+    rank's line can then begin where ours should have ended.
+    """
+    sys.stderr.write(f"focalpo_plugins: {' '.join(what.splitlines())}\n")
+    sys.stderr.flush()
+
+
+@contextmanager
+def named(prefix: str, options: Iterable[str] = (), true: str = "=True") -> Iterator[None]:
+    """Have the message of a ValueError raised inside name values as the user writes them.
+
+    Args:
+        prefix: ``focalpo_`` or ``--focalpo.``, put before the message, which begins with the name
+            of the value that is wrong.
+        options: names that the message may tell the user to set, as ``NAME=True``.
+        true: how a user sets one, after prefix and name: ``: true`` in a YAML.
+    """
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for option in options:
+            message = message.replace(f"{option}=True", f"{prefix}{option}{true}")
+        raise ValueError(f"{prefix}{message}") from None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A sentence's end: ``; did you mean 'gamma'?`` or, with nothing near, ``; known: a, b.``"""
+    known = list(known)
+    near = difflib.get_close_matches(word.lower(), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}."

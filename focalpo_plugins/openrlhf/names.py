@@ -1,0 +1,95 @@
+"""The two spellings of OpenRLHF's flags, and what was given under the name of a loss."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from ..registry import get_loss
+
+# What we read of OpenRLHF's flags, by the names of its releases from 0.10.2 on, and before.
+FLAT = {
+    "model.model_name_or_path": "pretrain",
+    "model.beta": "beta",
+    "model.label_smoothing": "label_smoothing",
+    "model.ipo_enable": "ipo",
+    "ref.offload": "ref_offload",
+    "data.chosen_key": "chosen_key",
+    "data.dataset": "dataset",
+    "data.dataset_probs": "dataset_probs",
+    "data.dataset_split": "dataset_split",
+    "data.disable_fast_tokenizer": "disable_fast_tokenizer",
+    "data.input_template": "input_template",
+    "data.max_len": "max_len",
+    "data.max_samples": "max_samples",
+    "data.rejected_key": "rejected_key",
+    "train.batch_size": "train_batch_size",
+    "train.max_epochs": "max_epochs",
+    "train.micro_batch_size": "micro_train_batch_size",
+    "train.seed": "seed",
+    "ds.adam_offload": "adam_offload",
+    "ds.attn_implementation": "attn_implementation",
+    "ds.load_in_4bit": "load_in_4bit",
+    "ds.lora.alpha": "lora_alpha",
+    "ds.lora.dropout": "lora_dropout",
+    "ds.lora.rank": "lora_rank",
+    "ds.lora.target_modules": "target_modules",
+    "ds.packing_samples": "packing_samples",
+    "ds.param_dtype": "param_dtype",
+    "ds.ring_attn_size": "ring_attn_size",
+    "ds.tensor_parallel_size": "ds_tensor_parallel_size",
+    "ds.use_liger_kernel": "use_liger_kernel",
+    "ds.zero_stage": "zero_stage",
+    "ckpt.load_enable": "load_checkpoint",
+    "ckpt.output_dir": "save_path",
+    "ckpt.path": "ckpt_path",
+    "ckpt.save_steps": "save_steps",
+    "logger.logging_steps": "logging_steps",
+}
+
+
+def spelled(flag: str, values: Mapping[str, Any]) -> str:
+    """``flag``, a key of :data:`FLAT`, as the installed OpenRLHF spells it.
+
+    Args:
+        values: the parsed command line, by the flags' names.
+    """
+    return flag if flag in values or FLAT[flag] not in values else FLAT[flag]
+
+
+def dotted(args: Any) -> Any:
+    """OpenRLHF's arguments, to be read by the names of the keys of :data:`FLAT`; a copy where its
+    own are flat."""
+    if hasattr(args, "model"):
+        return args
+    nested = Namespace()
+    for flag, flat in FLAT.items():
+        *prefixes, name = flag.split(".")
+        within = nested
+        for prefix in prefixes:
+            if not hasattr(within, prefix):
+                setattr(within, prefix, Namespace())
+            within = getattr(within, prefix)
+        setattr(within, name, getattr(args, flat))
+    return nested
+
+
+def given_options(args: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was given under the name of ``args.loss``: options of the loss, and the trainer's flags.
+
+    Args:
+        args: as OpenRLHF hands them on, with a namespace for each prefix or without.
+    """
+    prefix = f"{args.loss}."
+    given = dict(vars(getattr(args, args.loss, Namespace())))
+    given |= {k.removeprefix(prefix): v for k, v in vars(args).items() if k.startswith(prefix)}
+    options = get_loss(args.loss).options
+    of_loss = {name: value for name, value in given.items() if name in options}
+    return of_loss, {name: value for name, value in given.items() if name not in options}
+
+
+def versions() -> str:
+    """``focalpo_plugins 0.1.0 with openrlhf 0.11.2``."""
+    return f"focalpo_plugins {version('focalpo_plugins')} with openrlhf {version('openrlhf')}"

@@ -1,0 +1,22 @@
+"""What each option of ours does, in one place: for Axolotl's schema, TRL's config and the hosts'
+``--help``."""
+
+from __future__ import annotations
+
+from .loss import VARIANTS
+
+#: FocalPO's own.
+OF_FOCALPO = {
+    "gamma": "Focusing parameter; 0 is DPO",
+    "variant": f"Modulating factor: {', '.join(VARIANTS)}",
+    "allow_reversed": "Accept a gamma from which on training runs backwards",
+}
+#: Those of every loss, each in the hosts where it does something.
+OF_ANY_LOSS = {
+    "fused": "Compute the loss without ever holding the logits of the batch",
+    "precompute_ref": "Compute the reference's log-probabilities once, keep them in a file, and "
+    "free the reference before the first step",
+    "precompute_dir": "Folder of that file",
+    "allow_changed": "Resume a checkpoint that another loss has trained",
+    "allow_data": "Train on data that mostly can't be learnt from",
+}

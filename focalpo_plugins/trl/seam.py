@@ -1,0 +1,163 @@
+"""Where TRL's loss is exchanged for ours.
+
+``DPOTrainer._compute_loss`` has no hook for the loss, but its DPO-family branches call
+``F.logsigmoid`` on the reward margin, with ``F`` a name of the trainer's module.  For the length
+of that call the name stands for a proxy whose ``logsigmoid`` is minus our loss.  The calls are
+counted, and a count other than the expected one stops the run: a TRL that moves its loss must
+never train DPO under another loss's name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from trl import DPOTrainer
+
+from ..registry import BoundLoss
+
+# For each TRL loss type that a pairwise loss can take the place of, the log-sigmoids it calls,
+# each with whether our label smoothing goes in: `robust` does its own, with a second log-sigmoid.
+_SEAM: Mapping[str, Sequence[bool]] = {
+    "sigmoid": (True,),
+    "sigmoid_norm": (True,),
+    "robust": (False, False),
+    "sft": (),
+}
+
+_WHY_NOT = {
+    "nca_pair": "its log-sigmoids are of each reward, not of the margin",
+    "bco_pair": "its log-sigmoids are of each reward, not of the margin",
+    "exo_pair": "its log-sigmoid is one term of a divergence, not the loss",
+    "discopop": "its log-sigmoid is blended with an exponential",
+    "aot": "it sorts the batch, and a sorted margin belongs to no pair",
+    "aot_unpaired": "it sorts the batch, and a sorted margin belongs to no pair",
+    "hinge": "it has no log-sigmoid of the margin",
+    "ipo": "it has no log-sigmoid of the margin",
+    "sppo_hard": "it has no log-sigmoid of the margin",
+    "apo_zero": "it has no log-sigmoid of the margin",
+    "apo_down": "it has no log-sigmoid of the margin",
+}
+
+
+def check_host() -> None:
+    """Raise ``RuntimeError`` unless the installed TRL computes its loss where we exchange it."""
+    method = inspect.unwrap(getattr(DPOTrainer, "_compute_loss", check_host))
+    names = method.__code__.co_names
+    if "logsigmoid" not in names or getattr(seam_module(), "F", None) is not F:
+        raise RuntimeError(
+            f"focalpo_plugins {version('focalpo_plugins')} does not know where trl "
+            f"{version('trl')} computes its DPO loss: it must call F.logsigmoid in "
+            "DPOTrainer._compute_loss, as trl 0.29 to 1.16 do. Install one of these."
+        )
+
+
+def check_loss_types(types: Sequence[str], key: str = "loss_type") -> None:
+    """Raise ``ValueError`` unless each of TRL's loss types is one that a pairwise loss can stand in
+    for, and one at least is not ``sft``."""
+    for loss_type in types:
+        if str(loss_type) not in _SEAM:
+            why = _WHY_NOT.get(str(loss_type), "it is not known to be a log-sigmoid of the margin")
+            raise ValueError(
+                f"{key} must be of {', '.join(_SEAM)}, got {loss_type!r}: {why}. Remove it; "
+                "'sigmoid' is the default."
+            )
+    if not any(_SEAM[str(loss_type)] for loss_type in types):
+        raise ValueError(
+            f"{key} must hold one of sigmoid, sigmoid_norm, robust, got {list(types)}: there is no "
+            "preference loss in it. Put 'sigmoid' beside 'sft'."
+        )
+
+
+@contextmanager
+def exchanged(
+    loss: BoundLoss, types: Sequence[str], label_smoothing: float
+) -> Iterator[list[Tensor]]:
+    """``loss`` in the place of TRL's, for one call of ``DPOTrainer._compute_loss``.
+
+    Args:
+        types: TRL's loss types.
+        label_smoothing: goes into our loss where TRL's own does not see to it.
+
+    Returns:
+        The margins ``(B,)`` of each log-sigmoid that TRL called, once it has.
+
+    Raises:
+        RuntimeError: TRL called another number of them than its loss types do.
+    """
+    smoothing = [label_smoothing if own else 0.0 for loss_type in types for own in _SEAM[loss_type]]
+    margins: list[Tensor] = []
+
+    def logsigmoid(z: Tensor) -> Tensor:
+        margins.append(z)
+        if len(margins) > len(smoothing):
+            return z  # the count below stops the run
+        return -loss(z, smoothing[len(margins) - 1])
+
+    with _logsigmoid_replaced(seam_module(), logsigmoid):
+        yield margins
+    if len(margins) != len(smoothing):
+        raise RuntimeError(
+            f"trl {version('trl')} called logsigmoid {len(margins)} times for loss_type "
+            f"{list(types)}, where focalpo_plugins {version('focalpo_plugins')} expects "
+            f"{len(smoothing)}: its loss has moved, and this step would not have trained "
+            f"{loss.name}. Use a trl release that the README lists."
+        )
+
+
+def seam_module() -> ModuleType:
+    """Where TRL's trainer looks up the name ``F``, ours for the length of its loss method."""
+    return sys.modules[DPOTrainer.__module__]
+
+
+#: Held by the one trainer whose loss method is running.
+_SWAPPED = threading.Lock()
+
+
+@contextmanager
+def _logsigmoid_replaced(
+    module: ModuleType, logsigmoid: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """``module.F`` with another ``logsigmoid``, for this thread; one thread at a time.
+
+    Raises:
+        RuntimeError: the name doesn't stand for ``torch.nn.functional`` as it is found.
+    """
+    with _SWAPPED:
+        if module.F is not F:
+            raise RuntimeError(
+                f"{module.__name__}.F must be torch.nn.functional, got {module.F!r}: another "
+                "package has exchanged it, and would compute another loss. Remove that package."
+            )
+        module.F = _Functional(logsigmoid)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            # The constant, not what was found: that can't be another trainer's.
+            module.F = F  # type: ignore[attr-defined]
+
+
+class _Functional:
+    """``torch.nn.functional`` with another ``logsigmoid``, for the thread that made it.
+
+    A plain ``DPOTrainer`` in another thread looks up the same name.
+    """
+
+    def __init__(self, logsigmoid: Callable[[Tensor], Tensor]) -> None:
+        self._logsigmoid = logsigmoid
+        self._thread = threading.get_ident()
+
+    def logsigmoid(self, z: Tensor) -> Tensor:
+        ours = threading.get_ident() == self._thread
+        return self._logsigmoid(z) if ours else F.logsigmoid(z)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(F, name)
