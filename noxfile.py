@@ -119,6 +119,7 @@ def test_core(session: nox.Session) -> None:
 def axolotl(session: nox.Session) -> None:
     """The adapters of TRL and Axolotl, with the real Axolotl."""
     install_axolotl(session)
+    check_types(session, "trl", "axolotl", "cli")
     test(session, ["tests/trl", "tests/axolotl"], *TWO_AT_A_TIME)
 
 
@@ -126,6 +127,7 @@ def axolotl(session: nox.Session) -> None:
 def openrlhf(session: nox.Session) -> None:
     """The adapter of OpenRLHF, with the real OpenRLHF."""
     install_openrlhf(session)
+    check_types(session, "openrlhf")
     test(session, ["tests/openrlhf"], *TWO_FILES_AT_A_TIME)
 
 
@@ -263,6 +265,16 @@ def beside_the_host(session: nox.Session) -> None:
         session.error(f"installing focalpo_plugins changed the host's environment: {changed}")
     session.env["TORCH_EXTENSIONS_DIR"] = str(Path(session.virtualenv.location) / "extensions")
     session.run("python", "examples/make_tiny.py")
+
+
+def check_types(session: nox.Session, *folders: str) -> None:
+    """Of the adapters, with their host's own types.
+
+    Hosts are not typed throughout, and re-export without saying so.
+    """
+    session.install("mypy")
+    lenient = ("--implicit-reexport", "--allow-untyped-calls")
+    session.run("mypy", *lenient, *(f"focalpo_plugins/{folder}" for folder in folders))
 
 
 def packages(session: nox.Session) -> set[str]:

@@ -1,4 +1,4 @@
-"""Fixtures of every room: the tiny assets, and other people's packages, whole and broken."""
+"""Fixtures of all tests: the tiny assets, and other people's packages, whole and broken."""
 
 from __future__ import annotations
 
@@ -15,27 +15,6 @@ from filelock import FileLock
 from harness import EXAMPLES, SUPPORT
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-# Runs that several tests look at: one worker gets all of a run's tests, and makes it once.
-SHARED_RUNS = (
-    "plain", "outcomes", "trained", "one_node", "answers", "ends", "drawn", "adapted",
-    "never_killed", "whole", "done", "two_ranks",
-)  # fmt: skip
-
-# Tests of our own fused path are marked `fused`: by their name, or by what they are given.
-FUSED_PATH = {"focalpo_fused": True}
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        given = item.callspec.params if hasattr(item, "callspec") else {}
-        by_key = given.get("key") or given.get("fused") or given.get("path") == FUSED_PATH
-        if by_key or {"fused", "liger"} & {*item.name.partition("[")[0].split("_")}:
-            item.add_marker("fused")
-        for fixture in SHARED_RUNS:
-            if fixture in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(fixture))
 
 
 @pytest.fixture(scope="session")

@@ -98,6 +98,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
+@pytest.mark.xdist_group("drawn")
 def test_curves_mark_the_peak_and_the_reversal(drawn: tuple[Path, str]):
     """With ``p = sigmoid(z)`` the push of `correct` is ``(1 - p) p^g (1 + g log p)``.  Its
     derivative with respect to z, divided by ``(1 - p) p^g``, is
@@ -127,6 +128,7 @@ def test_curves_mark_the_peak_and_the_reversal(drawn: tuple[Path, str]):
     assert "reward margin z (nats)" in svg
 
 
+@pytest.mark.xdist_group("drawn")
 def test_curves_are_those_of_the_paper(drawn: tuple[Path, str]):
     """Values by hand: at p = 1/2 the losses are ``ln 2`` and ``2^-0.05 ln 2``, and with the factor
     ``1 - p`` half of DPO's; at z = 0 Eq. 6's terms are ``2^-0.05 / 2`` and that times

@@ -194,4 +194,32 @@ def test_the_wheel_holds_what_it_should():
     assert dist.locate_file("focalpo_plugins/loss.py").resolve() == (PACKAGE / "loss.py").resolve()
     assert dist.version == focalpo_plugins.__version__
     required = [requirement for requirement in dist.requires if "extra" not in requirement]
-    assert sorted(required) == ["pluggy", "torch"]
+    assert sorted(required) == ["pluggy>=1.0", "torch>=2.5"]
+
+
+OWN_LOSS = """
+import pluggy
+from focalpo_plugins import hookimpl, registry
+
+assert pluggy.__version__.startswith("1.0."), pluggy.__version__
+
+def module(name):
+    hook = staticmethod(hookimpl(lambda register: register(name, lambda margins: -margins)))
+    return type("Module", (), {"register_losses": hook})
+
+try:
+    registry.add("broken", module("dpo"))
+except ValueError as error:
+    assert "broken" not in dict(registry.manager.list_name_plugin())
+registry.add("whole", module("mine"))
+print(*registry.losses())
+"""
+
+
+def test_the_lowest_pluggy(tmp_path: Path):
+    """That setup.cfg allows: a loss that is added by hand, after one that is refused."""
+    lowest = ["--target", str(tmp_path), "pluggy==1.0.*"]
+    run_pip = run_python("-m", "pip", "install", "--quiet", "--no-deps", *lowest)
+    assert run_pip.returncode == 0, run_pip.stderr
+    run = run_python("-c", OWN_LOSS, path=tmp_path)
+    assert run.stdout.split() == ["focalpo", "mine"], run.stderr

@@ -204,17 +204,11 @@ def _trainer(cfg: Any, train: Any, held_out: Any, tokenizer: Any, steps: int) ->
 def _stand_in(cfg: Any, tokenizer: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(
-        LlamaConfig(
-            name_or_path=cfg.base_model,
-            vocab_size=len(tokenizer),
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-        )
-    )
+    sizes = ("hidden_size", "intermediate_size")
+    counts = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    shape: dict[str, Any] = {**dict.fromkeys(sizes, 8), **dict.fromkeys(counts, 1)}
+    of_run = {"name_or_path": cfg.base_model, "vocab_size": len(tokenizer)}
+    return LlamaForCausalLM(LlamaConfig(**shape, **of_run))
 
 
 def _pairs(dataset: Any, collator: Any) -> Iterator[Pair]:

@@ -15,13 +15,13 @@ import gc
 import hashlib
 import json
 import os
-import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, NoReturn
 
 import torch
@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
+from ..guards.folders import write_whole
 from ..guards.messages import say
 
 _DIGEST = 16  # bytes
@@ -231,18 +232,27 @@ def _weights(model: Any, strategy: Any) -> list[str]:
 def _compute_and_write(
     trainer: Any, strategy: Any, pairs: _Pairs, path: Path, flag: str, about: dict[str, Any]
 ) -> Tensor:
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     nothing = torch.full((len(pairs.digests), 2), _MISSING)
-    try:
-        # As long as the real one will be, so that a full disk is met now and not an hour later.
-        _write(strategy, temporary, _as_bytes(pairs.digests, nothing, about), flag)
+    size = len(_as_bytes(pairs.digests, nothing, about))
+    with ExitStack() as held:
+
+        def reserve() -> None:
+            """As much as the file will take: a full disk is met now, and not an hour later."""
+            with _writing(path, size, flag):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                reserved = held.enter_context(
+                    NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp")
+                )
+                os.posix_fallocate(reserved.fileno(), 0, size)
+
+        def write() -> None:
+            held.close()
+            with _writing(path, size, flag):
+                write_whole(path, _as_bytes(pairs.digests, logps, about))
+
+        on_rank_0(strategy, reserve)
         logps = _compute(trainer, strategy, pairs)
-        _write(strategy, temporary, _as_bytes(pairs.digests, logps, about), flag)
-        on_rank_0(strategy, lambda: _name(temporary, path, flag))
-    finally:
-        if strategy.is_rank_0():
-            with suppress(OSError):  # it is not there, nor is perhaps its folder
-                temporary.unlink()
+        on_rank_0(strategy, write)
     return logps
 
 
@@ -287,32 +297,19 @@ def _as_bytes(digests: Tensor, logps: Tensor, about: dict[str, Any]) -> bytes:
     return content
 
 
-def _write(strategy: Any, path: Path, content: bytes, flag: str) -> None:
-    """On the first rank; where that fails, all of them end."""
-
-    def write() -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "r+b" if path.exists() else "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise ValueError(
-                f"{flag} must be a folder with room for {len(content) / 2**20:.1f} MiB that can be "
-                f"written to, got {str(path.parent)!r}: {error}. Name another."
-            ) from None
-
-    on_rank_0(strategy, write)
-
-
-def _name(temporary: Path, path: Path, flag: str) -> None:
+@contextmanager
+def _writing(path: Path, size: int, flag: str) -> Iterator[None]:
     try:
-        os.replace(temporary, path)
-    except OSError as error:
+        yield
+    except IsADirectoryError as error:
         raise ValueError(
             f"{flag} must be a folder where a file can have the name {path.name}, got "
             f"{str(path.parent)!r}: {error}. Remove what has that name, or name another folder."
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"{flag} must be a folder with room for {size / 2**20:.1f} MiB that can be written to, "
+            f"got {str(path.parent)!r}: {error}. Name another."
         ) from None
 
 

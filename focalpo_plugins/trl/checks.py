@@ -88,7 +88,7 @@ def _check_fused_arguments(args: DPOConfig, types: Sequence[str], key: str) -> N
         refuse("use_weighting", args.use_weighting, key, "set use_weighting to False")
 
 
-def check_fused_parts(given: Mapping[str, Any], args: DPOConfig, key: str) -> None:
+def check_fused_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
     """Refuse what the fused path would leave out, as far as it is known.
 
     Called with what a trainer is given, before it loads or prepares anything, and again with what
@@ -189,7 +189,8 @@ def _has_device_map(model: Any, args: DPOConfig) -> bool:
     and the built trainer is looked at."""
     if isinstance(model, nn.Module):
         return bool(getattr(model, "hf_device_map", None))
-    return bool((args.model_init_kwargs or {}).get("device_map"))
+    asked: Any = args.model_init_kwargs or {}
+    return bool(asked.get("device_map"))
 
 
 def refuse(name: str, value: Any, key: str, instead: str) -> NoReturn:

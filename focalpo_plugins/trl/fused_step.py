@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,6 +130,7 @@ class FusedStepMixin(_Host):
     def _fused_logps(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """The reference's log-probs ``(2B,)``: of ``model``, with its adapters off, or its adapter
         "ref" on, where there is no reference model."""
+        adapter: AbstractContextManager[Any]
         if self.ref_model is None and is_peft_model(model):
             adapter = use_adapter(model, "ref" if "ref" in model.peft_config else None)
         else:
@@ -158,7 +159,9 @@ class FusedStepMixin(_Host):
         return head, states, labels
 
     def _without_checkpointing(self) -> Any:
-        return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        model: Any = self.model
+        options: Any = self.args.gradient_checkpointing_kwargs
+        return disable_gradient_checkpointing(model, options)
 
     def compute_ref_log_probs(self, *args: Any) -> Any:
         # TRL 0.29 has no model among the arguments.

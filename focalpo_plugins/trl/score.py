@@ -143,8 +143,9 @@ class PairScorer:
             row += "_"
         pairs = pairs.add_column(row, list(range(self.total)))
         tokenizer = _tokenizer(*sources)
-        trainer = _trainer(pairs, tokenizer, max_length, str(data))
-        self._pairs, self._collate = trainer.train_dataset, trainer.data_collator
+        trainer: Any = _trainer(pairs, tokenizer, max_length, str(data))
+        self._pairs = trainer.train_dataset
+        self._collate = trainer.data_collator
         self._device = trainer.accelerator.device
         self.rows: list[int] = list(self._pairs[row])
         self._models = [
@@ -211,9 +212,9 @@ def _trainer(
 
 
 def _stand_in(vocabulary: int) -> LlamaForCausalLM:
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes, **heads))
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 1, "num_key_value_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes))
 
 
 def _one_line(error: BaseException) -> str:
@@ -227,9 +228,10 @@ def _model(source: Source, role: str, dtype: str) -> Any:
     transformers_logging.set_verbosity_error()
     try:
         name = source.base or source.name
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
+        model, info = loaded
         what = type(model).__name__
         wrong = {
             "lack": list(info["missing_keys"]),
@@ -280,7 +282,7 @@ def _with_adapter(model: Any, name: str) -> tuple[Any, list[str], list[str]]:
     config.inference_mode = False  # what the adapter trains is what its files have to hold
     model = get_peft_model(model, config)
     trained = {key for key, weight in model.named_parameters() if weight.requires_grad}
-    found = set_peft_model_state_dict(model, load_peft_weights(name, device="cpu"))
+    found: Any = set_peft_model_state_dict(model, load_peft_weights(name, device="cpu"))
     return model, sorted(trained & set(found.missing_keys)), list(found.unexpected_keys)
 
 
@@ -473,7 +475,8 @@ def _common_start(chosen: list[Any], rejected: list[Any]) -> int:
 
 
 def _seen_by_trl(row: Mapping[str, Any]) -> _Row:
-    sides = {side: row[side] for side in ("chosen", "rejected")}
+    sides: dict[str, Any] = {side: row[side] for side in ("chosen", "rejected")}
     if "prompt" not in row and all(isinstance(messages, list) for messages in sides.values()):
-        return _Row(**extract_prompt(sides))
+        extracted: dict[str, Any] = extract_prompt(sides)
+        return _Row(**extracted)
     return _Row(row.get("prompt"), **sides)

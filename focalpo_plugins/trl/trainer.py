@@ -98,7 +98,8 @@ class PairwiseLossMixin(FusedStepMixin):
         is_focalpo = loss.name == "focalpo"
         self._name, self._paper = ("FocalPO", _PAPER) if is_focalpo else (loss.name, {})
         self._tag_names: list[str] = [*self._tag_names, loss.name]
-        self.model.add_model_tags([loss.name])
+        model: Any = self.model
+        model.add_model_tags([loss.name])
 
     def _say_active(self) -> None:
         """Say what is trained, once, on the main process; nothing refuses the run any more."""
@@ -137,7 +138,7 @@ class PairwiseLossMixin(FusedStepMixin):
 
     def _check_before_training(self, resume_from_checkpoint: str | bool | None) -> None:
         if self.args.should_save and self.args.save_strategy != "no":
-            check_folder(Path(self.args.output_dir), "output_dir")
+            check_folder(Path(str(self.args.output_dir)), "output_dir")
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(str(self.args.output_dir))
@@ -166,7 +167,7 @@ class PairwiseLossMixin(FusedStepMixin):
                 raise ValueError(found)
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+        self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         if self.pairwise_loss is None:
             raise RuntimeError(
@@ -181,7 +182,7 @@ class PairwiseLossMixin(FusedStepMixin):
                 )
             return self._fused_step(model, inputs)
         recorded = self._steps_recorded
-        result = super().compute_loss(model, inputs, return_outputs, **kwargs)
+        result = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         if self._steps_recorded != recorded + 1:
             raise RuntimeError(
                 f"trl {version('trl')} computed the loss in a way that focalpo_plugins "
@@ -294,7 +295,7 @@ class PairwiseLossMixin(FusedStepMixin):
         """
         self._say_active()
         self._margin_sums.pop("eval", None)  # of a loop that was interrupted
-        output = super().evaluation_loop(
+        output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         sums = self._margin_sums.pop("eval", None)
@@ -331,7 +332,8 @@ class PairwiseLossMixin(FusedStepMixin):
 
     def _mode(self) -> str:
         # As TRL tells the two apart for its own metrics.
-        return "train" if self.model.training else "eval"
+        model: Any = self.model
+        return "train" if model.training else "eval"
 
 
 class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):

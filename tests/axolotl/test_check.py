@@ -23,6 +23,8 @@ from focalpo_plugins.cli.check.warnings import warnings
 from focalpo_plugins.plan import Pair, Tokens
 from focalpo_plugins.registry import get_loss
 
+shares_answers = pytest.mark.xdist_group("answers")  # one worker makes the runs, once
+
 MODULES = ("axolotl.cli.config", "axolotl.common.datasets", "axolotl.utils.trainer")
 MODULES += ("axolotl.core.builders", "focalpo_plugins.axolotl.trainer", "peft", "tqdm")
 
@@ -167,6 +169,7 @@ def read(answer: Answer) -> dict[str, Any]:
     return json.loads(answer[1])
 
 
+@shares_answers
 def test_the_pair_is_the_one_that_is_trained_on(answers, tiny: Path, data: Path):
     """Its tokens are those of one of the file's rows: Axolotl shuffles them."""
     shown = read(answers["plain"])["pair"]
@@ -182,6 +185,7 @@ def test_the_pair_is_the_one_that_is_trained_on(answers, tiny: Path, data: Path)
     assert shown["chosen"]["tokens"][-1] == "<|eot_id|>"
 
 
+@shares_answers
 def test_what_is_counted(answers, tiny: Path, data: Path):
     """13 rows, of which Axolotl drops the long one; one pair has equal answers.  For an empty
     answer Axolotl trains on a whole conversation, with its own dummy message as prompt.
@@ -214,6 +218,7 @@ def test_what_is_counted(answers, tiny: Path, data: Path):
     assert any("8.33 % of the pairs are identical" in warning for warning in found["warnings"])
 
 
+@shares_answers
 def test_what_is_cut_is_counted(answers, tiny: Path, data: Path):
     """At 40 tokens, without Axolotl's preparation: TRL drops prompts of 40 tokens and more, and
     cuts the rest; the empty answer's pair is among them, with the dummy in it.  At 128 with
@@ -234,6 +239,7 @@ def test_what_is_cut_is_counted(answers, tiny: Path, data: Path):
     assert (found["rows"], found["dropped"], found["counts"]["truncated"]) == (13, 0, 1)
 
 
+@shares_answers
 def test_steps(answers):
     """12 pairs, four at a time, are three batches, and with two accumulated two steps, the second of
     one batch; on two ranks one step, and ceil(12 * 2.5 / 16) in all.  13 pairs of two epochs are
@@ -245,6 +251,7 @@ def test_steps(answers):
     assert "pairs a step\n         2 steps an epoch, 6 steps in the run\n" in answers["traps"][1]
 
 
+@shares_answers
 def test_a_run_has_the_steps_that_were_said(answers, once: Axolotl, data: Path):
     pairs = {"path": str(data), "ds_type": "json", "split": "train"}
     pairs["type"] = "chat_template.argilla_chat"
@@ -266,12 +273,14 @@ def test_steps_of_an_epoch_are_those_of_accelerate(drop_last: bool):
         assert _epoch_steps(pairs, micro, accumulation, ranks, drop_last) == expected
 
 
+@shares_answers
 def test_it_does_not_say_that_a_loss_is_active(answers):
     """It builds a trainer, and trains nothing."""
     for case in ("plain", "traps", "fused"):
         assert "active" not in answers[case][1] + answers[case][2]
 
 
+@shares_answers
 def test_memory(answers, tiny: Path):
     """Float32, one rank: 4 bytes each for weights, gradients and reference, 8 for Adam.  bf16 under
     ZeRO 3 on eight ranks: 2, 2 and 2, and 12 for Adam with its master copy, each divided by 8.
@@ -295,6 +304,7 @@ def test_memory(answers, tiny: Path):
     assert lora["state"] == (n + trained) * 4 + trained * (4 + 8)
 
 
+@shares_answers
 def test_it_is_printed_with_the_traps(answers):
     """At beta 1 a pair passes z* = -20 where its log-ratios differ by 20 nats.  The tokenizer puts a
     BOS before the template's, which FocalPO's trainer takes out again."""
@@ -311,11 +321,13 @@ def test_it_is_printed_with_the_traps(answers):
     assert not any("BOS doubled" in warning for warning in warnings)
 
 
+@shares_answers
 def test_axolotls_own_dpo_has_two(answers):
     warnings = read(answers["two BOS"])["warnings"]
     assert any(w.startswith("BOS doubled at the start of 100 % of the sequences") for w in warnings)
 
 
+@shares_answers
 def test_dpo_is_said_to_be_dpo(answers):
     found = read(answers["dpo"])
     assert (found["loss"], found["z_star"]) == ("dpo", None)
@@ -323,6 +335,7 @@ def test_dpo_is_said_to_be_dpo(answers):
     assert found["warnings"][0].startswith("the loss is the host's own, dpo")
 
 
+@shares_answers
 @pytest.mark.parametrize(
     ("case", "said"),
     [
@@ -346,6 +359,7 @@ def test_errors(answers, case: str, said: str):
     assert "Traceback" not in errors
 
 
+@shares_answers
 def test_nothing_is_left_behind(once: Axolotl, answers):
     """The config's output folder isn't made, whose place a scratch folder takes."""
     assert not (once.folder / "checked").exists()

@@ -22,6 +22,8 @@ from harness import (
     zero3_on_cpu,
 )
 
+shares_plain = pytest.mark.xdist_group("plain")  # one worker makes the runs, once
+
 FIRST = 2**-0.05 * math.log(2)  # 0.66953: every margin is 0 before the first step
 DIAGNOSTICS = ("p", "weight", "reversed")
 # What is the same to rounding however a global batch is split; Adam makes rounding larger.
@@ -50,6 +52,7 @@ def assert_same(
         assert ours == pytest.approx(theirs, rel=rel, abs=rel)
 
 
+@shares_plain
 @pytest.mark.releases
 def test_first_loss_and_startup_line(plain: Run):
     assert plain.steps("loss")[0][0] == pytest.approx(FIRST, abs=1e-6)
@@ -67,6 +70,7 @@ def test_first_loss_and_startup_line(plain: Run):
         assert part in lines[0]
 
 
+@shares_plain
 @pytest.mark.releases
 def test_diagnostics_are_logged_in_train_and_eval(plain: Run):
     """At the first step p is 1/2 and the weight 2^-0.05 (1 - 0.05 ln 2) = 0.93246."""
@@ -89,6 +93,7 @@ def test_diagnostics_are_logged_in_train_and_eval(plain: Run):
     assert 0 <= accuracy <= 1
 
 
+@shares_plain
 def test_model_card_names_the_method(plain: Run):
     card = (plain.folder / "README.md").read_text()
     assert re.search(r"^- focalpo$", card, re.M)
@@ -108,6 +113,7 @@ def test_gamma_zero_is_rl_dpo_step_for_step(axolotl: Axolotl):
     assert_same(zero, dpo, names=names)
 
 
+@shares_plain
 @pytest.mark.releases
 def test_plugins_line_without_autoload(axolotl: Axolotl, plain: Run):
     run = axolotl.train(plugins=[PLUGIN], variables={"FOCALPO_AUTOLOAD": "0"})
@@ -115,6 +121,7 @@ def test_plugins_line_without_autoload(axolotl: Axolotl, plain: Run):
     assert run.output.count("focalpo_plugins: active") == 1
 
 
+@shares_plain
 @pytest.mark.releases
 def test_resume_matches_the_uninterrupted_run(axolotl: Axolotl, plain: Run):
     """From the checkpoint after step 3, with the same YAML."""
@@ -135,6 +142,8 @@ def forwards(run: Run) -> dict[str, Any]:
     return json.loads((run.folder / "forwards.json").read_text())
 
 
+@pytest.mark.fused
+@shares_plain
 def test_fused(axolotl: Axolotl, plain: Run):
     """A step is two micro-batches, and each runs the policy and the reference."""
     run = axolotl.train(focalpo_fused=True, eval_steps=3, **COUNTED)
@@ -147,8 +156,9 @@ def test_fused(axolotl: Axolotl, plain: Run):
     assert seen == {"forwards": [4] * 6, "backbones": [2] * 6, "reference": True}
 
 
+@shares_plain
 @pytest.mark.releases
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.fused)])
 def test_precomputed_reference(axolotl: Axolotl, plain: Run, fused: bool):
     """No step runs a reference, and none is there: Axolotl itself loads one and keeps it."""
     run = axolotl.train(precompute_ref_log_probs=True, focalpo_fused=fused, **COUNTED)
@@ -163,6 +173,8 @@ def adapted(once: Axolotl) -> Run:
     return once.train(**ADAPTER, **COUNTED, output_dir=str(once.folder / "adapted"))
 
 
+@pytest.mark.fused
+@pytest.mark.xdist_group("adapted")
 @pytest.mark.parametrize("precomputed", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 def test_lora_fused_and_precomputed(axolotl: Axolotl, adapted: Run, fused: bool, precomputed: bool):
@@ -238,7 +250,14 @@ FSDP_2 = {
 }
 
 
-@pytest.mark.parametrize("path", [{}, {"focalpo_fused": True}], ids=["plain", "fused"])
+@pytest.mark.xdist_group("whole")
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"focalpo_fused": True}, id="fused", marks=pytest.mark.fused),
+    ],
+)
 @pytest.mark.parametrize(
     "how, wrote", [
         pytest.param("zero3", "zero_to_fp32.py", marks=pytest.mark.releases),
@@ -268,6 +287,8 @@ def test_two_ranks_agree_with_one_process(
     assert_same(run, whole, rel=1e-3, names=SPLIT)
 
 
+@shares_plain
+@pytest.mark.xdist_group("whole")
 def test_one_batch_of_eight_agrees_with_two_of_four(whole: Run, plain: Run):
     assert_same(whole, plain, rel=1e-3, names=SPLIT)
 

@@ -22,6 +22,7 @@ def resumed(axolotl: Axolotl, checkpoint: Path, **changes: object) -> Run:
     return axolotl("train", axolotl.config(**{**whole, **changes}))
 
 
+@pytest.mark.xdist_group("trained")
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -44,6 +45,7 @@ def test_a_checkpoint_of_another_loss(axolotl: Axolotl, trained: Run, changes, m
     assert not (axolotl.folder / "out" / "checkpoint-4").exists()
 
 
+@pytest.mark.xdist_group("trained")
 def test_another_loss_if_told_so(axolotl: Axolotl, trained: Run):
     """The steps before are the checkpoint's, and what is saved says the loss of the last ones."""
     changed = {"focalpo_gamma": 0.5, "focalpo_allow_changed": True}
@@ -65,6 +67,7 @@ def test_a_checkpoint_of_the_hosts_dpo(axolotl: Axolotl):
     assert "got loss='focalpo'" in run.output
 
 
+@pytest.mark.xdist_group("trained")
 @pytest.mark.parametrize("half", [True, False], ids=["half", "missing"])
 def test_a_half_written_checkpoint(axolotl: Axolotl, trained: Run, tmp_path: Path, half: bool):
     """The host writes trainer_state.json last."""
@@ -144,6 +147,7 @@ def never_killed(once: Axolotl) -> dict[bool, Run]:
     return found
 
 
+@pytest.mark.xdist_group("never_killed")
 @pytest.mark.parametrize(
     "alone, killed", [(False, "1"), (False, "0,1"), (True, "0")], ids=["one", "all", "LoRA"]
 )
@@ -163,6 +167,7 @@ def test_killed_and_started_again(axolotl: Axolotl, never_killed, alone: bool, k
     assert second.steps("loss", "grad_norm") == whole.steps("loss", "grad_norm")
 
 
+@pytest.mark.fused
 @pytest.mark.releases
 @pytest.mark.parametrize("key", ["output_dir", "dataset_prepared_path"])
 def test_a_folder_that_is_read_only(axolotl: Axolotl, key: str):

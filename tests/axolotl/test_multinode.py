@@ -25,6 +25,7 @@ def one_node(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+@pytest.mark.xdist_group("one_node")
 def test_torchrun_on_two_nodes(axolotl: Axolotl, one_node: Run):
     """The command of the page, once for each node: the losses of one node with two ranks."""
     config = axolotl.config(
@@ -48,6 +49,7 @@ def test_torchrun_on_two_nodes(axolotl: Axolotl, one_node: Run):
         assert two == pytest.approx(one, rel=1e-6)
 
 
+@pytest.mark.xdist_group("one_node")
 def test_ray_with_two_workers(axolotl: Axolotl, one_node: Run):
     assert importlib.util.find_spec("ray"), 'pip install "axolotl[ray]"'
     # Short, for its sockets' sake, and outside the environment, where Ray wants no such folder.

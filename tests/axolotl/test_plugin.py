@@ -319,6 +319,7 @@ def outcomes(once: Axolotl, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return found
 
 
+@pytest.mark.xdist_group("outcomes")
 @pytest.mark.parametrize("way", ["autoload", "plugins line"])
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(outcomes, way, case):
@@ -328,6 +329,7 @@ def test_refused(outcomes, way, case):
     assert "?." not in outcome
 
 
+@pytest.mark.xdist_group("outcomes")
 @pytest.mark.parametrize("way", ["autoload", "plugins line"])
 @pytest.mark.parametrize("case", ACCEPTED)
 def test_accepted(outcomes, way, case):

@@ -67,6 +67,7 @@ def done(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.xdist_group("done")
 def test_results_are_those_of_the_scores(done: Path):
     """Margin, accuracy, ranking and share of the gradient of one group, from the scores' file."""
     path = done / "out" / "runs" / "correct_1" / "seed_5" / "scores" / "scores.jsonl"
@@ -95,6 +96,7 @@ def test_results_are_those_of_the_scores(done: Path):
     assert float(row["weight"]) == pytest.approx(np.mean(p * (1 + np.log(p))), rel=1e-5)
 
 
+@pytest.mark.xdist_group("done")
 def test_differences_are_paired_with_dpo(done: Path):
     """The mean of the differences is the difference of the means, and DPO's own is 0."""
     results = {(r["loss"], r["group"]): float(r["margin"]) for r in rows(done / "out/results.csv")}
@@ -108,6 +110,7 @@ def test_differences_are_paired_with_dpo(done: Path):
             assert float(row["low"]) < float(row["high"])
 
 
+@pytest.mark.xdist_group("done")
 def test_runs_are_of_the_losses_and_batches_asked_for(done: Path):
     for name, first_loss in (("dpo", 0.6931), ("correct_1", 0.3466)):
         folder = done / "out" / "runs" / name / "seed_5"
@@ -117,6 +120,7 @@ def test_runs_are_of_the_losses_and_batches_asked_for(done: Path):
     assert (done / "out" / "study.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.xdist_group("done")
 def test_other_batches_are_seen(done: Path, module: ModuleType, tmp_path: Path):
     """One token more in one step of one run."""
     losses = [module.DPO, module.Loss("correct", 1.0)]
@@ -136,6 +140,7 @@ def test_other_batches_are_seen(done: Path, module: ModuleType, tmp_path: Path):
         module.check_paired(losses, [5], tmp_path)
 
 
+@pytest.mark.xdist_group("done")
 def test_another_study_is_not_mixed_in(done: Path):
     before = (done / "out" / "results.csv").read_bytes()
     other = study(*ARGUMENTS[:-1], "max_steps=3", "--out", "out", folder=done)

@@ -72,6 +72,7 @@ def test_trl_itself_drops_label_smoothing(tokenizer, tmp_path):
     assert abs(losses[2] - losses[3]) > 1e-3
 
 
+@pytest.mark.fused
 def test_what_the_fused_path_does_not_log(tokenizer, tmp_path):
     logs: list[dict[str, float]] = [{}, {}]
     for fused, entry in zip((False, True), logs, strict=True):
@@ -82,6 +83,7 @@ def test_what_the_fused_path_does_not_log(tokenizer, tmp_path):
     assert not {*logs[1]} - {*logs[0]}
 
 
+@pytest.mark.fused
 def test_the_fused_path_leaves_prompts_and_padding_out(tokenizer, tmp_path, monkeypatch):
     """The answers' tokens have a label, and no other; as many logits are held as by default."""
     given = []
@@ -103,6 +105,7 @@ def test_the_fused_path_leaves_prompts_and_padding_out(tokenizer, tmp_path, monk
     assert "logits_at_once" not in named
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize(
     "config, name",
     [
@@ -117,6 +120,7 @@ def test_the_fused_path_refuses_models_that_change_their_logits(config, name):
         check_config(config, "focalpo_fused")
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize(
     "kind", [LlamaConfig, MistralConfig, MixtralConfig, Qwen3Config, Phi3Config, Gemma3TextConfig]
 )
@@ -124,6 +128,7 @@ def test_the_fused_path_takes_models_that_do_not(kind):
     check_config(kind(), "focalpo_fused")
 
 
+@pytest.mark.fused
 def test_the_fused_path_refuses_vision_models(tmp_path):
     """By their processor, before the model, which isn't there, is loaded."""
     processor = object.__new__(type("Eyes", (ProcessorMixin,), {}))

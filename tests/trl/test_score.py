@@ -20,6 +20,8 @@ from focalpo_plugins import FocalPOConfig, FocalPOTrainer
 from focalpo_plugins.cli.score import _beta
 from focalpo_plugins.trl.score import _model, _pairs, _trainer, _with_adapter, resolve
 
+shares_ends = pytest.mark.xdist_group("ends")  # one worker makes the runs, once
+
 BETA = 0.2
 PAIRS = 6
 
@@ -203,6 +205,7 @@ def test_a_model_with_other_weights_than_its_own_is_refused(setting, model: str)
     assert "\n" not in str(error.value)
 
 
+@shares_ends
 def test_a_model_that_cannot_score_is_one_line(ends):
     said = {
         "files beside an adapter": "must have the weights of its LlamaForCausalLM and no others, got",
@@ -215,6 +218,7 @@ def test_a_model_that_cannot_score_is_one_line(ends):
         assert "Traceback" not in errors
 
 
+@shares_ends
 def test_an_adapter_is_loaded_over_its_base(setting, ends):
     """Its log-probabilities are those of the model that it is merged into; as reference it changes
     places; where its base is gone, --ref is its base.  beta 0.5 is its checkpoint's."""
@@ -451,6 +455,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()[1:]]
 
 
+@shares_ends
 def test_rewards_are_those_computed_by_hand(setting, ends):
     """``beta * (log p - log p_ref)`` in float64, the second pair's margin 0; to 1e-4 nats, what
     float32 leaves of sums of log-probabilities of about 20 nats."""
@@ -491,6 +496,7 @@ def test_rewards_are_those_computed_by_hand(setting, ends):
     assert sum(int(n) for line in bins for n in line.split(",")[2:]) == PAIRS
 
 
+@shares_ends
 def test_goes_on_where_it_stopped(setting, ends):
     """The half-written line is scored again, the whole ones are kept, in any batches."""
     code, said, errors = ends["resumed"]
@@ -505,6 +511,7 @@ def test_goes_on_where_it_stopped(setting, ends):
     assert records(setting["folder"] / "complete") == whole
 
 
+@shares_ends
 def test_half_a_file_is_never_read_as_whole(setting, ends, tmp_path):
     """Cut anywhere: what is gone on with are the pairs whose lines are whole, and the file then ends
     with the last of these."""
@@ -520,6 +527,7 @@ def test_half_a_file_is_never_read_as_whole(setting, ends, tmp_path):
         assert scores.read_bytes() == b"".join(lines[:whole])
 
 
+@shares_ends
 def test_a_full_disk(setting, ends):
     code, _, errors = ends["full"]
     assert code == 2
@@ -531,12 +539,14 @@ def test_a_full_disk(setting, ends):
     assert [path.name for path in (setting["folder"] / "full").iterdir()] == ["scores.jsonl"]
 
 
+@shares_ends
 def test_another_run_s_scores_are_not_gone_on_with(ends):
     code, _, errors = ends["other beta"]
     assert code == 2
     assert "was made with another beta, 0.2 where this run has 0.5" in errors.splitlines()[-1]
 
 
+@shares_ends
 def test_what_max_length_drops_is_counted(setting, ends):
     """TRL drops the pairs whose prompt has 24 tokens or more, counted here by hand."""
     assert ends["cut"][0] == 0, ends["cut"][2][-3000:]
@@ -552,6 +562,7 @@ def test_what_max_length_drops_is_counted(setting, ends):
     assert f"{PAIRS - len(kept)} of {PAIRS} rows were dropped" in ends["cut"][1]
 
 
+@shares_ends
 @pytest.mark.parametrize(
     ("case", "said"),
     [

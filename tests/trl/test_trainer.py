@@ -49,6 +49,7 @@ LOSS_TYPES = {*re.findall(r'loss_type == "(\w+)"', Path(dpo_trainer.__file__).re
 OURS_IS_FUSED = hasattr(DPOTrainer, "_compute_loss_liger") and not hasattr(
     DPOTrainer, "_truncate_inputs"
 )
+EACH_PATH = [None, *(pytest.param(key, marks=pytest.mark.fused) for key in FUSED)]
 FIELDS = {*DPOConfig.__dataclass_fields__, "model_kind", "peft_config", "reference"}
 
 
@@ -239,6 +240,7 @@ def test_diagnostics_of_the_first_batch(tokenizer, tmp_path):
             assert f"focalpo/{name}" not in logs
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("key", FUSED)
 @pytest.mark.parametrize("smoothing", (0.0, 0.2))
 @pytest.mark.parametrize(
@@ -324,6 +326,7 @@ def history(tokenizer, folder: Path, feature: str, **more: Any) -> tuple[FocalPO
     return host, [entry for entry in host.state.log_history if "train_runtime" not in entry]
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("feature", FUSED_WITH)
 def test_fused_trains_as_the_plain_path(tokenizer, tmp_path, feature):
     """Every logged value that both paths have, in training and evaluation, step for step."""
@@ -343,6 +346,7 @@ def test_fused_trains_as_the_plain_path(tokenizer, tmp_path, feature):
         assert host.ref_model is None
 
 
+@pytest.mark.fused
 def test_gamma_zero_fused_is_the_hosts_plain_dpo(tokenizer, tmp_path):
     histories = []
     for cls, more in (
@@ -359,6 +363,7 @@ def test_gamma_zero_fused_is_the_hosts_plain_dpo(tokenizer, tmp_path):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.fused
 def test_liger_trains(tokenizer, tmp_path, monkeypatch):
     """Liger's layers are the host's to put in, and the arguments stay as they were asked."""
     from transformers import trainer as host_module
@@ -382,7 +387,7 @@ def test_liger_trains(tokenizer, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "feature", ["precomputed", "precomputed from another", "lora, precomputed"]
 )
-@pytest.mark.parametrize("key", [None, *FUSED])
+@pytest.mark.parametrize("key", EACH_PATH)
 def test_precomputed_needs_no_reference(tokenizer, tmp_path, key, feature):
     """Real forward passes of any backbone in three steps and three evaluations: one each, where
     without precomputing it is two each; and the reference given is freed."""
@@ -440,7 +445,13 @@ def test_a_freed_reference_is_gone(tokenizer, tmp_path):
         host.evaluate(Dataset.from_list(PAIRS[:3]))
 
 
-@pytest.mark.parametrize("path", [{}, {"focalpo_fused": True}], ids=["plain", "fused"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"focalpo_fused": True}, id="fused", marks=pytest.mark.fused),
+    ],
+)
 @pytest.mark.skipif(
     "evaluate" not in vars(DPOTrainer), reason="this TRL's evaluate() prepares no data"
 )
@@ -467,6 +478,7 @@ def with_prompt_learning() -> Any:
     return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("key", FUSED)
 @pytest.mark.parametrize(
     "arguments, message",
@@ -508,6 +520,7 @@ def test_fused_refuses_what_it_would_drop(tokenizer, tmp_path, arguments, messag
     assert str(error.value).count(f"Set {key} to false") == 1
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("kind", ["mixtral", "gemma2"])
 def test_fused_reads_the_config_of_a_model_that_is_named(tokenizer, tmp_path, kind):
     """Its weights, which are not there, are not loaded to refuse it."""
@@ -523,6 +536,7 @@ def test_fused_reads_the_config_of_a_model_that_is_named(tokenizer, tmp_path, ki
         )
 
 
+@pytest.mark.fused
 def test_fused_with_experts_and_no_auxiliary_loss(tokenizer, tmp_path):
     """The way out that the refusal names."""
     host = trainer(
@@ -538,6 +552,7 @@ def test_fused_with_experts_and_no_auxiliary_loss(tokenizer, tmp_path):
     assert host.state.global_step == 3
 
 
+@pytest.mark.fused
 def test_fused_in_one_process_for_several_gpus(tokenizer, tmp_path):
     """What `python train.py` does on two GPUs: transformers replicates the model by DataParallel. The
     plain path trains so."""
@@ -566,6 +581,7 @@ class Halved(LlamaForCausalLM):
         return output
 
 
+@pytest.mark.fused
 def test_fused_compares_the_output_layer_with_the_model(tokenizer, tmp_path):
     policy = Halved(model(0).config)
     host = trainer(FocalPOTrainer, tokenizer, tmp_path, policy=policy, focalpo_fused=True)
@@ -593,6 +609,7 @@ def test_whose_path_the_key_asks_for(tokenizer, tmp_path):
     assert loss.item() == pytest.approx(focalpo_loss(z).mean().item(), rel=1e-5)
 
 
+@pytest.mark.fused
 def test_fused_returns_no_outputs(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="^focalpo_fused can't be combined with compute_metrics"):
         trainer(
@@ -616,6 +633,7 @@ t.trainer(t.FocalPOTrainer, words, folder, use_liger_kernel=True)
 """
 
 
+@pytest.mark.fused
 def test_fused_needs_no_liger(tmp_path):
     run = run_python("-c", WITHOUT_LIGER, str(tmp_path / "out"), path=SUPPORT)
     assert "trained 3" in run.stdout, run.stderr
@@ -645,6 +663,7 @@ torch.save(weights, folder / f"rank{host.args.process_index}.pt")
 """
 
 
+@pytest.mark.fused
 def test_fused_on_two_ranks(tokenizer, tmp_path):
     """Under DDP the ranks average their gradients on this path too: after three steps both have the
     weights of the plain path's run.  SGD, because Adam makes as large a step of a gradient that is
@@ -980,7 +999,7 @@ def test_loss_value_is_the_cores(tokenizer, tmp_path):
     ).shape == (4,)
 
 
-@pytest.mark.parametrize("key", [None, *FUSED])
+@pytest.mark.parametrize("key", EACH_PATH)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_margins_that_are_not_finite(tokenizer, tmp_path, key, value):
     """The host's log-probs of the second row of step 2: the run stops there, with the weights as
