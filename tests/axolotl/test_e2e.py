@@ -22,7 +22,8 @@ from harness import (
     zero3_on_cpu,
 )
 
-shares_plain = pytest.mark.xdist_group("plain")  # one worker makes the runs, once
+# One worker makes the runs that several tests look at, once.
+shares_plain = pytest.mark.xdist_group("plain")
 
 FIRST = 2**-0.05 * math.log(2)  # 0.66953: every margin is 0 before the first step
 DIAGNOSTICS = ("p", "weight", "reversed")
@@ -250,7 +251,7 @@ FSDP_2 = {
 }
 
 
-@pytest.mark.xdist_group("whole")
+@shares_plain
 @pytest.mark.parametrize(
     "path",
     [
@@ -288,7 +289,6 @@ def test_two_ranks_agree_with_one_process(
 
 
 @shares_plain
-@pytest.mark.xdist_group("whole")
 def test_one_batch_of_eight_agrees_with_two_of_four(whole: Run, plain: Run):
     assert_same(whole, plain, rel=1e-3, names=SPLIT)
 

@@ -167,7 +167,6 @@ def test_killed_and_started_again(axolotl: Axolotl, never_killed, alone: bool, k
     assert second.steps("loss", "grad_norm") == whole.steps("loss", "grad_norm")
 
 
-@pytest.mark.fused
 @pytest.mark.releases
 @pytest.mark.parametrize("key", ["output_dir", "dataset_prepared_path"])
 def test_a_folder_that_is_read_only(axolotl: Axolotl, key: str):

@@ -357,7 +357,7 @@ def trained(places: Path) -> dict[str, Run]:
     return found
 
 
-@pytest.mark.xdist_group("trained")
+@pytest.mark.xdist_group("recipes")
 @pytest.mark.parametrize("name", PAPERS)
 def test_it_trains(trained: dict[str, Run], name: str):
     run = trained[name]
@@ -379,7 +379,7 @@ def test_it_trains(trained: dict[str, Run], name: str):
     assert run.output.count("focalpo_plugins: active") == ours
 
 
-@pytest.mark.xdist_group("trained")
+@pytest.mark.xdist_group("recipes")
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_trainer_is_given_the_recipes_settings(trained: dict[str, Run], pairs: dict, name: str):
     """Not only does Axolotl take a key: it arrives."""
@@ -419,7 +419,7 @@ def sequences(batch: dict[str, list]) -> set[tuple[tuple[int, ...], tuple[int, .
     }
 
 
-@pytest.mark.xdist_group("trained")
+@pytest.mark.xdist_group("recipes")
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("name", PAPERS)
 def test_tokens(trained: dict[str, Run], places: Path, pairs: dict, name: str, split: str):
