@@ -177,6 +177,30 @@ def openrlhf_releases(session: nox.Session, release: str, deepspeed: str) -> Non
 
 @nox.session
 @nox.parametrize("host", ["axolotl", "openrlhf"])
+def fuzz(session: nox.Session, host: str) -> None:
+    """Any YAML and any command line, many times more than in every run."""
+    {"axolotl": install_axolotl, "openrlhf": install_openrlhf}[host](session)
+    session.env["FUZZ_EXAMPLES"] = {"axolotl": "20000", "openrlhf": "1000"}[host]
+    test(session, [f"tests/{host}/test_fuzz.py"])
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Build what is uploaded, and see that it is whole: in an environment with nothing else."""
+    ours = wheel(session)
+    session.install("twine")
+    session.run("twine", "check", "--strict", *map(str, sorted(Path(ours).parent.iterdir())))
+    session.run("python", "-m", "venv", "--clear", str(session.create_tmp()))
+    python = str(Path(session.create_tmp()).resolve() / "bin" / "python")
+    session.run(python, "-m", "pip", "install", "--quiet", TORCH, ours, external=True)
+    shown = "print(focalpo_plugins.__version__, focalpo_plugins.focalpo_loss(torch.zeros(1)))"
+    session.run(python, "-c", f"import torch, focalpo_plugins; {shown}", external=True)
+    session.run(python, "-m", "focalpo_plugins", "--version", external=True)
+    session.log(f"to upload: {Path(ours).parent}")
+
+
+@nox.session
+@nox.parametrize("host", ["axolotl", "openrlhf"])
 def bench(session: nox.Session, host: str) -> None:
     """What the plug-in costs, as ratios; `-- NAME ...` measures single benchmarks."""
     of_host = {"axolotl": ["loss", "start", "trl", "axolotl", "fused"], "openrlhf": ["openrlhf"]}

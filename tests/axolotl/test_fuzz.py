@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from typing import Any
 
 import pytest
@@ -58,7 +59,8 @@ LINES = st.dictionaries(
 LOSSES = st.one_of(st.sampled_from(["focalpo"] * 4 + ["dpo", "focalpoo", "FocalPO"]), SCALARS)
 
 
-@settings(deadline=None, max_examples=4000, derandomize=True)
+# `nox -s fuzz` has many more.
+@settings(deadline=None, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "500")), derandomize=True)
 @given(rl=LOSSES, lines=LINES)
 @example("focalpo", {"dpo_loss_type": "[[1, 2], {a: b}]"})
 @example("focalpo", {"dpo_loss_type": "{sigmoid: 1}"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import re
 from collections.abc import Callable
@@ -35,7 +36,8 @@ def command_line(draw: random.Random) -> list[str]:
 
 def test_any_command_line(commands: Callable):
     draw = random.Random(20250106)
-    argvs = [command_line(draw) for _ in range(250)]
+    count = int(os.environ.get("FUZZ_EXAMPLES", "60"))  # `nox -s fuzz` has many more
+    argvs = [command_line(draw) for _ in range(count)]
     ends = commands([[*START, *argv] for argv in argvs])
     refused = 0
     for argv, (code, output) in zip(argvs, ends, strict=True):
@@ -53,4 +55,4 @@ def test_any_command_line(commands: Callable):
                     assert 0 <= float(value) < math.inf, argv
                 if flag == "--focalpo.variant":
                     assert value in VARIANTS, argv
-    assert 50 < refused < 240
+    assert 0.2 < refused / count < 0.96
