@@ -265,6 +265,10 @@ REFUSED: dict[str, tuple[tuple, dict[str, Any], str]] = {
         ("mine", loss), {"options": {"at": 1}, "reversal": lambda margins, at: at},
         "reversal of mine can't be called as reversal(at=...): missing a required argument",
     ),
+    "help": (
+        ("mine", loss), {"options": {"at": 1}, "help": {"att": "Where"}},
+        "help of mine must be of its options, got 'att'; did you mean 'at'?",
+    ),
     "a part there isn't": (("mine", loss), {"grad": loss}, "unexpected keyword argument 'grad'"),
 }  # fmt: skip
 
@@ -284,6 +288,14 @@ def test_all_of_a_packages_losses_or_none(add_package, case: str):
     assert "fine" not in losses() and not registry.manager.has_plugin("mine")
     add_package(lambda register: register("fine", loss))
     assert get_loss("fine").package == "mine"
+
+
+def test_what_options_do(add_loss):
+    """FocalPO says it of each of its options, and another package of those that it likes."""
+    focalpo = get_loss("focalpo")
+    assert focalpo.help.keys() == focalpo.options.keys()
+    add_loss("mine", lambda margins, at, to: margins, options={"at": 1, "to": 2}, help={"at": "A"})
+    assert get_loss("mine").help == {"at": "A"}
 
 
 def test_a_package_without_a_loss():

@@ -173,7 +173,8 @@ def test_help_lists_them(command: Server, axolotl: Axolotl):
     for option in ("--focalpo-gamma FLOAT", "--focalpo-variant TEXT", "--hinge-offset FLOAT",
                    "--focalpo-fused / --no-focalpo-fused"):  # fmt: skip
         assert option in output
-    assert "--focalpo-loss" not in output
+    assert "Focusing parameter; 0 is DPO. Key of focalpo_plugins." in " ".join(output.split())
+    assert "--focalpo-rl" not in output
 
 
 @pytest.mark.releases

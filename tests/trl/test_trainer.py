@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 import weakref
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -811,9 +812,26 @@ def test_every_loss_type_of_this_trl_is_ours_or_refused_with_its_reason():
     assert {*_SEAM, *_WHY_NOT} >= LOSS_TYPES
 
 
+def test_the_fields_say_what_they_do():
+    helps = {f.name: f.metadata["help"] for f in fields(FocalPOConfig) if "focalpo" in f.name}
+    assert helps["focalpo_gamma"] == "Focusing parameter; 0 is DPO."
+    assert all(text.endswith(".") for text in helps.values()) and len(helps) == 8
+
+
+def test_the_former_name_of_a_field(tmp_path):
+    with pytest.warns(FutureWarning, match="focalpo_loss has become focalpo_pairwise_loss"):
+        config = FocalPOConfig(str(tmp_path), focalpo_loss="focalpo")
+    assert (config.focalpo_pairwise_loss, config.focalpo_loss) == ("focalpo", None)
+    with (
+        pytest.warns(FutureWarning),
+        pytest.raises(ValueError, match="^focalpo_pairwise_loss must be one of focalpo, got 'o'"),
+    ):
+        FocalPOConfig(str(tmp_path), focalpo_loss="o")
+
+
 @pytest.mark.parametrize("name", ["FocalPOConfig", "FocalPOTrainer"])
 def test_public_names(name):
-    """What the package offers at its top is this room's, documented and argument by argument."""
+    """What the package offers at its top is TRL's adapter's, documented and argument by argument."""
     import focalpo_plugins
     import focalpo_plugins.trl
 
