@@ -820,13 +820,13 @@ def test_the_fields_say_what_they_do():
 
 def test_the_former_name_of_a_field(tmp_path):
     with pytest.warns(FutureWarning, match="focalpo_loss has become focalpo_pairwise_loss"):
-        config = FocalPOConfig(str(tmp_path), focalpo_loss="focalpo")
+        config = FocalPOConfig(str(tmp_path), use_cpu=True, bf16=False, focalpo_loss="focalpo")
     assert (config.focalpo_pairwise_loss, config.focalpo_loss) == ("focalpo", None)
     with (
         pytest.warns(FutureWarning),
         pytest.raises(ValueError, match="^focalpo_pairwise_loss must be one of focalpo, got 'o'"),
     ):
-        FocalPOConfig(str(tmp_path), focalpo_loss="o")
+        FocalPOConfig(str(tmp_path), use_cpu=True, bf16=False, focalpo_loss="o")
 
 
 @pytest.mark.parametrize("name", ["FocalPOConfig", "FocalPOTrainer"])
