@@ -190,8 +190,9 @@ def release(session: nox.Session) -> None:
     ours = wheel(session)
     session.install("twine")
     session.run("twine", "check", "--strict", *map(str, sorted(Path(ours).parent.iterdir())))
-    session.run("python", "-m", "venv", "--clear", str(session.create_tmp()))
-    python = str(Path(session.create_tmp()).resolve() / "bin" / "python")
+    empty = Path(session.create_tmp()).resolve()
+    session.run("python", "-m", "venv", "--clear", str(empty))
+    python = str(empty / "bin" / "python")
     session.run(python, "-m", "pip", "install", "--quiet", TORCH, ours, external=True)
     shown = "print(focalpo_plugins.__version__, focalpo_plugins.focalpo_loss(torch.zeros(1)))"
     session.run(python, "-c", f"import torch, focalpo_plugins; {shown}", external=True)

@@ -13,7 +13,6 @@ from harness import run_python
 import focalpo_plugins
 
 PACKAGE = Path(focalpo_plugins.__file__).parent
-# By module or folder of ours: which hosts it may import, and which of our own.
 HOSTS = {
     "axolotl",
     "openrlhf",
@@ -24,6 +23,7 @@ HOSTS = {
     "peft",
     "liger_kernel",
 }
+# By module or folder of ours: which hosts it may import, and which of our own it does.
 OF_HOST = {
     "axolotl": {"axolotl", "transformers"},
     # OpenRLHF is built on DeepSpeed and requires it.
@@ -211,6 +211,8 @@ try:
     registry.add("broken", module("dpo"))
 except ValueError as error:
     assert "broken" not in dict(registry.manager.list_name_plugin())
+else:
+    raise AssertionError("a name of a host's was registered")
 registry.add("whole", module("mine"))
 print(*registry.losses())
 """

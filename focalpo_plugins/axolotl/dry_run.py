@@ -183,6 +183,7 @@ def _trainer(cfg: Any, train: Any, held_out: Any, tokenizer: Any, steps: int) ->
     from axolotl.utils.dict import DictDefault
     from axolotl.utils.trainer import setup_trainer
 
+    from ..trl.score import stand_in
     from . import FUSED
     from .plugin import fused_key
 
@@ -193,22 +194,12 @@ def _trainer(cfg: Any, train: Any, held_out: Any, tokenizer: Any, steps: int) ->
         cfg=DictDefault({**cfg, **changed}),
         train_dataset=train,
         eval_dataset=few,
-        model=_stand_in(cfg, tokenizer),
-        model_ref=_stand_in(cfg, tokenizer),
+        model=stand_in(len(tokenizer), cfg.base_model),
+        model_ref=stand_in(len(tokenizer), cfg.base_model),
         tokenizer=tokenizer,
         processor=None,
         total_num_steps=steps,
     )
-
-
-def _stand_in(cfg: Any, tokenizer: Any) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = ("hidden_size", "intermediate_size")
-    counts = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    shape: dict[str, Any] = {**dict.fromkeys(sizes, 8), **dict.fromkeys(counts, 1)}
-    of_run = {"name_or_path": cfg.base_model, "vocab_size": len(tokenizer)}
-    return LlamaForCausalLM(LlamaConfig(**shape, **of_run))
 
 
 def _pairs(dataset: Any, collator: Any) -> Iterator[Pair]:

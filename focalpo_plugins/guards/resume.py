@@ -16,8 +16,7 @@ def of_trainer_state(state: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record in a checkpoint's trainer_state.json; None where no loss of ours has trained it.
 
     Raises:
-        AttributeError: ``state`` is not what transformers writes; or
-        LookupError: the same.
+        LookupError, AttributeError: ``state`` is not what transformers writes.
     """
     found = state["stateful_callbacks"].get(IN_TRAINER_STATE)
     # A list where a trainer was given its loss twice.

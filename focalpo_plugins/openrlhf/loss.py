@@ -80,7 +80,7 @@ class PairwiseDPOLoss(nn.Module):
         # Beta multiplies each of the two gradients, before they are added, as in ``DPOLoss``: at
         # gamma 0 the last bit is the same.
         loss = label_smoothed(
-            lambda logratios: self.pairwise_loss(self.beta * logratios),
+            lambda signed: self.pairwise_loss(self.beta * signed),
             logratios,
             self.label_smoothing,
         ).mean()

@@ -32,7 +32,6 @@ class FusedStepMixin(_Host):
 
     pairwise_loss: BoundLoss | None
     ref_model: Any
-    _fused = False
     _fused_key: str | None = None  # what asked for the fused path, for messages
 
     if TYPE_CHECKING:  # the mixin's own
@@ -47,6 +46,10 @@ class FusedStepMixin(_Host):
         super().__init__(*args, **kwargs)
         if self._fused:
             self._check_fused()
+
+    @property
+    def _fused(self) -> bool:
+        return self._fused_key is not None
 
     # TRL asks itself whether to take Liger's path. It never does: ours stands in its place, and the
     # argument of the same name still puts Liger's layers into the model.

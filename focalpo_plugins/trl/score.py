@@ -198,8 +198,8 @@ def _trainer(
         )
         try:
             return DPOTrainer(
-                _stand_in(len(tokenizer)),
-                _stand_in(len(tokenizer)),
+                stand_in(len(tokenizer)),
+                stand_in(len(tokenizer)),
                 args=config,
                 train_dataset=pairs,
                 processing_class=tokenizer,
@@ -211,10 +211,11 @@ def _trainer(
             ) from error
 
 
-def _stand_in(vocabulary: int) -> LlamaForCausalLM:
+def stand_in(vocabulary: int, name: str = "") -> LlamaForCausalLM:
+    """The smallest model that a trainer can be built with, to prepare data as the trainer does."""
     sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 1, "num_key_value_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes))
+    return LlamaForCausalLM(LlamaConfig(name_or_path=name, vocab_size=vocabulary, **sizes))
 
 
 def _one_line(error: BaseException) -> str:

@@ -71,7 +71,6 @@ class PairwiseLossMixin(FusedStepMixin):
         config = given.get("args")
         if config is not None:
             self._fused_key = check_arguments(config, self._fused_key)
-            self._fused = self._fused_key is not None
             if self._fused_key is not None:
                 check_fused_parts(given, config, self._fused_key)
         train_dataset = given.get("train_dataset")
