@@ -56,7 +56,10 @@ def check_unchanged(
         if not _same(recorded.get(key), asked.get(key))
     ]
     if changed:
-        raise ValueError(f"{'; '.join(changed)}: so says the checkpoint {checkpoint}; {rest}")
+        raise ValueError(
+            f"{'; '.join(changed)}: resuming would change the loss of the checkpoint {checkpoint}; "
+            f"{rest}"
+        )
 
 
 def _same(recorded: object, asked: object) -> bool:

@@ -26,9 +26,15 @@ def resumed(axolotl: Axolotl, checkpoint: Path, **changes: object) -> Run:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"focalpo_gamma": 0.1}, "focalpo_gamma was 0.05, got 0.1: so says the checkpoint "),
+        (
+            {"focalpo_gamma": 0.1},
+            "focalpo_gamma was 0.05, got 0.1: resuming would change the loss of the checkpoint ",
+        ),
         ({"focalpo_variant": "incorrect"}, "focalpo_variant was 'correct', got 'incorrect': "),
-        ({"rl_beta": 0.2}, "rl_beta was 0.1, got 0.2: so says the checkpoint "),
+        (
+            {"rl_beta": 0.2},
+            "rl_beta was 0.1, got 0.2: resuming would change the loss of the checkpoint ",
+        ),
         ({"dpo_label_smoothing": 0.1}, "dpo_label_smoothing was 0.0, got 0.1: "),
         (
             {"dpo_loss_type": ["robust"], "dpo_label_smoothing": 0.1},
