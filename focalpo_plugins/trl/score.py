@@ -213,9 +213,11 @@ def _trainer(
 
 def stand_in(vocabulary: int, name: str = "") -> LlamaForCausalLM:
     """The smallest model that a trainer can be built with, to prepare data as the trainer does."""
-    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 1, "num_key_value_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(name_or_path=name, vocab_size=vocabulary, **sizes))
+    config: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 1, "num_key_value_heads": 1}
+    # Beside its fields the class takes a name, which its type does not say.
+    config |= {"vocab_size": vocabulary, "name_or_path": name}
+    return LlamaForCausalLM(LlamaConfig(**config))
 
 
 def _one_line(error: BaseException) -> str:
