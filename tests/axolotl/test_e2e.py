@@ -15,7 +15,6 @@ import pytest
 from harness import (
     ON_CPU,
     PLUGIN,
-    TWO_RANKS,
     Axolotl,
     Run,
     axolotl_environment,
@@ -275,7 +274,7 @@ def test_two_ranks_agree_with_one_process(
         "fsdp2": ("FSDPOnCPU", FSDP_2),
     }[how]
     run = axolotl.train(
-        *TWO_RANKS,
+        ranks=2,
         gradient_accumulation_steps=1,
         plugins=[f"test_only_plugins.{plugin}"],
         variables=ON_CPU,

@@ -107,7 +107,7 @@ def test_margins_that_are_not_finite(axolotl: Axolotl, tiny: Path, tmp_path: Pat
         save_steps=1,
         plugins=["test_only_plugins.GlooOnCPU"],
     )  # fmt: skip
-    run = axolotl("train", config, *TWO_RANKS, **ON_CPU)
+    run = axolotl("train", config, ranks=2, **ON_CPU)
     assert run.code != 0
     stopped = [line for line in run.output.splitlines() if "are not finite" in line]
     assert stopped, run.output[-4000:]
@@ -131,42 +131,46 @@ def test_margins_that_are_not_finite(axolotl: Axolotl, tiny: Path, tmp_path: Pat
 LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
 
 
-def setting(axolotl: Axolotl, alone: bool) -> tuple[dict[str, object], tuple[str, ...]]:
+def setting(axolotl: Axolotl, alone: bool) -> tuple[dict[str, object], dict[str, str]]:
+    """Keys and variables of six steps, with LoRA on one rank or with ZeRO-3 on two."""
     if alone:
-        return {**LORA, "plugins": ["test_only_plugins.Killed"]}, ()
+        return {**LORA, "plugins": ["test_only_plugins.Killed"]}, {}
     zero3 = {"deepspeed": zero3_on_cpu(axolotl.folder), "gradient_accumulation_steps": 1}
-    return {
-        **zero3,
-        "plugins": ["test_only_plugins.GlooOnCPU", "test_only_plugins.Killed"],
-    }, TWO_RANKS
+    plugins = ["test_only_plugins.GlooOnCPU", "test_only_plugins.Killed"]
+    return {**zero3, "plugins": plugins}, ON_CPU
 
 
 @pytest.fixture(scope="session")
 def never_killed(once: Axolotl) -> dict[bool, Run]:
-    """Six steps, with LoRA on one rank and with ZeRO-3 on two."""
     found = {}
     for alone in (True, False):
-        changes, launch = setting(once, alone)
+        changes, variables = setting(once, alone)
         folder = str(once.folder / f"whole_{alone}")
-        variables = {} if alone else dict(ON_CPU)
-        found[alone] = once.train(*launch, **changes, output_dir=folder, variables=variables)
+        ranks = 1 if alone else 2
+        found[alone] = once.train(ranks=ranks, variables=variables, output_dir=folder, **changes)
     return found
 
 
 @pytest.mark.xdist_group("never_killed")
 @pytest.mark.parametrize(
-    "alone, killed", [(False, "1"), (False, "0,1"), (True, "0")], ids=["one", "all", "LoRA"]
+    "alone, killed, launcher",
+    [(False, "1", TWO_RANKS), (False, "0,1", ()), (True, "0", ())],
+    ids=["one", "all", "LoRA"],
 )
-def test_killed_and_started_again(axolotl: Axolotl, never_killed, alone: bool, killed: str):
+def test_killed_and_started_again(
+    axolotl: Axolotl, never_killed, alone: bool, killed: str, launcher: tuple[str, ...]
+):
     """kill -9 in step 4, of six, after the checkpoint of step 3: the same command again ends with
-    the losses and gradient norms of a run that was never killed."""
-    changes, launch = setting(axolotl, alone)
+    the losses and gradient norms of a run that was never killed.  Where one rank is killed, its
+    launcher ends the other."""
+    changes, variables = setting(axolotl, alone)
     config = axolotl.config(**changes, auto_resume_from_checkpoints=True)
-    variables = {} if alone else dict(ON_CPU)
-    first = axolotl("train", config, *launch, **variables, KILLED_AT="4", KILLED_RANKS=killed)
+    ranks = 1 if alone else 2
+    at_step_4 = {"KILLED_AT": "4", "KILLED_RANKS": killed}
+    first = axolotl("train", config, *launcher, ranks=ranks, **variables, **at_step_4)
     assert first.code != 0
     assert [path.name for path in first.checkpoints] == ["checkpoint-3"]
-    second = axolotl("train", config, *launch, **variables)
+    second = axolotl("train", config, ranks=ranks, **variables)
     assert second.code == 0, second.output[-4000:]
     whole = never_killed[alone]
     assert len(whole.steps("loss")) == 6

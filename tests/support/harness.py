@@ -124,6 +124,8 @@ def free_port() -> str:
 TWO_RANKS = ("--launcher", "torchrun", "--", "--nproc_per_node", "2")
 # For ranks without a GPU.
 ON_CPU = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+# What is read while a command runs; all else may be read where a module is imported.
+READ_LATE = {*ON_CPU, "KILLED_AT", "KILLED_RANKS"}
 
 
 def zero3_on_cpu(folder: Path) -> str:
@@ -234,7 +236,7 @@ class Axolotl:
         a launcher or ``variables`` are read at import, in one of its own from the start."""
         folder = Path(yaml.safe_load(config.read_text())["output_dir"])
         argv = [command, str(config), *more]
-        own = "--launcher" in more or set(variables) - set(ON_CPU)
+        own = "--launcher" in more or set(variables) - READ_LATE
         if command in ("train", "evaluate") and "--launcher" not in more:
             argv += ["--launcher", "python"]  # one process less to start
         if own:
@@ -251,8 +253,10 @@ class Axolotl:
         asked = {"argv": argv, "cwd": str(self.folder), "env": variables, "ranks": ranks}
         return Run(*axolotl_server()(asked), folder)
 
-    def train(self, *more: str, variables: dict[str, str] | None = None, **changes: Any) -> Run:
-        run = self("train", self.config(**changes), *more, **(variables or {}))
+    def train(
+        self, *more: str, ranks: int = 1, variables: dict[str, str] | None = None, **changes: Any
+    ) -> Run:
+        run = self("train", self.config(**changes), *more, ranks=ranks, **(variables or {}))
         assert run.code == 0, run.output[-6000:]
         return run
 

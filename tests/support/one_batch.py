@@ -1,8 +1,8 @@
 """One batch on which policy and reference differ, the same in every host's environment.
 
 Weights and tokens come from torch's seeded generator alone, and the weights are exact in bfloat16,
-so that no host changes them when it loads them.  ``MARGINS`` were computed from the logits in
-float64, each sequence by itself and without padding; ``truth`` computes them again.
+so that no host changes them when it loads them.  ``MARGINS`` were computed in float64 throughout,
+each sequence by itself and without padding; ``truth`` computes them again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PAD = 0
 # Lengths of prompt, chosen and rejected answer: the last pair's two sequences are equally long.
 LENGTHS = [(3, 6, 2), (5, 1, 9), (2, 4, 7), (4, 5, 5)]
 #: beta * ((chosen - rejected) - (reference chosen - reference rejected)), by pair.
-MARGINS = [2.2833702757, -2.1166141441, -2.2442850255, -0.2791535302]
+MARGINS = [2.2833700413, -2.1166151965, -2.2442854815, -0.2791536181]
 
 
 def model(seed: int) -> LlamaForCausalLM:
@@ -52,33 +52,53 @@ def sequences() -> list[tuple[list[int], list[int], list[int]]]:
     ]
 
 
-def log_prob(network: LlamaForCausalLM, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """The answer's log-probability, in the model's dtype."""
-    ids = torch.tensor([[*prompt, *answer]])
-    with torch.no_grad():
-        logps = network(ids).logits[0].log_softmax(-1)
+def logits(weights: dict[str, torch.Tensor], ids: list[int]) -> torch.Tensor:
+    """Llama's logits ``(n, 64)`` of one sequence, written out: transformers computes norms, angles
+    and softmax in float32 whatever the model's dtype, and the last bits of these differ from
+    processor to processor, and with where in memory a row begins."""
+    n, heads, kv_heads = len(ids), 4, 2
+    x = weights["model.embed_tokens.weight"][ids]
+    size = x.shape[1] // heads
+    frequencies = 10000.0 ** (-torch.arange(0, size, 2, dtype=x.dtype) / size)
+    angles = torch.arange(n, dtype=x.dtype)[:, None] * frequencies
+    turn = torch.polar(torch.ones_like(angles), angles)
+
+    def normed(x: torch.Tensor, name: str) -> torch.Tensor:
+        return weights[name] * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def by_head(x: torch.Tensor) -> torch.Tensor:
+        return x.view(n, -1, size).transpose(0, 1)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        both = torch.complex(*by_head(x).chunk(2, -1)) * turn
+        return torch.cat([both.real, both.imag], -1)
+
+    later = torch.ones(n, n, dtype=torch.bool).triu(1)
+    for layer in range(2):
+        of = f"model.layers.{layer}."
+        h = normed(x, of + "input_layernorm.weight")
+        q, k, v = (h @ weights[f"{of}self_attn.{name}_proj.weight"].T for name in "qkv")
+        k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (turned(k), by_head(v)))
+        scores = (turned(q) @ k.transpose(1, 2) / size**0.5).masked_fill(later, -torch.inf)
+        mixed = (scores.softmax(-1) @ v).transpose(0, 1).reshape(n, -1)
+        x = x + mixed @ weights[of + "self_attn.o_proj.weight"].T
+        h = normed(x, of + "post_attention_layernorm.weight")
+        gate, up = (h @ weights[f"{of}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+        x = x + (gate * gate.sigmoid() * up) @ weights[of + "mlp.down_proj.weight"].T
+    return normed(x, "model.norm.weight") @ weights["lm_head.weight"].T
+
+
+def log_prob(weights: dict[str, torch.Tensor], prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """The answer's log-probability."""
+    ids = [*prompt, *answer]
+    logps = logits(weights, ids).log_softmax(-1)
     # The token at i is predicted at i - 1.
-    return sum(logps[i - 1, ids[0, i]] for i in range(len(prompt), ids.shape[1]))
-
-
-def with_exact_angles(network: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The model with its rotary embedding in float64: transformers computes it in float32 whatever
-    the model's dtype, and float32 sines differ in their last bit from processor to processor."""
-    size = network.config.hidden_size // network.config.num_attention_heads
-    frequencies = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-
-    def angles(states: torch.Tensor, position_ids: torch.Tensor, *more: object, **named: object):
-        of_positions = position_ids[..., None].double() * frequencies
-        both = torch.cat([of_positions, of_positions], -1)
-        return both.cos().to(states.dtype), both.sin().to(states.dtype)
-
-    network.model.rotary_emb.forward = angles
-    return network
+    return sum(logps[i - 1, ids[i]] for i in range(len(prompt), len(ids)))
 
 
 def truth() -> torch.Tensor:
     """The margins ``(4,)`` in float64."""
-    policy, reference = (with_exact_angles(model(seed).double()) for seed in (1, 2))
+    policy, reference = (model(seed).double().state_dict() for seed in (1, 2))
     return torch.stack(
         [
             BETA
