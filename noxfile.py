@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import nox
@@ -31,8 +32,9 @@ RAY = "ray[train]>=2.52.1"
 FLASH_ATTN, DEEPSPEED = "flash-attn==2.8.3", "deepspeed==0.19.6"
 # The tests that hold in each release of a host.
 EVERY_RELEASE = "releases and not fused"
-TWO_AT_A_TIME = ("-n", "2", "--dist", "loadgroup")
-TWO_FILES_AT_A_TIME = ("-n", "2", "--dist", "loadfile")
+# Three on two cores: some always wait, for a launcher or for another rank.
+THREE_AT_A_TIME = ("-n", "3", "--dist", "loadgroup")
+THREE_FILES_AT_A_TIME = ("-n", "3", "--dist", "loadfile")
 # pytest-xdist 3.8.0 no longer keeps a group on one worker under pytest 9.2, and says nothing.
 TEST_TOOLS = ("pytest<9.2", "pytest-xdist", "setuptools", "pyyaml", "hypothesis")
 # examples/eval/README.md installs the same; alpaca-eval needs the upper bounds.
@@ -112,7 +114,7 @@ def test_core(session: nox.Session) -> None:
     session.install(TORCH)
     session.install(wheel(session))
     session.install(*TEST_TOOLS, "mpmath", "numpy", *PICTURES)
-    test(session, sorted(map(str, Path("tests").glob("test_*.py"))), *TWO_AT_A_TIME)
+    test(session, sorted(map(str, Path("tests").glob("test_*.py"))), *THREE_AT_A_TIME)
 
 
 @nox.session
@@ -120,7 +122,7 @@ def axolotl(session: nox.Session) -> None:
     """The adapters of TRL and Axolotl, with the real Axolotl."""
     install_axolotl(session)
     check_types(session, "trl", "axolotl", "cli")
-    test(session, ["tests/trl", "tests/axolotl"], *TWO_AT_A_TIME)
+    test(session, ["tests/trl", "tests/axolotl"], *THREE_AT_A_TIME)
 
 
 @nox.session
@@ -128,7 +130,7 @@ def openrlhf(session: nox.Session) -> None:
     """The adapter of OpenRLHF, with the real OpenRLHF."""
     install_openrlhf(session)
     check_types(session, "openrlhf")
-    test(session, ["tests/openrlhf"], *TWO_FILES_AT_A_TIME)
+    test(session, ["tests/openrlhf"], *THREE_FILES_AT_A_TIME)
 
 
 @nox.session
@@ -136,11 +138,16 @@ def evaluation(session: nox.Session) -> None:
     """The files of examples/eval, in the tools that read them."""
     session.install(TORCH)
     session.install(*EVALUATION, *(tool for tool in TEST_TOOLS if tool != "setuptools"))
-    test(session, ["tests/eval"], *TWO_AT_A_TIME)
+    test(session, ["tests/eval"], *THREE_AT_A_TIME)
+
+
+def end(*arguments: str) -> Any:
+    """The oldest or the newest release of a host that is supported, which CI runs as well."""
+    return nox.param(*arguments, tags=["ends"])
 
 
 @nox.session(tags=["compat"])
-@nox.parametrize("release", ["0.28.0", "0.29.0", "1.16.0"])
+@nox.parametrize("release", ["0.28.0", end("0.29.0"), end("1.16.0")])
 def trl_releases(session: nox.Session, release: str) -> None:
     """The same tests in other releases of TRL; the oldest is refused."""
     with environment(session):
@@ -151,11 +158,11 @@ def trl_releases(session: nox.Session, release: str) -> None:
         if release == "0.28.0":
             session.run("python", str(Path("tests/support/refused_trl.py").resolve()))
         else:
-            test(session, ["tests/trl"], "-m", EVERY_RELEASE, *TWO_AT_A_TIME)
+            test(session, ["tests/trl"], "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
 
 
 @nox.session(tags=["compat"])
-@nox.parametrize("release", ["0.16.1", "0.18.0", "0.21.0"])
+@nox.parametrize("release", [end("0.16.1"), "0.18.0", end("0.21.0")])
 def axolotl_releases(session: nox.Session, release: str) -> None:
     """The same tests in other releases of Axolotl."""
     with environment(session):
@@ -163,16 +170,16 @@ def axolotl_releases(session: nox.Session, release: str) -> None:
         install[release](session, f"axolotl=={release}")
         session.install("matplotlib")
         beside_the_host(session)
-        test(session, ["tests/trl", "tests/axolotl"], "-m", EVERY_RELEASE, *TWO_AT_A_TIME)
+        test(session, ["tests/trl", "tests/axolotl"], "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
 
 
 @nox.session(tags=["compat"])
-@nox.parametrize("release, deepspeed", [("0.9.10", "0.18.9"), ("0.10.4", "0.19.1")])
+@nox.parametrize("release, deepspeed", [end("0.9.10", "0.18.9"), ("0.10.4", "0.19.1")])
 def openrlhf_releases(session: nox.Session, release: str, deepspeed: str) -> None:
     """The same tests in other releases of OpenRLHF."""
     with environment(session):
         install_openrlhf(session, f"openrlhf=={release}", f"deepspeed=={deepspeed}")
-        test(session, ["tests/openrlhf"], "-m", EVERY_RELEASE, *TWO_FILES_AT_A_TIME)
+        test(session, ["tests/openrlhf"], "-m", EVERY_RELEASE, *THREE_FILES_AT_A_TIME)
 
 
 @nox.session

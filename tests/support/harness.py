@@ -196,9 +196,17 @@ class Axolotl:
         self.tiny = tiny
         self.folder = folder
 
+    def data(self, split: str, pairs: int) -> str:
+        """The first pairs of the tiny data, where more would only be prepared."""
+        path = self.folder / f"{split}.jsonl"
+        if not path.exists():
+            lines = (self.tiny / path.name).read_text().splitlines(keepends=True)
+            path.write_text("".join(lines[:pairs]))
+        return str(path)
+
     def config(self, whole: bool = False, **changes: Any) -> Path:
-        """``tiny_focalpo.yml``, cut to six steps unless ``whole``, and with ``changes``; None
-        removes a key."""
+        """``tiny_focalpo.yml``, cut to six steps and few pairs unless ``whole``, and with
+        ``changes``; None removes a key."""
         config = yaml.safe_load((EXAMPLES / "tiny_focalpo.yml").read_text())
         cut = {
             "max_steps": 6,
@@ -216,11 +224,10 @@ class Axolotl:
             "dataset_prepared_path": str(self.folder / "prepared"),
             "dataloader_num_workers": 0,
             "output_dir": str(self.folder / "out"),
-            "datasets": [{**config["datasets"][0], "path": str(self.tiny / "train.jsonl")}],
-            "test_datasets": [
-                {**config["test_datasets"][0], "path": str(self.tiny / "test.jsonl")}
-            ],
         }
+        for key, split, pairs in (("datasets", "train", 96), ("test_datasets", "test", 32)):
+            path = str(self.tiny / f"{split}.jsonl") if whole else self.data(split, pairs)
+            folders[key] = [{**config[key][0], "path": path}]
         config |= folders | ({} if whole else cut) | changes
         if not config["eval_steps"]:
             del config["test_datasets"]

@@ -3,6 +3,7 @@
 The modules named on the command line are imported after it.
 """
 
+import functools
 import sys
 import tempfile
 
@@ -28,6 +29,10 @@ def end_of(asked):
 
 cpu.stand_in()
 from deepspeed.accelerator import get_accelerator  # noqa: E402
+from openrlhf.datasets import RewardDataset  # noqa: E402
+
+# It would fork eight processes off each rank, for a handful of rows.
+RewardDataset.__init__ = functools.partialmethod(RewardDataset.__init__, num_processors=None)
 
 host = ("openrlhf.datasets", "openrlhf.trainer.dpo_trainer", "openrlhf.utils.deepspeed")
 # Each would be looked for, and the CPU asked what it can do, in every process that is forked.
