@@ -88,7 +88,9 @@ def logits(weights: dict[str, torch.Tensor], ids: list[int]) -> torch.Tensor:
     return normed(x, "model.norm.weight") @ weights["lm_head.weight"].T
 
 
-def log_prob(weights: dict[str, torch.Tensor], prompt: list[int], answer: list[int]) -> torch.Tensor:
+def log_prob(
+    weights: dict[str, torch.Tensor], prompt: list[int], answer: list[int]
+) -> torch.Tensor:
     """The answer's log-probability."""
     ids = [*prompt, *answer]
     logps = logits(weights, ids).log_softmax(-1)
