@@ -8,10 +8,18 @@ import math
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from harness import ManyFocalpo, focalpo, run_python
+
+from focalpo_plugins.cli.check.counts import (
+    Counts,
+    TokensPerStep,
+    in_common,
+    tokens_per_step,
+)
 
 COMMANDS = ("check", "curves", "report", "score")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -429,3 +437,24 @@ def test_a_run_without_evaluation_is_not_faint():
     assert [line.get_alpha() for line in lines] == [0.45, None, None]
     assert [line.get_marker() for line in lines] == ["None", "o", "None"]
     assert len({line.get_color() for line in lines}) == 2
+
+
+def test_tokens_of_a_step_by_hand():
+    """Two pairs a batch, of 3 and 5, and 4 and 4 tokens, with 2 and 4 in common: 2 x 2 x 5 padded,
+    16 without padding, 10 shared; and twice that on two ranks.  A batch of one pair alone is padded
+    to its own longest: 2 x 5 + 2 x 4."""
+    counts = Counts(pairs=2, lengths=[3, 5, 4, 4], longer=[5, 4], in_common=6)
+    plan = SimpleNamespace(micro_batch=2, accumulation=1, data_ranks=1)
+    assert tokens_per_step(plan, counts) == TokensPerStep(padded=20, unpadded=16, shared=10)
+    plan.data_ranks = 2
+    assert tokens_per_step(plan, counts) == TokensPerStep(padded=40, unpadded=32, shared=20)
+    plan = SimpleNamespace(micro_batch=1, accumulation=2, data_ranks=1)
+    assert tokens_per_step(plan, counts).padded == 18
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, common",
+    [([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2), ([1], [2], 0), ([], [1], 0), ([1], [1], 1)],
+)
+def test_what_two_sequences_begin_with(chosen: list[int], rejected: list[int], common: int):
+    assert in_common(chosen, rejected) == common

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,25 @@ def test_what_is_counted(answers):
     assert (found["loss"], found["beta"], found["precision"]) == ("focalpo", 0.1, "bf16")
     assert found["z_star"] == pytest.approx(-20, abs=1e-6)
     assert found["first_loss"] == pytest.approx(2**-0.05 * math.log(2))
+
+
+def test_tokens_of_a_step(answers, tiny: Path, rows):
+    """16 pairs of the 11 a step: their tokens, and those without the starts that two sequences have
+    in common, which is at least a pair's prompt.  Padding depends on the order, within bounds."""
+    tokenizer = Tokenizer.from_file(str(tiny / "model" / "tokenizer.json"))
+    pairs = [
+        [sum(by_hand(tokenizer, row, side), []) for side in ("chosen", "rejected")]
+        for row in rows[1][:11]
+    ]
+    tokens = sum(len(side) for pair in pairs for side in pair)
+    common = sum(len(commonprefix(pair)) for pair in pairs)
+    longer = [max(map(len, pair)) for pair in pairs]
+    found = read(answers["plain"])["tokens_per_step"]
+    assert found["unpadded"] == pytest.approx(tokens * 16 / 11)
+    assert found["shared"] == pytest.approx((tokens - common) * 16 / 11)
+    assert 2 * sum(longer) < found["padded"] * 11 / 16 < 2 * 11 * max(longer)
+    code, said, errors = answers["precomputed"]
+    assert f"{found['shared']:,.0f} with shared prompts (" in said, errors
 
 
 def test_what_is_cut_is_counted(answers, tiny: Path, rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -26,6 +27,36 @@ class Counts:
     uncut_without_eos: int = 0
     lengths: list[int] = field(default_factory=list)
     trained: list[int] = field(default_factory=list)
+    longer: list[int] = field(default_factory=list)
+    in_common: int = 0  # tokens, over all pairs
+
+
+@dataclass(frozen=True)
+class TokensPerStep:
+    """Tokens that a step computes of the policy, on average, on all ranks.
+
+    Attributes:
+        padded: each batch filled up to its longest sequence, as the hosts do it.
+        unpadded: those of the sequences alone.
+        shared: those with what a pair's sequences begin with counted once.
+    """
+
+    padded: float
+    unpadded: float
+    shared: float
+
+
+def tokens_per_step(plan: Plan, counts: Counts) -> TokensPerStep:
+    """Of pairs in an order drawn once, since the hosts draw another in each epoch."""
+    longer = random.Random(0).sample(counts.longer, len(counts.longer))
+    size = plan.micro_batch
+    batches = [longer[start : start + size] for start in range(0, len(longer), size)]
+    padded = sum(2 * len(batch) * max(batch) for batch in batches)
+    of_step = size * plan.accumulation * plan.data_ranks / counts.pairs
+    unpadded = sum(counts.lengths)
+    return TokensPerStep(
+        padded * of_step, unpadded * of_step, (unpadded - counts.in_common) * of_step
+    )
 
 
 def count(plan: Plan, number: int) -> tuple[Counts, Pair]:
@@ -43,6 +74,8 @@ def count(plan: Plan, number: int) -> tuple[Counts, Pair]:
         counts.pairs += 1
         counts.truncated += pair.truncated
         sides = (pair.chosen, pair.rejected)
+        counts.longer.append(max(len(side.ids) for side in sides))
+        counts.in_common += in_common(pair.chosen.ids, pair.rejected.ids)
         answers = [_answer(side) for side in sides]
         wrong = faults(answers[0], answers[1], is_blank)
         counts.identical += "identical" in wrong
@@ -58,6 +91,15 @@ def count(plan: Plan, number: int) -> tuple[Counts, Pair]:
             counts.uncut_without_eos += not pair.truncated and eos not in answer
     assert shown is not None
     return counts, shown
+
+
+def in_common(chosen: list[int], rejected: list[int]) -> int:
+    """How many tokens both begin with."""
+    both = zip(chosen, rejected, strict=False)
+    return next(
+        (place for place, (one, other) in enumerate(both) if one != other),
+        min(len(chosen), len(rejected)),
+    )
 
 
 def _answer(side: Tokens) -> list[int]:

@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from ...plan import Pair, Plan, Tokens
-from .counts import Counts, share
+from .counts import Counts, share, tokens_per_step
 from .memory import FORMULA, GIB, LEFT_OUT, Estimate
 
 _SHOWN = 80  # tokens of a prompt
@@ -63,6 +63,13 @@ def print_text(
         "batch",
         f"{plan.micro_batch} pairs x {plan.accumulation} accumulated x {ranks} ({among}) = "
         f"{_batch(plan)} pairs a step",
+    )
+    tokens = tokens_per_step(plan, counts)
+    line(
+        "",
+        f"{tokens.padded:,.0f} tokens a step as the host pads them, {tokens.unpadded:,.0f} without "
+        f"padding, {tokens.shared:,.0f} with shared prompts "
+        f"({share(round(tokens.shared), round(tokens.padded))})",
     )
     line("", f"{_steps(plan.epoch_steps)} an epoch, {_steps(plan.steps)} in the run")
     _print_memory(plan, memory, line)
@@ -150,6 +157,7 @@ def as_json(
 ) -> dict[str, Any]:
     star = plan.reversal()
     whole: dict[str, Any] = dict(vars(counts))  # asdict() can't copy a Counter
+    del whole["longer"], whole["in_common"]
     for key in ("lengths", "trained"):
         values = whole.pop(key)
         whole[key] = {"min": min(values), "median": statistics.median(values), "max": max(values)}
@@ -179,6 +187,7 @@ def as_json(
         "accumulation": plan.accumulation,
         "ranks": plan.ranks,
         "batch": _batch(plan),
+        "tokens_per_step": vars(tokens_per_step(plan, counts)),
         "epoch_steps": plan.epoch_steps,
         "steps": plan.steps,
         "precision": plan.precision,
