@@ -11,14 +11,18 @@ from .registry import BoundLoss
 MARGINS = slice(4, 7, 2)
 
 
-def margin_sums(margins: Tensor, loss: BoundLoss) -> Tensor:
+def margin_sums(margins: Tensor, loss: BoundLoss, tokens: tuple[int, int] = (0, 0)) -> Tensor:
     """Sums over a batch of reward margins ``(B,)`` that :func:`means` turns into means.
 
     Sums add up over steps and ranks, so that every pair counts alike however the batch was split.
 
+    Args:
+        tokens: with shared prompts, the tokens that were computed, and those of the padded batch.
+
     Returns:
-        ``(8,)``, float64 where the device has it: pairs; sum of p; sum of weights; pairs ranked
-        right; sum of their margins; pairs ranked wrong; sum of their margins; pairs past ``z*``.
+        ``(10,)``, float64 where the device has it: pairs; sum of p; sum of weights; pairs ranked
+        right; sum of their margins; pairs ranked wrong; sum of their margins; pairs past ``z*``;
+        both of ``tokens``.
     """
     margins = margins.detach()
     margins = margins.float() if margins.device.type == "mps" else margins.double()
@@ -37,12 +41,13 @@ def margin_sums(margins: Tensor, loss: BoundLoss) -> Tensor:
             (~right).sum(),
             margins[~right].sum(),
             (weights < 0).sum(),
+            *margins.new_tensor(tokens),
         ]
     )
 
 
-def means(sums: Tensor, loss: BoundLoss) -> dict[str, float]:
-    """The diagnostics of the pairs summed in ``sums`` ``(8,)``, by the name they are logged under.
+def means(sums: Tensor, loss: BoundLoss, steps: int = 1) -> dict[str, float]:
+    """The diagnostics of the pairs summed in ``sums`` ``(10,)``, by the name they are logged under.
 
     ==========================  =================================================================
     ``NAME/p``                  mean preference probability, sigmoid of the margin
@@ -50,11 +55,16 @@ def means(sums: Tensor, loss: BoundLoss) -> dict[str, float]:
     ``NAME/margin_correct``     mean margin of the pairs now ranked right (margin above 0)
     ``NAME/margin_incorrect``   mean margin of the others
     ``NAME/reversed``           share of pairs that the loss pushes the wrong way (past ``z*``)
+    ``NAME/tokens``             with shared prompts, tokens that the policy computes in a step
+    ``NAME/tokens_saved``       with shared prompts, share of the padded batch that it does not
     ==========================  =================================================================
 
     A mean over no pairs is left out.
+
+    Args:
+        steps: how many the sums are of.
     """
-    n, p, weight, n_right, right, n_wrong, wrong, n_reversed = sums.tolist()
+    n, p, weight, n_right, right, n_wrong, wrong, n_reversed, tokens, places = sums.tolist()
     found = {}
     if n:
         found["p"] = p / n
@@ -65,4 +75,7 @@ def means(sums: Tensor, loss: BoundLoss) -> dict[str, float]:
         found["margin_correct"] = right / n_right
     if n_wrong:
         found["margin_incorrect"] = wrong / n_wrong
+    if places:
+        found["tokens"] = tokens / steps
+        found["tokens_saved"] = 1 - tokens / places
     return {f"{loss.name}/{key}": value for key, value in found.items()}

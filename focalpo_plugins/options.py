@@ -14,6 +14,7 @@ OF_FOCALPO = {
 #: Those of every loss, each in the hosts where it does something.
 OF_ANY_LOSS = {
     "fused": "Compute the loss without ever holding the logits of the batch",
+    "shared_prompts": "Compute each pair's common start once, and no padding",
     "precompute_ref": "Compute the reference's log-probabilities once, keep them in a file, and "
     "free the reference before the first step",
     "precompute_dir": "Folder of that file",

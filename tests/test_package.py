@@ -29,6 +29,7 @@ OF_HOST = {
     # OpenRLHF is built on DeepSpeed and requires it.
     "openrlhf": {"openrlhf", "transformers", "peft", "deepspeed"},
     "trl": {"trl", "transformers", "accelerate", "peft", "deepspeed"},
+    "backbone": {"transformers"},  # under each of them
     "cli": {"transformers", "peft"},  # to count a model's parameters, whoever trains it
 }
 CORE = {"loss", "hookspecs", "options", "registry", "diagnostics", "plan", "guards", "compute"}
@@ -37,17 +38,20 @@ ARROWS: dict[str, set[str]] = {
     "hookspecs": set(),
     "guards": set(),
     "compute": set(),
+    "backbone": {"compute"},
     "options": {"loss"},
     "registry": {"loss", "hookspecs", "options", "guards"},
     "diagnostics": {"registry"},
     "plan": {"registry"},
-    "trl": {"loss", "options", "registry", "diagnostics", "guards", "compute"},
+    "trl": {"loss", "options", "registry", "diagnostics", "guards", "compute", "backbone"},
     "axolotl": {"loss", "options", "registry", "plan", "guards", "compute", "trl"},
-    "openrlhf": {"loss", "options", "registry", "diagnostics", "plan", "guards"},
+    "openrlhf": {
+        "loss", "options", "registry", "diagnostics", "plan", "guards", "compute", "backbone"
+    },
     "cli": {"loss", "plan", "guards", "trl", "axolotl", "openrlhf"},
     "__main__": {"cli"},
     "__init__": {"loss", "hookspecs", "trl"},
-}
+}  # fmt: skip
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -23,7 +23,7 @@ from ..guards.jsonl import check_file
 from ..guards.messages import did_you_mean, named
 from ..loss import check_beta, check_label_smoothing
 from ..registry import BoundLoss, PairwiseLoss, get_loss, losses
-from . import ALLOW_CHANGED, ALLOW_DATA, FUSED, PLUGIN, REQUESTED, TRAINER, flags
+from . import FUSED, OF_ANY, PLUGIN, REQUESTED, SHARED, TRAINER, flags
 from .autoload import patch
 
 
@@ -172,7 +172,7 @@ def _check_keys(cfg: Any, rl: Any) -> None:
         f"{loss.name}_{option}": loss.name for loss in losses().values() for option in loss.options
     }
     of_any = rl if rl in losses() else "focalpo"
-    of_loss |= {FUSED: of_any, ALLOW_CHANGED: of_any, ALLOW_DATA: of_any}
+    of_loss |= dict.fromkeys(OF_ANY, of_any)
     of_host = AxolotlInputConfig.model_fields
     for key in cfg:
         if key in of_host:
@@ -221,7 +221,7 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
     if smoothing is not None:
         with named("dpo_"):
             check_label_smoothing(_as_number(smoothing))
-    for key in (FUSED, ALLOW_CHANGED, ALLOW_DATA):
+    for key in OF_ANY:
         if cfg.get(key) not in (None, True, False):
             raise ValueError(f"{key} must be true or false, got {cfg[key]!r}.")
     if cfg.get("dpo_use_liger_kernel") and find_spec("liger_kernel") is None:
@@ -239,6 +239,8 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
     fused = fused_key(cfg)
     if fused is not None:
         _check_fused(cfg, fused)
+    if cfg.get(SHARED):
+        _check_shared(cfg)
     for key in ("datasets", "test_datasets"):
         listed = cfg.get(key)
         for number, dataset in enumerate(listed if isinstance(listed, list) else []):
@@ -254,6 +256,28 @@ def _check_fused(cfg: Any, fused: str) -> None:
             raise ValueError(
                 f"{fused} can't be combined with {key}, got {cfg[key]!r}: the fused path does not "
                 f"compute it. Set {fused} to false, or remove {key}."
+            )
+
+
+# Under rl: dpo Axolotl puts these in the place of a model's attention or of its whole forward.
+_OTHER_ATTENTION = ("xformers_attention", "sage_attention", "flex_attention", "flash_attn_fuse_mlp")
+_OTHERS_NAMES = {"xformers", "sage", "fp8", "flex_attention", "s2"}
+
+
+def _check_shared(cfg: Any) -> None:
+    """What shared prompts can't be combined with, as far as the config says it."""
+    others = {key: cfg.get(key) for key in (*_OTHER_ATTENTION, "torch_compile", "deepcompile")}
+    others["s2_attention"] = cfg.get("s2_attention")
+    others["attn_implementation"] = cfg.get("attn_implementation") in _OTHERS_NAMES and cfg.get(
+        "attn_implementation"
+    )
+    size = cfg.get("tensor_parallel_size")
+    others["tensor_parallel_size"] = size if size not in (None, 1) else None
+    for key, value in others.items():
+        if value:
+            raise ValueError(
+                f"{SHARED} can't be combined with {key}, got {value!r}: it has to know how each "
+                f"layer's tokens see each other. Set {SHARED} to false, or remove {key}."
             )
 
 

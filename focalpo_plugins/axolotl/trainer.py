@@ -10,7 +10,7 @@ from pyarrow.compute import list_slice
 
 from ..registry import BoundLoss
 from ..trl import PairwiseLossMixin
-from . import ALLOW_CHANGED, ALLOW_DATA
+from . import ALLOW_CHANGED, ALLOW_DATA, SHARED
 from .plugin import FocalPOPlugin, fused_key, requested_loss
 
 
@@ -58,6 +58,7 @@ class AxolotlPairwiseTrainer(PairwiseLossMixin, _OneBosTrainer):
                 f"of ours, got {'none' if cfg is None else 'another'}. Load one with rl: focalpo."
             )
         self._fused_key = fused_key(cfg)
+        self._shared_key = SHARED if cfg.get(SHARED) else None
         self._allow_changed = bool(cfg.get(ALLOW_CHANGED))
         self._allow_data = bool(cfg.get(ALLOW_DATA))
         super().__init__(*args, **kwargs)

@@ -22,6 +22,7 @@ _OF_HOST = "dpo"
 
 # Flags under every loss's name that are no options of it.
 _OF_TRAINER = {
+    "shared_prompts": False,
     "precompute_ref": False,
     "precompute_dir": "OpenRLHF's output folder",
     "allow_changed": False,
@@ -185,6 +186,8 @@ def _check(parser: ArgumentParser, namespace: Namespace) -> BoundLoss | None:
         bound = _bind(get_loss(name), values)
         _check_host_flags(values, name)
         _check_precompute(values, bound.source)
+        if values.get(f"{name}.shared_prompts"):
+            _check_shared(values, f"--{name}.shared_prompts")
         flag = spelled("data.dataset", values)
         sides = (values.get(spelled(f"data.{side}_key", values)) for side in ("chosen", "rejected"))
         columns = [side for side in sides if side]
@@ -217,6 +220,23 @@ def _check_precompute(values: dict[str, Any], loss: PairwiseLoss) -> None:
             f"--{folder} goes with --{ref}, got {values[folder]!r} alone. Give --{ref} as well, or "
             f"remove --{folder}."
         )
+
+
+def _check_shared(values: dict[str, Any], asked: str) -> None:
+    """What shared prompts can't be combined with."""
+    for name in ("ds.ring_attn_size", "ds.tensor_parallel_size"):
+        flag = spelled(name, values)
+        if values.get(flag, 1) != 1:
+            raise ValueError(
+                f"{asked} can't be combined with --{flag}, got {values[flag]!r}: each rank has a "
+                f"part of a sequence or of its heads. Remove one of the two."
+            )
+    for flag in ("ds.deepcompile", "deepcompile"):
+        if values.get(flag):
+            raise ValueError(
+                f"{asked} can't be combined with --{flag}, got both: each batch would be a graph "
+                "of its own. Remove one of the two."
+            )
 
 
 def _check_host_flags(values: dict[str, Any], name: str) -> None:

@@ -15,6 +15,7 @@ FLAT = {
     "model.beta": "beta",
     "model.label_smoothing": "label_smoothing",
     "model.ipo_enable": "ipo",
+    "ref.model_name_or_path": "ref_pretrain",
     "ref.offload": "ref_offload",
     "data.chosen_key": "chosen_key",
     "data.dataset": "dataset",

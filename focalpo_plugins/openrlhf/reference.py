@@ -83,7 +83,9 @@ class ReferenceLogps:
         return chosen, rejected
 
 
-def precompute(trainer: Any, strategy: Any, folder: Path, flag: str) -> ReferenceLogps:
+def precompute(
+    trainer: Any, strategy: Any, folder: Path, flag: str, shared: bool
+) -> ReferenceLogps:
     """Read or compute the log-probabilities of all pairs of ``trainer``, and free its reference.
 
     To be called on all ranks.  The first one alone reads and writes the file.  The reference's
@@ -94,6 +96,7 @@ def precompute(trainer: Any, strategy: Any, folder: Path, flag: str) -> Referenc
         strategy: OpenRLHF's.
         folder: where the file is or will be.
         flag: what the user named ``folder`` by.
+        shared: whether the forward pass shares prompts, which rounds otherwise.
 
     Raises:
         SystemExit: the folder can't be written to, or a log-probability is not finite.
@@ -101,7 +104,7 @@ def precompute(trainer: Any, strategy: Any, folder: Path, flag: str) -> Referenc
     started = time.monotonic()
     loaders = (trainer.train_dataloader, trainer.eval_dataloader)
     pairs = _Pairs([loader for loader in loaders if loader is not None], strategy)
-    about = _about(trainer, strategy) | {
+    about = _about(trainer, strategy, shared) | {
         "pairs": hashlib.sha256(pairs.digests.numpy().data).hexdigest()
     }
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
@@ -187,7 +190,7 @@ def pair_digests(
     return found
 
 
-def _about(trainer: Any, strategy: Any) -> dict[str, Any]:
+def _about(trainer: Any, strategy: Any, shared: bool) -> dict[str, Any]:
     """What the log-probabilities depend on, beside the pairs."""
     actor = trainer.ref_model
     model = actor.model.module
@@ -202,6 +205,7 @@ def _about(trainer: Any, strategy: Any) -> dict[str, Any]:
         # Liger's and 4-bit layers have names of their own, and remote code its commit.
         "layers": sorted({f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modules()}),
         "packing": trainer.packing_samples,
+        **({"shared": True} if shared else {}),
         "temperature": getattr(actor, "temperature", 1.0),
         **{
             name: getattr(strategy, name, None)

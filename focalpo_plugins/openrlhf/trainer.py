@@ -21,18 +21,22 @@ from typing import Any
 import torch
 from openrlhf.trainer import dpo_trainer
 from openrlhf.trainer.dpo_trainer import DPOTrainer
+from peft import PeftModel
 from torch import Tensor
 
+from ..backbone import SharedPrompts
+from ..compute.shared_prompts import kernel_for
 from ..diagnostics import MARGINS, margin_sums, means
 from ..guards import pairs
 from ..guards.folders import check_folder, write_whole
 from ..guards.margins import not_finite, stop
 from ..guards.messages import say
 from ..guards.resume import RECORD_FILE, check_unchanged
+from ..guards.start import check_first_margins
 from ..registry import BoundLoss
 from .loss import PairwiseDPOLoss
 from .names import dotted, given_options, spelled, versions
-from .reference import ReferenceLogps, on_rank_0, precompute
+from .reference import ReferenceLogps, on_rank_0, precompute, stop_all
 
 
 def install(loss: BoundLoss) -> None:
@@ -70,6 +74,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         name = strategy.args.loss
         options, flags = given_options(strategy.args)
         self._reference: ReferenceLogps | None = None
+        self._sharing: SharedPrompts | None = None
         with _dpo_loss_replaced(functools.partial(PairwiseDPOLoss, loss=name, **options)):
             super().__init__(model, ref_model, strategy, *args, **kwargs)
         loss_fn = getattr(self, "loss_fn", None)
@@ -85,11 +90,22 @@ class PairwiseDPOTrainer(DPOTrainer):
         loss_fn.record = self._record
         self._margins: list[Tensor] = []
         self._batches = self._to_evaluate = 0
+        self._tokens = 0, 0  # of the policy's last batch: computed, and in the padded batch
+        self._logged_batches = 0  # before those that the next log is of
         record = self._loss.record(".", beta=loss_fn.beta, label_smoothing=loss_fn.label_smoothing)
         ckpt = dotted(strategy.args).ckpt
         if ckpt.load_enable and not flags.get("allow_changed"):
             _check_resumed(strategy, Path(ckpt.path), record, f"--{name}.allow_changed")
+        of_host = dotted(strategy.args)
+        reference = of_host.ref.model_name_or_path
+        # OpenRLHF's flag names the policy where no reference is named.
+        same = reference in (None, of_host.model.model_name_or_path)
+        self._starts_as_reference = same and not ckpt.load_enable
         _check_folders(self, strategy)
+        if flags.get("shared_prompts"):
+            key = f"--{name}.shared_prompts"
+            self._sharing = SharedPrompts(key, functools.partial(_together, strategy))
+            _together(strategy, lambda: self._attach(key))
         self.strategy = _ReducingDiagnostics(strategy, self._diagnostics)
         # Not around the strategy's save_ckpt, which first deletes the oldest of too many folders.
         engine = model.model
@@ -99,12 +115,13 @@ class PairwiseDPOTrainer(DPOTrainer):
             packages = ("focalpo_plugins", "openrlhf", "deepspeed", "torch")
             say(
                 f"active. {self._loss.describe()} beta={loss_fn.beta} "
-                f"label_smoothing={loss_fn.label_smoothing} trainer={type(self).__name__} "
+                f"label_smoothing={loss_fn.label_smoothing} {self._said_of_sharing()}"
+                f"trainer={type(self).__name__} "
                 + " ".join(f"{package}={version(package)}" for package in packages)
             )
         if flags.get("precompute_ref"):
             folder, flag = Path(flags["precompute_dir"]), f"--{name}.precompute_dir"
-            self._reference = precompute(self, strategy, folder, flag)
+            self._reference = precompute(self, strategy, folder, flag, self._sharing is not None)
 
     def _check_pairs(self, say: bool, allow: str, allowed: bool) -> None:
         """Refuse token ids that nothing can be learnt from; on each rank, of the same rows."""
@@ -130,13 +147,54 @@ class PairwiseDPOTrainer(DPOTrainer):
     def fit(self, args: Any, consumed_samples: int = 0, *more: Any, **kwargs: Any) -> None:
         steps = consumed_samples // dotted(args).train.batch_size
         self._batches = steps * self.strategy.accumulated_gradient
+        self._logged_batches = self._batches
         super().fit(args, consumed_samples, *more, **kwargs)
+
+    def _attach(self, key: str) -> None:
+        assert self._sharing is not None
+        for actor in (self.model, self.ref_model):
+            model: Any = getattr(actor.model, "module", actor.model)
+            if isinstance(model, PeftModel):
+                model = model.base_model.model
+            if getattr(model.config.get_text_config(), "output_router_logits", None) is not None:
+                raise ValueError(
+                    f"{key} can't be used with a mixture of experts, got {type(model).__name__}: "
+                    "OpenRLHF asks for its routers' loss, which would be of a row and not of the "
+                    f"padded batch. Remove {key}."
+                )
+            if hasattr(model.config, "vision_config"):
+                raise ValueError(
+                    f"{key} can't be used with a vision model, got {type(model).__name__}: images "
+                    f"are no tokens of a pair. Remove {key}."
+                )
+            self._sharing.attach(model)
+
+    def _said_of_sharing(self) -> str:
+        if self._sharing is None:
+            return ""
+        kernel, _ = kernel_for(next(self.model.parameters()).device)
+        return f"prompts=shared attention={kernel!r} "
 
     def concatenated_forward(self, model: Any, *batch: Any) -> Any:
         if self._reference is None or model is not self.ref_model:
-            return super().concatenated_forward(model, *batch)
+            return self._forward(model, *batch)
         # NaN for a pair that is not known there: every rank then stops where the margins are.
         return *self._reference(*batch), None, None
+
+    def _forward(self, model: Any, *batch: Any) -> Any:
+        """OpenRLHF's own, with shared prompts where they are asked for."""
+        sharing = self._sharing
+        if sharing is None:
+            return super().concatenated_forward(model, *batch)
+        chosen_mask, rejected_mask = batch[1], batch[3]
+        lengths = None
+        if self.packing_samples:
+            lengths = [*chosen_mask.sum(1).tolist(), *rejected_mask.sum(1).tolist()]
+        with sharing.of(len(chosen_mask), lengths):
+            result = super().concatenated_forward(model, *batch)
+        if model is self.model:
+            self._tokens = sharing.tokens, sharing.places
+        return result
 
     def save_logs_and_checkpoints(
         self, args: Any, global_step: int, *more: Any, **kwargs: Any
@@ -144,6 +202,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         super().save_logs_and_checkpoints(args, global_step, *more, **kwargs)
         if global_step % dotted(args).logger.logging_steps == 0:
             self._sums.pop("train", None)
+            self._logged_batches = self._batches
 
     def evaluate(self, eval_dataloader: Any, *args: Any, **kwargs: Any) -> None:
         self._mode, self._margins = "eval", []
@@ -172,9 +231,16 @@ class PairwiseDPOTrainer(DPOTrainer):
             margins = margins[: self._to_evaluate]
             self._to_evaluate -= len(margins)
         self._margins.append(margins.detach())
-        sums = self.strategy.all_reduce(margin_sums(margins, self._loss), "sum")
+        tokens = self._tokens if self._mode == "train" else (0, 0)
+        sums = self.strategy.all_reduce(margin_sums(margins, self._loss, tokens), "sum")
         if not sums[MARGINS].isfinite().all():
             self._stop(torch.cat(self._margins))
+        if self._mode == "train" and self._starts_as_reference:
+            self._starts_as_reference = False
+            largest = self.strategy.all_reduce(margins.detach().abs().max(), "max").item()
+            if self.strategy.is_rank_0():
+                narrow = dotted(self.args).ds.param_dtype != "fp32"
+                check_first_margins(largest, self.loss_fn.beta, narrow)
         self._batches += self._mode == "train"
         before = self._sums.get(self._mode)
         self._sums[self._mode] = sums if before is None else before + sums
@@ -184,7 +250,9 @@ class PairwiseDPOTrainer(DPOTrainer):
         if not self._called:
             raise _moved(self._loss, "a step was trained that did not call loss_fn")
         self._called = False
-        return means(self._sums[self._mode], self._loss)
+        batches = self._batches - self._logged_batches
+        steps = max(1, batches // self.strategy.accumulated_gradient)
+        return means(self._sums[self._mode], self._loss, steps)
 
     def _stop(self, margins: Tensor) -> None:
         """Raise on every rank, once the reduction has told them all."""
@@ -219,6 +287,21 @@ class _ReducingDiagnostics:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._strategy, name)
+
+
+def _together(strategy: Any, check: Callable[[], None]) -> None:
+    """Run ``check`` on every rank; where it raises ``ValueError`` on one, all end, and the first
+    says what was found."""
+    problem = ""
+    try:
+        check()
+    except ValueError as error:
+        problem = str(error)
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, problem)
+    for problem in found:
+        if problem:
+            stop_all(strategy, problem)
 
 
 def _check_folders(trainer: DPOTrainer, strategy: Any) -> None:

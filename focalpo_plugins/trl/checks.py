@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, ProcessorMixin
 from trl import DPOConfig, DPOTrainer
 
+from ..backbone import check_layers
 from ..compute import output_layer
 from ..compute.output_layer import Head, check_config
 from ..loss import check_beta, check_label_smoothing
@@ -129,6 +130,58 @@ def check_fused_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
         name = "router_aux_loss_coef"
         instead = f"set {name} to 0.0, a field of TRL's DPOConfig that Axolotl has no key for"
         refuse(name, args.router_aux_loss_coef, key, instead)
+
+
+def check_shared_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
+    """Refuse what shared prompts have no place for, as far as it is known.
+
+    Args:
+        given: a trainer's arguments by name; of them ``model``, ``peft_config`` and
+            ``processing_class``.
+        args: TRL's arguments.
+        key: what asked for shared prompts.
+
+    Raises:
+        ValueError: they would compute something else.
+    """
+    if isinstance(given.get("processing_class"), ProcessorMixin):
+        kind = type(given["processing_class"]).__name__
+        _refuse_shared("a vision model", kind, key, "images are no tokens of a pair")
+    if args.torch_compile:
+        _refuse_shared("torch_compile", True, key, "each batch would be a graph of its own")
+    model = given.get("model")
+    if args.n_gpu > 1 and not _has_device_map(model, args):
+        _refuse_shared(
+            "torch's DataParallel", f"one process for {args.n_gpu} GPUs", key,
+            f"start a process for each, with `torchrun --nproc_per_node {args.n_gpu}`",
+        )  # fmt: skip
+    size = getattr(getattr(args, "parallelism_config", None), "tp_size", 1)
+    if size not in (None, 1):
+        name = "parallelism_config.tp_size"
+        _refuse_shared(name, size, key, "each rank has a part of the heads")
+    adapters = [given.get("peft_config"), *getattr(model, "peft_config", {}).values()]
+    for adapter in adapters:
+        if hasattr(adapter, "num_virtual_tokens"):
+            _refuse_shared("prompt learning", type(adapter).__name__, key, "its prompt is no token")
+    config: Any = model.config if isinstance(model, nn.Module) else _config_of(model)
+    if config is None:
+        return
+    experts = getattr(config.get_text_config(), "output_router_logits", None) is not None
+    coefficient = getattr(args, "router_aux_loss_coef", 0)
+    if experts and coefficient:
+        _refuse_shared(
+            "router_aux_loss_coef", coefficient, key,
+            "the routers would see a row, and count it as the padded batch; 0.0 switches it off",
+        )  # fmt: skip
+    if not isinstance(model, nn.Module):
+        asked: Any = args.model_init_kwargs or {}
+        check_layers(config, key, asked.get("attn_implementation"))
+
+
+def _refuse_shared(name: str, value: Any, key: str, why: str) -> NoReturn:
+    raise ValueError(
+        f"{key} can't be combined with {name}, got {value!r}: {why}. Set {key} to false."
+    )
 
 
 def check_adapter(config: Any, key: str) -> None:

@@ -30,6 +30,8 @@ class FocalPOConfig(DPOConfig):
         focalpo_fused: compute the loss without ever holding the logits of the batch, with or
             without a precomputed reference; Liger's package isn't needed. A TRL from 1.14 on has
             such a path of its own, and takes it anyway.
+        focalpo_shared_prompts: compute what a pair's two sequences begin with once, and no padding:
+            the same log-probs to rounding, from fewer tokens.
         focalpo_allow_changed: resume from a checkpoint that was trained with another loss, gamma,
             variant, beta, label smoothing or loss type, or with a loss not ours.
         focalpo_allow_data: train on data of which more than half can't be learnt from.
@@ -44,6 +46,7 @@ class FocalPOConfig(DPOConfig):
     focalpo_allow_reversed: bool = _field(False, OF_FOCALPO["allow_reversed"])
     focalpo_pairwise_loss: str = _field("focalpo", "Name of the registered pairwise loss")
     focalpo_fused: bool = _field(False, OF_ANY_LOSS["fused"])
+    focalpo_shared_prompts: bool = _field(False, OF_ANY_LOSS["shared_prompts"])
     focalpo_allow_changed: bool = _field(False, OF_ANY_LOSS["allow_changed"])
     focalpo_allow_data: bool = _field(False, OF_ANY_LOSS["allow_data"])
     focalpo_loss: str | None = _field(None, "Deprecated: focalpo_pairwise_loss")

@@ -16,28 +16,21 @@ from ..compute.fused_loss import IGNORED, FusedLoss, fused_logps, fused_pairwise
 from ..compute.output_layer import Head, check_config, check_logits
 from ..registry import BoundLoss
 from .checks import check_fused_parts, head_of
-
-if TYPE_CHECKING:
-    # What the mixin's super() is, in its place in the list of bases.
-    from trl import DPOTrainer as _Host
-else:
-    _Host = object
+from .shared_step import SharedStepMixin
 
 # Tokens of the first sequence on which the output layer is compared with the model, once.
 _TOKENS_COMPARED = 16
 
 
-class FusedStepMixin(_Host):
+class FusedStepMixin(SharedStepMixin):
     """The fused path's part of :class:`~focalpo_plugins.trl.trainer.PairwiseLossMixin`."""
 
     pairwise_loss: BoundLoss | None
-    ref_model: Any
     _fused_key: str | None = None  # what asked for the fused path, for messages
 
     if TYPE_CHECKING:  # the mixin's own
 
         def _record(self, margins: Tensor) -> None: ...
-        def _all_together(self, check: Callable[[], None]) -> None: ...
         def _mode(self) -> str: ...
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -168,10 +161,11 @@ class FusedStepMixin(_Host):
 
     def compute_ref_log_probs(self, *args: Any) -> Any:
         # TRL 0.29 has no model among the arguments.
-        if not self._fused:
-            return super().compute_ref_log_probs(*args)
-        model = args[0] if len(args) > 1 else self.ref_model or self.model
-        return self._inside(model, self._fused_logps, args[-1]).chunk(2)
+        with self._prompts_shared(args[-1]):
+            if not self._fused:
+                return super().compute_ref_log_probs(*args)
+            model = args[0] if len(args) > 1 else self.ref_model or self.model
+            return self._inside(model, self._fused_logps, args[-1]).chunk(2)
 
     def _check_fused(self) -> None:
         """Raise ``ValueError`` for what only the built trainer knows for certain."""

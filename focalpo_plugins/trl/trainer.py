@@ -21,8 +21,9 @@ from ..guards.folders import check_folder
 from ..guards.margins import not_finite, stop
 from ..guards.messages import say
 from ..guards.resume import check_unchanged
+from ..guards.start import check_first_margins
 from ..registry import BoundLoss
-from .checks import check_arguments, check_fused_parts
+from .checks import check_arguments, check_fused_parts, check_shared_parts
 from .config import FocalPOConfig
 from .fused_step import FusedStepMixin
 from .record import Record, recorded
@@ -73,6 +74,11 @@ class PairwiseLossMixin(FusedStepMixin):
             self._fused_key = check_arguments(config, self._fused_key)
             if self._fused_key is not None:
                 check_fused_parts(given, config, self._fused_key)
+            if self._shared_key is None and getattr(config, "focalpo_shared_prompts", False):
+                self._shared_key = "focalpo_shared_prompts"
+            if self._shared_key is not None:
+                check_shared_parts(given, config, self._shared_key)
+        self._starts_as_reference = _same_weights(given.get("model"), given.get("ref_model"))
         train_dataset = given.get("train_dataset")
         if train_dataset is not None and next(iter(train_dataset), None) is None:
             raise ValueError(
@@ -82,6 +88,7 @@ class PairwiseLossMixin(FusedStepMixin):
         super().__init__(*args, **kwargs)
         self._margin_sums: dict[str, Tensor] = {}
         self._steps_recorded = 0
+        self._window: set[int] = set()  # the steps that the next log is of
         if self.precompute_ref_logps and self.ref_model is not None:
             self._set_reference_aside()
 
@@ -111,7 +118,8 @@ class PairwiseLossMixin(FusedStepMixin):
             )
             say(
                 f"active. {self.pairwise_loss.describe()} beta={self.beta} "
-                f"{'path=fused ' if self._fused else ''}trainer={type(self).__name__} {versions}"
+                f"{'path=fused ' if self._fused else ''}{self._said_of_sharing()}"
+                f"trainer={type(self).__name__} {versions}"
             )
 
     def _record_of_loss(self, loss: BoundLoss) -> dict[str, Any]:
@@ -141,6 +149,8 @@ class PairwiseLossMixin(FusedStepMixin):
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(str(self.args.output_dir))
+        if folder:
+            self._starts_as_reference = False
         if self.pairwise_loss is None or self._allow_changed or not folder:
             return
         if Path(folder).is_dir():  # else the host says so itself
@@ -179,9 +189,11 @@ class PairwiseLossMixin(FusedStepMixin):
                     f"{self._fused_key} has no outputs to return, as predict() asks for: the "
                     f"logits are never there as a whole. Set {self._fused_key} to false."
                 )
-            return self._fused_step(model, inputs)
+            with self._prompts_shared(inputs):
+                return self._fused_step(model, inputs)
         recorded = self._steps_recorded
-        result = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
+        with self._prompts_shared(inputs):
+            result = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         if self._steps_recorded != recorded + 1:
             raise RuntimeError(
                 f"trl {version('trl')} computed the loss in a way that focalpo_plugins "
@@ -311,7 +323,9 @@ class PairwiseLossMixin(FusedStepMixin):
         if mode == "train":
             # Not gather_for_metrics: transformers fetches all batches of an update ahead, and in
             # the last update of an epoch each would be cut to what is left of the last one.
-            sums = self.accelerator.reduce(margin_sums(margins, loss), "sum")
+            tokens = self._tokens_of_step()
+            self._window.add(self.state.global_step)
+            sums = self.accelerator.reduce(margin_sums(margins, loss, tokens), "sum")
         else:
             # It drops the rows that the sampler repeats so that the last batches are even.
             sums = margin_sums(self.accelerator.gather_for_metrics(margins), loss)
@@ -320,13 +334,25 @@ class PairwiseLossMixin(FusedStepMixin):
             found = gather_object([not_finite(margins, self.accelerator.process_index)])
             where = [words for words in found if words]
             stop(loss.name, f"{when} {self.state.global_step + 1}", where)
+        if mode == "train" and self._starts_as_reference:
+            self._starts_as_reference = False
+            self._check_first(margins)
         self._margin_sums[mode] = self._margin_sums.get(mode, 0) + sums
         self._steps_recorded += 1
+
+    def _check_first(self, margins: Tensor) -> None:
+        largest = self.accelerator.gather(margins.abs().max()).max().item()
+        if self.accelerator.is_main_process:
+            model: Any = self.model
+            narrow = any(weight.dtype.itemsize < 4 for weight in model.parameters())
+            narrow = narrow or self.accelerator.mixed_precision != "no"
+            check_first_margins(largest, self.beta, narrow)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         sums = self._margin_sums.pop("train", None) if self._mode() == "train" else None
         if sums is not None and self.pairwise_loss is not None:
-            logs.update(means(sums, self.pairwise_loss))
+            logs.update(means(sums, self.pairwise_loss, len(self._window)))
+            self._window.clear()
         super().log(logs, *args, **kwargs)
 
     def _mode(self) -> str:
@@ -366,6 +392,18 @@ class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
         self.set_loss(args.pairwise_loss())
 
     __init__.__signature__ = inspect.signature(DPOTrainer.__init__)  # type: ignore[attr-defined]
+
+
+def _same_weights(policy: Any, reference: Any) -> bool:
+    """Whether both start with the same weights, as far as is known: TRL makes the reference of the
+    policy, or both were loaded from one place."""
+    if reference is None:
+        return True
+    places = [
+        model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        for model in (policy, reference)
+    ]
+    return bool(places[0]) and places[0] == places[1]
 
 
 def _moved(model: Any, device: Any) -> Any:

@@ -191,6 +191,51 @@ def test_lora_fused_and_precomputed(axolotl: Axolotl, adapted: Run, fused: bool,
     assert forwards(run) == {"forwards": steps, "backbones": [1] * 6, "reference": False}
 
 
+SHARED = {"focalpo_shared_prompts": True}
+
+
+@shares_plain
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({}, marks=pytest.mark.releases),
+        pytest.param({"focalpo_fused": True}, marks=pytest.mark.fused),
+        pytest.param({"precompute_ref_log_probs": True}, marks=pytest.mark.releases),
+        {"gradient_checkpointing": True},
+        {"attn_implementation": "eager"},
+    ],
+    ids=lambda more: ", ".join(more) or "alone",
+)
+def test_shared_prompts(axolotl: Axolotl, plain: Run, more: dict[str, Any]):
+    """The losses, gradient norms and evaluations of the plain run, from fewer tokens."""
+    run = axolotl.train(**SHARED, eval_steps=3, **more)
+    assert_same(run, plain, rel=1e-4, names=LOGGED)
+    evaluated = [[e["eval_loss"] for e in one.log if "eval_loss" in e] for one in (run, plain)]
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
+    assert (
+        "prompts=shared attention='SDPA by segments' trainer=AxolotlPairwiseTrainer" in run.output
+    )
+    assert "prompts=shared" not in plain.output
+    for entry in run.log:
+        if "loss" in entry:
+            assert 0.1 < entry["focalpo/tokens_saved"] < 0.9
+    for one in (run, plain):
+        agree = "first step: policy and reference agree, largest margin "
+        assert one.output.count(agree) == 1
+
+
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+def test_shared_prompts_with_an_adapter(axolotl: Axolotl, adapter: str):
+    """Its reference is the same model with the adapter off.  4-bit layers round to their own grid,
+    and Axolotl draws an adapter's weights anew in each run, but for a plugin that seeds it."""
+    given = {**ADAPTER, "adapter": adapter, "plugins": ["test_only_plugins.Killed"]}
+    given |= {"load_in_4bit": True} if adapter == "qlora" else {}
+    plain = axolotl.train(**given, output_dir=str(axolotl.folder / "plain"))
+    run = axolotl.train(**given, **SHARED)
+    near = 1e-4 if adapter == "lora" else 1e-3
+    assert_same(run, plain, rel=near, names=("loss", "grad_norm", "rewards/margins", "focalpo/p"))
+
+
 @pytest.mark.releases
 def test_lora_and_merge(axolotl: Axolotl):
     run = axolotl.train(**ADAPTER, max_steps=3)
@@ -256,6 +301,7 @@ FSDP_2 = {
     [
         pytest.param({}, id="plain"),
         pytest.param({"focalpo_fused": True}, id="fused", marks=pytest.mark.fused),
+        pytest.param({"focalpo_shared_prompts": True}, id="shared"),
     ],
 )
 @pytest.mark.parametrize(

@@ -213,6 +213,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"focalpo_fused": "always"},
         "focalpo_fused must be true or false, got 'always'",
     ),
+    "shared with another attention": (
+        {"focalpo_shared_prompts": True, "attn_implementation": "flex_attention"},
+        "focalpo_shared_prompts can't be combined with attn_implementation, got 'flex_attention': it",
+    ),
+    "shared with a compiler": (
+        {"focalpo_shared_prompts": True, "torch_compile": True},
+        "focalpo_shared_prompts can't be combined with torch_compile, got True",
+    ),
+    "shared, but how": (
+        {"focalpo_shared_prompts": "always"},
+        "focalpo_shared_prompts must be true or false, got 'always'",
+    ),
+    "shared under dpo": (
+        {
+            "rl": "dpo",
+            "focalpo_gamma": None,
+            "focalpo_variant": None,
+            "focalpo_shared_prompts": True,
+        },
+        "focalpo_shared_prompts belongs to rl: focalpo, got True under rl: dpo. Set rl: focalpo, or",
+    ),
     "fused under dpo": (
         {"rl": "dpo", "focalpo_gamma": None, "focalpo_variant": None, "focalpo_fused": True},
         "focalpo_fused belongs to rl: focalpo, got True under rl: dpo. Set rl: focalpo, or remove",

@@ -1,0 +1,350 @@
+"""Each pair's common start computed once, and no padding: the same log-probs from fewer tokens.
+
+DPO runs a prompt twice, before the chosen and before the rejected answer, and pads the batch to its
+longest sequence.  Here a batch of ``B`` pairs becomes one row of tokens
+
+    start_1  chosen_1  rejected_1  start_2  chosen_2  rejected_2  ...
+
+where ``start`` is the longest common start of a pair's two sequences as they were cut and collated.
+All layers but attention look at each token by itself.  Attention is given a :class:`Layout`: a
+chosen token sees the start and the chosen tokens before it, a rejected one the start and the
+rejected tokens before it, and positions go on from the start for both.
+
+Nothing here knows a model: :mod:`focalpo_plugins.backbone` puts it into one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Pair(NamedTuple):
+    """Where one pair is in the row: ``offset``, then so many tokens of each part."""
+
+    offset: int
+    start: int
+    chosen: int
+    rejected: int
+
+
+class Segments(NamedTuple):
+    """The row as attention with variable lengths takes it: two segments of queries a pair, start
+    and chosen together and then rejected, each aligned with the end of its keys.
+
+    Attributes:
+        keys: the keys' places in the row ``(K,)``.
+        query_ends: cumulated lengths ``(segments + 1,)``, int32, from 0.
+        key_ends: those of the keys.
+        longest_query: in tokens.
+        longest_key: in tokens.
+    """
+
+    keys: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+    longest_query: int
+    longest_key: int
+
+
+#: ``kernel(q, k, v, segments, scale, window, dropout)`` with q ``(T, H, D)``, and k and v
+#: ``(K, H', D)``; gives ``(T, H, D)``.
+Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float | None, int | None, float], Tensor]
+
+
+@dataclass
+class Layout:
+    """Where the tokens of a batch are in the row of length ``T``.
+
+    Attributes:
+        pairs: in the row's order.
+        ids: the row's token ids ``(1, T)``.
+        positions: of each token in its sequence ``(1, T)``.
+        index: for each place of the batch its place in the row, in the batch's shape; 0 at padding.
+        tokens_before: places of the batch, padding among them.
+        calls: how often attention was asked to follow this layout.
+    """
+
+    pairs: list[Pair]
+    ids: Tensor
+    positions: Tensor
+    index: Tensor
+    tokens_before: int
+    calls: int = 0
+    _segments: Segments | None = None
+    _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """``T``."""
+        return self.ids.shape[1]
+
+    def states_of_batch(self, row: Tensor) -> Tensor:
+        """The row's hidden states ``(1, T, H)`` at their places in the batch; those of padding are
+        of no meaning."""
+        # Its gradient adds up, as the start's has to.
+        return F.embedding(self.index.to(row.device), row[0])
+
+    def mask(
+        self, start: int, own: int, window: int | None, device: torch.device | None = None
+    ) -> Tensor:
+        """Which of ``start + own`` keys the last ``own`` tokens see, ``(own, start + own)``.
+
+        Args:
+            window: a token sees so many, itself among them; None: all.
+            device: of the mask.
+        """
+        if (start, own, window) not in self._masks:
+            query = start + torch.arange(own, device=device)[:, None]
+            key = torch.arange(start + own, device=device)
+            seen = key <= query
+            if window is not None:
+                seen &= query - key < window
+            self._masks[start, own, window] = seen
+        return self._masks[start, own, window].to(device)
+
+    def segments(self, device: torch.device) -> Segments:
+        """For a kernel with variable lengths, on ``device``."""
+        if self._segments is None or self._segments.keys.device != device:
+            queries, keys, places = [0], [0], []
+            for offset, start, chosen, rejected in self.pairs:
+                own = offset + start + chosen
+                if start + chosen:
+                    queries.append(start + chosen)
+                    keys.append(start + chosen)
+                    places.append(torch.arange(offset, own))
+                if rejected:
+                    queries.append(rejected)
+                    keys.append(start + rejected)
+                    places += [torch.arange(offset, offset + start)]
+                    places += [torch.arange(own, own + rejected)]
+
+            def ends(lengths: Sequence[int]) -> Tensor:
+                return torch.tensor(lengths).cumsum(0).to(device, torch.int32)
+
+            where = torch.cat(places).to(device)
+            self._segments = Segments(where, ends(queries), ends(keys), max(queries), max(keys))
+        return self._segments
+
+
+def layout_of_batch(ids: Tensor, mask: Tensor) -> Layout:
+    """The layout of a collated batch.
+
+    Args:
+        ids: token ids ``(2B, S)``, the chosen sequences first.
+        mask: ``(2B, S)``, 1 for a token and 0 for the padding behind it.
+
+    Raises:
+        ValueError: a sequence does not begin at its row's first place.
+    """
+    width = ids.shape[1]
+    real = mask.bool()
+    chosen, rejected = ids.chunk(2)
+    first, second = real.chunk(2)
+    common = ((chosen == rejected) & first & second).long().cumprod(1).sum(1)
+    lengths = real.sum(1)
+    in_front = real == (torch.arange(width, device=ids.device) < lengths[:, None])
+    # The one time that the device is waited for.
+    table = torch.stack([common, *lengths.chunk(2), *in_front.all(1).chunk(2)], 1).tolist()
+    if not all(row[3] and row[4] for row in table):
+        raise ValueError(
+            "shared prompts need batches that are padded behind each sequence, got another mask. "
+            "Use the host's own collator, or switch shared prompts off."
+        )
+    starts, of_chosen, of_rejected = ([row[i] for row in table] for i in range(3))
+    begins = [row * width for row in range(len(ids))]
+    return _layout(ids, starts, [*of_chosen, *of_rejected], begins)
+
+
+def layout_of_packed(ids: Tensor, lengths: Sequence[int]) -> Layout:
+    """The layout of a batch that is packed already.
+
+    Args:
+        ids: token ids ``(1, T)``, one sequence behind the other, the chosen ones first.
+        lengths: of the ``2B`` sequences, in tokens.
+
+    Raises:
+        ValueError: the lengths don't add up to the row's.
+    """
+    if sum(lengths) != ids.shape[1] or len(lengths) % 2:
+        raise ValueError(
+            f"the lengths of a packed batch must be of pairs and add up to {ids.shape[1]} tokens, "
+            f"got {list(lengths)}. Switch packing or shared prompts off."
+        )
+    count = len(lengths) // 2
+    sequences = ids[0].split(list(lengths))
+    starts = []
+    for chosen, rejected in zip(sequences[:count], sequences[count:], strict=True):
+        shorter = min(len(chosen), len(rejected))
+        starts.append((chosen[:shorter] == rejected[:shorter]).long().cumprod(0).sum())
+    ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    return _layout(ids, torch.stack(starts).tolist(), list(lengths), ends[:-1])
+
+
+def _layout(ids: Tensor, starts: list[int], lengths: list[int], begins: list[int]) -> Layout:
+    """Of sequences that begin at these places of the flattened batch, the chosen ones first."""
+    count = len(starts)
+    index = torch.zeros(ids.numel(), dtype=torch.long)
+    pairs, take, positions, offset = [], [], [], 0
+    for i, start in enumerate(starts):
+        of_chosen, of_rejected = lengths[i], lengths[count + i]
+        first, second = begins[i], begins[count + i]
+        own = offset + of_chosen  # where the rejected answer is in the row
+        pairs.append(Pair(offset, start, of_chosen - start, of_rejected - start))
+        take += [torch.arange(first, first + of_chosen)]
+        take += [torch.arange(second + start, second + of_rejected)]
+        positions += [torch.arange(of_chosen), torch.arange(start, of_rejected)]
+        index[first : first + of_chosen] = torch.arange(offset, own)
+        index[second : second + start] = torch.arange(offset, offset + start)
+        index[second + start : second + of_rejected] = torch.arange(own, own + of_rejected - start)
+        offset = own + of_rejected - start
+    device = ids.device
+    return Layout(
+        pairs,
+        ids.reshape(-1)[torch.cat(take).to(device)][None],
+        torch.cat(positions)[None].to(device),
+        index.view(ids.shape).to(device),
+        ids.numel(),
+    )
+
+
+def shared_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    dropout: float = 0.0,
+    kernel: Kernel | None = None,
+) -> Tensor:
+    """Causal attention in each sequence of ``layout``, ``(1, T, H, D)``.
+
+    Args:
+        query: ``(1, H, T, D)``.
+        key: ``(1, H', T, D)``; ``H`` is a multiple of ``H'``.
+        value: ``(1, H', T, D)``.
+        layout: of the row.
+        scale: of the scores; ``D ** -0.5`` by default.
+        window: a token sees so many, itself among them; None: all.
+        dropout: probability with which a weight is dropped.
+        kernel: one with variable lengths; by default torch's attention, segment by segment.
+    """
+    if kernel is not None:
+        segments = layout.segments(query.device)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        k, v = k.index_select(0, segments.keys), v.index_select(0, segments.keys)
+        return kernel(q, k, v, segments, scale, window, dropout)[None]
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+
+    def attend(own: slice, start: slice) -> Tensor:
+        """Of the tokens ``own`` on themselves and what they begin with."""
+        count, before = own.stop - own.start, start.stop - start.start
+        k, v = key[:, :, own], value[:, :, own]
+        if before:
+            k = torch.cat([key[:, :, start], k], 2)
+            v = torch.cat([value[:, :, start], v], 2)
+        narrow = window if window is not None and before + count > window else None
+        causal = not before and narrow is None
+        return F.scaled_dot_product_attention(
+            query[:, :, own],
+            k,
+            v,
+            attn_mask=None if causal else layout.mask(before, count, narrow, query.device),
+            is_causal=causal,
+            dropout_p=dropout,
+            scale=scale,
+        )
+
+    parts = []
+    for offset, start, chosen, rejected in layout.pairs:
+        own = offset + start + chosen
+        if start + chosen:
+            parts.append(attend(slice(offset, own), slice(offset, offset)))
+        if rejected:
+            parts.append(attend(slice(own, own + rejected), slice(offset, offset + start)))
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+def kernel_for(device: torch.device) -> tuple[str, Kernel | None]:
+    """The kernel for tensors on ``device``, and its name for people: flash-attn where it is
+    installed, then torch's own, then attention segment by segment."""
+    if device.type == "cuda":
+        if find_spec("flash_attn") is not None:
+            return "flash_attn_varlen_func", flash_attn
+        if find_spec("torch.nn.attention.varlen") is not None:
+            return "torch varlen_attn", torch_varlen
+    return "SDPA by segments", None
+
+
+def flash_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    scale: float | None,
+    window: int | None,
+    dropout: float,
+) -> Tensor:
+    """The package flash-attn's, as a :data:`Kernel`."""
+    attend: Any = importlib.import_module("flash_attn").flash_attn_varlen_func
+    out: Tensor = attend(
+        q,
+        k,
+        v,
+        segments.query_ends,
+        segments.key_ends,
+        segments.longest_query,
+        segments.longest_key,
+        dropout_p=dropout,
+        softmax_scale=scale,
+        causal=True,
+        window_size=_window(window),
+    )
+    return out
+
+
+def torch_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    scale: float | None,
+    window: int | None,
+    dropout: float,
+) -> Tensor:
+    """torch's own, from 2.10 on, as a :data:`Kernel`; it has no dropout."""
+    if dropout:
+        raise ValueError(
+            f"attention dropout must be 0 for torch's varlen_attn, got {dropout}. Install "
+            "flash-attn, or set attention_dropout to 0."
+        )
+    attend: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    out: Tensor = attend(
+        q,
+        k,
+        v,
+        segments.query_ends,
+        segments.key_ends,
+        segments.longest_query,
+        segments.longest_key,
+        scale=scale,
+        window_size=_window(window, causal=True),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out
+
+
+def _window(window: int | None, causal: bool = False) -> tuple[int, int]:
+    """Tokens to the left and to the right of a query; -1: all."""
+    return (-1 if window is None else window - 1, 0 if causal or window is not None else -1)

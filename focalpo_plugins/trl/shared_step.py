@@ -1,0 +1,72 @@
+"""Shared prompts in a TRL trainer: of every batch of pairs that policy or reference is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import is_peft_model
+from torch import Tensor
+
+from ..backbone import SharedPrompts
+from ..compute.shared_prompts import kernel_for
+from .checks import check_shared_parts
+
+if TYPE_CHECKING:
+    # What the mixin's super() is, in its place in the list of bases.
+    from trl import DPOTrainer as _Host
+else:
+    _Host = object
+
+
+class SharedStepMixin(_Host):
+    """The part of :class:`~focalpo_plugins.trl.trainer.PairwiseLossMixin` that shares prompts."""
+
+    ref_model: Any
+    _shared_key: str | None = None  # what asked for shared prompts, for messages
+
+    if TYPE_CHECKING:  # the mixin's own
+
+        def _all_together(self, check: Callable[[], None]) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._sharing: SharedPrompts | None = None
+        if self._shared_key is not None:
+            # Before TRL's own, which may precompute the reference.
+            self._sharing = SharedPrompts(self._shared_key, self._all_together)
+        super().__init__(*args, **kwargs)
+        if self._sharing is not None:
+            built = {
+                "model": self.accelerator.unwrap_model(self.model),
+                "processing_class": self.processing_class,
+            }
+            check_shared_parts(built, self.args, self._sharing.key)
+            self._attach(self._sharing)
+
+    def _attach(self, sharing: SharedPrompts) -> None:
+        for wrapper in (self.model, self.ref_model):
+            if wrapper is not None:
+                model: Any = self.accelerator.unwrap_model(wrapper)
+                sharing.attach(model.base_model.model if is_peft_model(model) else model)
+
+    @contextmanager
+    def _prompts_shared(self, inputs: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, policy and reference share the prompts of ``inputs``, where that is asked for."""
+        if self._sharing is None:
+            yield
+            return
+        self._attach(self._sharing)  # a reference that was set aside may be back
+        with self._sharing.of(len(inputs["input_ids"]) // 2):
+            yield
+
+    def _said_of_sharing(self) -> str:
+        """For the start-up line."""
+        if self._sharing is None:
+            return ""
+        kernel, _ = kernel_for(self.accelerator.device)
+        return f"prompts=shared attention={kernel!r} "
+
+    def _tokens_of_step(self) -> tuple[int, int]:
+        """That the policy computed for the last batch, and that the padded batch has."""
+        return (self._sharing.tokens, self._sharing.places) if self._sharing else (0, 0)

@@ -1,0 +1,173 @@
+"""Shared prompts without a model: where each token goes, and attention that follows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from focalpo_plugins.compute.shared_prompts import (
+    Layout,
+    Pair,
+    Segments,
+    kernel_for,
+    layout_of_batch,
+    layout_of_packed,
+    shared_attention,
+)
+
+
+def batch(*sequences: list[int]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, padded behind each sequence with 0."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences])
+    return ids, torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])
+
+
+def test_layout_by_hand():
+    """Two pairs: 7 8 | 1 2 3 and 7 8 | 4, and without a common start 5 6 and 9.
+
+    The first takes 2 + 3 + 1 places, the second 0 + 2 + 1; positions go on from the start.
+    """
+    layout = layout_of_batch(*batch([7, 8, 1, 2, 3], [5, 6], [7, 8, 4], [9]))
+    assert layout.pairs == [Pair(0, 2, 3, 1), Pair(6, 0, 2, 1)]
+    assert layout.ids.tolist() == [[7, 8, 1, 2, 3, 4, 5, 6, 9]]
+    assert layout.positions.tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 0]]
+    assert layout.index.tolist() == [
+        [0, 1, 2, 3, 4],
+        [6, 7, 0, 0, 0],
+        [0, 1, 5, 0, 0],
+        [8, 0, 0, 0, 0],
+    ]
+    assert (layout.tokens, layout.tokens_before) == (9, 20)
+
+
+def test_layout_of_a_packed_batch_by_hand():
+    """The same sequences one behind the other: the same row, laid back to the packed order."""
+    packed = torch.tensor([[7, 8, 1, 2, 3, 5, 6, 7, 8, 4, 9]])
+    layout = layout_of_packed(packed, [5, 2, 3, 1])
+    assert layout.pairs == [Pair(0, 2, 3, 1), Pair(6, 0, 2, 1)]
+    assert layout.ids.tolist() == [[7, 8, 1, 2, 3, 4, 5, 6, 9]]
+    assert layout.index.tolist() == [[0, 1, 2, 3, 4, 6, 7, 0, 1, 5, 8]]
+    assert (layout.tokens, layout.tokens_before) == (9, 11)
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, start",
+    [
+        ([7, 8], [7, 8], 2),  # equal
+        ([7, 8], [7, 8, 9], 2),  # one is the other's beginning
+        ([7, 8, 9], [7, 8], 2),
+        ([7], [8], 0),
+        ([7, 0, 9], [7, 0, 8], 2),  # the padding's id among the tokens
+    ],
+)
+def test_common_starts(chosen: list[int], rejected: list[int], start: int):
+    layout = layout_of_batch(*batch(chosen, rejected))
+    assert layout.pairs == [Pair(0, start, len(chosen) - start, len(rejected) - start)]
+    row = layout.ids[0]
+    for sequence, places in zip((chosen, rejected), layout.index, strict=True):
+        assert row[places[: len(sequence)]].tolist() == sequence
+
+
+def test_padding_before_a_sequence_is_refused():
+    ids = torch.tensor([[0, 7, 8], [7, 8, 9]])
+    with pytest.raises(ValueError, match="padded behind each sequence, got another mask"):
+        layout_of_batch(ids, torch.tensor([[0, 1, 1], [1, 1, 1]]))
+
+
+@pytest.mark.parametrize("lengths", [[2, 2], [1, 1, 1]])
+def test_lengths_that_do_not_fit_are_refused(lengths: list[int]):
+    with pytest.raises(ValueError, match="must be of pairs and add up to 3 tokens, got "):
+        layout_of_packed(torch.tensor([[1, 2, 3]]), lengths)
+
+
+def by_sequence(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, lengths: list[int], window: int | None
+) -> Tensor:
+    """Softmax attention of each sequence by itself, its tokens taken from the row; as the row."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    out = torch.zeros_like(q)
+    for places, length in zip(layout.index.tolist(), lengths, strict=True):
+        at = torch.tensor(places[:length])
+        scores = q[0][:, at] @ k[0][:, at].transpose(1, 2) / q.shape[-1] ** 0.5
+        apart = torch.arange(length)[:, None] - torch.arange(length)
+        seen = (apart >= 0) & (apart < (window or length))
+        own = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v[0][:, at]
+        # Both sequences of a pair compute their start; it is the same.
+        out = out.index_copy(2, at, own[None])
+    return out.transpose(1, 2)
+
+
+def slow_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    scale: float | None,
+    window: int | None,
+    dropout: float,
+) -> Tensor:
+    """What the kernels with variable lengths compute: the last query is aligned with the last key."""
+    groups, outs = q.shape[1] // k.shape[1], []
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    ends = [segments.query_ends.tolist(), segments.key_ends.tolist()]
+    for a, b, c, d in zip(ends[0], ends[0][1:], ends[1], ends[1][1:], strict=False):
+        assert b - a <= segments.longest_query and d - c <= segments.longest_key
+        queries, keys, values = (x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
+        scores = queries @ keys.transpose(1, 2) * (scale or q.shape[-1] ** -0.5)
+        apart = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)
+        seen = (apart >= 0) & (apart < (window or d))
+        outs.append((scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(0, 1))
+    return torch.cat(outs)
+
+
+@given(
+    starts=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    own=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=3, max_size=3),
+    window=st.sampled_from([None, 1, 3, 50]),
+    groups=st.sampled_from([1, 2]),
+    varlen=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_attention(starts, own, window, groups: int, varlen: bool):
+    """Values and gradients, against each sequence by itself, in float64."""
+    sides: list[list[list[int]]] = [[], []]
+    for number, (start, counts) in enumerate(zip(starts, own, strict=False)):
+        begin = [10 + number] * max(start, not all(counts))  # no sequence is empty
+        for side, count in enumerate(counts):
+            sides[side].append(begin + [20 + side] * count)
+    sequences = [*sides[0], *sides[1]]
+    layout = layout_of_batch(*batch(*sequences))
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(heads: int) -> Tensor:
+        shape = (1, heads, layout.tokens, 4)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    q, k, v = drawn(2 * groups), drawn(2), drawn(2)
+    expected = by_sequence(q, k, v, layout, [len(s) for s in sequences], window)
+    found = shared_attention(q, k, v, layout, window=window, kernel=slow_varlen if varlen else None)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weights = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    gradients = [torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (found, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_states_go_back_with_their_gradients():
+    """The start's state stands in both sequences, and its gradient is the sum of both."""
+    layout = layout_of_batch(*batch([7, 8], [7]))
+    row = torch.tensor([[[1.0], [2.0]]], requires_grad=True)
+    states = layout.states_of_batch(row)
+    assert states[..., 0].tolist()[0] == [1.0, 2.0]
+    assert states[1, 0, 0] == 1.0
+    (states[0].sum() + 10 * states[1, 0].sum()).backward()
+    assert row.grad[0, :, 0].tolist() == [11.0, 1.0]
+
+
+def test_the_kernel_of_a_cpu():
+    assert kernel_for(torch.device("cpu")) == ("SDPA by segments", None)

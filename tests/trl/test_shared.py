@@ -1,0 +1,411 @@
+"""Shared prompts in real models and in TRL's trainer: the plain path's numbers, or a refusal."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_trl
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig
+from tiny_trl import GAMMA, PAIRS, SGD
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from focalpo_plugins import FocalPOTrainer
+from focalpo_plugins.backbone import SharedPrompts
+
+KEY = "focalpo_shared_prompts"
+SIZES = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("Llama", {}),
+    "Llama, dynamic RoPE": (
+        "Llama",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            "max_position_embeddings": 64,
+        },
+    ),
+    "Mistral, window 16": ("Mistral", {"sliding_window": 16}),
+    "Qwen 2": ("Qwen2", {}),
+    "Qwen 2, window 16 in half of the layers": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+    ),
+    "Qwen 3": ("Qwen3", {"head_dim": 16}),
+    "Gemma": ("Gemma", {"head_dim": 16}),
+    "Gemma 3, window 16": ("Gemma3Text", {"head_dim": 16, "sliding_window": 16}),
+    "Phi 3": ("Phi3", {}),
+    "OLMo 2": ("Olmo2", {}),
+    "Cohere 2, window 16": ("Cohere2", {"sliding_window": 16}),
+    "Granite": ("Granite", {}),
+    "SmolLM 3": ("SmolLM3", {}),
+    "GPT-NeoX": ("GPTNeoX", {}),
+    "GPT-2": ("GPT2", {"n_positions": 512, "n_embd": 64, "n_layer": 4, "n_head": 4}),
+    "Mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "Qwen 3 MoE": ("Qwen3Moe", {**EXPERTS, "head_dim": 16}),
+}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "soft caps": ("Gemma2", {"head_dim": 16, "sliding_window": 16}, "attention that is given softcap"),
+    "sinks": (
+        "GptOss",
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
+        "attention that is given s_aux",
+    ),
+    "alibi": ("Bloom", {"n_layer": 4, "n_head": 4}, "whose attention can be exchanged"),
+    "its own attention": ("StableLm", {}, "whose attention can be exchanged"),
+    "a state space": ("Mamba", {}, "got linear_attention"),
+    "convolutions": ("Lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "got conv"),
+}  # fmt: skip
+
+
+def of_family(name: str, sizes: dict[str, Any]) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**(SIZES | sizes))
+    network = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.dim() > 1:
+                weight.mul_(12)  # so that what a token sees matters
+    return network
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    """Two pairs whose common starts are 25 and 40 tokens long, longer than the windows."""
+    ids = torch.randint(6, 512, (4, 60), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    ids[2, :25], ids[3, :40] = ids[0, :25], ids[1, :40]
+    mask[0, 50:] = mask[1, 57:] = mask[3, 45:] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def logps(network: torch.nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of whole sequences, in float64 from the logits on."""
+    logits = network(**given, use_cache=False).logits.double()
+    found = logits.log_softmax(-1)[:, :-1].gather(-1, given["input_ids"][:, 1:, None])
+    return (found.squeeze(-1) * given["attention_mask"][:, 1:]).sum(1)
+
+
+def sharing(network: torch.nn.Module) -> SharedPrompts:
+    found = SharedPrompts(KEY, lambda check: check())
+    found.attach(network)
+    return found
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_familys_log_probs_and_gradients(family: str, attention: str):
+    network = of_family(*FAMILIES[family])
+    network.set_attn_implementation(attention)
+    given = inputs()
+    found = []
+    for ours in (False, True):
+        network.zero_grad()
+        if ours:
+            shared = sharing(network)
+        with shared.of(2) if ours else nullcontext():
+            values = logps(network, given)
+        (values[:2] - values[2:]).sum().backward()
+        gradients = [w.grad.clone() for w in network.parameters() if w.grad is not None]
+        found.append((values.detach(), gradients))
+    (plain, of_plain), (ours, of_ours) = found
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-3)
+    whole = torch.cat([g.flatten() for g in of_plain])
+    off = torch.cat([g.flatten() for g in of_ours]) - whole
+    assert off.norm() < 1e-4 * whole.norm()
+    # 50 + 60 tokens of the first pair less its start of 25, 57 + 45 of the second less 40.
+    assert (shared.tokens, shared.places) == (50 + 60 - 25 + 57 + 45 - 40, 4 * 60)
+    # Outside, it is the model's own again.
+    with torch.no_grad():
+        assert torch.equal(logps(network, given), plain)
+
+
+def test_inputs_are_as_the_docstring_says():
+    given = inputs()
+    lengths = given["attention_mask"].sum(1).tolist()
+    assert lengths == [50, 57, 60, 45]
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_that_is_refused(family: str):
+    name, sizes, message = REFUSED[family]
+    with pytest.raises(ValueError, match=message) as error:
+        network = of_family(name, sizes)
+        shared = sharing(network)
+        with shared.of(2):
+            network(**inputs(), use_cache=False)
+    assert str(error.value).startswith(KEY) and str(error.value).endswith(f"Set {KEY} to false.")
+
+
+def test_flex_attention_is_refused():
+    network = of_family("Llama", {})
+    network.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="needs attn_implementation to be one of eager, sdpa, "
+                       "flash_attention_2, flash_attention_3, got 'flex_attention'"):  # fmt: skip
+        sharing(network)
+
+
+def test_a_packed_batch():
+    """As OpenRLHF packs it: one row, no mask, positions that begin again, the chosen ones first."""
+    network = of_family("Llama", {})
+    given = inputs()
+    real, lengths = given["attention_mask"].bool(), given["attention_mask"].sum(1).tolist()
+    packed = {
+        "input_ids": given["input_ids"][real][None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "attention_mask": None,
+    }
+    with torch.no_grad():
+        padded = network(**given, use_cache=False).logits[real]
+        shared = sharing(network)
+        with shared.of(2, lengths):
+            ours = network(**packed, use_cache=False).logits[0]
+    torch.testing.assert_close(ours, padded, rtol=0, atol=1e-4)
+    assert (shared.tokens, shared.places) == (50 + 60 - 25 + 57 + 45 - 40, sum(lengths))
+
+
+def test_another_attention_in_some_layer_is_stopped():
+    """As a package does that replaces a layer's forward; the other layers are counted."""
+    network = of_family("Llama", {})
+    given, shared = inputs(), sharing(network)
+    layer = network.model.layers[1].self_attn
+    layer.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    shared._compared.add(network.model)  # the count of calls has to see it by itself
+    with pytest.raises(ValueError, match="got 3 of its 4 layers that asked for the"), shared.of(2):
+        network(**given)
+
+
+def test_an_attention_that_computes_something_else_is_stopped(monkeypatch):
+    network = of_family("Llama", {})
+    given, shared = inputs(), sharing(network)
+    followed = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def wrong(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        """As if the rejected answer did not see the prompt."""
+        if "focalpo_layout" in kwargs:
+            value = value * (kwargs["focalpo_layout"].positions > 5)[:, None, :, None]
+        return followed(module, query, key, value, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", wrong)
+    with pytest.raises(ValueError, match="hidden states that differ by .* of their"), shared.of(2):
+        network(**given)
+
+
+def test_a_step_without_the_backbone_is_stopped():
+    shared = sharing(of_family("Llama", {}))
+    with pytest.raises(RuntimeError, match="did not run the model's backbone"), shared.of(2):
+        pass
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"output_hidden_states": True}, "that is given output_hidden_states, got True"),
+        ({"token_type_ids": torch.zeros(4, 60)}, "that is given token_type_ids, got (4, 60)"),
+        (
+            {"attention_mask": None},
+            "needs an attention mask of the batch's shape (4, 60), got None",
+        ),
+    ],
+    ids=["states", "types", "no mask"],
+)
+def test_inputs_that_a_row_has_no_place_for(given: dict[str, Any], message: str):
+    network = of_family("Llama", {})
+    shared = sharing(network)
+    with pytest.raises(ValueError) as error, shared.of(2):
+        network.model(**{**inputs(), **given})
+    assert message in str(error.value)
+
+
+def test_generation_copies_and_files_are_as_without(tmp_path: Path):
+    before = of_family("Llama", {})
+    ours = copy.deepcopy(before)
+    for network in (before, ours):
+        network.set_attn_implementation("eager")
+    shared = sharing(ours)
+    with shared.of(2):
+        ours(**inputs())
+    ids = inputs()["input_ids"][:1, :7]
+    asked = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(ours.generate(ids, **asked), before.generate(ids, **asked))
+    for name, network in (("before", before), ("ours", ours), ("copy", copy.deepcopy(ours))):
+        network.save_pretrained(tmp_path / name)
+    for file in sorted((tmp_path / "before").iterdir()):
+        for name in ("ours", "copy"):
+            assert (tmp_path / name / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "fused": {"focalpo_fused": True},
+    "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "checkpointing": {"gradient_checkpointing": True},
+    "reentrant checkpointing": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "precomputed": {"precompute_ref_log_probs": True},
+    "precomputed and fused": {"precompute_ref_log_probs": True, "focalpo_fused": True},
+    "cut": {"max_length": 6},
+    "with sft": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
+    "by length": {"loss_type": ["sigmoid_norm"]},
+    "robust": {"loss_type": ["robust"], "label_smoothing": 0.1},
+    "label smoothing": {"label_smoothing": 0.1},
+    "WPO": {"use_weighting": True},
+    "LD-DPO": {"ld_alpha": 0.5},
+    "LoRA": {"lora": True},
+    "LoRA, fused and checkpointing": {
+        "lora": True,
+        "focalpo_fused": True,
+        "gradient_checkpointing": True,
+    },
+    "DPO": {"focalpo_gamma": 0.0},
+}
+FUSED_RUNS = {name for name, run in RUNS.items() if "focalpo_fused" in run}
+LOGGED = ("loss", "grad_norm", "rewards/margins", "rewards/chosen", "logps/rejected", "focalpo/p")
+
+
+@pytest.fixture
+def train(tokenizer, tmp_path: Path) -> Callable[..., list[dict[str, float]]]:
+    """Trains three steps, with an evaluation after each, and gives what was logged."""
+
+    def run(lora: bool = False, **arguments: Any) -> list[dict[str, float]]:
+        torch.manual_seed(0)  # for the adapter's weights
+        models: dict[str, Any] = {"peft_config": LORA, "reference": None} if lora else {}
+        arguments = {"focalpo_gamma": GAMMA, "eval_strategy": "steps", "eval_steps": 1} | arguments
+        pairs = Dataset.from_list(PAIRS[:3])
+        host = tiny_trl.trainer(
+            FocalPOTrainer, tokenizer, tmp_path, eval_dataset=pairs, **models, **SGD, **arguments
+        )
+        host.train()
+        return host.state.log_history
+
+    return run
+
+
+def values(log: list[dict[str, float]]) -> list[float]:
+    return [
+        entry[prefix + name]
+        for entry in log
+        for prefix in ("", "eval_")
+        for name in LOGGED
+        if prefix + name in entry
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.fused] * (name in FUSED_RUNS)) for name in RUNS],
+)
+def test_the_same_run(train: Callable, name: str):
+    """Step for step, in training and in evaluation."""
+    plain, shared = train(**RUNS[name]), train(**RUNS[name], focalpo_shared_prompts=True)
+    assert len(values(plain)) > 25
+    assert values(shared) == pytest.approx(values(plain), abs=2e-5)
+
+
+def test_the_same_run_in_bfloat16(train: Callable):
+    plain, shared = train(bf16=True), train(bf16=True, focalpo_shared_prompts=True)
+    assert values(shared) == pytest.approx(values(plain), rel=0.02, abs=0.02)
+
+
+@pytest.mark.releases
+def test_the_same_run_in_every_release(train: Callable):
+    plain, shared = train(), train(focalpo_shared_prompts=True)
+    assert values(shared) == pytest.approx(values(plain), abs=2e-5)
+    assert any("focalpo/tokens" in entry for entry in shared)
+
+
+def test_tokens_in_the_log(train: Callable, tokenizer):
+    """By hand, of all pairs of one step: the prompt's two tokens, then the answers with their EOS;
+    logged for a step, whatever the batches and the steps between two logs."""
+    chosen, rejected = (
+        [len(pair[side].split()) + 1 for pair in PAIRS] for side in ("chosen", "rejected")
+    )
+    tokens = sum(2 + c + r for c, r in zip(chosen, rejected, strict=True))
+    longest = 2 + max(*chosen, *rejected)
+    asked = {
+        "focalpo_shared_prompts": True,
+        "per_device_train_batch_size": 8,
+        "eval_strategy": "no",
+    }
+    for more in ({}, {"logging_steps": 3}):
+        log = [entry for entry in train(**asked, **more) if "focalpo/tokens" in entry]
+        assert len(log) == (1 if more else 3)
+        for entry in log:
+            assert entry["focalpo/tokens"] == tokens
+            assert entry["focalpo/tokens_saved"] == pytest.approx(1 - tokens / (16 * longest))
+    assert not any("focalpo/tokens" in entry for entry in train())
+
+
+def test_predict_returns_its_outputs(tokenizer, tmp_path: Path):
+    """The logits of the padded batch, at its places."""
+    pairs = Dataset.from_list(PAIRS[:4])
+    found = []
+    for shared in (False, True):
+        host = tiny_trl.trainer(
+            FocalPOTrainer, tokenizer, tmp_path, eval_dataset=pairs, focalpo_shared_prompts=shared
+        )
+        output = host.predict(host.eval_dataset)
+        found.append((output.metrics["test_loss"], output.predictions))
+    (loss, logits), (ours, of_ours) = found
+    assert ours == pytest.approx(loss, abs=1e-6)
+    batch = host.data_collator([host.eval_dataset[i] for i in range(4)])
+    real = batch["attention_mask"][: len(logits)].bool().numpy()
+    assert of_ours.shape == logits.shape == (*real.shape, 43)
+    assert of_ours[real] == pytest.approx(logits[real], abs=1e-4)
+
+
+def test_resumed_run_is_the_uninterrupted_one(tokenizer, tmp_path: Path):
+    """To the last bit."""
+    logs = []
+    for resume in (False, True):
+        host = tiny_trl.trainer(
+            FocalPOTrainer, tokenizer, tmp_path, focalpo_shared_prompts=True, save_strategy="steps",
+            save_steps=2, max_steps=4, **SGD,
+        )  # fmt: skip
+        host.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
+        logs.append([[e["loss"], e["grad_norm"]] for e in host.state.log_history if "loss" in e])
+    assert len(logs[0]) == 4 and logs[0] == logs[1]
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (
+            {"torch_compile": True},
+            "can't be combined with torch_compile, got True: each batch would",
+        ),
+        (
+            {"policy": "mixtral"},
+            "can't be combined with router_aux_loss_coef, got 0.001: the routers would see a row",
+        ),
+        (
+            {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)},
+            "can't be combined with prompt learning, got 'PromptTuningConfig'",
+        ),
+        ({"policy": "gemma2"}, "attention that is given softcap"),
+    ],
+    ids=["compile", "experts", "prompt learning", "soft caps"],
+)
+def test_refused_by_the_trainer(tokenizer, tmp_path: Path, given: dict[str, Any], message: str):
+    if "policy" in given:
+        given = {"policy": tiny_trl.model(0, given["policy"])}
+    with pytest.raises(ValueError) as error:
+        host = tiny_trl.trainer(
+            FocalPOTrainer, tokenizer, tmp_path, focalpo_shared_prompts=True,
+            **({"reference": None} if "peft_config" in given else {}), **given,
+        )  # fmt: skip
+        host.train()
+    assert message in str(error.value)
