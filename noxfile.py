@@ -214,7 +214,10 @@ def release(session: nox.Session) -> None:
 @nox.parametrize("host", ["axolotl", "openrlhf"])
 def bench(session: nox.Session, host: str) -> None:
     """What the plug-in costs, as ratios; `-- NAME ...` measures single benchmarks."""
-    of_host = {"axolotl": ["loss", "start", "trl", "axolotl", "fused"], "openrlhf": ["openrlhf"]}
+    of_host = {
+        "axolotl": ["loss", "start", "trl", "axolotl", "shared", "fused"],
+        "openrlhf": ["openrlhf"],
+    }
     asked = [word for word in session.posargs if word in sum(of_host.values(), [])]
     names = [name for name in of_host[host] if name in asked or not asked]
     if not names:

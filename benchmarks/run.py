@@ -4,6 +4,8 @@ loss     the loss alone, forward and backward, against -F.logsigmoid and the for
 start    `import torch` with and without our autoload, `import focalpo_plugins`
 trl      whole training steps, FocalPO against DPO, in TRL
 axolotl  the same in Axolotl
+shared   loss and gradients of a batch with shared prompts, against TRL's own DPO: of the tiny data
+         or of --pairs FILE, and of pairs of fixed lengths
 fused    the loss part with a vocabulary of 128,256, against TRL's plain and its Liger path
 openrlhf whole steps in OpenRLHF, and --focalpo.precompute_ref against its own way
 
@@ -33,6 +35,7 @@ BENCHMARKS = {
     "start": ("start_up", None, 15),
     "trl": ("steps", "trl", 100),
     "axolotl": ("steps", "axolotl", 100),
+    "shared": ("shared_prompts", "trl", 12),
     "fused": ("loss_part", "trl", 3),
     "openrlhf": ("openrlhf_steps", "openrlhf", 60),
 }
@@ -78,6 +81,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--rounds", type=int, help="of each comparison (default: each one's own)")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"))
+    parser.add_argument("--pairs", type=Path, help="JSON lines of conversations, for `shared`")
     args = parser.parse_args()
     for name in args.names:
         if name not in BENCHMARKS:
@@ -93,6 +97,7 @@ def main() -> int:
             continue
         print(f"\n{name:<44} {'':<18} {'ours':>11} {'theirs':>11} {'':<5} {'ratio':>7} [95 %]")
         options = {"host": host} if module == "steps" else {}
+        options |= {"pairs": args.pairs} if name == "shared" else {}
         for result in import_module(module).measure(args.rounds or rounds, **options):
             results.append(result)
             print(line(result), flush=True)

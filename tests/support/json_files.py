@@ -29,7 +29,7 @@ FILES: dict[str, tuple[str, int | None, str]] = {
     "blank lines": ("\n \n" + "\n\t\n".join(LINES) + "\n\n", None, ""),
     "a broken line among blank ones": ("\n\n" + "\n\n".join([*LINES, "b"]), 9, "Expecting value"),
     "line ends of Windows": ("\r\n".join(LINES), None, ""),
-    "NaN": ("\n".join([*LINES, '{"a": NaN, "b": -Infinity}']), None, ""),
+    "NaN": ("\n".join([*LINES, '{"a": "x", "d": NaN, "e": -Infinity}']), None, ""),
     "null": ("\n".join([*LINES, "null"]), None, ""),
     "two on a line": (LINES[0] + LINES[1] + "\n" + LINES[2], None, ""),
     "a byte order mark": ("\ufeff" + "\n".join(LINES), None, ""),

@@ -815,7 +815,7 @@ def test_every_loss_type_of_this_trl_is_ours_or_refused_with_its_reason():
 def test_the_fields_say_what_they_do():
     helps = {f.name: f.metadata["help"] for f in fields(FocalPOConfig) if "focalpo" in f.name}
     assert helps["focalpo_gamma"] == "Focusing parameter; 0 is DPO."
-    assert all(text.endswith(".") for text in helps.values()) and len(helps) == 8
+    assert all(text.endswith(".") for text in helps.values()) and len(helps) == 9
 
 
 def test_the_former_name_of_a_field(tmp_path):
