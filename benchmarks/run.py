@@ -82,6 +82,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="of each comparison (default: each one's own)")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"))
     parser.add_argument("--pairs", type=Path, help="JSON lines of conversations, for `shared`")
+    parser.add_argument("--tokenizer", type=Path, help="a model's folder, for --pairs")
     args = parser.parse_args()
     for name in args.names:
         if name not in BENCHMARKS:
@@ -97,7 +98,8 @@ def main() -> int:
             continue
         print(f"\n{name:<44} {'':<18} {'ours':>11} {'theirs':>11} {'':<5} {'ratio':>7} [95 %]")
         options = {"host": host} if module == "steps" else {}
-        options |= {"pairs": args.pairs} if name == "shared" else {}
+        if name == "shared":
+            options |= {"pairs": args.pairs, "tokenizer": args.tokenizer}
         for result in import_module(module).measure(args.rounds or rounds, **options):
             results.append(result)
             print(line(result), flush=True)

@@ -101,11 +101,13 @@ def step(built: Any, batch: dict[str, Any]) -> None:
     built.model.zero_grad(set_to_none=True)
 
 
-def measure(rounds: int, *, pairs: Path | None = None) -> Iterator[Result]:
+def measure(
+    rounds: int, *, pairs: Path | None = None, tokenizer: Path | None = None
+) -> Iterator[Result]:
     from transformers import AutoTokenizer
 
     check_tiny()
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer or TINY / "model")
     data, name = (pairs, pairs.name) if pairs else (TINY / "train.jsonl", "tiny data")
     # What is measured: batches by their name, and with them the keys of our side.
     shared, both = {"focalpo_shared_prompts": True}, {"focalpo_fused": True}
@@ -133,7 +135,8 @@ def measure(rounds: int, *, pairs: Path | None = None) -> Iterator[Result]:
                     size = len(batches[0])
                     theirs = trainer(network, tokenizer, folder, size)
                     ours = trainer(network, tokenizer, folder, size, **keys)
-                    yield from compared(f"{label}: {text}", keys, ours, theirs, batches, rounds)
+                    found = compared(f"{label}: {text}", keys, ours, theirs, batches, rounds)
+                yield from found
 
 
 def compared(
@@ -143,7 +146,7 @@ def compared(
     theirs: Any,
     batches: list[list[dict[str, Any]]],
     rounds: int,
-) -> Iterator[Result]:
+) -> list[Result]:
     collated = [theirs.data_collator(batch) for batch in batches]
     collated = [{k: v.to(theirs.accelerator.device) for k, v in b.items()} for b in collated]
     if keys.get("precomputed"):
@@ -162,6 +165,9 @@ def compared(
     times = in_turns(lambda: timed(ours), lambda: timed(theirs), rounds)
     words = {"focalpo_shared_prompts": "shared", "focalpo_fused": "fused"}
     named = " + ".join(sorted((words.get(key, key) for key in keys), reverse=True))
-    yield compare("shared", f"{case}, {named}", "step time", "ms", *times, against=OWN)
     peaks = [[peak_bytes(lambda b=b: step(b, collated[0])) / 2**20] for b in (ours, theirs)]
-    yield compare("shared", f"{case}, {named}", "peak memory", "MiB", *peaks, against=OWN)
+    case = f"{case}, {named}"
+    return [
+        compare("shared", case, "step time", "ms", *times, against=OWN),
+        compare("shared", case, "peak memory", "MiB", *peaks, against=OWN),
+    ]
