@@ -106,13 +106,16 @@ class SharedPrompts:
         Raises:
             RuntimeError: no attached model was given one.
         """
+        # A host may compute its reference's log-probs in the middle of a step.
+        around = self._pairs, self._lengths, self._layout, self._acted
         self._pairs, self._lengths, self._layout, self._acted = pairs, lengths, None, 0
         self.tokens = 0
         try:
             yield
+            acted = self._acted
         finally:
-            self._pairs, self._layout = None, None
-        if not self._acted:
+            self._pairs, self._lengths, self._layout, self._acted = around
+        if not acted:
             raise RuntimeError(
                 f"{self.key}: a step did not run the model's backbone on its batch of pairs, so "
                 f"their prompts were not shared. Set {self.key} to false."

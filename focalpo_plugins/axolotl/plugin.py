@@ -260,19 +260,16 @@ def _check_fused(cfg: Any, fused: str) -> None:
 
 
 # Under rl: dpo Axolotl puts these in the place of a model's attention or of its whole forward.
-_OTHER_ATTENTION = ("xformers_attention", "sage_attention", "flex_attention", "flash_attn_fuse_mlp")
+_OTHER_ATTENTION = ("xformers_attention", "sage_attention", "flex_attention", "s2_attention")
 _OTHERS_NAMES = {"xformers", "sage", "fp8", "flex_attention", "s2"}
 
 
 def _check_shared(cfg: Any) -> None:
     """What shared prompts can't be combined with, as far as the config says it."""
     others = {key: cfg.get(key) for key in (*_OTHER_ATTENTION, "torch_compile", "deepcompile")}
-    others["s2_attention"] = cfg.get("s2_attention")
-    others["attn_implementation"] = cfg.get("attn_implementation") in _OTHERS_NAMES and cfg.get(
-        "attn_implementation"
-    )
-    size = cfg.get("tensor_parallel_size")
-    others["tensor_parallel_size"] = size if size not in (None, 1) else None
+    attention, size = cfg.get("attn_implementation"), cfg.get("tensor_parallel_size")
+    others["attn_implementation"] = attention if attention in _OTHERS_NAMES else None
+    others["tensor_parallel_size"] = None if size == 1 else size
     for key, value in others.items():
         if value:
             raise ValueError(

@@ -217,6 +217,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"focalpo_shared_prompts": True, "attn_implementation": "flex_attention"},
         "focalpo_shared_prompts can't be combined with attn_implementation, got 'flex_attention': it",
     ),
+    "shared with xformers": (
+        {"focalpo_shared_prompts": True, "attn_implementation": "xformers"},
+        "focalpo_shared_prompts can't be combined with attn_implementation, got 'xformers'",
+    ),
     "shared with a compiler": (
         {"focalpo_shared_prompts": True, "torch_compile": True},
         "focalpo_shared_prompts can't be combined with torch_compile, got True",

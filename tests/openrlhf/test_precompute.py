@@ -92,7 +92,7 @@ def same_policy(train: Callable, on_two_ranks, variants) -> tuple:
     """OpenRLHF's own way and ours, with another reference than the policy, which no step changes: in
     bf16 two runs that learn drift apart by whatever rounds."""
     flags = (*on_two_ranks, "--ref.model_name_or_path", str(variants.folder / "other"))
-    stays = ("--adam.lr", "0", "--model.beta", "1")
+    stays = ("--adam.lr", "1e-12", "--model.beta", "1")
     return tuple(finished(train(*flags, *stays, *more, ranks=2)) for more in (OURS, PRECOMPUTE))
 
 

@@ -279,6 +279,15 @@ def test_auxiliary_loss(train: Callable, experts: Path):
     assert outs[0] != outs[1]
 
 
+def test_shared_prompts_with_experts(train: Callable, experts: Path):
+    """OpenRLHF asks for the routers' loss whatever its coefficient."""
+    flags = ("--focalpo.shared_prompts", "--model.model_name_or_path", str(experts))
+    run = train(*OURS, *flags)
+    assert run.returncode == 1 and not run.steps()
+    (line,) = run.said("--focalpo.shared_prompts can't be used with a mixture of experts")
+    assert line.endswith("Remove --focalpo.shared_prompts.")
+
+
 @pytest.fixture
 def in_blocks_of_64(tiny: Path, tmp_path: Path) -> Path:
     """An untrained model of sizes that bitsandbytes' 4-bit kernels for a CPU can handle: not the

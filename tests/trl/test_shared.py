@@ -207,6 +207,21 @@ def test_a_step_without_the_backbone_is_stopped():
         pass
 
 
+def test_a_step_within_a_step():
+    """As where a host computes the reference's log-probs in the middle of one."""
+    network = of_family("Llama", {})
+    given, shared = inputs(), sharing(network)
+    with torch.no_grad():
+        plain = logps(network, given)
+        with shared.of(2):
+            with shared.of(2):
+                inner = logps(network, given)
+            outer = logps(network, given)
+            assert shared.tokens < shared.places
+    torch.testing.assert_close(inner, plain, rtol=0, atol=1e-3)
+    assert torch.equal(inner, outer)
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
