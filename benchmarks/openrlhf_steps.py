@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import CUDA, TINY, Result, check_tiny, compare, start_profile, stop_profile
+from measure import (
+    CUDA,
+    TINY,
+    Result,
+    check_tiny,
+    compare,
+    larger_model,
+    start_profile,
+    stop_profile,
+)
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 WARM_UP, PAIRS = 3, 16
@@ -95,7 +104,9 @@ def child(flags: list[str], turns: Turns, folder: Path) -> None:
         os._exit(0)
 
 
-def in_turns(model: Path, sides: list[list[str]], steps: int) -> list[dict[str, Any]]:
+def in_turns(
+    model: Path, sides: list[list[str]], steps: int, pairs: int = PAIRS
+) -> list[dict[str, Any]]:
     fork = multiprocessing.get_context("fork")
     batons = fork.Semaphore(1), fork.Semaphore(0)
     turns = [Turns(*batons, steps), Turns(*batons[::-1], steps)]
@@ -107,11 +118,11 @@ def in_turns(model: Path, sides: list[list[str]], steps: int) -> list[dict[str, 
             common: dict[str, Any] = {
                 "--model.model_name_or_path": model,
                 "--data.dataset": TINY / "train.jsonl",
-                "--data.max_samples": (WARM_UP + steps + 3) * PAIRS,
+                "--data.max_samples": (WARM_UP + steps + 3) * pairs,
                 "--data.max_len": 128,
                 "--ds.attn_implementation": "eager",
-                "--train.micro_batch_size": PAIRS,
-                "--train.batch_size": PAIRS,
+                "--train.micro_batch_size": pairs,
+                "--train.batch_size": pairs,
                 "--ckpt.output_dir": folder / "out",
                 "--ckpt.path": folder / "checkpoints",
             }
@@ -131,26 +142,13 @@ def in_turns(model: Path, sides: list[list[str]], steps: int) -> list[dict[str, 
         return found
 
 
-def larger_model(folder: Path) -> Path:
-    """A random Llama of 25 million parameters for the tiny model's tokens: there the forward of a
-    reference is more than the host's overhead."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
-    shape |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
-    config = AutoConfig.from_pretrained(TINY / "model", **shape)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TINY / "model").save_pretrained(folder)
-    return folder
-
-
 def measure(rounds: int) -> Iterator[Result]:
     check_tiny()
     focalpo = ["--loss", "focalpo"]
 
     def both(case: str, model: Path, ours: list[str], theirs: list[str], steps: int,
-             against: str) -> Iterator[Result]:  # fmt: skip
-        a, b = in_turns(model, [ours, theirs], steps)
+             against: str, pairs: int = PAIRS) -> Iterator[Result]:  # fmt: skip
+        a, b = in_turns(model, [ours, theirs], steps, pairs)
         times = [[1e3 * s for s in side["seconds"]] for side in (a, b)]
         yield compare("openrlhf", case, "step time", "ms", *times, against=against)
         peaks = [[side["MiB"]] for side in (a, b)]
@@ -163,3 +161,8 @@ def measure(rounds: int) -> Iterator[Result]:
         cache = [*focalpo, "--focalpo.precompute_ref", "--focalpo.precompute_dir", f"{folder}/ref"]
         case = f"openrlhf: precompute_ref, 25 M, {PAIRS} pairs"
         yield from both(case, model, cache, focalpo, max(4, rounds // 4), "without the flag")
+        shared = [*focalpo, "--focalpo.shared_prompts"]
+        for pairs in (4, 8):
+            case = f"openrlhf: shared_prompts, 25 M, {pairs} pairs"
+            steps = max(4, rounds // 2)
+            yield from both(case, model, shared, ["--loss", "dpo"], steps, "--loss dpo", pairs)

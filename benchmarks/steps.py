@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import CUDA, TINY, Result, check_tiny, compare, peak_bytes
+from measure import CUDA, TINY, Result, check_tiny, compare, larger_model, peak_bytes
 from transformers import TrainerCallback
 
 WARM_UP = 5
@@ -81,7 +81,9 @@ def trl_trainers(folder: Path) -> Trainers:
     return found
 
 
-def axolotl_trainers(folder: Path) -> Trainers:
+def axolotl_trainers(folder: Path, pairs: int = 16, shared: bool = False) -> Trainers:
+    """DPO's and FocalPO's; with ``shared`` FocalPO's fused and with shared prompts, on a larger
+    model."""
     import yaml
 
     sys.argv = ["axolotl"]  # a process that the autoload is meant for
@@ -96,6 +98,10 @@ def axolotl_trainers(folder: Path) -> Trainers:
     example |= {"base_model": str(TINY / "model"), "learning_rate": 1e-5, "save_steps": 10_000}
     example["datasets"][0]["path"] = str(TINY / "train.jsonl")
     example["plugins"] = ["focalpo_plugins.axolotl.FocalPOPlugin"]
+    example |= {"micro_batch_size": pairs, "gradient_accumulation_steps": 1}
+    if shared:
+        example |= {"focalpo_fused": True, "focalpo_shared_prompts": True}
+        example["base_model"] = str(larger_model(folder / "model"))
     found = {}
     # DPO first: the second configuration brings its own trainer.
     for name in ("dpo", "focalpo"):
@@ -162,3 +168,19 @@ def measure(rounds: int, *, host: str) -> Iterator[Result]:
         yield compare(host, case, "step time", "ms", ours, theirs, classes["dpo"])
         most = peaks["focalpo"], peaks["dpo"]
         yield compare(host, case, "peak memory", "MiB", *most, against=classes["dpo"])
+    if host == "axolotl":
+        for pairs in (4, 8):
+            yield from measure_shared(max(4, rounds // 4), pairs)
+
+
+def measure_shared(rounds: int, pairs: int) -> Iterator[Result]:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        quiet = io.StringIO()
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            trainers = axolotl_trainers(Path(folder), pairs, shared=True)
+            theirs, ours = in_turns(trainers, rounds)
+            peaks = {name: [peak(trainer)] for name, trainer in trainers.items()}
+        case, own = f"axolotl: shared + fused, 25 M, {pairs} pairs", type(trainers["dpo"]).__name__
+        yield compare("axolotl", case, "step time", "ms", ours, theirs, own)
+        most = peaks["focalpo"], peaks["dpo"]
+        yield compare("axolotl", case, "peak memory", "MiB", *most, against=own)
