@@ -652,9 +652,9 @@ import sys
 from pathlib import Path
 import torch
 import tiny_trl as t
-folder, fused = Path(sys.argv[1]), sys.argv[2] == "fused"
+folder, keys = Path(sys.argv[1]), dict.fromkeys(sys.argv[2:], True)
 host = t.trainer(
-    t.FocalPOTrainer, t.tokenizer(), folder, focalpo_fused=fused, focalpo_gamma=0.5,
+    t.FocalPOTrainer, t.tokenizer(), folder, **keys, focalpo_gamma=0.5,
     per_device_train_batch_size=2, ddp_backend="gloo", optim="sgd", learning_rate=0.1,
 )
 host.train()
@@ -665,21 +665,24 @@ torch.save(weights, folder / f"rank{host.args.process_index}.pt")
 
 
 @pytest.mark.fused
-def test_fused_on_two_ranks(tokenizer, tmp_path):
-    """Under DDP the ranks average their gradients on this path too: after three steps both have the
-    weights of the plain path's run.  SGD, because Adam makes as large a step of a gradient that is
+def test_fused_and_shared_on_two_ranks(tokenizer, tmp_path):
+    """Under DDP the ranks average their gradients on these paths too: after three steps both have
+    the weights of the plain path's run.  SGD, because Adam makes as large a step of a gradient that is
     rounding alone as of any other."""
     weights = {}
-    for path in ("plain", "fused"):
+    shared = "focalpo_shared_prompts"
+    paths = {"plain": (), "fused": ("focalpo_fused",), "both": ("focalpo_fused", shared)}
+    for path, keys in paths.items():
         folder = tmp_path / path
         folder.mkdir()
-        on_two_ranks(TWO_RANKS, folder, path)
+        on_two_ranks(TWO_RANKS, folder, *keys)
         ranks = [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
         assert torch.equal(*ranks)
         weights[path] = ranks[0]
     start = torch.cat([p.detach().flatten() for p in model(0).parameters()])
     assert (weights["plain"] - start).abs().max() > 1e-2
-    torch.testing.assert_close(weights["fused"], weights["plain"], rtol=1e-4, atol=1e-6)
+    for path in ("fused", "both"):
+        torch.testing.assert_close(weights[path], weights["plain"], rtol=1e-4, atol=1e-6)
 
 
 SPLIT = """
