@@ -179,7 +179,7 @@ def layout_of_packed(ids: Tensor, lengths: Sequence[int]) -> Layout:
             f"got {list(lengths)}. Switch packing or shared prompts off."
         )
     count = len(lengths) // 2
-    sequences = ids[0].split(list(lengths))
+    sequences = torch.split(ids[0], list(lengths))
     starts = []
     for chosen, rejected in zip(sequences[:count], sequences[count:], strict=True):
         shorter = min(len(chosen), len(rejected))
