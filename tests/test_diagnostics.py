@@ -56,3 +56,13 @@ def test_a_loss_without_a_weight():
     hinge = PairwiseLoss("hinge", lambda margins: torch.relu(1 - margins)).bind()
     found = means(margin_sums(torch.tensor([0.0]), hinge), hinge)
     assert found == {"hinge/p": 0.5, "hinge/margin_incorrect": 0.0}
+
+
+def test_tokens_of_a_step():
+    """3 of 4 places in one batch and 5 of 12 in another, over two steps: 4 a step, and half saved."""
+    loss = gamma_one()
+    margins = torch.tensor([LN3])
+    sums = margin_sums(margins, loss, (3, 4)) + margin_sums(margins, loss, (5, 12))
+    found = means(sums, loss, steps=2)
+    assert (found["focalpo/tokens"], found["focalpo/tokens_saved"]) == (4, 0.5)
+    assert "focalpo/tokens" not in means(margin_sums(margins, loss), loss)

@@ -84,7 +84,7 @@ def test_the_table_of_variants():
 
 def test_the_table_of_what_is_logged():
     loss = get_loss("focalpo").bind()
-    logged = means(margin_sums(torch.tensor([1.0, -1.0]), loss), loss)
+    logged = means(margin_sums(torch.tensor([1.0, -1.0]), loss, tokens=(3, 4)), loss)
     assert {row[0].strip("`") for row in table("name")} == {*logged}
     formula = "p**gamma * (1 + gamma * log p)"
     assert f"`{formula}` for `correct`" in README
@@ -192,17 +192,11 @@ def test_what_is_installed_is_what_the_tests_run_with():
     assert pins(README) <= pins(NOXFILE)
 
 
-def decorated() -> list[ast.Call]:
-    """What stands above the sessions of noxfile.py, where it has arguments."""
-    functions = [node for node in ast.parse(NOXFILE).body if isinstance(node, ast.FunctionDef)]
-    return [
-        node for each in functions for node in each.decorator_list if isinstance(node, ast.Call)
-    ]
-
-
 def test_the_table_of_releases():
     """It has those that nox runs the tests in, and no other; 0.28.0 is the refused one."""
-    lists = [node for each in decorated() for node in ast.walk(each) if isinstance(node, ast.List)]
+    functions = [node for node in ast.parse(NOXFILE).body if isinstance(node, ast.FunctionDef)]
+    above = [each for function in functions for each in function.decorator_list]
+    lists = [node for each in above for node in ast.walk(each) if isinstance(node, ast.List)]
     firsts = [element for each in lists for element in each.elts]
     # A release alone, first of a tuple, or first argument of `ends`.
     firsts = [
@@ -224,7 +218,8 @@ def test_sessions():
     functions = [node for node in ast.parse(NOXFILE).body if isinstance(node, ast.FunctionDef)]
     tags = {
         tag
-        for each in decorated()
+        for each in ast.walk(ast.parse(NOXFILE))
+        if isinstance(each, ast.Call)
         for named in each.keywords
         if named.arg == "tags"
         for tag in ast.literal_eval(named.value)
