@@ -64,6 +64,7 @@ def print_text(
         f"{plan.micro_batch} pairs x {plan.accumulation} accumulated x {ranks} ({among}) = "
         f"{_batch(plan)} pairs a step",
     )
+    line("", f"{_steps(plan.epoch_steps)} an epoch, {_steps(plan.steps)} in the run")
     tokens = tokens_per_step(plan, counts)
     line(
         "",
@@ -71,7 +72,6 @@ def print_text(
         f"padding, {tokens.shared:,.0f} with shared prompts "
         f"({share(round(tokens.shared), round(tokens.padded))})",
     )
-    line("", f"{_steps(plan.epoch_steps)} an epoch, {_steps(plan.steps)} in the run")
     _print_memory(plan, memory, line)
     print(f"\npair {number}, as the model gets it; [masked] tokens are not trained on")
     for side in ("chosen", "rejected"):
