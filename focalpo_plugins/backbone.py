@@ -92,6 +92,10 @@ class SharedPrompts:
         backbone.register_forward_hook(self._after, with_kwargs=True)
         self._attached.add(backbone)
 
+    def describe(self, device: torch.device) -> str:
+        """For the start-up line: that prompts are shared, and by which attention on ``device``."""
+        return f"prompts=shared attention={kernel_for(device)[0]!r} "
+
     def __deepcopy__(self, memo: Any) -> SharedPrompts:
         return self  # a copy of a model has its hooks, which would bring the trainer along
 

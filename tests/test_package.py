@@ -46,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "trl": {"loss", "options", "registry", "diagnostics", "guards", "compute", "backbone"},
     "axolotl": {"loss", "options", "registry", "plan", "guards", "compute", "trl"},
     "openrlhf": {
-        "loss", "options", "registry", "diagnostics", "plan", "guards", "compute", "backbone"
+        "loss", "options", "registry", "diagnostics", "plan", "guards", "backbone"
     },
     "cli": {"loss", "plan", "guards", "trl", "axolotl", "openrlhf"},
     "__main__": {"cli"},

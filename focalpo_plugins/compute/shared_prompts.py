@@ -302,14 +302,11 @@ def flash_attn(
         q,
         k,
         v,
-        segments.query_ends,
-        segments.key_ends,
-        segments.longest_query,
-        segments.longest_key,
+        *segments[1:],
         dropout_p=dropout,
         softmax_scale=scale,
         causal=True,
-        window_size=_window(window),
+        window_size=_left_and_right(window),
     )
     return out
 
@@ -334,17 +331,14 @@ def torch_varlen(
         q,
         k,
         v,
-        segments.query_ends,
-        segments.key_ends,
-        segments.longest_query,
-        segments.longest_key,
+        *segments[1:],
         scale=scale,
-        window_size=_window(window, causal=True),
+        window_size=_left_and_right(window),
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out
 
 
-def _window(window: int | None, causal: bool = False) -> tuple[int, int]:
-    """Tokens to the left and to the right of a query; -1: all."""
-    return (-1 if window is None else window - 1, 0 if causal or window is not None else -1)
+def _left_and_right(window: int | None) -> tuple[int, int]:
+    """How many tokens a query sees on its left, -1 for all, and on its right: none, as causal."""
+    return (-1 if window is None else window - 1, 0)

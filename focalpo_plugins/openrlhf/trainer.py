@@ -25,7 +25,6 @@ from peft import PeftModel
 from torch import Tensor
 
 from ..backbone import SharedPrompts
-from ..compute.shared_prompts import kernel_for
 from ..diagnostics import MARGINS, margin_sums, means
 from ..guards import pairs
 from ..guards.folders import check_folder, write_whole
@@ -113,9 +112,11 @@ class PairwiseDPOTrainer(DPOTrainer):
         engine.save_checkpoint = save
         if strategy.is_rank_0():
             packages = ("focalpo_plugins", "openrlhf", "deepspeed", "torch")
+            device = next(self.model.parameters()).device
+            shared = "" if self._sharing is None else self._sharing.describe(device)
             say(
                 f"active. {self._loss.describe()} beta={loss_fn.beta} "
-                f"label_smoothing={loss_fn.label_smoothing} {self._said_of_sharing()}"
+                f"label_smoothing={loss_fn.label_smoothing} {shared}"
                 f"trainer={type(self).__name__} "
                 + " ".join(f"{package}={version(package)}" for package in packages)
             )
@@ -168,12 +169,6 @@ class PairwiseDPOTrainer(DPOTrainer):
                     f"are no tokens of a pair. Remove {key}."
                 )
             self._sharing.attach(model)
-
-    def _said_of_sharing(self) -> str:
-        if self._sharing is None:
-            return ""
-        kernel, _ = kernel_for(next(self.model.parameters()).device)
-        return f"prompts=shared attention={kernel!r} "
 
     def concatenated_forward(self, model: Any, *batch: Any) -> Any:
         if self._reference is None or model is not self.ref_model:

@@ -10,7 +10,6 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 
 from ..backbone import SharedPrompts
-from ..compute.shared_prompts import kernel_for
 from .checks import check_shared_parts
 
 if TYPE_CHECKING:
@@ -59,13 +58,6 @@ class SharedStepMixin(_Host):
         self._attach(self._sharing)  # a reference that was set aside may be back
         with self._sharing.of(len(inputs["input_ids"]) // 2):
             yield
-
-    def _said_of_sharing(self) -> str:
-        """For the start-up line."""
-        if self._sharing is None:
-            return ""
-        kernel, _ = kernel_for(self.accelerator.device)
-        return f"prompts=shared attention={kernel!r} "
 
     def _tokens_of_step(self) -> tuple[int, int]:
         """That the policy computed for the last batch, and that the padded batch has."""

@@ -116,9 +116,11 @@ class PairwiseLossMixin(FusedStepMixin):
             versions = " ".join(
                 f"{name}={version(name)}" for name in ("focalpo_plugins", *self._packages)
             )
+            sharing = self._sharing
+            shared = "" if sharing is None else sharing.describe(self.accelerator.device)
             say(
                 f"active. {self.pairwise_loss.describe()} beta={self.beta} "
-                f"{'path=fused ' if self._fused else ''}{self._said_of_sharing()}"
+                f"{'path=fused ' if self._fused else ''}{shared}"
                 f"trainer={type(self).__name__} {versions}"
             )
 

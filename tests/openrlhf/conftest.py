@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import one_batch
 import pytest
 from harness import Server, at_once, free_port
 from openrlhf_flags import of_host
@@ -35,6 +36,15 @@ def openrlhf() -> SimpleNamespace:
     return SimpleNamespace(
         Actor=Actor, DPOLoss=DPOLoss, DPOTrainer=DPOTrainer, RewardDataset=RewardDataset
     )
+
+
+@pytest.fixture(scope="session")
+def forward_only(openrlhf: SimpleNamespace) -> Any:
+    """OpenRLHF's trainer, with just what it computes log-probabilities from."""
+    trainer = object.__new__(openrlhf.DPOTrainer)
+    trainer.tokenizer = SimpleNamespace(pad_token_id=one_batch.PAD)
+    trainer.strategy = SimpleNamespace(ring_attn_group=None)
+    return trainer
 
 
 @pytest.fixture(scope="session")

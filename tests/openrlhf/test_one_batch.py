@@ -25,30 +25,13 @@ def actors(openrlhf: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) 
     return found
 
 
-@pytest.fixture(scope="module")
-def trainer(openrlhf: SimpleNamespace):
-    """OpenRLHF's trainer, with just what it computes log-probabilities from."""
-    trainer = object.__new__(openrlhf.DPOTrainer)
-    trainer.tokenizer = SimpleNamespace(pad_token_id=one_batch.PAD)
-    trainer.strategy = SimpleNamespace(ring_attn_group=None)
-    return trainer
-
-
-def log_probs(trainer, actors: list, rows: list[int]) -> list[torch.Tensor]:
+def log_probs(forward_only, actors: list, rows: list[int]) -> list[torch.Tensor]:
     """The rows through OpenRLHF: chosen and rejected under the policy, then under the reference."""
-    pairs = [one_batch.sequences()[row] for row in rows]
-    batch = []
-    for side in (1, 2):
-        sequences = [[*pair[0], *pair[side]] for pair in pairs]
-        width = max(map(len, sequences))
-        batch += [
-            torch.tensor([s + [one_batch.PAD] * (width - len(s)) for s in sequences]),
-            torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences]),
-        ]
+    batch, prompts = one_batch.padded(rows)
     found = []
     for actor in actors:
         with torch.no_grad():
-            forward = trainer.concatenated_forward(actor, *batch, [len(pair[0]) for pair in pairs])
+            forward = forward_only.concatenated_forward(actor, *batch, prompts)
         found += [logps.requires_grad_() for logps in forward[:2]]
     return found
 
@@ -59,7 +42,7 @@ def log_probs(trainer, actors: list, rows: list[int]) -> list[torch.Tensor]:
     [{}, {"gamma": 1.0, "variant": "incorrect"}, {"gamma": 0.5, "variant": "correct_exact"}],
     ids=str,
 )
-def test_losses_and_gradients(trainer, actors, options: dict, label_smoothing: float):
+def test_losses_and_gradients(forward_only, actors, options: dict, label_smoothing: float):
     """As in Axolotl's test of the same name: padded together, and each pair by itself."""
     seen: list[torch.Tensor] = []
     loss_fn = PairwiseDPOLoss(one_batch.BETA, label_smoothing, **options)
@@ -76,14 +59,14 @@ def test_losses_and_gradients(trainer, actors, options: dict, label_smoothing: f
     (slopes,) = torch.autograd.grad(losses.sum(), z)
 
     near = {"rtol": 0, "atol": 2e-5}
-    logps = log_probs(trainer, actors, [0, 1, 2, 3])
+    logps = log_probs(forward_only, actors, [0, 1, 2, 3])
     whole = loss_fn(*logps)[0]
     whole.backward()
     torch.testing.assert_close(whole.double(), losses.mean(), **near)
     torch.testing.assert_close(seen[0].double(), z, **near)
     torch.testing.assert_close(slopes_of(logps) * 4, slopes, **near)
     for row in range(4):
-        logps = log_probs(trainer, actors, [row])
+        logps = log_probs(forward_only, actors, [row])
         one = loss_fn(*logps)[0]
         one.backward()
         torch.testing.assert_close(one.double(), losses[row], **near)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import one_batch
 import pytest
@@ -24,22 +25,12 @@ TAGS = ("train/loss", "train/chosen_reward", "train/reject_reward", "train/focal
 LORA = ("--ds.lora.rank", "4", "--ds.lora.alpha", "16")
 
 
-def test_log_probs_and_gradients_in_float64(openrlhf: SimpleNamespace, tmp_path: Path):
+def test_log_probs_and_gradients_in_float64(
+    openrlhf: SimpleNamespace, forward_only: Any, tmp_path: Path
+):
     """OpenRLHF's own forward pass on the batch that every host is tried on, whose pairs begin with
     prompts of 2 to 5 tokens: policy and reference, against each without sharing."""
-    trainer = object.__new__(openrlhf.DPOTrainer)
-    trainer.tokenizer = SimpleNamespace(pad_token_id=one_batch.PAD)
-    trainer.strategy = SimpleNamespace(ring_attn_group=None)
-    pairs = one_batch.sequences()
-    batch = []
-    for side in (1, 2):
-        sequences = [[*pair[0], *pair[side]] for pair in pairs]
-        width = max(map(len, sequences))
-        batch += [
-            torch.tensor([s + [one_batch.PAD] * (width - len(s)) for s in sequences]),
-            torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences]),
-        ]
-    prompts = [len(pair[0]) for pair in pairs]
+    batch, prompts = one_batch.padded([0, 1, 2, 3])
     for seed in (1, 2):
         folder = tmp_path / str(seed)
         one_batch.model(seed).save_pretrained(folder)
@@ -53,7 +44,7 @@ def test_log_probs_and_gradients_in_float64(openrlhf: SimpleNamespace, tmp_path:
                 shared.attach(actor.model)
             actor.zero_grad()
             with shared.of(4) if ours else nullcontext():
-                chosen, rejected, *_ = trainer.concatenated_forward(actor, *batch, prompts)
+                chosen, rejected, *_ = forward_only.concatenated_forward(actor, *batch, prompts)
             (chosen - rejected).sum().backward()
             gradient = torch.cat([w.grad.flatten() for w in actor.parameters()])
             found.append((torch.cat([chosen, rejected]).detach(), gradient))

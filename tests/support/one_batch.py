@@ -52,6 +52,19 @@ def sequences() -> list[tuple[list[int], list[int], list[int]]]:
     ]
 
 
+def padded(rows: list[int]) -> tuple[list[torch.Tensor], list[int]]:
+    """Token ids and mask of the chosen and of the rejected sequences, padded behind each, and the
+    prompts' lengths; as OpenRLHF's trainer takes them."""
+    pairs = [sequences()[row] for row in rows]
+    found = []
+    for side in (1, 2):
+        whole = [[*pair[0], *pair[side]] for pair in pairs]
+        width = max(map(len, whole))
+        found.append(torch.tensor([s + [PAD] * (width - len(s)) for s in whole]))
+        found.append(torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in whole]))
+    return found, [len(pair[0]) for pair in pairs]
+
+
 def logits(weights: dict[str, torch.Tensor], ids: list[int]) -> torch.Tensor:
     """Llama's logits ``(n, 64)`` of one sequence, written out: transformers computes norms, angles
     and softmax in float32 whatever the model's dtype, and the last bits of these differ from
