@@ -11,6 +11,15 @@ import pytest
 from harness import ON_CPU, Axolotl, Run, at_once, axolotl_environment, free_port, zero3_on_cpu
 
 FIRST = 2**-0.05 * math.log(2)
+# Ray on a machine of any size, and on busy cores: it waits for ever for a core that it does not
+# count, and starts a process anew that has not answered in time.
+RAY = {
+    "RAY_OVERRIDE_RESOURCES": '{"CPU": 4}',
+    "RAY_worker_register_timeout_seconds": "500",
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +71,7 @@ def test_ray_with_two_workers(axolotl: Axolotl, one_node: Run):
             max_steps=3,
             resources_per_worker={"CPU": 1},
             plugins=["test_only_plugins.GlooOnCPU", "test_only_plugins.RayOnCPU"],
-            variables={**ON_CPU, "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder},
+            variables={**ON_CPU, **RAY, "RAY_TMPDIR": folder},
         )
     assert run.output.count("focalpo_plugins: active") == 1
     names = ("loss", "grad_norm", "focalpo/p")

@@ -247,15 +247,19 @@ class Axolotl:
         if command in ("train", "evaluate") and "--launcher" not in more:
             argv += ["--launcher", "python"]  # one process less to start
         if own:
-            done = subprocess.run(
-                ["axolotl", *argv],
-                env=axolotl_environment(**variables),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                cwd=self.folder,
-                timeout=600,  # seconds: a run that hangs is a failure
-            )
+            try:
+                done = subprocess.run(
+                    ["axolotl", *argv],
+                    env=axolotl_environment(**variables),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    cwd=self.folder,
+                    timeout=600,  # seconds: a run that hangs is a failure
+                )
+            except subprocess.TimeoutExpired as late:
+                output = (late.stdout or b"").decode(errors="replace")
+                return Run(-1, f"{output}\n{late}", folder)
             return Run(done.returncode, done.stdout, folder)
         asked = {"argv": argv, "cwd": str(self.folder), "env": variables, "ranks": ranks}
         return Run(*axolotl_server()(asked), folder)
