@@ -10,27 +10,53 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .hookspecs import hookimpl
-    from .loss import VARIANTS, FocalPOLoss, focalpo_loss, focalpo_weight, reversal_margin
+    from .loss import (
+        SCHEDULES,
+        VARIANTS,
+        FocalPOLoss,
+        focalpo_loss,
+        focalpo_weight,
+        gamma_at,
+        reversal_margin,
+    )
     from .trl import FocalPOConfig, FocalPOTrainer
+    from .trl.reference_free import (
+        FocalCPOConfig,
+        FocalCPOTrainer,
+        FocalORPOConfig,
+        FocalORPOTrainer,
+    )
 
 _MODULE_OF = {
+    "FocalCPOConfig": ".trl.reference_free",
+    "FocalCPOTrainer": ".trl.reference_free",
+    "FocalORPOConfig": ".trl.reference_free",
+    "FocalORPOTrainer": ".trl.reference_free",
     "FocalPOConfig": ".trl",
     "FocalPOLoss": ".loss",
     "FocalPOTrainer": ".trl",
+    "SCHEDULES": ".loss",
     "VARIANTS": ".loss",
     "focalpo_loss": ".loss",
     "focalpo_weight": ".loss",
+    "gamma_at": ".loss",
     "hookimpl": ".hookspecs",
     "reversal_margin": ".loss",
 }
 
 __all__ = [
+    "SCHEDULES",
     "VARIANTS",
+    "FocalCPOConfig",
+    "FocalCPOTrainer",
+    "FocalORPOConfig",
+    "FocalORPOTrainer",
     "FocalPOConfig",
     "FocalPOLoss",
     "FocalPOTrainer",
     "focalpo_loss",
     "focalpo_weight",
+    "gamma_at",
     "hookimpl",
     "reversal_margin",
 ]

@@ -39,6 +39,7 @@ class Register(Protocol):
         reversal: Callable[..., float] | None = None,
         options: Mapping[str, Any] | None = None,
         help: Mapping[str, str] | None = None,
+        at: Callable[..., Mapping[str, Any]] | None = None,
     ) -> None:
         """Add a loss.
 
@@ -57,9 +58,15 @@ class Register(Protocol):
                 name is an identifier without outer or double underscores, and none of
                 ``RESERVED_OPTIONS``, which every loss has in a host.
             help: what each option does, a phrase each, for the hosts' ``--help``.
+            at: ``at(progress, **options)`` gives the options by name that the functions above are
+                called with at a point of the run, for a loss that changes as it trains: progress is
+                0 at the first optimizer step and 1 at the last.  A number among them that changes
+                over the run is logged as ``NAME/OPTION``.  It has to be a function of its
+                arguments alone, so that a resumed run goes on as the uninterrupted one.
 
-        ``loss`` is called with all options by name.  ``weight`` and ``reversal`` are called with
-        those that they name, or with all where they take ``**options``.
+        ``loss`` is called with all options by name, or with what ``at`` gives.  ``weight`` and
+        ``reversal`` are called with those that they name, or with all where they take
+        ``**options``.
 
         Raises:
             ValueError: a name is not as said above or is taken, a default is nothing that JSON can

@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VARIANTS = ("correct", "correct_exact", "incorrect")
+#: How gamma goes from one value to another over a run, for :func:`gamma_at`.
+SCHEDULES = ("constant", "linear", "cosine")
 
 #: From this gamma on, ``correct`` pushes a pair with margin 0 the wrong way: every run starts
 #: with margin 0, so it would train backwards from its first step.
@@ -151,25 +153,84 @@ def label_smoothed(
     return (1 - label_smoothing) * loss(margins) + label_smoothing * loss(-margins)
 
 
-def check_gamma(gamma: float, variant: str = "correct", *, allow_reversed: bool = False) -> None:
-    """Raise ``ValueError`` unless ``variant`` exists and trains the right way with ``gamma``."""
+def gamma_at(
+    progress: float, gamma: float, gamma_end: float | None = None, gamma_schedule: str | None = None
+) -> float:
+    r"""Gamma at a point of a run, which is a function of the progress ``t`` alone.
+
+    .. math::
+        \gamma_t = \gamma_1 + (\gamma_0 - \gamma_1)\,(1 - t) \quad\text{(linear)}, \qquad
+        \gamma_t = \gamma_1 + (\gamma_0 - \gamma_1)\,\tfrac{1 + \cos \pi t}{2}
+        \quad\text{(cosine)}
+
+    From a larger gamma to a smaller one, training first leaves out more of the pairs ranked wrong.
+
+    Args:
+        progress: ``t``, 0 at the first step of a run and 1 at its last.
+        gamma: ``gamma_0``, at the first step.
+        gamma_end: ``gamma_1``, at the last step; None where gamma doesn't move.
+        gamma_schedule: one of :data:`SCHEDULES`; by default ``linear`` with a ``gamma_end``, and
+            ``constant`` without.
+
+    Returns:
+        ``gamma`` and ``gamma_end`` themselves at both ends.  The range of either is checked by
+        :func:`check_gamma`.
+
+    Raises:
+        ValueError: ``progress`` is outside 0 to 1, there is no such schedule, or one of
+            ``gamma_end`` and ``gamma_schedule`` contradicts the other.
+    """
+    if not _is_number(progress) or not 0 <= progress <= 1:
+        raise ValueError(f"progress must be from 0 to 1, got {progress!r}.")
+    moves = gamma_end is not None
+    schedule = gamma_schedule or ("linear" if moves else "constant")
+    if schedule not in SCHEDULES:
+        raise ValueError(
+            f"gamma_schedule must be one of {', '.join(SCHEDULES)}, got {gamma_schedule!r}."
+        )
+    if moves and schedule == "constant":
+        raise ValueError(
+            f"gamma_schedule must be linear or cosine with gamma_end, got {gamma_schedule!r} with "
+            f"gamma_end={gamma_end!r}: set it to linear, or remove gamma_end."
+        )
+    if not moves and schedule != "constant":
+        raise ValueError(
+            f"gamma_schedule {gamma_schedule!r} needs a gamma_end to go to, got none: give "
+            "gamma_end, or remove gamma_schedule."
+        )
+    if gamma_end is None or progress == 0:
+        return gamma
+    if progress == 1:
+        return gamma_end
+    left = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return gamma_end + (gamma - gamma_end) * left
+
+
+def check_gamma(
+    gamma: float, variant: str = "correct", *, allow_reversed: bool = False, name: str = "gamma"
+) -> None:
+    """Raise ``ValueError`` unless ``variant`` exists and trains the right way with ``gamma``.
+
+    Args:
+        name: what the message calls ``gamma``.
+    """
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}.")
     if not _is_number(gamma) or gamma < 0:
         raise ValueError(
-            f"gamma must be a finite number of at least 0, got {gamma!r}: the paper uses 0.05."
+            f"{name} must be a finite number of at least 0, got {gamma!r}: the paper uses 0.05."
         )
     if variant == "correct" and gamma >= REVERSAL_GAMMA and not allow_reversed:
         raise ValueError(
-            f"gamma must be below 1/ln 2 = {REVERSAL_GAMMA:.4f} for variant 'correct', got "
+            f"{name} must be below 1/ln 2 = {REVERSAL_GAMMA:.4f} for variant 'correct', got "
             f"{gamma!r}: from there on training runs backwards from the first step. The paper uses "
             "0.05; allow_reversed=True accepts it all the same."
         )
     if variant == "correct_exact" and gamma >= 1 and not allow_reversed:
         raise ValueError(
-            f"gamma must be below 1 for variant 'correct_exact', got {gamma!r}: from 1 on the loss "
-            "no longer falls as the margin grows. The paper uses 0.05; allow_reversed=True accepts "
-            "it all the same."
+            f"{name} must be below 1 for variant 'correct_exact', got {gamma!r}: from 1 on the "
+            "loss no longer falls as the margin grows. The paper uses 0.05; allow_reversed=True "
+            "accepts it all the same."
         )
 
 

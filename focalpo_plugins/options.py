@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
-from .loss import VARIANTS
+from .loss import SCHEDULES, VARIANTS
 
 #: FocalPO's own.
 OF_FOCALPO = {
     "gamma": "Focusing parameter; 0 is DPO",
+    "gamma_end": "Focusing parameter at the last step, which gamma moves to over the run",
+    "gamma_schedule": f"How it moves: {', '.join(SCHEDULES)}",
     "variant": f"Modulating factor: {', '.join(VARIANTS)}",
     "allow_reversed": "Accept a gamma from which on training runs backwards",
 }
 #: Those of every loss, each in the hosts where it does something.
 OF_ANY_LOSS = {
+    "margin": "What the loss is of: dpo's margin, or simpo's, cpo's or orpo's without a reference",
     "fused": "Compute the loss without ever holding the logits of the batch",
     "shared_prompts": "Compute each pair's common start once, and no padding",
     "precompute_ref": "Compute the reference's log-probabilities once, keep them in a file, and "

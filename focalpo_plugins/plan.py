@@ -73,6 +73,7 @@ class Plan:
         host: its name and release.
         loss: the loss of ours that it will train, None for the host's own.
         host_loss: what it trains where ``loss`` is None.
+        margin: what the loss is of, ``dpo`` or a margin without a reference.
         rows: pairs in the data files.
         kept: pairs that are trained on; the others are dropped by the host.
         pairs: those, in their order.
@@ -108,11 +109,18 @@ class Plan:
     state: ModelState
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    margin: str = "dpo"
 
     def reversal(self) -> float:
-        """The margin below which the loss pushes a pair the wrong way; ``-inf`` where none is."""
-        return -math.inf if self.loss is None else self.loss.reversal()
+        """The margin below which the loss pushes a pair the wrong way, at the end of the run where
+        it is higher; ``-inf`` where none is."""
+        if self.loss is None:
+            return -math.inf
+        return max(self.loss.at(progress).reversal() for progress in (0.0, 1.0))
 
-    def first_loss(self) -> float:
-        """The loss at margin 0, where every run starts; label smoothing changes nothing there."""
+    def first_loss(self) -> float | None:
+        """The loss at margin 0, where every run with a reference starts; label smoothing changes
+        nothing there.  None without a reference."""
+        if self.margin != "dpo":
+            return None
         return math.log(2) if self.loss is None else self.loss(torch.zeros(1).double()).item()

@@ -9,7 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +21,14 @@ from torch import Tensor
 from . import hookspecs
 from .guards.messages import did_you_mean
 from .hookspecs import Register
-from .loss import focalpo_loss, focalpo_weight, label_smoothed, reversal_margin
+from .loss import (
+    check_gamma,
+    focalpo_loss,
+    focalpo_weight,
+    gamma_at,
+    label_smoothed,
+    reversal_margin,
+)
 from .options import OF_ANY_LOSS, OF_FOCALPO
 
 GROUP = "focalpo_plugins"
@@ -59,6 +66,7 @@ class PairwiseLoss:
     reversal: Callable[..., float] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     help: Mapping[str, str] = field(default_factory=dict)
+    at: Callable[..., Mapping[str, Any]] | None = None
     #: Who registered it, by the name of its entry point.
     package: str = "focalpo_plugins"
 
@@ -76,24 +84,51 @@ class PairwiseLoss:
                 )
             _check_json(option, value)
         bound = BoundLoss(self, {**self.options, **options})
-        bound(torch.zeros(1))  # the loss checks its own ranges, before anything is trained
+        for progress in (0.0, 1.0):
+            # The loss checks its own ranges, before anything is trained.
+            bound.at(progress)(torch.zeros(1))
         return bound
 
 
 @dataclass(frozen=True)
 class BoundLoss:
-    """A registered loss with its options set."""
+    """A registered loss with its options set.
+
+    Attributes:
+        progress: the point of the run that it is at, from 0 to 1.
+    """
 
     source: PairwiseLoss
     options: Mapping[str, Any]
+    progress: float = 0.0
 
     @property
     def name(self) -> str:
         return self.source.name
 
+    def at(self, progress: float) -> BoundLoss:
+        """The loss at a point of the run; the same loss for those that don't change over it."""
+        return self if self.source.at is None else replace(self, progress=progress)
+
+    @property
+    def now(self) -> Mapping[str, Any]:
+        """The options that the loss is called with."""
+        at = self.source.at
+        return self.options if at is None else at(self.progress, **self.options)
+
+    def moving(self) -> dict[str, float]:
+        """The numbers among :attr:`now` that change over the run."""
+        points = [self.at(progress).now for progress in (0.0, 0.5, 1.0)]
+        now = self.now.items() if self.source.at is not None else ()
+        return {
+            name: value
+            for name, value in now
+            if isinstance(value, float | int) and any(point[name] != value for point in points)
+        }
+
     def __call__(self, margins: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Per-pair losses, of the shape ``(B,)`` and the dtype of ``margins``."""
-        loss = functools.partial(self.source.loss, **self.options)
+        loss = functools.partial(self.source.loss, **self.now)
         return label_smoothed(loss, margins, label_smoothing)
 
     def weight(self, margins: Tensor) -> Tensor | None:
@@ -101,19 +136,24 @@ class BoundLoss:
         weight = self.source.weight
         if weight is None:
             return None
-        return weight(margins, **_accepted(weight, self.options))
+        return weight(margins, **_accepted(weight, self.now))
 
     def reversal(self) -> float:
         """The margin below which the weight is negative; ``-inf`` where the loss names none."""
         reversal = self.source.reversal
-        return -math.inf if reversal is None else reversal(**_accepted(reversal, self.options))
+        return -math.inf if reversal is None else reversal(**_accepted(reversal, self.now))
+
+    def said(self) -> dict[str, Any]:
+        """The options that are worth a word: all but those that are off."""
+        # By identity: 0 equals False.
+        return {name: o for name, o in self.options.items() if o is not False and o is not None}
 
     def describe(self) -> str:
         """For the start-up line: ``loss=focalpo gamma=0.05 ... loss_at_margin_0=0.6695``."""
-        options = [f"{name}={value}" for name, value in self.options.items() if value is not False]
-        parts = [f"loss={self.name}", *options]
+        parts = [f"loss={self.name}", *(f"{name}={value}" for name, value in self.said().items())]
         if self.source.reversal is not None:
-            parts.append(f"z*={self.reversal():.2f}")
+            stars = [f"{self.at(progress).reversal():.2f}" for progress in (0.0, 1.0)]
+            parts.append("z*=" + "..".join(dict.fromkeys(stars)))
         parts.append(f"loss_at_margin_0={self(torch.zeros(1)).item():.4f}")
         return " ".join(parts)
 
@@ -206,9 +246,35 @@ class _FocalPO:
             focalpo_loss,
             weight=focalpo_weight,
             reversal=reversal_margin,
-            options={"gamma": 0.05, "variant": "correct", "allow_reversed": False},
+            options={
+                "gamma": 0.05,
+                "gamma_end": None,
+                "gamma_schedule": None,
+                "variant": "correct",
+                "allow_reversed": False,
+            },
             help=OF_FOCALPO,
+            at=_FocalPO.at,
         )
+
+    @staticmethod
+    def at(
+        progress: float,
+        *,
+        gamma: float,
+        gamma_end: float | None,
+        gamma_schedule: str | None,
+        variant: str,
+        allow_reversed: bool,
+    ) -> Mapping[str, Any]:
+        if gamma_end is not None:
+            check_gamma(gamma_end, variant, allow_reversed=allow_reversed, name="gamma_end")
+            check_gamma(gamma, variant, allow_reversed=allow_reversed)
+        return {
+            "gamma": gamma_at(progress, gamma, gamma_end, gamma_schedule),
+            "variant": variant,
+            "allow_reversed": allow_reversed,
+        }
 
 
 @functools.cache
@@ -260,24 +326,36 @@ def _check(loss: PairwiseLoss, others: Mapping[str, PairwiseLoss]) -> None:
                 f"help of {loss.name} must be of its options, got {option!r}"
                 f"{did_you_mean(option, loss.options)}"
             )
-    margins = object()
-    calls = {
-        "loss": (loss.loss, [margins], loss.options),
-        "weight": (loss.weight, [margins], None),
-        "reversal": (loss.reversal, [], None),
-    }
-    for part, (function, positional, given) in calls.items():
-        signature = _signature(function) if function is not None else None
-        if function is None or signature is None:
-            continue
-        options = _accepted(function, loss.options) if given is None else given
-        try:
-            signature.bind(*positional, **options)
-        except TypeError as error:
-            called = ", ".join([*["margins"][: len(positional)], *(f"{o}=..." for o in options)])
-            raise ValueError(
-                f"{part} of {loss.name} can't be called as {part}({called}): {error}"
-            ) from None
+    if loss.at is not None:
+        _check_call(loss, "at", "progress", loss.options)
+        for progress in (0.0, 0.5, 1.0):
+            found = loss.at(progress, **loss.options)
+            if not isinstance(found, Mapping):
+                raise ValueError(
+                    f"at of {loss.name} must give options by name, got {found!r}: a dict such as "
+                    "{'slope': 1.0}"
+                )
+    now = BoundLoss(loss, loss.options).now
+    _check_call(loss, "loss", "margins", now)
+    if loss.weight is not None:
+        _check_call(loss, "weight", "margins", _accepted(loss.weight, now))
+    if loss.reversal is not None:
+        _check_call(loss, "reversal", "", _accepted(loss.reversal, now))
+
+
+def _check_call(loss: PairwiseLoss, part: str, first: str, options: Mapping[str, Any]) -> None:
+    """Refuse a function that can't be called with ``first`` and the options."""
+    signature = _signature(getattr(loss, part))
+    if signature is None:
+        return
+    positional = [first] if first else []
+    try:
+        signature.bind(*positional, **options)
+    except TypeError as error:
+        called = ", ".join([*positional, *(f"{option}=..." for option in options)])
+        raise ValueError(
+            f"{part} of {loss.name} can't be called as {part}({called}): {error}"
+        ) from None
 
 
 def _check_word(what: str, word: object, reserved: Iterable[str]) -> None:

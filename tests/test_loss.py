@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from focalpo_plugins import VARIANTS, FocalPOLoss, focalpo_loss, focalpo_weight, reversal_margin
+from focalpo_plugins import (
+    VARIANTS,
+    FocalPOLoss,
+    focalpo_loss,
+    focalpo_weight,
+    gamma_at,
+    reversal_margin,
+)
 from focalpo_plugins.loss import REVERSAL_GAMMA
 
 LN2 = math.log(2)
@@ -451,3 +458,52 @@ def test_override(gamma: float, variant: str):
     focalpo_loss(z, gamma, variant, allow_reversed=True).sum().backward()
     assert z.grad.item() == pytest.approx(float(reference(z.item(), gamma, variant)[1]), rel=1e-12)
     assert z.grad.item() > 0
+
+
+@pytest.mark.parametrize(
+    "progress, schedule, expected",
+    [
+        (0.0, "linear", 0.25),
+        (0.25, "linear", 0.2),  # .05 + .2 * .75
+        (0.5, None, 0.15),
+        (1.0, "linear", 0.05),
+        (0.0, "cosine", 0.25),
+        (1 / 3, "cosine", 0.2),  # .05 + .2 * (1 + 1/2) / 2
+        (0.5, "cosine", 0.15),
+        (1.0, "cosine", 0.05),
+    ],
+)
+def test_gamma_at_a_point_of_a_run(progress: float, schedule: str | None, expected: float):
+    assert gamma_at(progress, 0.25, 0.05, schedule) == pytest.approx(expected, abs=1e-15)
+
+
+def test_gamma_at_both_ends_is_what_was_given():
+    """Not an expression of it: a gamma of 0 has to be DPO to the last bit."""
+    for start, end in ((0.3, 0.0), (0.0, 0.3), (0.1, 0.7)):
+        for schedule in ("linear", "cosine"):
+            assert gamma_at(0.0, start, end, schedule) == start
+            assert gamma_at(1.0, start, end, schedule) == end
+    assert gamma_at(0.4, 0.3) == gamma_at(0.4, 0.3, None, "constant") == 0.3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((1.1, 0.1), "progress must be from 0 to 1, got 1.1"),
+        (
+            (0.5, 0.1, 0.2, "step"),
+            "gamma_schedule must be one of constant, linear, cosine, got 'st",
+        ),
+        (
+            (0.5, 0.1, 0.2, "constant"),
+            "gamma_schedule must be linear or cosine with gamma_end, got",
+        ),
+        (
+            (0.5, 0.1, None, "linear"),
+            "gamma_schedule 'linear' needs a gamma_end to go to, got none",
+        ),
+    ],
+)
+def test_a_schedule_that_contradicts_itself(arguments: tuple, message: str):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        gamma_at(*arguments)

@@ -37,7 +37,7 @@ def test_description_is_what_the_startup_line_shows():
     "options, message",
     [
         ({"gama": 0.1}, "gama is no option of the loss 'focalpo'; did you mean 'gamma'?"),
-        ({"k": 1}, "k is no option of the loss 'focalpo'; known: gamma, variant, allow_reversed."),
+        ({"k": 1}, "k is no option of the loss 'focalpo'; known: gamma, gamma_end, gamma_schedule"),
         ({"gamma": 2.0}, "gamma must be below 1/ln 2"),
         ({"variant": "wrong"}, "variant must be one of"),
     ],
@@ -328,3 +328,54 @@ except ValueError as error:
     assert found == "['focalpo', 'hinge'] ['focalpo', 'hinge'] hinge"
     assert "The package bad failed to register: ValueError: name must be none that a host" in error
     assert run.stderr.count("the package bad failed to register its losses and is left out") == 1
+
+
+def test_a_loss_that_moves():
+    """From gamma .5 to 0: at the middle p^.25, at the end DPO's own, and z* is -inf there."""
+    margins = torch.linspace(-3, 3, 7, dtype=torch.float64)
+    loss = get_loss("focalpo").bind(gamma=0.5, gamma_end=0.0)
+    for progress, gamma in ((0.0, 0.5), (0.5, 0.25), (1.0, 0.0)):
+        now = loss.at(progress)
+        assert torch.equal(now(margins), focalpo_loss(margins, gamma))
+        assert torch.equal(now.weight(margins), focalpo_weight(margins, gamma))
+        assert now.moving() == {"gamma": gamma}
+    assert "gamma=0.5 gamma_end=0.0 variant=correct z*=-1.85..-inf" in loss.describe()
+    assert get_loss("focalpo").bind(gamma=0.5).moving() == {}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"gamma_end": 2.0}, "gamma_end must be below 1/ln 2"),
+        ({"gamma_end": -1.0}, "gamma_end must be a finite number of at least 0, got -1.0"),
+        ({"gamma_end": "small"}, "gamma_end must be a finite number"),
+        ({"gamma_end": 1.0, "variant": "correct_exact"}, "gamma_end must be below 1 for variant"),
+        ({"gamma": 2.0, "gamma_end": 0.1}, "gamma must be below 1/ln 2"),
+        ({"gamma_schedule": "linear"}, "gamma_schedule 'linear' needs a gamma_end"),
+    ],
+)
+def test_both_ends_of_a_gamma_are_checked(options: dict, message: str):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        get_loss("focalpo").bind(**options)
+
+
+def test_a_gamma_that_ends_backwards_on_purpose():
+    loss = get_loss("focalpo").bind(gamma_end=2.0, allow_reversed=True)
+    assert loss.at(1.0).reversal() > 0
+
+
+@pytest.mark.parametrize(
+    "at, message",
+    [
+        (lambda progress, offset: offset, "at of hinge must give options by name, got 1.0"),
+        (lambda offset: {"offset": offset}, "at of hinge can't be called as at\\(progress, offset"),
+        (
+            lambda progress, offset: {"o": offset},
+            "loss of hinge can't be called as loss\\(margins, o",
+        ),
+    ],
+)
+def test_an_at_that_does_not_fit_its_loss(add_loss, at: Callable, message: str):
+    with pytest.raises(ValueError, match=message):
+        add_loss("hinge", lambda margins, offset: torch.relu(offset - margins),
+                 options={"offset": 1.0}, at=at)  # fmt: skip

@@ -18,10 +18,22 @@ ALLOW_CHANGED = "focalpo_allow_changed"
 #: The key that lets a run go on with data that mostly can't be learnt from.
 ALLOW_DATA = "focalpo_allow_data"
 #: All of these, each true or false.
-OF_ANY = (FUSED, SHARED, ALLOW_CHANGED, ALLOW_DATA)
-#: Written by the plugin, not by the user: which loss `rl` asked for before it became `dpo`.
+SWITCHES = (FUSED, SHARED, ALLOW_CHANGED, ALLOW_DATA)
+#: The key for the margin that a loss is of, under any loss of ours.
+MARGIN = "focalpo_margin"
+#: Those of any loss of ours.
+OF_ANY = (*SWITCHES, MARGIN)
+#: Written by the plugin, not by the user: which loss `rl` asked for before it became Axolotl's own.
 REQUESTED = "focalpo_rl"
-TRAINER = "focalpo_plugins.axolotl.trainer.AxolotlPairwiseTrainer"
+_TRAINERS = "focalpo_plugins.axolotl.trainer"
+#: For each margin, the `rl` of Axolotl's that makes it, and the trainer of ours.
+MARGINS = {
+    "dpo": ("dpo", f"{_TRAINERS}.AxolotlPairwiseTrainer"),
+    "simpo": ("simpo", f"{_TRAINERS}.AxolotlPairwiseCPOTrainer"),
+    "cpo": ("simpo", f"{_TRAINERS}.AxolotlPairwiseCPOTrainer"),
+    "orpo": ("orpo", f"{_TRAINERS}.AxolotlPairwiseORPOTrainer"),
+}
+TRAINERS = frozenset(trainer for _, trainer in MARGINS.values())
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """The keys that the plug-in adds to Axolotl's YAML: ``NAME_o`` for the option ``o`` of a loss, and
-for whichever loss of ours is trained ``focalpo_fused``, ``focalpo_shared_prompts``,
-``focalpo_allow_changed`` and ``focalpo_allow_data``."""
+for whichever loss of ours is trained ``focalpo_margin``, ``focalpo_fused``,
+``focalpo_shared_prompts``, ``focalpo_allow_changed`` and ``focalpo_allow_data``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, create_model
 
 from ..options import OF_ANY_LOSS
 from ..registry import losses
-from . import OF_ANY, REQUESTED
+from . import MARGIN, OF_ANY, REQUESTED
 
 
 def _keys() -> dict[str, Any]:
@@ -28,7 +28,8 @@ def _keys() -> dict[str, Any]:
     keys = {key: kind for key, kind in keys.items() if key not in AxolotlInputConfig.model_fields}
     for key in OF_ANY:
         description = OF_ANY_LOSS[key.removeprefix("focalpo_")]
-        keys[key] = (bool | None, Field(default=None, description=description))
+        kind = str if key == MARGIN else bool
+        keys[key] = (kind | None, Field(default=None, description=description))
     return {**keys, REQUESTED: (str | None, None)}
 
 

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 
 from ..plan import ModelState, Pair, Plan, Tokens
+from . import REQUESTED
 
 # What the run will have where there is no GPU to ask: an A100's, the least that trains in bf16.
 _ASSUMED = {"bf16": True, "fp8": False, "tf32": True, "compute_capability": "sm_80"}
+_NO_LIMIT = 10**9  # tokens
 # How it is computed, not what: off for the stand-in, which has to be built on any machine.
 _OFF_FOR_STAND_IN: dict[str, Any] = {
     "adapter": None,
@@ -59,7 +61,8 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
     """
     cfg, notes = _load_cfg(config, gpus, scratch)
     rl = getattr(cfg.rl, "value", cfg.rl)
-    if rl not in ("dpo", "ipo"):
+    ours = cfg.get(REQUESTED) is not None
+    if rl not in ("dpo", "ipo") and not ours:
         raise ValueError(
             f"rl must be focalpo, or another loss of preference pairs, got {rl!r}: there is "
             "nothing here that could be checked. Set rl: focalpo."
@@ -71,7 +74,7 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
 
     from ..compute.fused_loss import LOGITS_AT_ONCE
     from ..compute.output_layer import check_config
-    from .plugin import fused_key
+    from .plugin import fused_key, margin
 
     split = (cfg.tensor_parallel_size or 1) * (cfg.context_parallel_size or 1)
     data_ranks = max(1, gpus // split)
@@ -94,7 +97,8 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
             f"none fits into {cfg.sequence_len}. Raise sequence_len."
         )
     trainer = _trainer(cfg, train, held_out, tokenizer, data.total_num_steps)
-    dataset, collator, args = trainer.train_dataset, trainer.data_collator, trainer.args
+    dataset, args = trainer.train_dataset, trainer.args
+    of_dpo = margin(cfg) == "dpo"
     epoch_steps = _epoch_steps(
         len(dataset),
         args.per_device_train_batch_size,
@@ -120,12 +124,12 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
         loss=loss,
         host_loss=rl,
         beta=trainer.beta,
-        label_smoothing=trainer.label_smoothing,
+        label_smoothing=getattr(trainer, "label_smoothing", 0.0),
         tokenizer=tokenizer,
         rows=rows,
         kept=len(dataset),
-        pairs=_pairs(dataset, collator),
-        max_length=getattr(collator, "max_length", None),
+        pairs=_pairs(dataset, trainer.data_collator) if of_dpo else _pairs_of_cpo(trainer),
+        max_length=getattr(trainer.data_collator if of_dpo else trainer, "max_length", None),
         micro_batch=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         ranks=gpus,
@@ -138,6 +142,7 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
         state=replace(state, logits_at_once=LOGITS_AT_ONCE if fused else None),
         warnings=warnings,
         notes=notes,
+        margin=margin(cfg),
     )
 
 
@@ -221,6 +226,26 @@ def _pairs(dataset: Any, collator: Any) -> Iterator[Pair]:
         yield Pair(sides[0], sides[1], truncated=cut)
 
 
+def _pairs_of_cpo(trainer: Any) -> Iterator[Pair]:
+    """Of a trainer whose margin has no reference: TRL tokenizes and cuts the rows beforehand."""
+    names = [
+        f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "labels")
+    ]
+    limit, trainer.max_length = trainer.max_length, _NO_LIMIT
+    try:
+        for row in trainer.train_dataset:
+            whole = trainer.tokenize_row(row)
+            ids, labels, other_ids, other_labels = map(row.get, names)
+            sides = [
+                Tokens(list(side), [label != -100 for label in trained])
+                for side, trained in ((ids, labels), (other_ids, other_labels))
+            ]
+            cut = any(len(row[name]) < len(whole[name]) for name in (names[0], names[2]))
+            yield Pair(sides[0], sides[1], truncated=cut)
+    finally:
+        trainer.max_length = limit
+
+
 def _precision(cfg: Any) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(cfg.torch_dtype, "fp32")
 
@@ -257,7 +282,9 @@ def _state(cfg: Any) -> ModelState:
         optimizer_bytes=master + states,
         zero_stage=zero_stage,
         # With adapters TRL switches them off for the reference instead.
-        reference=not cfg.adapter and not cfg.precompute_ref_log_probs,
+        reference=not cfg.adapter and not cfg.precompute_ref_log_probs and cfg.rl != "orpo",
+        # Axolotl loads one for SimPO as well, and lets go of it.
+        reference_freed=cfg.rl == "simpo",
         offloaded=frozenset(offloaded),
     )
 

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import click
 
-from . import REQUESTED, TRAINER
+from . import REQUESTED, TRAINERS
 
 _KINDS = {int: int, float: float, str: str}
 
@@ -52,13 +52,21 @@ def check_arrived(cfg: Any) -> None:
                     f"would be dropped. Write {_key(word)} in the YAML; options of ours need the "
                     "autoload."
                 )
-    if cfg.get("strict") and cfg.get("trainer_cls") != TRAINER:
+    if cfg.get("strict") and cfg.get("trainer_cls") not in TRAINERS:
         for word in sys.argv[1:]:
             if word.startswith("--") and _key(word) in _keys() and cfg.get(_key(word)) is None:
                 raise ValueError(
                     f"{word} would be dropped under strict: true, which takes from the command "
                     f"line what the YAML has. Write {_key(word)} in the YAML, or remove strict."
                 )
+
+
+def _any(text: str) -> Any:
+    """As a YAML would have it: a number where it reads as one, and else the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _takes_keys(command: click.Command) -> bool:
@@ -143,7 +151,7 @@ def _add(command: click.Command) -> dict[str, Any]:
                 click.Option(
                     [f"{flag}/{off}" if kind is bool else flag, key],
                     default=None,
-                    type=None if kind is bool else _KINDS.get(kind, json.loads),
+                    type=None if kind is bool else _KINDS.get(kind, _any),
                     help=f"{description or 'Option of a loss'}. Key of focalpo_plugins.",
                 )
             )

@@ -1,8 +1,9 @@
 """The Axolotl plugin: turns ``rl: focalpo`` into Axolotl's DPO with our trainer, or refuses.
 
 Axolotl knows no ``rl`` but its own, so its ``validate_config`` is given a copy of the config with
-``rl: dpo``, our ``trainer_cls``, and the loss noted in ``focalpo_rl``.  The user's own object
-stays as it was written.  What the trainer needs is in the validated config, which reaches Ray's
+``rl: dpo`` (or ``simpo``, ``orpo``, whose margin ``focalpo_margin`` asks for), our
+``trainer_cls``, and the loss noted in ``focalpo_rl``.  The user's own object stays as it was
+written.  What the trainer needs is in the validated config, which reaches Ray's
 workers too.
 """
 
@@ -23,7 +24,18 @@ from ..guards.jsonl import check_file
 from ..guards.messages import did_you_mean, named
 from ..loss import check_beta, check_label_smoothing
 from ..registry import BoundLoss, PairwiseLoss, get_loss, losses
-from . import FUSED, OF_ANY, PLUGIN, REQUESTED, SHARED, TRAINER, flags
+from . import (
+    FUSED,
+    MARGIN,
+    MARGINS,
+    OF_ANY,
+    PLUGIN,
+    REQUESTED,
+    SHARED,
+    SWITCHES,
+    TRAINERS,
+    flags,
+)
 from .autoload import patch
 
 
@@ -71,13 +83,14 @@ class FocalPOPlugin(BasePlugin):
         loss = requested_loss(cfg)
         if loss is None:
             return
-        from .trainer import AxolotlPairwiseTrainer
+        from . import trainer as ours
 
-        if not isinstance(trainer, AxolotlPairwiseTrainer):
+        needed = MARGINS[margin(cfg)][1].rpartition(".")[2]
+        if not isinstance(trainer, getattr(ours, needed)):
             raise RuntimeError(
-                f"Axolotl built {type(trainer).__name__} where rl: {loss.name} needs "
-                f"{AxolotlPairwiseTrainer.__name__}: it would have trained another loss. Remove "
-                "what replaces the trainer (trainer_cls, another plugin)."
+                f"Axolotl built {type(trainer).__name__} where rl: {loss.name} needs {needed}: it "
+                "would have trained another loss. Remove what replaces the trainer (trainer_cls, "
+                "another plugin)."
             )
         if trainer.pairwise_loss != loss:
             raise RuntimeError(
@@ -103,11 +116,12 @@ def rewritten(cfg: Any) -> Any:
     if name is not None and name not in known:
         near = did_you_mean(str(name), known)
         raise ValueError(f"rl must be one of {', '.join(known)}, got {name!r}{near}")
-    if name == "dpo" and trainer == TRAINER and requested_loss(cfg) is not None:
+    of_margins = {rl for rl, _ in MARGINS.values()}
+    if name in of_margins and trainer in TRAINERS and requested_loss(cfg) is not None:
         _use_plugin(cfg)
         return cfg
     _check_keys(cfg, name)
-    if trainer is not None and (trainer == TRAINER or name in losses()):
+    if trainer is not None and (trainer in TRAINERS or name in losses()):
         raise ValueError(
             f"trainer_cls must be unset, got {trainer!r} under rl: {name}: a loss of ours "
             "brings its trainer. Remove trainer_cls and set rl: focalpo."
@@ -117,8 +131,7 @@ def rewritten(cfg: Any) -> Any:
     _check_names(get_loss(name), of_host)
     _check_values(cfg, get_loss(name))
     cfg = copy.deepcopy(cfg)
-    cfg["rl"] = "dpo"
-    cfg["trainer_cls"] = TRAINER
+    cfg["rl"], cfg["trainer_cls"] = MARGINS[margin(cfg)]
     cfg[REQUESTED] = name
     _use_plugin(cfg)
     return cfg
@@ -128,6 +141,11 @@ def requested_loss(cfg: Any) -> BoundLoss | None:
     """The loss that a rewritten config asks for; None where it asks for none of ours."""
     name = cfg.get(REQUESTED)
     return None if name is None else _bind(cfg, get_loss(name))
+
+
+def margin(cfg: Any) -> str:
+    """Which margin a loss of ours is of, by its key in :data:`MARGINS`."""
+    return cfg.get(MARGIN) or "dpo"
 
 
 def fused_key(cfg: Any) -> str | None:
@@ -140,7 +158,9 @@ def _bind(cfg: Any, loss: PairwiseLoss) -> BoundLoss:
     for option, default in loss.options.items():
         value = cfg.get(f"{loss.name}_{option}")
         if value is not None:
-            given[option] = _as_number(value) if isinstance(default, float) else value
+            # A default of None doesn't tell what else it may be.
+            number = default is None or isinstance(default, float)
+            given[option] = _as_number(value) if number else value
     with named(f"{loss.name}_", loss.options, ": true"):
         return loss.bind(**given)
 
@@ -179,10 +199,11 @@ def _check_keys(cfg: Any, rl: Any) -> None:
             continue
         # `no` and other marks as a command line has them that Axolotl's parser didn't see.
         word = re.sub(r"\W", "_", str(key).lower()).removeprefix("no").strip("_")
-        if key == REQUESTED and cfg.get("trainer_cls") == TRAINER:
+        if key == REQUESTED and cfg.get("trainer_cls") in TRAINERS:
             raise ValueError(
-                f"{REQUESTED} must go with rl: dpo, got {cfg[key]!r} under rl: {rl}: this config "
-                f"was loaded before, as rl: {cfg[key]}. Load the config as it was written."
+                f"{REQUESTED} must go with rl: {MARGINS[margin(cfg)][0]}, got {cfg[key]!r} under "
+                f"rl: {rl}: this config was loaded before, as rl: {cfg[key]}. Load the config as "
+                "it was written."
             )
         if key not in of_loss and f"{word}_".startswith(("focalpo_", f"{of_any}_")):
             near = did_you_mean(word, of_loss)
@@ -197,12 +218,20 @@ def _check_keys(cfg: Any, rl: Any) -> None:
 def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
     from ..trl import check_host, check_loss_types
 
-    check_host()
+    chosen = cfg.get(MARGIN)
+    if chosen not in (None, *MARGINS):
+        raise ValueError(
+            f"{MARGIN} must be one of {', '.join(MARGINS)}, got {chosen!r}"
+            f"{did_you_mean(str(chosen), MARGINS)}"
+        )
+    if margin(cfg) == "dpo":
+        check_host()
     _bind(cfg, loss)
 
     of_trl = cfg.get("trl") or {}
     if not isinstance(of_trl, dict):
         raise ValueError(f"trl must be a mapping such as {{beta: 0.1}}, got {of_trl!r}.")
+    _check_margin(cfg, margin(cfg))
     betas = {"rl_": cfg.get("rl_beta"), "trl.": of_trl.get("beta")}
     for prefix, beta in betas.items():
         if beta is not None:
@@ -221,7 +250,7 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
     if smoothing is not None:
         with named("dpo_"):
             check_label_smoothing(_as_number(smoothing))
-    for key in OF_ANY:
+    for key in SWITCHES:
         if cfg.get(key) not in (None, True, False):
             raise ValueError(f"{key} must be true or false, got {cfg[key]!r}.")
     if cfg.get("dpo_use_liger_kernel") and find_spec("liger_kernel") is None:
@@ -246,6 +275,58 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
         for number, dataset in enumerate(listed if isinstance(listed, list) else []):
             if isinstance(dataset, dict) and isinstance(dataset.get("path"), str):
                 check_file(Path(dataset["path"]), f"{key}[{number}].path")
+
+
+# Keys of Axolotl's that go into one margin and do nothing, or something else, under the others.
+_OF_MARGIN = {
+    "simpo_gamma": ("simpo",),
+    "cpo_alpha": ("simpo", "cpo"),
+    "orpo_alpha": ("orpo",),
+}
+_OF_REFERENCE = ("precompute_ref_log_probs", "rl_adapter_ref_model")
+
+
+def _check_margin(cfg: Any, chosen: str) -> None:
+    """What contradicts the margin that is asked for."""
+    for key, margins in _OF_MARGIN.items():
+        if cfg.get(key) is not None and chosen not in margins:
+            raise ValueError(
+                f"{key} belongs to {MARGIN}: {' or '.join(margins)}, got {cfg[key]!r} with "
+                f"{MARGIN}: {chosen}. Set {MARGIN}, or remove {key}."
+            )
+    if chosen == "dpo":
+        return
+    if chosen == "simpo" and not isinstance(_as_number(cfg.get("simpo_gamma")), float):
+        raise ValueError(
+            f"simpo_gamma must be a number with {MARGIN}: simpo, got {cfg.get('simpo_gamma')!r}: "
+            "the target margin, 0.3 to 1.6 times rl_beta in its authors' recipes. Set it."
+        )
+    weight = cfg.get("orpo_alpha")
+    if weight is not None:
+        try:
+            check_beta(_as_number(weight))
+        except ValueError:
+            raise ValueError(
+                f"orpo_alpha must be a finite number above 0, got {weight!r}: ORPO's lambda, 0.1 "
+                "in its authors' recipe."
+            ) from None
+        if cfg.get("rl_beta") is not None or (cfg.get("trl") or {}).get("beta") is not None:
+            raise ValueError(
+                f"orpo_alpha must be given alone, got {weight!r} beside rl_beta or trl.beta: both "
+                "are ORPO's lambda, and Axolotl would take the other. Remove one of the two."
+            )
+    of_dpo = [key for key in cfg if str(key).startswith("dpo_") or key in _OF_REFERENCE]
+    for key in (*of_dpo, FUSED):
+        if cfg.get(key):
+            why = (
+                "its path computes DPO's log-probabilities alone"
+                if key == FUSED
+                else "it is of DPO's trainer and its reference, which that margin doesn't have"
+            )
+            raise ValueError(
+                f"{key} can't be combined with {MARGIN}: {chosen}, got {cfg[key]!r}: {why}. Remove "
+                f"{key}."
+            )
 
 
 def _check_fused(cfg: Any, fused: str) -> None:

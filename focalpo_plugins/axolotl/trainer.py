@@ -1,17 +1,20 @@
-"""Axolotl's DPO trainer with another pairwise loss."""
+"""Axolotl's trainers of pairs with another pairwise loss."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from axolotl.core.trainers import AxolotlCPOTrainer, AxolotlORPOTrainer
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from datasets import Dataset
 from pyarrow.compute import list_slice
 
 from ..registry import BoundLoss
 from ..trl import PairwiseLossMixin
+from ..trl.reference_free import CPOLossMixin, ORPOLossMixin
 from . import ALLOW_CHANGED, ALLOW_DATA, SHARED
-from .plugin import FocalPOPlugin, fused_key, requested_loss
+from .plugin import FocalPOPlugin, fused_key, margin, requested_loss
 
 
 class _OneBosTrainer(AxolotlDPOTrainer):
@@ -34,19 +37,11 @@ class _OneBosTrainer(AxolotlDPOTrainer):
             return dataset.map(_with_one_bos, fn_kwargs={"bos": bos})
 
 
-class AxolotlPairwiseTrainer(PairwiseLossMixin, _OneBosTrainer):
-    """Named in ``trainer_cls`` by the plugin; trains the loss that Axolotl's config asks for."""
+class _OfConfig:
+    """Takes the loss, and what goes with it, from the config that Axolotl builds a trainer for."""
 
-    _packages = ("axolotl", "trl", "torch")
-    # Axolotl loads the reference itself, and evaluates no data but that of its config.
-    _keeps_reference = False
-    _written = {
-        "beta": "rl_beta",
-        "label_smoothing": "dpo_label_smoothing",
-        "loss_type": "dpo_loss_type",
-    }
-    # What its chat_template strategies render an answer after, to cut it off again.
-    _marker = "[[dummy_message]]"
+    _packages: Sequence[str] = ("axolotl", "trl", "torch")
+    tag_names: list[str]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Not PluginManager's config: that is the one which was loaded last.
@@ -57,17 +52,59 @@ class AxolotlPairwiseTrainer(PairwiseLossMixin, _OneBosTrainer):
                 f"{type(self).__name__} must be built by Axolotl for a config that asks for a loss "
                 f"of ours, got {'none' if cfg is None else 'another'}. Load one with rl: focalpo."
             )
-        self._fused_key = fused_key(cfg)
+        self._read(cfg, kwargs)
         self._shared_key = SHARED if cfg.get(SHARED) else None
         self._allow_changed = bool(cfg.get(ALLOW_CHANGED))
         self._allow_data = bool(cfg.get(ALLOW_DATA))
         super().__init__(*args, **kwargs)
         self.set_loss(loss)
 
+    def _read(self, cfg: Any, given: dict[str, Any]) -> None:
+        """Take what one margin alone has.
+
+        Args:
+            given: the trainer's arguments by name.
+        """
+
     def set_loss(self, loss: BoundLoss) -> None:
-        super().set_loss(loss)
+        super().set_loss(loss)  # type: ignore[misc]
         # Axolotl's own list, beside TRL's.
-        self.tag_names: list[str] = [*self.tag_names, loss.name]
+        self.tag_names = [*self.tag_names, loss.name]
+
+
+class AxolotlPairwiseTrainer(_OfConfig, PairwiseLossMixin, _OneBosTrainer):
+    """Named in ``trainer_cls`` by the plugin; trains the loss that Axolotl's config asks for."""
+
+    # Axolotl loads the reference itself, and evaluates no data but that of its config.
+    _keeps_reference = False
+    _written = {
+        "beta": "rl_beta",
+        "label_smoothing": "dpo_label_smoothing",
+        "loss_type": "dpo_loss_type",
+    }
+    # What its chat_template strategies render an answer after, to cut it off again.
+    _marker = "[[dummy_message]]"
+
+    def _read(self, cfg: Any, given: dict[str, Any]) -> None:
+        self._fused_key = fused_key(cfg)
+
+
+class AxolotlPairwiseCPOTrainer(_OfConfig, CPOLossMixin, AxolotlCPOTrainer):
+    """The same for the margins ``simpo`` and ``cpo``."""
+
+    _written = {"beta": "rl_beta"}
+    _marker = AxolotlPairwiseTrainer._marker
+
+    def _read(self, cfg: Any, given: dict[str, Any]) -> None:
+        if margin(cfg) == "cpo":
+            # Axolotl asks for SimPO's wherever this trainer is.
+            given["args"].loss_type = "sigmoid"
+
+
+class AxolotlPairwiseORPOTrainer(_OfConfig, ORPOLossMixin, AxolotlORPOTrainer):
+    """The same for ORPO's."""
+
+    _written = {"beta": "orpo_alpha"}
 
 
 def _any_doubled(dataset: Dataset, bos: int) -> bool:

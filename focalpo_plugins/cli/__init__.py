@@ -145,6 +145,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="one or more; Fig. 3 takes the first (default: 0.05)",
     )
     curves.add_argument(
+        "--gamma-end",
+        type=float,
+        metavar="GAMMA",
+        help="where the first gamma moves to over a run: drawn beside it, and gamma over the run",
+    )
+    curves.add_argument(
         "--variant",
         default="correct",
         help="correct, correct_exact or incorrect (default: correct)",

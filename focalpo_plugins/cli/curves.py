@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
@@ -96,17 +97,28 @@ def run(args: Namespace) -> int:
             check_gamma(gamma, args.variant, allow_reversed=True)
         except ValueError as error:
             raise CommandError(f"--{error}") from None
+    ends = [] if args.gamma_end is None else [args.gamma_end]
+    for gamma in ends:
+        try:
+            check_gamma(gamma, args.variant, allow_reversed=True, name="gamma-end")
+        except ValueError as error:
+            raise CommandError(f"--{error}") from None
     draws = {"png", "svg"} & set(args.format)
     plt = pyplot() if draws else None
     folder = output_folder(args.out)
 
     dpo = Curve("correct", 0.0)
-    asked = [Curve(args.variant, gamma) for gamma in dict.fromkeys(args.gamma)]
+    gammas = dict.fromkeys([*args.gamma[:1], *ends, *args.gamma[1:]])
+    asked = [Curve(args.variant, gamma) for gamma in gammas]
     asked = [curve for curve in asked if curve.gamma > 0] or [dpo]
     opposite = Curve("correct" if args.variant == "incorrect" else "incorrect", 1.0)
     if args.variant == "incorrect":
         opposite = Curve("correct", 0.05)
-    for name, figure in (("fig2", _fig2), ("fig3", _fig3), ("fig4", _fig4)):
+    figures: list[tuple[str, Callable[..., Figure]]]
+    figures = [("fig2", _fig2), ("fig3", _fig3), ("fig4", _fig4)]
+    if ends:
+        figures.append(("gamma", functools.partial(_gamma, args.gamma[0], ends[0])))
+    for name, figure in figures:
         header, rows, drawn = figure(plt, dpo, asked, opposite)
         written = []
         if "csv" in args.format:
@@ -215,6 +227,28 @@ def _fig4(plt: Any, dpo: Curve, asked: Sequence[Curve], opposite: Curve) -> Figu
     ]
     axis.set_title("Fig. 4: gradients by what they focus on")
     _finish(axis, curves, drawn)
+    return header, rows, figure
+
+
+def _gamma(start: float, end: float, plt: Any, *_: Any) -> Figure:
+    """Gamma over a run, by each schedule."""
+    from ..loss import gamma_at
+
+    schedules = ("linear", "cosine")
+    progress = [step / 100 for step in range(101)]
+    columns = [[gamma_at(t, start, end, schedule) for t in progress] for schedule in schedules]
+    rows = [list(row) for row in zip(progress, *columns, strict=True)]
+    header = ["progress", *schedules]
+    if plt is None:
+        return header, rows, None
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for values, schedule, look in zip(columns, schedules, line_looks(), strict=False):
+        axis.plot(progress, values, label=schedule, **look)
+    axis.set_xlabel("progress: 0 at the first step, 1 at the last")
+    axis.set_ylabel(r"focusing parameter $\gamma$ (no unit)")
+    axis.set_title(rf"$\gamma$ over a run, from {start:g} to {end:g}")
+    axis.set_xlim(0, 1)
+    axis.legend(title="focalpo_gamma_schedule")
     return header, rows, figure
 
 

@@ -110,6 +110,8 @@ def _add(parser: ArgumentParser, argv: Sequence[str]) -> bool:
             kind = {"action": "store_false" if default else "store_true"}
         elif isinstance(default, (int, float)):
             kind = {"type": functools.partial(_number, default)}
+        elif default is None:
+            kind = {"type": _number_or_text}
         helps = loss.help if option in loss.options else OF_ANY_LOSS
         text = helps.get(option, f"Option of the loss {loss.name}")
         text = f"{text} (default: {default})".replace("%", "%%")
@@ -144,6 +146,14 @@ def _number(default: float, text: str) -> float:
         raise ArgumentTypeError(
             f"must be a number, got {text!r}; it is {default} by default."
         ) from None
+
+
+def _number_or_text(text: str) -> float | str:
+    """For a default of None, which doesn't tell what else the option may be."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _check_spelling(parser: ArgumentParser, argv: Sequence[str]) -> None:

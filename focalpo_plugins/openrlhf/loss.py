@@ -58,6 +58,8 @@ class PairwiseDPOLoss(nn.Module):
         self.pairwise_loss = get_loss(loss).bind(**options)
         #: Called with the margins ``(B,)`` of every batch.
         self.record: Callable[[Tensor], None] | None = None
+        #: Gives the point of the run, 0 to 1, for a loss that changes over it.
+        self.progress: Callable[[], float] = float
 
     def forward(
         self,
@@ -77,10 +79,11 @@ class PairwiseDPOLoss(nn.Module):
         logratios = policy_logratios - reference_logratios
         if self.record is not None:
             self.record(self.beta * logratios)
+        pairwise_loss = self.pairwise_loss.at(self.progress())
         # Beta multiplies each of the two gradients, before they are added, as in ``DPOLoss``: at
         # gamma 0 the last bit is the same.
         loss = label_smoothed(
-            lambda signed: self.pairwise_loss(self.beta * signed),
+            lambda signed: pairwise_loss(self.beta * signed),
             logratios,
             self.label_smoothing,
         ).mean()

@@ -86,7 +86,8 @@ class PairwiseDPOTrainer(DPOTrainer):
         self._mode = "train"
         self._called = False
         self._sums: dict[str, Tensor] = {}
-        loss_fn.record = self._record
+        loss_fn.record, loss_fn.progress = self._record, self._progress
+        self._moving: dict[str, float] = {}  # of the last batch
         self._margins: list[Tensor] = []
         self._batches = self._to_evaluate = 0
         self._tokens = 0, 0  # of the policy's last batch: computed, and in the padded batch
@@ -212,6 +213,14 @@ class PairwiseDPOTrainer(DPOTrainer):
             self._mode = "train"
             self._sums.pop("eval", None)
 
+    def _progress(self) -> float:
+        """Of the step that is trained, or that was trained before an evaluation: 0 at the run's
+        first and 1 at its last, however many epochs it has."""
+        accumulated = self.strategy.accumulated_gradient
+        steps = self.epochs * len(self.train_dataloader) // accumulated
+        before = (self._batches - (self._mode == "eval")) // accumulated
+        return min(1.0, max(0, before) / (steps - 1)) if steps > 1 else 0.0
+
     def _record(self, margins: Tensor) -> None:
         """Count the pairs of a batch, and stop every rank if a margin of any is not finite: before
         the batch's gradients are computed.
@@ -227,7 +236,9 @@ class PairwiseDPOTrainer(DPOTrainer):
             self._to_evaluate -= len(margins)
         self._margins.append(margins.detach())
         tokens = self._tokens if self._mode == "train" else (0, 0)
-        sums = self.strategy.all_reduce(margin_sums(margins, self._loss, tokens), "sum")
+        loss = self._loss.at(self._progress())
+        self._moving = {f"{loss.name}/{name}": value for name, value in loss.moving().items()}
+        sums = self.strategy.all_reduce(margin_sums(margins, loss, tokens), "sum")
         if not sums[MARGINS].isfinite().all():
             self._stop(torch.cat(self._margins))
         if self._mode == "train" and self._starts_as_reference:
@@ -247,7 +258,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         self._called = False
         batches = self._batches - self._logged_batches
         steps = max(1, batches // self.strategy.accumulated_gradient)
-        return means(self._sums[self._mode], self._loss, steps)
+        return means(self._sums[self._mode], self._loss, steps) | self._moving
 
     def _stop(self, margins: Tensor) -> None:
         """Raise on every rank, once the reduction has told them all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 from accelerate import ParallelismConfig
 from accelerate.utils import is_peft_model, parse_flag_from_env
 from torch import nn
-from transformers import AutoConfig, ProcessorMixin
+from transformers import AutoConfig, ProcessorMixin, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from ..backbone import check_layers
@@ -18,6 +19,25 @@ from ..compute import output_layer
 from ..compute.output_layer import Head, check_config
 from ..loss import check_beta, check_label_smoothing
 from .seam import check_loss_types
+
+
+def given_to(trainer: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A trainer's arguments by name.
+
+    The trainers between ours and TRL's may take more by name, and nothing by position.
+    """
+    names = list(inspect.signature(trainer.__init__).parameters)[1:]  # type: ignore[misc]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def check_data(given: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for training data without a pair."""
+    train_dataset = given.get("train_dataset")
+    if train_dataset is not None and next(iter(train_dataset), None) is None:
+        raise ValueError(
+            "train_dataset must hold a pair, got none: it was empty, or every pair of it was "
+            "dropped as too long. Look at the data, or raise Axolotl's sequence_len."
+        )
 
 
 def check_arguments(args: DPOConfig, key: str | None = None) -> str | None:
@@ -35,7 +55,7 @@ def check_arguments(args: DPOConfig, key: str | None = None) -> str | None:
     """
     check_beta(args.beta)
     check_label_smoothing(args.label_smoothing)
-    _check_parallelism(args)
+    check_parallelism(args)
     types = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
     check_loss_types(types)
     divergence = str(getattr(args.f_divergence_type, "value", args.f_divergence_type))
@@ -64,7 +84,7 @@ def check_arguments(args: DPOConfig, key: str | None = None) -> str | None:
     return key
 
 
-def _check_parallelism(args: DPOConfig) -> None:
+def check_parallelism(args: TrainingArguments) -> None:
     config = getattr(args, "parallelism_config", None)
     if config is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
         config = ParallelismConfig()  # what accelerate's own config file asks for
@@ -166,9 +186,13 @@ def check_shared_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
     config: Any = model.config if isinstance(model, nn.Module) else _config_of(model)
     if config is None:
         return
-    experts = getattr(config.get_text_config(), "output_router_logits", None) is not None
-    coefficient = getattr(args, "router_aux_loss_coef", 0)
-    if experts and coefficient:
+    if config.is_encoder_decoder:
+        _refuse_shared("an encoder", config.model_type, key, "its tokens see each other both ways")
+    asks = getattr(config.get_text_config(), "output_router_logits", None)
+    # TRL's CPO and ORPO go by the model's config alone.
+    coefficient = asks and getattr(config, "router_aux_loss_coef", 0)
+    coefficient = getattr(args, "router_aux_loss_coef", coefficient)
+    if asks is not None and coefficient:
         _refuse_shared(
             "router_aux_loss_coef", coefficient, key,
             "the routers would see a row, and count it as the padded batch; 0.0 switches it off",

@@ -1,10 +1,10 @@
-"""TRL's config with FocalPO's fields."""
+"""TRL's configs with FocalPO's fields."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl import DPOConfig
 
@@ -12,55 +12,52 @@ from ..guards.messages import named
 from ..options import OF_ANY_LOSS, OF_FOCALPO
 from ..registry import BoundLoss, get_loss
 
+if TYPE_CHECKING:
+    # What the fields' super() is, in its place in the list of bases.
+    from transformers import TrainingArguments as _Host
+else:
+    _Host = object
+
 
 def _field(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": f"{text}."})
 
 
 @dataclass
-class FocalPOConfig(DPOConfig):
-    """TRL's ``DPOConfig`` with FocalPO's knobs.
+class PairwiseFields(_Host):
+    """The fields that each of TRL's configs is given; it stands before TRL's in the list of bases.
 
     Args:
         focalpo_gamma: focusing parameter gamma of Eq. 4, the paper's 0.05 by default.
+        focalpo_gamma_end: gamma at the last step, to which it moves over the run; None keeps it.
+        focalpo_gamma_schedule: how it moves, ``linear`` (the default) or ``cosine``;
+            :func:`~focalpo_plugins.loss.gamma_at` has the formulas.
         focalpo_variant: ``correct`` (Eq. 4), ``correct_exact`` (Eq. 3) or ``incorrect``.
         focalpo_allow_reversed: accept a gamma from which on training runs backwards.
         focalpo_pairwise_loss: the registered loss; another package's name trains that loss, with
             its options at their defaults.
-        focalpo_fused: compute the loss without ever holding the logits of the batch, with or
-            without a precomputed reference; Liger's package isn't needed. A TRL from 1.14 on has
-            such a path of its own, and takes it anyway.
         focalpo_shared_prompts: compute what a pair's two sequences begin with once, and no padding:
             the same log-probs to rounding, from fewer tokens.
         focalpo_allow_changed: resume from a checkpoint that was trained with another loss, gamma,
             variant, beta, label smoothing or loss type, or with a loss not ours.
         focalpo_allow_data: train on data of which more than half can't be learnt from.
-        focalpo_loss: the former name of ``focalpo_pairwise_loss``.
 
     Raises:
         ValueError: a ``focalpo_*`` value is out of range.
     """
 
     focalpo_gamma: float = _field(0.05, OF_FOCALPO["gamma"])
+    focalpo_gamma_end: float | None = _field(None, OF_FOCALPO["gamma_end"])
+    focalpo_gamma_schedule: str | None = _field(None, OF_FOCALPO["gamma_schedule"])
     focalpo_variant: str = _field("correct", OF_FOCALPO["variant"])
     focalpo_allow_reversed: bool = _field(False, OF_FOCALPO["allow_reversed"])
     focalpo_pairwise_loss: str = _field("focalpo", "Name of the registered pairwise loss")
-    focalpo_fused: bool = _field(False, OF_ANY_LOSS["fused"])
     focalpo_shared_prompts: bool = _field(False, OF_ANY_LOSS["shared_prompts"])
     focalpo_allow_changed: bool = _field(False, OF_ANY_LOSS["allow_changed"])
     focalpo_allow_data: bool = _field(False, OF_ANY_LOSS["allow_data"])
-    focalpo_loss: str | None = _field(None, "Deprecated: focalpo_pairwise_loss")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.focalpo_loss is not None:
-            warnings.warn(
-                "focalpo_loss has become focalpo_pairwise_loss; write that.",
-                FutureWarning,
-                stacklevel=3,
-            )
-            # Not both, so that a saved config can be loaded again.
-            self.focalpo_pairwise_loss, self.focalpo_loss = self.focalpo_loss, None
         self.pairwise_loss()
 
     def pairwise_loss(self) -> BoundLoss:
@@ -69,20 +66,46 @@ class FocalPOConfig(DPOConfig):
         Raises:
             ValueError: a field is out of range; the message names it.
         """
-        options = {
-            "gamma": self.focalpo_gamma,
-            "variant": self.focalpo_variant,
-            "allow_reversed": self.focalpo_allow_reversed,
-        }
         with named("focalpo_pairwise_"):
             loss = get_loss(self.focalpo_pairwise_loss)
+        defaults = get_loss("focalpo").options
+        options = {name: getattr(self, f"focalpo_{name}") for name in defaults}
         with named("focalpo_", options):
             if loss.name == "focalpo":
                 return loss.bind(**options)
-            for name, default in get_loss("focalpo").options.items():
+            for name, default in defaults.items():
                 if options[name] != default:
                     raise ValueError(
                         f"{name} is an option of focalpo alone, got {options[name]!r} with "
                         f"focalpo_pairwise_loss={loss.name!r}: remove it."
                     )
             return loss.bind()
+
+
+@dataclass
+class FocalPOConfig(PairwiseFields, DPOConfig):
+    """TRL's ``DPOConfig`` with FocalPO's knobs: those of :class:`PairwiseFields`, and these.
+
+    Args:
+        focalpo_fused: compute the loss without ever holding the logits of the batch, with or
+            without a precomputed reference; Liger's package isn't needed. A TRL from 1.14 on has
+            such a path of its own, and takes it anyway.
+        focalpo_loss: the former name of ``focalpo_pairwise_loss``.
+
+    Raises:
+        ValueError: a ``focalpo_*`` value is out of range.
+    """
+
+    focalpo_fused: bool = _field(False, OF_ANY_LOSS["fused"])
+    focalpo_loss: str | None = _field(None, "Deprecated: focalpo_pairwise_loss")
+
+    def __post_init__(self) -> None:
+        if self.focalpo_loss is not None:
+            warnings.warn(
+                "focalpo_loss has become focalpo_pairwise_loss; write that.",
+                FutureWarning,
+                stacklevel=3,
+            )
+            # Not both, so that a saved config can be loaded again.
+            self.focalpo_pairwise_loss, self.focalpo_loss = self.focalpo_loss, None
+        super().__post_init__()

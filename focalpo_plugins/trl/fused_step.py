@@ -18,20 +18,26 @@ from ..registry import BoundLoss
 from .checks import check_fused_parts, head_of
 from .shared_step import SharedStepMixin
 
+if TYPE_CHECKING:
+    # What the mixin's super() is, in its place in the list of bases.
+    from trl import DPOTrainer as _Host
+else:
+    _Host = object
+
 # Tokens of the first sequence on which the output layer is compared with the model, once.
 _TOKENS_COMPARED = 16
 
 
-class FusedStepMixin(SharedStepMixin):
+class FusedStepMixin(SharedStepMixin, _Host):
     """The fused path's part of :class:`~focalpo_plugins.trl.trainer.PairwiseLossMixin`."""
 
-    pairwise_loss: BoundLoss | None
     _fused_key: str | None = None  # what asked for the fused path, for messages
 
     if TYPE_CHECKING:  # the mixin's own
 
         def _record(self, margins: Tensor) -> None: ...
         def _mode(self) -> str: ...
+        def _loss_now(self) -> BoundLoss: ...
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # By identity, the models whose output layer was seen to give their logits.
@@ -105,8 +111,7 @@ class FusedStepMixin(SharedStepMixin):
     def _fused_loss(
         self, model: Any, inputs: Mapping[str, Tensor], ref_logps: Tensor | None
     ) -> tuple[FusedLoss, Tensor]:
-        loss = self.pairwise_loss
-        assert loss is not None  # compute_loss
+        loss = self._loss_now()
         if ref_logps is None:
             ref_logps = self._fused_logps(model, inputs)
         with self.accelerator.autocast():
@@ -161,7 +166,7 @@ class FusedStepMixin(SharedStepMixin):
 
     def compute_ref_log_probs(self, *args: Any) -> Any:
         # TRL 0.29 has no model among the arguments.
-        with self._prompts_shared(args[-1]):
+        with self._prompts_shared(len(args[-1]["input_ids"]) // 2):
             if not self._fused:
                 return super().compute_ref_log_probs(*args)
             model = args[0] if len(args) > 1 else self.ref_model or self.model

@@ -35,10 +35,12 @@ def recorded(checkpoint: Path) -> dict[str, Any] | None:
     """
     path = checkpoint / TRAINER_STATE_NAME
     try:
-        return of_trainer_state(json.loads(path.read_text(encoding="utf-8")))
+        found = of_trainer_state(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, LookupError, AttributeError) as error:
         raise ValueError(
             f"resume_from_checkpoint must be a whole checkpoint, got {str(checkpoint)!r}: "
             f"{path.name} can't be read ({error}), as where a run was killed while it saved. "
             "Remove the folder, and resume from an earlier one."
         ) from None
+    # Before 0.2.0 there was no other margin, and none was written.
+    return None if found is None else {"margin": "dpo", **found}

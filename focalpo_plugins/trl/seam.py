@@ -1,10 +1,11 @@
 """Where TRL's loss is exchanged for ours.
 
 ``DPOTrainer._compute_loss`` has no hook for the loss, but its DPO-family branches call
-``F.logsigmoid`` on the reward margin, with ``F`` a name of the trainer's module.  For the length
-of that call the name stands for a proxy whose ``logsigmoid`` is minus our loss.  The calls are
-counted, and a count other than the expected one stops the run: a TRL that moves its loss must
-never train DPO under another loss's name.
+``F.logsigmoid`` on the reward margin, with ``F`` a name of the trainer's module; so do
+``CPOTrainer.cpo_loss`` and ``ORPOTrainer.odds_ratio_loss`` on theirs.  For the length of that call
+the name stands for a proxy whose ``logsigmoid`` is minus our loss.  The calls are counted, and a
+count other than the expected one stops the run: a TRL that moves its loss must never train its own
+under another loss's name.
 """
 
 from __future__ import annotations
@@ -48,15 +49,20 @@ _WHY_NOT = {
 }
 
 
-def check_host() -> None:
-    """Raise ``RuntimeError`` unless the installed TRL computes its loss where we exchange it."""
-    method = inspect.unwrap(getattr(DPOTrainer, "_compute_loss", check_host))
-    names = method.__code__.co_names
-    if "logsigmoid" not in names or getattr(seam_module(), "F", None) is not F:
+def check_host(trainer: type = DPOTrainer, method: str = "_compute_loss") -> None:
+    """Raise ``RuntimeError`` unless the installed TRL computes its loss where we exchange it.
+
+    Args:
+        trainer: TRL's.
+        method: that of its methods which computes the loss.
+    """
+    names = inspect.unwrap(getattr(trainer, method, check_host)).__code__.co_names
+    if "logsigmoid" not in names or getattr(seam_module(trainer), "F", None) is not F:
+        what = trainer.__name__.removesuffix("Trainer")
         raise RuntimeError(
             f"focalpo_plugins {version('focalpo_plugins')} does not know where trl "
-            f"{version('trl')} computes its DPO loss: it must call F.logsigmoid in "
-            "DPOTrainer._compute_loss, as trl 0.29 to 1.16 do. Install one of these."
+            f"{version('trl')} computes its {what} loss: it must call F.logsigmoid in "
+            f"{trainer.__name__}.{method}, as trl 0.29 to 1.16 do. Install one of these."
         )
 
 
@@ -77,45 +83,54 @@ def check_loss_types(types: Sequence[str], key: str = "loss_type") -> None:
         )
 
 
+def smoothing_of(types: Sequence[str], label_smoothing: float) -> list[float]:
+    """For each log-sigmoid that DPO's loss types call, the label smoothing that our loss sees to,
+    where TRL's own does not."""
+    return [label_smoothing if ours else 0.0 for loss_type in types for ours in _SEAM[loss_type]]
+
+
 @contextmanager
 def exchanged(
-    loss: BoundLoss, types: Sequence[str], label_smoothing: float
+    loss: BoundLoss, smoothing: Sequence[float | None], asked: str, trainer: type = DPOTrainer
 ) -> Iterator[list[Tensor]]:
-    """``loss`` in the place of TRL's, for one call of ``DPOTrainer._compute_loss``.
+    """``loss`` in the place of TRL's, for one call of the trainer's loss method.
 
     Args:
-        types: TRL's loss types.
-        label_smoothing: goes into our loss where TRL's own does not see to it.
+        smoothing: for each log-sigmoid that TRL is expected to call, the label smoothing that goes
+            into our loss; None where TRL multiplies what it calls for by 0, and its own stands.
+        asked: what that number follows from, for the message.
+        trainer: TRL's.
 
     Returns:
         The margins ``(B,)`` of each log-sigmoid that TRL called, once it has.
 
     Raises:
-        RuntimeError: TRL called another number of them than its loss types do.
+        RuntimeError: TRL called another number of them.
     """
-    smoothing = [label_smoothing if own else 0.0 for loss_type in types for own in _SEAM[loss_type]]
     margins: list[Tensor] = []
 
     def logsigmoid(z: Tensor) -> Tensor:
         margins.append(z)
         if len(margins) > len(smoothing):
             return z  # the count below stops the run
-        return -loss(z, smoothing[len(margins) - 1])
+        label_smoothing = smoothing[len(margins) - 1]
+        # 0 times a loss that is infinite, as another's may be there, would be NaN.
+        return F.logsigmoid(z) if label_smoothing is None else -loss(z, label_smoothing)
 
-    with _logsigmoid_replaced(seam_module(), logsigmoid):
+    with _logsigmoid_replaced(seam_module(trainer), logsigmoid):
         yield margins
     if len(margins) != len(smoothing):
         raise RuntimeError(
-            f"trl {version('trl')} called logsigmoid {len(margins)} times for loss_type "
-            f"{list(types)}, where focalpo_plugins {version('focalpo_plugins')} expects "
-            f"{len(smoothing)}: its loss has moved, and this step would not have trained "
-            f"{loss.name}. Use a trl release that the README lists."
+            f"trl {version('trl')} called logsigmoid {len(margins)} times for {asked}, where "
+            f"focalpo_plugins {version('focalpo_plugins')} expects {len(smoothing)}: its loss has "
+            f"moved, and this step would not have trained {loss.name}. Use a trl release that the "
+            "README lists."
         )
 
 
-def seam_module() -> ModuleType:
+def seam_module(trainer: type = DPOTrainer) -> ModuleType:
     """Where TRL's trainer looks up the name ``F``, ours for the length of its loss method."""
-    return sys.modules[DPOTrainer.__module__]
+    return sys.modules[trainer.__module__]
 
 
 #: Held by the one trainer whose loss method is running.

@@ -7,22 +7,21 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
-from torch import Tensor
 
 from ..backbone import SharedPrompts
 from .checks import check_shared_parts
 
 if TYPE_CHECKING:
     # What the mixin's super() is, in its place in the list of bases.
-    from trl import DPOTrainer as _Host
+    from transformers import Trainer as _Host
 else:
     _Host = object
 
 
 class SharedStepMixin(_Host):
-    """The part of :class:`~focalpo_plugins.trl.trainer.PairwiseLossMixin` that shares prompts."""
+    """The part of a TRL trainer of pairs that shares their prompts."""
 
-    ref_model: Any
+    ref_model: Any = None
     _shared_key: str | None = None  # what asked for shared prompts, for messages
 
     if TYPE_CHECKING:  # the mixin's own
@@ -43,6 +42,18 @@ class SharedStepMixin(_Host):
             check_shared_parts(built, self.args, self._sharing.key)
             self._attach(self._sharing)
 
+    def _ask_for_sharing(self, given: Mapping[str, Any], config: Any) -> None:
+        """Note whether a config asks for shared prompts, and refuse what they have no place for.
+
+        Args:
+            given: the trainer's arguments by name.
+            config: of them, TRL's own.
+        """
+        if self._shared_key is None and getattr(config, "focalpo_shared_prompts", False):
+            self._shared_key = "focalpo_shared_prompts"
+        if self._shared_key is not None:
+            check_shared_parts(given, config, self._shared_key)
+
     def _attach(self, sharing: SharedPrompts) -> None:
         for wrapper in (self.model, self.ref_model):
             if wrapper is not None:
@@ -50,13 +61,13 @@ class SharedStepMixin(_Host):
                 sharing.attach(model.base_model.model if is_peft_model(model) else model)
 
     @contextmanager
-    def _prompts_shared(self, inputs: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, policy and reference share the prompts of ``inputs``, where that is asked for."""
+    def _prompts_shared(self, pairs: int) -> Iterator[None]:
+        """Inside, policy and reference share the prompts of a batch, where that is asked for."""
         if self._sharing is None:
             yield
             return
         self._attach(self._sharing)  # a reference that was set aside may be back
-        with self._sharing.of(len(inputs["input_ids"]) // 2):
+        with self._sharing.of(pairs):
             yield
 
     def _tokens_of_step(self) -> tuple[int, int]:

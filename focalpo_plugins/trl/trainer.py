@@ -3,211 +3,87 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
-from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOTrainer
 
-from ..diagnostics import MARGINS, margin_sums, means
 from ..guards import pairs
-from ..guards.folders import check_folder
-from ..guards.margins import not_finite, stop
-from ..guards.messages import say
-from ..guards.resume import check_unchanged
 from ..guards.start import check_first_margins
-from ..registry import BoundLoss
-from .checks import check_arguments, check_fused_parts, check_shared_parts
+from .checks import check_arguments, check_data, check_fused_parts, given_to
 from .config import FocalPOConfig
 from .fused_step import FusedStepMixin
-from .record import Record, recorded
-from .seam import check_host, exchanged
-
-# What TRL's model card says of the method.
-_PAPER = {
-    "title": "FocalPO: Enhancing Preference Optimizing by Focusing on Correct Preference Rankings",
-    "id": "2501.06645",
-    "citation": """\
-@inproceedings{liu2025focalpo,
-    title = {{FocalPO: Enhancing Preference Optimizing by Focusing on Correct Preference Rankings}},
-    author = {Tong Liu and Xiao Yu and Wenxuan Zhou and Jindong Gu and Volker Tresp},
-    booktitle = {ACL (Short Papers)},
-    year = 2025
-}""",
-}
+from .pairwise import PairwiseBase
+from .seam import check_host, exchanged, smoothing_of
 
 
-class PairwiseLossMixin(FusedStepMixin):
+class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
     """A TRL DPO trainer's loss, exchanged.  Stands before the trainer in the list of bases, and
-    trains nothing before :meth:`set_loss` was called.
+    trains nothing before :meth:`set_loss` was called."""
 
-    Attributes:
-        pairwise_loss: the loss that is trained.
-    """
-
-    pairwise_loss: BoundLoss | None = None
-    _packages: Sequence[str] = ("trl", "torch")  # whose versions the start-up line names
-    _said_active = False
-    _allow_changed = False
-    _allow_data = False
     _train_data_seen = False
-    _marker: str | None = None  # a text that the host renders beside an answer
     # Whether a reference that was given is kept for data that `evaluate()` is given later on.
     _keeps_reference = True
     _kept_reference: Any = None
     _reference_freed = False
-    _written: Mapping[str, str] = {}  # TRL's arguments, where a config has other names for them
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_host()
-        # The trainers between this one and TRL's may take more by name, and nothing by position.
-        names = list(inspect.signature(DPOTrainer.__init__).parameters)[1:]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = given_to(DPOTrainer, args, kwargs)
         config = given.get("args")
         if config is not None:
             self._fused_key = check_arguments(config, self._fused_key)
             if self._fused_key is not None:
                 check_fused_parts(given, config, self._fused_key)
-            if self._shared_key is None and getattr(config, "focalpo_shared_prompts", False):
-                self._shared_key = "focalpo_shared_prompts"
-            if self._shared_key is not None:
-                check_shared_parts(given, config, self._shared_key)
+            self._ask_for_sharing(given, config)
         self._starts_as_reference = _same_weights(given.get("model"), given.get("ref_model"))
-        train_dataset = given.get("train_dataset")
-        if train_dataset is not None and next(iter(train_dataset), None) is None:
-            raise ValueError(
-                "train_dataset must hold a pair, got none: it was empty, or every pair of it was "
-                "dropped as too long. Look at the data, or raise Axolotl's sequence_len."
-            )
+        check_data(given)
         super().__init__(*args, **kwargs)
-        self._margin_sums: dict[str, Tensor] = {}
-        self._steps_recorded = 0
-        self._window: set[int] = set()  # the steps that the next log is of
         if self.precompute_ref_logps and self.ref_model is not None:
             self._set_reference_aside()
 
-    def set_loss(self, loss: BoundLoss) -> None:
-        """Train with ``loss`` from now on.
+    def _of_host(self) -> dict[str, Any]:
+        return {
+            "margin": "dpo",
+            "beta": self.beta,
+            "label_smoothing": self.label_smoothing,
+            "loss_type": list(self.loss_types),
+        }
 
-        Args:
-            loss: a registered loss, bound to its options.
-        """
-        self.pairwise_loss = loss
-        self._said_active = False
-        self.add_callback(Record(self._record_of_loss(loss)))
-        is_focalpo = loss.name == "focalpo"
-        self._name, self._paper = ("FocalPO", _PAPER) if is_focalpo else (loss.name, {})
-        self._tag_names: list[str] = [*self._tag_names, loss.name]
-        model: Any = self.model
-        model.add_model_tags([loss.name])
-
-    def _say_active(self) -> None:
-        """Say what is trained, once, on the main process; nothing refuses the run any more."""
-        if self.pairwise_loss is None or self._said_active:
-            return
-        self._said_active = True
-        if self.accelerator.is_main_process:
-            versions = " ".join(
-                f"{name}={version(name)}" for name in ("focalpo_plugins", *self._packages)
-            )
-            sharing = self._sharing
-            shared = "" if sharing is None else sharing.describe(self.accelerator.device)
-            say(
-                f"active. {self.pairwise_loss.describe()} beta={self.beta} "
-                f"{'path=fused ' if self._fused else ''}{shared}"
-                f"trainer={type(self).__name__} {versions}"
-            )
-
-    def _record_of_loss(self, loss: BoundLoss) -> dict[str, Any]:
-        return loss.record(
-            "_",
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
-            loss_type=list(self.loss_types),
-        )
-
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """TRL's own.
-
-        Raises:
-            ValueError: the checkpoint to resume from was trained with another loss, or checkpoints
-                can't be written where they are asked for.
-        """
-        self._all_together(lambda: self._check_before_training(resume_from_checkpoint))
-        self._say_active()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+    def _said_of_host(self) -> str:
+        return f"beta={self.beta} {'path=fused ' if self._fused else ''}"
 
     def _check_before_training(self, resume_from_checkpoint: str | bool | None) -> None:
-        if self.args.should_save and self.args.save_strategy != "no":
-            check_folder(Path(str(self.args.output_dir)), "output_dir")
-        folder = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(str(self.args.output_dir))
-        if folder:
+        if resume_from_checkpoint:
             self._starts_as_reference = False
-        if self.pairwise_loss is None or self._allow_changed or not folder:
-            return
-        if Path(folder).is_dir():  # else the host says so itself
-            asked = self._record_of_loss(self.pairwise_loss)
-            allow = "focalpo_allow_changed: true"
-            check_unchanged(recorded(Path(folder)), asked, str(folder), allow, self._written)
-
-    def _all_together(self, check: Callable[[], None]) -> None:
-        """Run ``check`` on every rank, and raise on all where it raises on one.
-
-        A rank that ended alone would leave the others waiting for it.
-
-        Raises:
-            ValueError: what the first rank that found something found.
-        """
-        problem = ""
-        try:
-            check()
-        except ValueError as error:
-            problem = str(error)
-        for found in gather_object([problem]):
-            if found:
-                raise ValueError(found)
+        super()._check_before_training(resume_from_checkpoint)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        if self.pairwise_loss is None:
-            raise RuntimeError(
-                f"{type(self).__name__} has no pairwise loss yet, and would train DPO: call "
-                "set_loss() before training."
-            )
+        self._loss_now()  # there has to be one
         if self._fused:
             if return_outputs:
                 raise RuntimeError(
                     f"{self._fused_key} has no outputs to return, as predict() asks for: the "
                     f"logits are never there as a whole. Set {self._fused_key} to false."
                 )
-            with self._prompts_shared(inputs):
+            with self._prompts_shared(len(inputs["input_ids"]) // 2):
                 return self._fused_step(model, inputs)
         recorded = self._steps_recorded
-        with self._prompts_shared(inputs):
+        with self._prompts_shared(len(inputs["input_ids"]) // 2):
             result = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
-        if self._steps_recorded != recorded + 1:
-            raise RuntimeError(
-                f"trl {version('trl')} computed the loss in a way that focalpo_plugins "
-                f"{version('focalpo_plugins')} does not know, and this step would not have trained "
-                f"{self.pairwise_loss.name}. Use a trl release that the README lists."
-            )
+        self._check_step(recorded)
         return result
 
     def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss = self.pairwise_loss
-        assert loss is not None  # compute_loss
-        with exchanged(loss, self.loss_types, self.label_smoothing) as margins:
+        smoothing = smoothing_of(self.loss_types, self.label_smoothing)
+        asked = f"loss_type {list(self.loss_types)}"
+        with exchanged(self._loss_now(), smoothing, asked) as margins:
             result = super()._compute_loss(*args, **kwargs)
         self._record(margins[0])
         return result
@@ -294,53 +170,11 @@ class PairwiseLossMixin(FusedStepMixin):
         with self._reference_back() if back else nullcontext():
             return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
-        """The host's own; the diagnostics of its pairs join its metrics, under its own prefix.
-
-        So each named evaluation set has its own, and so has ``predict()``.
-        """
-        self._say_active()
-        self._margin_sums.pop("eval", None)  # of a loop that was interrupted
-        output: Any = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        sums = self._margin_sums.pop("eval", None)
-        if sums is not None and self.pairwise_loss is not None:
-            for name, value in means(sums, self.pairwise_loss).items():
-                output.metrics[f"{metric_key_prefix}_{name}"] = value
-        return output
-
     def _record(self, margins: Tensor) -> None:
-        """Add the margins ``(B,)`` of this rank's pairs, and those of the others, to what is logged
-        next: in training of every row that is trained, in evaluation of each pair once."""
-        loss, mode, margins = self.pairwise_loss, self._mode(), margins.detach()
-        assert loss is not None
-        if mode == "train":
-            # Not gather_for_metrics: transformers fetches all batches of an update ahead, and in
-            # the last update of an epoch each would be cut to what is left of the last one.
-            tokens = self._tokens_of_step()
-            self._window.add(self.state.global_step)
-            sums = self.accelerator.reduce(margin_sums(margins, loss, tokens), "sum")
-        else:
-            # It drops the rows that the sampler repeats so that the last batches are even.
-            sums = margin_sums(self.accelerator.gather_for_metrics(margins), loss)
-        if not sums[MARGINS].isfinite().all():
-            when = "step" if mode == "train" else "evaluation before step"
-            found = gather_object([not_finite(margins, self.accelerator.process_index)])
-            where = [words for words in found if words]
-            stop(loss.name, f"{when} {self.state.global_step + 1}", where)
-        if mode == "train" and self._starts_as_reference:
+        super()._record(margins)
+        if self._starts_as_reference and self._mode() == "train":
             self._starts_as_reference = False
-            self._check_first(margins)
-        self._margin_sums[mode] = self._margin_sums.get(mode, 0) + sums
-        self._steps_recorded += 1
+            self._check_first(margins.detach())
 
     def _check_first(self, margins: Tensor) -> None:
         largest = self.accelerator.gather(margins.abs().max()).max().item()
@@ -349,18 +183,6 @@ class PairwiseLossMixin(FusedStepMixin):
             narrow = any(weight.dtype.itemsize < 4 for weight in model.parameters())
             narrow = narrow or self.accelerator.mixed_precision != "no"
             check_first_margins(largest, self.beta, narrow)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        sums = self._margin_sums.pop("train", None) if self._mode() == "train" else None
-        if sums is not None and self.pairwise_loss is not None:
-            logs.update(means(sums, self.pairwise_loss, len(self._window)))
-            self._window.clear()
-        super().log(logs, *args, **kwargs)
-
-    def _mode(self) -> str:
-        # As TRL tells the two apart for its own metrics.
-        model: Any = self.model
-        return "train" if model.training else "eval"
 
 
 class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):

@@ -29,6 +29,12 @@ class Slow:
         assert self.go.wait(60)
         return self.loss(*args)
 
+    def at(self, progress):
+        return self
+
+    def moving(self):
+        return {}
+
 
 def test_a_plain_trainer_in_another_thread(tokenizer, tmp_path):
     """Its loss is its own while ours is exchanged, and after."""

@@ -25,13 +25,17 @@ def print_text(
     star = plan.reversal()
     described = f"{plan.host_loss} (the host's own)"
     if plan.loss is not None:
-        options = (
-            f"{key}={value}" for key, value in plan.loss.options.items() if value is not False
-        )
+        options = (f"{key}={value}" for key, value in plan.loss.said().items())
         described = " ".join([plan.loss.name, *options])
     line("loss", f"{described}, beta={plan.beta:g}, label smoothing {plan.label_smoothing:g}")
-    line("", f"predicted first loss {plan.first_loss():.4f} (DPO: 0.6931)")
-    if star > -math.inf:
+    first = plan.first_loss()
+    if first is None:
+        line("", f"of the margin of {plan.margin}, which has no reference: the first loss is open")
+    else:
+        line("", f"predicted first loss {first:.4f} (DPO: 0.6931)")
+    if star > -math.inf and first is None:
+        line("", f"z* = {star:.2f}: pairs with a lower margin are pushed further the wrong way")
+    elif star > -math.inf:
         line(
             "",
             f"z* = {star:.2f}: pairs whose log-ratios differ by more than {-star / plan.beta:.4g} "
@@ -175,6 +179,7 @@ def as_json(
         "notes": plan.notes,
         "loss": plan.host_loss if plan.loss is None else plan.loss.name,
         "options": {} if plan.loss is None else dict(plan.loss.options),
+        "margin": plan.margin,
         "beta": plan.beta,
         "label_smoothing": plan.label_smoothing,
         "z_star": star if star > -math.inf else None,

@@ -28,7 +28,8 @@ def warnings(plan: Plan, counts: Counts) -> list[str]:
             "fp16: summed log-probabilities and their gradients leave its range easily. Use bf16."
         )
     star = plan.reversal()
-    if star > -math.inf and (-star / plan.beta < _FEW_NATS or -star < _NEAR_MARGIN):
+    nats = plan.margin == "dpo"  # what z*/beta is in
+    if nats and star > -math.inf and (-star / plan.beta < _FEW_NATS or -star < _NEAR_MARGIN):
         found.append(
             f"beta {plan.beta:g} is large for this gamma: z* = {star:.2f} is reached where the "
             f"log-ratios differ by {-star / plan.beta:.3g} nats, which many pairs could pass; from "

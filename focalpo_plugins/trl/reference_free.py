@@ -1,0 +1,249 @@
+"""TRL's trainers without a reference, with another pairwise loss of their margin.
+
+The only change with respect to ``CPOTrainer`` and ``ORPOTrainer`` is the loss of the margin ``z``,
+which is TRL's own:
+
+==========  ===============================================================  ==================
+margin      ``z``                                                            in TRL
+==========  ===============================================================  ==================
+``cpo``     ``beta * (logp_chosen - logp_rejected)``, of sums over tokens    ``loss_type="sigmoid"``
+``simpo``   the same of means over tokens, less ``simpo_gamma``              ``loss_type="simpo"``
+``orpo``    log odds ratio of the means over tokens                          ``ORPOTrainer``
+==========  ===============================================================  ==================
+
+What TRL adds to it, as ``cpo_alpha`` times the chosen answer's negative log-likelihood, stays as it
+is.  The paper leaves this open (arXiv 2501.06645, "Future Work"): nothing here is a result of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from datasets import Dataset
+from torch import Tensor
+
+from ..guards import pairs
+from ..loss import check_beta, check_label_smoothing
+from .checks import check_data, check_parallelism, given_to
+from .config import PairwiseFields
+from .pairwise import PairwiseBase
+from .seam import check_host, exchanged
+from .shared_step import SharedStepMixin
+
+with warnings.catch_warnings():
+    # That this part of TRL may change: check_host looks at what is there.
+    warnings.simplefilter("ignore")
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+#: Of CPO's loss types, the margins that they are.
+MARGIN_OF = {"sigmoid": "cpo", "simpo": "simpo"}
+_IGNORED = -100
+
+
+class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
+    """What the trainers of both share."""
+
+    _trainer: ClassVar[type]  # TRL's
+    _method: ClassVar[str]  # of it, the one that computes the loss of the margin
+
+    if TYPE_CHECKING:
+        beta: float
+
+        def _check_config(self, config: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_host(self._trainer, self._method)
+        given = given_to(self._trainer, args, kwargs)
+        config = given.get("args")
+        if config is not None:
+            check_beta(config.beta)
+            check_parallelism(config)
+            self._check_config(config)
+            self._ask_for_sharing(given, config)
+        check_data(given)
+        super().__init__(*args, **kwargs)
+        for evaluation, dataset in enumerate((self.train_dataset, self.eval_dataset)):
+            sets = dataset.values() if isinstance(dataset, dict) else [dataset]
+            for each in sets:
+                if each is not None:
+                    self._check_pairs(each, bool(evaluation))
+
+    def _check_pairs(self, dataset: Any, evaluation: bool) -> None:
+        """Refuse token ids that nothing can be learnt from; on each rank, of the same rows."""
+        pairs.check(
+            _answers(dataset),
+            self.processing_class,
+            key="max_length",
+            limit=self.args.max_length,  # type: ignore[attr-defined]
+            marker=self._marker,
+            allow="focalpo_allow_data: true",
+            allowed=self._allow_data,
+            say=self.args.process_index == 0,
+            evaluation=evaluation,
+        )
+
+    def _exchanged_loss(
+        self, smoothing: Sequence[float | None], asked: str, logps: Sequence[Any]
+    ) -> Any:
+        with exchanged(self._loss_now(), smoothing, asked, self._trainer) as margins:
+            result = getattr(super(), self._method)(*logps)
+        self._record(margins[0])
+        return result
+
+    def get_batch_loss_metrics(self, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        self._loss_now()  # there has to be one
+        recorded = self._steps_recorded
+        host: Any = super()
+        with self._prompts_shared(len(batch["chosen_labels"])):
+            result = host.get_batch_loss_metrics(model, batch, *args, **kwargs)
+        self._check_step(recorded)
+        return result
+
+
+class CPOLossMixin(ReferenceFreeMixin):
+    """A TRL CPO trainer's loss, exchanged.  Stands before the trainer in the list of bases."""
+
+    _trainer, _method = CPOTrainer, "cpo_loss"
+
+    if TYPE_CHECKING:
+        loss_type: str
+        label_smoothing: float
+        cpo_alpha: float
+        simpo_gamma: float
+        alpha: float
+
+    def _check_config(self, config: Any) -> None:
+        if config.loss_type not in MARGIN_OF:
+            raise ValueError(
+                f"loss_type must be one of {', '.join(MARGIN_OF)}, got {config.loss_type!r}: it "
+                "has no log-sigmoid of the margin, which the loss could take the place of."
+            )
+        check_label_smoothing(config.label_smoothing)
+
+    def _of_host(self) -> dict[str, Any]:
+        of_simpo = {"simpo_gamma": self.simpo_gamma} if self.loss_type == "simpo" else {}
+        return {
+            "margin": MARGIN_OF[self.loss_type],
+            "beta": self.beta,
+            **of_simpo,
+            "cpo_alpha": self.cpo_alpha,
+            "label_smoothing": self.label_smoothing,
+            "alpha": self.alpha,
+        }
+
+    def _said_of_host(self) -> str:
+        said = {name: value for name, value in self._of_host().items() if name != "alpha" or value}
+        return "".join(f"{name}={value} " for name, value in said.items())
+
+    def cpo_loss(self, *logps: Tensor) -> Any:
+        """TRL's own, which calls for a log-sigmoid of ``z`` and for one of ``-z``, and multiplies
+        the second by the label smoothing even where that is 0."""
+        smoothing = [0.0, 0.0 if self.label_smoothing else None]
+        return self._exchanged_loss(smoothing, f"loss_type {self.loss_type!r}", logps)
+
+
+class ORPOLossMixin(ReferenceFreeMixin):
+    """A TRL ORPO trainer's loss, exchanged.  Stands before the trainer in the list of bases."""
+
+    _trainer, _method = ORPOTrainer, "odds_ratio_loss"
+
+    def _check_config(self, config: Any) -> None:
+        pass
+
+    def _of_host(self) -> dict[str, Any]:
+        return {"margin": "orpo", "beta": self.beta}
+
+    def _said_of_host(self) -> str:
+        return f"margin=orpo beta={self.beta} "
+
+    def odds_ratio_loss(self, *logps: Tensor) -> Any:
+        """TRL's own, which calls for one log-sigmoid, of the log odds ratio."""
+        return self._exchanged_loss([0.0], "ORPO", logps)
+
+
+@dataclass
+class FocalCPOConfig(PairwiseFields, CPOConfig):
+    """TRL's ``CPOConfig`` with FocalPO's knobs, those of
+    :class:`~focalpo_plugins.trl.config.PairwiseFields`.
+
+    ``loss_type`` says which margin the loss is of: ``sigmoid`` CPO's, ``simpo`` SimPO's.
+    """
+
+
+@dataclass
+class FocalORPOConfig(PairwiseFields, ORPOConfig):
+    """TRL's ``ORPOConfig`` with FocalPO's knobs, those of
+    :class:`~focalpo_plugins.trl.config.PairwiseFields`."""
+
+
+class FocalCPOTrainer(CPOLossMixin, CPOTrainer):
+    """TRL's ``CPOTrainer`` with FocalPO's loss of CPO's or SimPO's margin; takes a
+    :class:`FocalCPOConfig` as ``args``.
+
+    Raises:
+        TypeError: ``args`` is a plain ``CPOConfig``, which has no gamma.
+        ValueError: the config asks for something that the loss can't be composed with.
+        RuntimeError: the installed TRL computes its loss elsewhere.
+    """
+
+    def __init__(self, model: Any = None, args: Any = None, *more: Any, **kwargs: Any) -> None:
+        _check_args(args, FocalCPOConfig)
+        self._allow_data = args.focalpo_allow_data
+        super().__init__(model, args, *more, **kwargs)
+        self._allow_changed = args.focalpo_allow_changed
+        self.set_loss(args.pairwise_loss())
+
+    __init__.__signature__ = inspect.signature(CPOTrainer.__init__)  # type: ignore[attr-defined]
+
+
+class FocalORPOTrainer(ORPOLossMixin, ORPOTrainer):
+    """TRL's ``ORPOTrainer`` with FocalPO's loss of the log odds ratio; takes a
+    :class:`FocalORPOConfig` as ``args``.
+
+    Raises:
+        TypeError: ``args`` is a plain ``ORPOConfig``, which has no gamma.
+        ValueError: the config asks for something that the loss can't be composed with.
+        RuntimeError: the installed TRL computes its loss elsewhere.
+    """
+
+    def __init__(self, model: Any = None, args: Any = None, *more: Any, **kwargs: Any) -> None:
+        _check_args(args, FocalORPOConfig)
+        self._allow_data = args.focalpo_allow_data
+        super().__init__(model, args, *more, **kwargs)
+        self._allow_changed = args.focalpo_allow_changed
+        self.set_loss(args.pairwise_loss())
+
+    __init__.__signature__ = inspect.signature(ORPOTrainer.__init__)  # type: ignore[attr-defined]
+
+
+def _check_args(args: Any, needed: type) -> None:
+    if not isinstance(args, needed):
+        raise TypeError(
+            f"args must be a {needed.__name__}, got {type(args).__name__}: {needed.__name__} takes "
+            "the same arguments, and those that begin with focalpo_ besides."
+        )
+
+
+def _answers(dataset: Any) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
+    """Row, and token ids of prompt, chosen and rejected answer, of what TRL has tokenized."""
+    names = [
+        f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "labels")
+    ]
+    if isinstance(dataset, Dataset):
+        rows = pairs.places(len(dataset))
+        found = dataset.select_columns(names).select(rows)
+    else:
+        rows, found = range(pairs.FIRST), dataset.take(pairs.FIRST)
+    for row, pair in zip(rows, found, strict=False):
+        chosen, chosen_labels, rejected, rejected_labels = map(pair.get, names)
+        start = next((i for i, label in enumerate(chosen_labels) if label != _IGNORED), len(chosen))
+        answers = (
+            [token for token, label in zip(*side, strict=True) if label != _IGNORED]
+            for side in ((chosen, chosen_labels), (rejected, rejected_labels))
+        )
+        yield row, chosen[:start], *answers

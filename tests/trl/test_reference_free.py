@@ -1,0 +1,323 @@
+"""FocalPO on margins without a reference: CPO's, SimPO's and ORPO's, as TRL computes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_trl
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tiny_trl import GAMMA, PAIRS
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+from focalpo_plugins import (
+    FocalCPOConfig,
+    FocalCPOTrainer,
+    FocalORPOConfig,
+    FocalORPOTrainer,
+)
+from focalpo_plugins.registry import get_loss
+from focalpo_plugins.trl.reference_free import CPOLossMixin
+
+CONFIGS = {
+    CPOTrainer: CPOConfig,
+    ORPOTrainer: ORPOConfig,
+    FocalCPOTrainer: FocalCPOConfig,
+    FocalORPOTrainer: FocalORPOConfig,
+}
+SIMPO = {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.7, "cpo_alpha": 0.0}
+# Of each margin TRL's trainer, ours, and arguments.
+MARGINS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "cpo": (CPOTrainer, FocalCPOTrainer, {"beta": 0.3}),
+    "simpo": (CPOTrainer, FocalCPOTrainer, SIMPO),
+    "simpo, smoothed, with its SFT term": (
+        CPOTrainer,
+        FocalCPOTrainer,
+        {**SIMPO, "label_smoothing": 0.1, "cpo_alpha": 0.5},
+    ),
+    "AlphaPO": (CPOTrainer, FocalCPOTrainer, {**SIMPO, "alpha": 0.2}),
+    "orpo": (ORPOTrainer, FocalORPOTrainer, {"beta": 0.3}),
+}
+
+
+def trainer(cls: type, folder: Path, *, pairs: Any = None, held_out: Any = None, **arguments: Any):
+    arguments = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "max_length": 64,
+        **arguments,
+    }
+    peft_config = arguments.pop("peft_config", None)
+    config = next(CONFIGS[base] for base in cls.__mro__ if base in CONFIGS)
+    return cls(
+        tiny_trl.model(0),
+        args=config(str(folder), **arguments),
+        processing_class=tiny_trl.tokenizer(),
+        train_dataset=Dataset.from_list(PAIRS if pairs is None else pairs),
+        eval_dataset=None if held_out is None else Dataset.from_list(held_out),
+        peft_config=peft_config,
+    )
+
+
+def logged(host: Any, *names: str) -> list[list[float]]:
+    return [[entry[name] for name in names] for entry in host.state.log_history if "loss" in entry]
+
+
+def losses(host: Any) -> list[list[float]]:
+    return logged(host, "loss", "grad_norm")
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize("margin", MARGINS)
+def test_gamma_zero_is_the_hosts_own_to_the_last_bit(margin: str, tmp_path: Path):
+    theirs, ours, arguments = MARGINS[margin]
+    found = []
+    for cls, more in ((theirs, {}), (ours, {"focalpo_gamma": 0.0})):
+        host = trainer(cls, tmp_path, held_out=PAIRS[:5], **arguments, **more)
+        host.train()
+        found.append((losses(host), host.evaluate()["eval_loss"]))
+    assert found[0] == found[1]
+    assert len(found[0][0]) == 3
+
+
+def margins_and_nll(host: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The margins ``(B,)`` as their papers write them, and the chosen answers' mean negative
+    log-likelihood, in float64 from the logits on."""
+    sums, counts, nll = [], [], []
+    for side in ("chosen", "rejected"):
+        ids, labels = batch[f"{side}_input_ids"], batch[f"{side}_labels"]
+        with torch.no_grad():
+            logits = host.model(ids, attention_mask=batch[f"{side}_attention_mask"]).logits
+        found = logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        trained = labels[:, 1:] != -100
+        sums.append((found * trained).sum(1))
+        counts.append(trained.sum(1))
+        if side == "chosen":
+            real = batch["chosen_attention_mask"][:, 1:].bool()
+            nll = [-found[trained].mean(), -found[real].mean()]
+    means = [total / count for total, count in zip(sums, counts, strict=True)]
+    if isinstance(host, ORPOTrainer):
+        odds = [mean - torch.log1p(-mean.exp()) for mean in means]
+        return odds[0] - odds[1], nll[1]  # of prompt and answer
+    if host.loss_type == "simpo":
+        return host.beta * (means[0] - means[1]) - host.simpo_gamma, nll[0]
+    return host.beta * (sums[0] - sums[1]), nll[0]
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize("margin", ["cpo", "simpo", "orpo"])
+def test_the_loss_is_the_papers_of_that_margin(margin: str, tmp_path: Path):
+    """``-p**gamma log p`` with p = sigmoid(z); CPO adds its SFT term once, ORPO is its own plus
+    beta times ours."""
+    _, ours, arguments = MARGINS[margin]
+    host = trainer(ours, tmp_path, focalpo_gamma=GAMMA, **arguments)
+    batch = next(iter(host.get_train_dataloader()))
+    z, nll = margins_and_nll(host, batch)
+    log_p = -torch.log1p(torch.exp(-z))
+    loss = (-(log_p * GAMMA).exp() * log_p).mean()
+    expected = {"cpo": loss + nll, "simpo": loss, "orpo": nll + 0.3 * loss}[margin]
+    found = host.compute_loss(host.model, batch)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    # What is logged is of the same margins.
+    host.log(logs := {"loss": 0.0})
+    assert logs["focalpo/p"] == pytest.approx(z.sigmoid().mean().item(), rel=1e-5)
+    assert z.abs().min() > 1e-3
+
+
+def test_the_second_log_sigmoid_counts_only_where_it_is_multiplied(tmp_path, add_loss):
+    """TRL calls for -z even without smoothing, and multiplies by 0: an infinite loss would make the
+    product NaN."""
+    seen = []
+
+    def once(margins):
+        seen.append(margins.detach())
+        return margins.square() if len(seen) % 2 else margins.square() / 0
+
+    add_loss("once", once)
+    host = trainer(FocalCPOTrainer, tmp_path, **SIMPO, focalpo_pairwise_loss="once")
+    batch = next(iter(host.get_train_dataloader()))
+    seen.clear()
+    assert host.compute_loss(host.model, batch).isfinite()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("margin", ["cpo", "simpo", "orpo"])
+def test_each_pair_is_counted_once(margin: str, tmp_path: Path):
+    """11 pairs, 4 a batch, 3 accumulated: 4 + 4 + 3, and 5 held out by 3."""
+    _, ours, arguments = MARGINS[margin]
+    pairs = [PAIRS[i % 8] for i in range(11)]
+    host = trainer(
+        ours, tmp_path, pairs=pairs, held_out=PAIRS[:5], **arguments, max_steps=1,
+        gradient_accumulation_steps=3, per_device_eval_batch_size=3,
+    )  # fmt: skip
+    seen: dict[str, list[float]] = {"train": [], "eval": []}
+    record = host._record
+
+    def watched(margins: torch.Tensor) -> None:
+        record(margins)
+        seen[host._mode()].append(host._margin_sums[host._mode()][0].item())
+
+    host._record = watched
+    host.train()
+    host.evaluate()
+    assert seen == {"train": [4, 8, 11], "eval": [3, 5]}
+
+
+@pytest.mark.parametrize("margin", ["simpo", "orpo"])
+def test_a_margin_that_is_not_finite_stops_before_the_weights_change(margin: str, tmp_path: Path):
+    _, ours, arguments = MARGINS[margin]
+    host = trainer(ours, tmp_path, **arguments)
+    with torch.no_grad():
+        host.model.lm_head.weight[7] = torch.nan
+    before = [weight.clone() for weight in host.model.parameters()]
+    with pytest.raises(FloatingPointError, match="focalpo: reward margins are not finite, step 1"):
+        host.train()
+    after = list(host.model.parameters())
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True)
+    )
+
+
+@pytest.mark.parametrize("margin", ["cpo", "simpo", "orpo"])
+def test_shared_prompts(margin: str, tmp_path: Path):
+    _, ours, arguments = MARGINS[margin]
+    found = []
+    for shared in (False, True):
+        host = trainer(ours, tmp_path, **arguments, focalpo_shared_prompts=shared)
+        host.train()
+        found.append(losses(host))
+    for plain, own in zip(*found, strict=True):
+        assert own == pytest.approx(plain, rel=2e-5)
+    saved = [saved for (saved,) in logged(host, "focalpo/tokens_saved")]
+    assert all(0 < share < 1 for share in saved)
+
+
+def test_an_adapter(tmp_path: Path):
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=True, lora_dropout=0.0)
+    found = []
+    for cls, more in ((CPOTrainer, {}), (FocalCPOTrainer, {"focalpo_gamma": 0.0})):
+        torch.manual_seed(0)
+        host = trainer(cls, tmp_path, **SIMPO, **more, peft_config=lora)
+        host.train()
+        found.append(losses(host))
+    assert found[0] == found[1]
+
+
+class Twice(CPOTrainer):
+    """A TRL that has moved its loss."""
+
+    def cpo_loss(self, *logps):
+        super().cpo_loss(*logps)
+        return super().cpo_loss(*logps)
+
+
+class Around(CPOTrainer):
+    """A TRL that no longer calls the method."""
+
+    def get_batch_loss_metrics(self, model, batch, train_eval="train"):
+        return torch.zeros((), requires_grad=True), {}
+
+
+@pytest.mark.parametrize(
+    "host, message",
+    [
+        (
+            Twice,
+            "called logsigmoid 4 times for loss_type 'simpo', where focalpo_plugins .* expects 2",
+        ),
+        (Around, "computed the loss in a way that focalpo_plugins .* does not know"),
+    ],
+)
+def test_a_trl_that_has_moved_its_loss_is_stopped(host: type, message: str, tmp_path: Path):
+    class Ours(CPOLossMixin, host):
+        pass
+
+    built = trainer(Ours, tmp_path, **SIMPO)
+    built.set_loss(get_loss("focalpo").bind())
+    with pytest.raises(RuntimeError, match=message):
+        built.train()
+
+
+def test_no_loss_yet(tmp_path: Path):
+    class Ours(CPOLossMixin, CPOTrainer):
+        pass
+
+    with pytest.raises(RuntimeError, match=r"has no pairwise loss yet.*call set_loss\(\)"):
+        trainer(Ours, tmp_path, **SIMPO).train()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            {"loss_type": "hinge"},
+            "^loss_type must be one of sigmoid, simpo, got 'hinge': it has no",
+        ),
+        ({"loss_type": "ipo"}, "^loss_type must be one of sigmoid, simpo, got 'ipo'"),
+        ({"beta": -1.0}, "^beta must be a finite number above 0, got -1.0"),
+        ({"label_smoothing": 0.5}, "^label_smoothing must be at least 0 and below 0.5, got 0.5"),
+        ({"focalpo_gamma": 2.0}, "^focalpo_gamma must be below 1/ln 2"),
+        ({"focalpo_gamma_end": -1.0}, "^focalpo_gamma_end must be a finite number of at least 0"),
+    ],
+)
+def test_refused(arguments: dict[str, Any], message: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=message):
+        trainer(FocalCPOTrainer, tmp_path, **{**SIMPO, **arguments})
+
+
+@pytest.mark.parametrize(
+    "cls, config, needed",
+    [
+        (FocalCPOTrainer, CPOConfig, "FocalCPOConfig"),
+        (FocalORPOTrainer, ORPOConfig, "FocalORPOConfig"),
+    ],
+)
+def test_a_plain_config_has_no_gamma(cls: type, config: type, needed: str, tmp_path: Path):
+    args = config(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(TypeError, match=f"^args must be a {needed}, got {config.__name__}"):
+        cls(tiny_trl.model(0), args=args)
+
+
+def test_data_that_nothing_can_be_learnt_from(tmp_path: Path):
+    alike = [{**pair, "rejected": pair["chosen"]} for pair in PAIRS]
+    with pytest.raises(ValueError, match="8 of 8 pairs have a chosen answer equal to the rejected"):
+        trainer(FocalORPOTrainer, tmp_path, pairs=alike)
+    with pytest.raises(ValueError, match="train_dataset must hold a pair, got none"):
+        trainer(FocalORPOTrainer, tmp_path, pairs=[])
+
+
+def test_the_start_up_line_names_the_margin(tmp_path: Path, capsys):
+    host = trainer(FocalCPOTrainer, tmp_path, **SIMPO)
+    host.train()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "active" in line]
+    assert "margin=simpo beta=2.0 simpo_gamma=0.7 cpo_alpha=0.0 label_smoothing=0.0" in line
+    assert "first step" not in line
+
+
+def test_a_checkpoint_of_another_margin_is_refused(tmp_path: Path):
+    host = trainer(FocalCPOTrainer, tmp_path, **SIMPO, save_strategy="steps", save_steps=1)
+    host.train()
+    state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+    record = state["stateful_callbacks"]["_Record"]["args"]["record"]
+    assert record["margin"] == "simpo"
+    assert record["simpo_gamma"] == 0.7
+    for changed, message in (
+        ({"loss_type": "sigmoid"}, "focalpo_margin was 'simpo', got 'cpo'"),
+        ({"simpo_gamma": 0.1}, "simpo_gamma was 0.7, got 0.1"),
+        ({"cpo_alpha": 1.0}, "cpo_alpha was 0.0, got 1.0"),
+    ):
+        other = trainer(FocalCPOTrainer, tmp_path, **{**SIMPO, **changed})
+        with pytest.raises(ValueError, match=message):
+            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
