@@ -74,12 +74,12 @@ class PairwiseDPOLoss(nn.Module):
             The mean loss ``()``, the chosen rewards ``(B,)`` and the rejected rewards ``(B,)``,
             the rewards detached.
         """
+        pairwise_loss = self.pairwise_loss.at(self.progress())  # before the batch is recorded
         policy_logratios = policy_chosen_logps - policy_rejected_logps
         reference_logratios = reference_chosen_logps - reference_rejected_logps
         logratios = policy_logratios - reference_logratios
         if self.record is not None:
             self.record(self.beta * logratios)
-        pairwise_loss = self.pairwise_loss.at(self.progress())
         # Beta multiplies each of the two gradients, before they are added, as in ``DPOLoss``: at
         # gamma 0 the last bit is the same.
         loss = label_smoothed(

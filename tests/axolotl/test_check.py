@@ -143,6 +143,19 @@ def answers(
         "steps of two ranks": ["--json", "--gpus", "2", config(**EPOCHS)],
         "traps": ["--strict", config(base_model=str(doubling), rl_beta=1.0, fp16=True)],
         "fused": ["--json", config(focalpo_fused=True, micro_batch_size=4096)],
+        "simpo": ["--json", config(focalpo_margin="simpo", rl_beta=2.0, simpo_gamma=0.5)],
+        "simpo, as text": [config(focalpo_margin="simpo", rl_beta=2.0, simpo_gamma=0.5)],
+        "simpo, cut by TRL": [
+            "--json",
+            config(
+                focalpo_margin="simpo",
+                rl_beta=2.0,
+                simpo_gamma=0.5,
+                sequence_len=40,
+                skip_prepare_dataset=True,
+            ),
+        ],
+        "moving": [config(focalpo_gamma=0.5, focalpo_gamma_end=0.0)],
         "fused, capped": [config(base_model=str(capped), focalpo_fused=True)],
         "unknown key": [config(focalpo_gama=0.1)],
         "gamma": [config(focalpo_gamma=1.5)],
@@ -407,10 +420,46 @@ def test_what_check_warns_of_in_the_tokens(prompt, chosen, rejected, cut, said):
     loss = get_loss("focalpo").bind()
     plan = SimpleNamespace(
         loss=loss, reversal=loss.reversal, warnings=[], beta=0.01, precision="bf16", tokenizer=Words(),
-        rows=1, kept=1, pairs=[Pair(*sides, truncated=cut)], max_length=2,
+        rows=1, kept=1, pairs=[Pair(*sides, truncated=cut)], max_length=2, margin="dpo",
     )  # fmt: skip
     counts, _ = count(plan, 0)
     found = warnings(plan, counts)
     assert len(found) == len(said)
     for warning, beginning in zip(found, said, strict=True):
         assert warning.startswith(beginning)
+
+
+@shares_answers
+def test_a_margin_without_a_reference(answers: dict[str, Answer], tiny: Path, data: Path):
+    """The same pairs, in the tokens that TRL's other trainer makes of them; of the margin's z* = -20
+    nothing follows in nats of log-ratios, and no first loss.
+
+    That trainer cuts where the prompt and the longer answer pass the limit, and leaves either answer
+    the limit less the longer answer's length."""
+    plain, simpo = (json.loads(answers[name][1]) for name in ("plain", "simpo"))
+    assert simpo["pair"]["chosen"]["ids"] == plain["pair"]["chosen"]["ids"]
+    assert simpo["pair"]["rejected"]["trained"] == plain["pair"]["rejected"]["trained"]
+    assert simpo["counts"] == plain["counts"]
+    assert (simpo["margin"], simpo["first_loss"]) == ("simpo", None)
+    assert plain["margin"] == "dpo"
+    memory = simpo["memory_bytes"]
+    assert (memory["reference"], memory["reference_before"]) == (0, memory["weights"])
+    text = answers["simpo, as text"][1]
+    assert "of the margin of simpo, which has no reference: the first loss is open" in text
+    assert "z* = -20.00: pairs with a lower margin are pushed further the wrong way" in text
+    cut = json.loads(answers["simpo, cut by TRL"][1])
+    expected = 1  # the empty answer, for which Axolotl takes a turn of the template
+    for sides in ByHand(tiny, data).pairs:
+        longer = max(len(answer) for _, answer in sides.values())
+        if len(sides["chosen"][1]) == 1:
+            continue
+        expected += len(sides["chosen"][0]) + longer > 40 and 40 - longer < longer
+    assert cut["counts"]["truncated"] == expected > 0
+
+
+@shares_answers
+def test_a_gamma_that_moves(answers: dict[str, Answer]):
+    text = answers["moving"][1]
+    assert "focalpo gamma=0.5 gamma_end=0.0 variant=correct, beta=0.1" in text
+    assert "predicted first loss 0.4901 (DPO: 0.6931)" in text  # 2^-.5 ln 2
+    assert "z* = -1.85" in text

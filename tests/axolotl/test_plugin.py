@@ -238,6 +238,66 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "focalpo_shared_prompts belongs to rl: focalpo, got True under rl: dpo. Set rl: focalpo, or",
     ),
+    "margin misspelt": (
+        {"focalpo_margin": "simp"},
+        "focalpo_margin must be one of dpo, simpo, cpo, orpo, got 'simp'; did you mean 'simpo'?",
+    ),
+    "margin under dpo": (
+        {"rl": "dpo", "focalpo_gamma": None, "focalpo_variant": None, "focalpo_margin": "simpo"},
+        "focalpo_margin belongs to rl: focalpo, got 'simpo' under rl: dpo",
+    ),
+    "simpo without its target": (
+        {"focalpo_margin": "simpo"},
+        "simpo_gamma must be a number with focalpo_margin: simpo, got None: the target margin",
+    ),
+    "simpo's target under dpo's margin": (
+        {"simpo_gamma": 0.5},
+        "simpo_gamma belongs to focalpo_margin: simpo, got 0.5 with focalpo_margin: dpo",
+    ),
+    "simpo's target under cpo's margin": (
+        {"focalpo_margin": "cpo", "simpo_gamma": 0.5},
+        "simpo_gamma belongs to focalpo_margin: simpo, got 0.5 with focalpo_margin: cpo",
+    ),
+    "orpo's lambda under dpo's margin": (
+        {"orpo_alpha": 0.1},
+        "orpo_alpha belongs to focalpo_margin: orpo, got 0.1 with focalpo_margin: dpo",
+    ),
+    "orpo's lambda twice": (
+        {"focalpo_margin": "orpo", "orpo_alpha": 0.2, "rl_beta": 0.1},
+        "orpo_alpha must be given alone, got 0.2 beside rl_beta or trl.beta",
+    ),
+    "orpo's lambda 0": (
+        {"focalpo_margin": "orpo", "orpo_alpha": 0, "rl_beta": None},
+        "orpo_alpha must be a finite number above 0, got 0",
+    ),
+    "a reference under simpo's margin": (
+        {"focalpo_margin": "simpo", "simpo_gamma": 0.5, "precompute_ref_log_probs": True},
+        "precompute_ref_log_probs can't be combined with focalpo_margin: simpo, got True",
+    ),
+    "a reference adapter under orpo's margin": (
+        {"focalpo_margin": "orpo", "rl_adapter_ref_model": True},
+        "rl_adapter_ref_model can't be combined with focalpo_margin: orpo, got True",
+    ),
+    "dpo's loss type under simpo's margin": (
+        {"focalpo_margin": "simpo", "simpo_gamma": 0.5, "dpo_loss_type": ["sigmoid"]},
+        "dpo_loss_type can't be combined with focalpo_margin: simpo, got ['sigmoid']",
+    ),
+    "fused under simpo's margin": (
+        {"focalpo_margin": "simpo", "simpo_gamma": 0.5, "focalpo_fused": True},
+        "focalpo_fused can't be combined with focalpo_margin: simpo, got True: its path computes",
+    ),
+    "gamma's end": (
+        {"focalpo_gamma_end": 2.0},
+        "focalpo_gamma_end must be below 1/ln 2 = 1.4427 for variant 'correct', got 2.0",
+    ),
+    "a schedule to nowhere": (
+        {"focalpo_gamma_schedule": "cosine"},
+        "focalpo_gamma_schedule 'cosine' needs a gamma_end to go to, got none",
+    ),
+    "schedule misspelt": (
+        {"focalpo_gamma_end": 0.1, "focalpo_gamma_schedule": "cosin"},
+        "focalpo_gamma_schedule must be one of constant, linear, cosine, got 'cosin'",
+    ),
     "fused under dpo": (
         {"rl": "dpo", "focalpo_gamma": None, "focalpo_variant": None, "focalpo_fused": True},
         "focalpo_fused belongs to rl: focalpo, got True under rl: dpo. Set rl: focalpo, or remove",
@@ -268,6 +328,24 @@ ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"focalpo_gamma": 1.5, "focalpo_allow_reversed": True},
         {**REWRITTEN, "focalpo_gamma": 1.5},
     ),
+    "simpo's margin": (
+        {"focalpo_margin": "simpo", "simpo_gamma": "5e-1", "rl_beta": 2.0},
+        {
+            **REWRITTEN,
+            "rl": "simpo",
+            "trainer_cls": "focalpo_plugins.axolotl.trainer.AxolotlPairwiseCPOTrainer",
+        },
+    ),
+    "orpo's margin": (
+        {"focalpo_margin": "orpo", "rl_beta": None, "orpo_alpha": 0.1},
+        {
+            **REWRITTEN,
+            "rl": "orpo",
+            "trainer_cls": "focalpo_plugins.axolotl.trainer.AxolotlPairwiseORPOTrainer",
+        },
+    ),
+    "dpo's margin by its name": ({"focalpo_margin": "dpo"}, REWRITTEN),
+    "a gamma that moves": ({"focalpo_gamma_end": "1e-1"}, REWRITTEN),
     "betas that agree": ({"rl_beta": 0.1, "trl": {"beta": 0.1}}, REWRITTEN),
     "fused": (
         {"focalpo_fused": True, "dpo_loss_type": ["sigmoid"], "dpo_loss_weights": [1.0]},

@@ -1,0 +1,75 @@
+"""A gamma that moves over a run, in OpenRLHF's own command."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Two epochs of 40 pairs in batches of 8 are ten steps; at rest every margin is 0.
+RESTING = ("--adam.lr", "1e-12", "--train.max_epochs", "2", "--loss", "focalpo")
+MOVING = ("--focalpo.gamma", "0.45", "--focalpo.gamma_end", "0.0")
+EAGER = ("--ds.attn_implementation", "eager")
+EXPECTED = [0.45 - 0.05 * step for step in range(10)]
+
+
+def gammas(run) -> list[float]:
+    assert run.returncode == 0, run.output
+    found = run.steps("train/")
+    return [found[step]["focalpo/gamma"] for step in sorted(found)]
+
+
+@pytest.fixture(scope="module")
+def whole(train: Callable):
+    return train(*RESTING, *MOVING, "--ckpt.save_steps", "5")
+
+
+@pytest.mark.releases
+def test_gamma_of_each_step(whole):
+    """.45, .40, ... 0 over both epochs; the loss of margin 0 is 2^-gamma ln 2."""
+    assert gammas(whole) == pytest.approx(EXPECTED, abs=1e-6)
+    losses = [values["loss"] for _, values in sorted(whole.steps("train/").items())]
+    assert losses == pytest.approx([2**-gamma * math.log(2) for gamma in EXPECTED], abs=1e-4)
+    (line,) = whole.said("active.")
+    assert "gamma=0.45 gamma_end=0.0 variant=correct" in line
+
+
+def test_evaluations_have_the_gamma_of_their_step(train_many: Callable, few: Path):
+    """After the fifth and the tenth step, by the cosine: .45 (1 + cos(pi 4/9)) / 2 and 0."""
+    evaluate = ("--eval.dataset", str(few / "test.jsonl"), "--eval.split", "train")
+    schedule = ("--focalpo.gamma_schedule", "cosine")
+    run = train_many({"": (*RESTING, *MOVING, *evaluate, *schedule)})[""]
+    assert run.returncode == 0, run.output
+    found = [values["focalpo/gamma"] for _, values in sorted(run.steps("eval/").items())]
+    assert found == pytest.approx([0.45 * (1 + math.cos(math.pi * 4 / 9)) / 2, 0.0], abs=1e-6)
+
+
+def test_resuming_is_exact(train: Callable, whole, tmp_path: Path):
+    shutil.copytree(whole.folder / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "latest").write_text("global_step5")
+    resumed = train(*RESTING, *MOVING, "--ckpt.load_enable", folder=tmp_path)
+    assert gammas(resumed) == pytest.approx(EXPECTED[5:], abs=1e-6)
+    changed = train(
+        *RESTING, "--focalpo.gamma", "0.45", "--focalpo.gamma_end", "0.1", "--ckpt.load_enable",
+        folder=tmp_path,
+    )  # fmt: skip
+    assert changed.returncode
+    assert "--focalpo.gamma_end was 0.0, got 0.1" in changed.output
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--focalpo.gamma_end", "2"), "--focalpo.gamma_end must be below 1/ln 2 = 1.4427"),
+        (("--focalpo.gamma_end", "low"), "--focalpo.gamma_end must be a finite number of at least"),
+        (("--focalpo.gamma_schedule", "cosine"), "--focalpo.gamma_schedule 'cosine' needs a gamma"),
+        (("--focalpo.margin", "simpo"), "--focalpo.margin is no flag"),
+    ],
+)
+def test_refused(commands: Callable, flags: tuple[str, ...], message: str):
+    ((code, output),) = commands([("--loss", "focalpo", *EAGER, *flags)])
+    assert code == 2
+    assert message in output
