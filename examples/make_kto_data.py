@@ -17,8 +17,10 @@ from datasets import load_dataset
 from transformers import AutoTokenizer
 
 
-def render(tokenizer, messages: list[dict[str, str]]) -> tuple[str, str]:
+def render(tokenizer, messages: list[dict[str, str]], empty_system: bool) -> tuple[str, str]:
     """Prompt and completion of one conversation, as text."""
+    if empty_system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": ""}, *messages]
     prompt = tokenizer.apply_chat_template(
         messages[:-1], add_generation_prompt=True, tokenize=False
     )
@@ -40,6 +42,11 @@ def main() -> None:
     parser.add_argument("model", help="the tokenizer's name or folder")
     parser.add_argument("data", help="a data set's name, or a .jsonl file")
     parser.add_argument("--split", default="train")
+    parser.add_argument(
+        "--empty-system",
+        action="store_true",
+        help="put an empty system turn before a conversation without one, as Zephyr's recipe did",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the JSONL file to write")
     args = parser.parse_args()
 
@@ -57,7 +64,7 @@ def main() -> None:
     with half.open("w", encoding="utf-8") as out:
         for label, column in ((True, "chosen"), (False, "rejected")):
             for messages in pairs[column]:
-                prompt, completion = render(tokenizer, messages)
+                prompt, completion = render(tokenizer, messages, args.empty_system)
                 line = {"prompt": prompt, "completion": completion, "label": label}
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
     half.replace(args.out)

@@ -2,9 +2,13 @@
 # FocalPO on Llama-3-Instruct 8B: the paper's Llama-3 run (arXiv 2501.06645, section 4 and
 # appendix C), with OpenRLHF.
 #
-# Hardware: 8 GPUs of 40 GB or more (the paper: 8 A100-40GB), ZeRO-3.
+# Licence:  the model is gated: accept the Meta Llama 3 Community License on its page, then
+#           `hf auth login`. A model published from it has a name that begins with "Llama 3", and
+#           "Built with Meta Llama 3" on its page.
+# Hardware: 8 GPUs of 40 GB or more (the paper: 8 A100-40GB), ZeRO-3; about 468 steps.
 # Launch:   bash examples/openrlhf/llama3_focalpo.sh
 #           Further flags go after it, and the last of two wins: ... --train.micro_batch_size 2
+# Resume:   the same command with --ckpt.load_enable goes on from the last checkpoint.
 # Expected: first loss 0.6695 (2^-0.05 ln 2: every margin starts at 0), and the line
 #           "focalpo_plugins: active." on the first rank.  The paper evaluates the result with
 #           AlpacaEval 2 and Arena-Hard.
@@ -26,6 +30,7 @@ flags=(
   --data.dataset princeton-nlp/llama3-ultrafeedback-armorm       # [P]
   --data.dataset_split train
   --data.apply_chat_template          # whole conversations in chosen and rejected
+  # A longer sequence loses its end, and its last token becomes EOS (RESULTS.md, "Long pairs").
   --data.max_len 2048                 # [S]; OpenRLHF has no limit for the prompt alone ([S] 1800)
   --eval.dataset princeton-nlp/llama3-ultrafeedback-armorm
   --eval.split test
@@ -47,7 +52,17 @@ flags=(
   --model.gradient_checkpointing_enable      # [S] non-reentrant, OpenRLHF's default
 
   --ckpt.output_dir outputs/llama3_focalpo_openrlhf       # [H]
+  --ckpt.path outputs/llama3_focalpo_openrlhf/checkpoints # [H] each run its own
+  --ckpt.save_steps 100               # [H] with the optimizer's state, to resume from
+  --ckpt.max_num 2                    # [H] the one before stays until the next is whole
   --logger.tensorboard_dir outputs/llama3_focalpo_openrlhf/tensorboard # [H]
+
+  # To uncomment: wandb (any word as the key, after `wandb login`), and a prompt computed once for
+  # both answers, which is not yet tried on a GPU.
+  # --logger.wandb.key logged-in
+  # --logger.wandb.project focalpo
+  # --logger.wandb.run_name llama3_focalpo_openrlhf
+  # --focalpo.shared_prompts
 )
 
 # DEEPSPEED replaces the launcher, for several nodes (examples/multinode.md).

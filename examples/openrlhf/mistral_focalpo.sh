@@ -2,9 +2,10 @@
 # FocalPO on Mistral-Base 7B after supervised fine-tuning: the paper's Mistral run
 # (arXiv 2501.06645, section 4 and appendix C), with OpenRLHF.
 #
-# Hardware: 8 GPUs of 40 GB or more (the paper: 8 A100-40GB), ZeRO-3.
+# Hardware: 8 GPUs of 40 GB or more (the paper: 8 A100-40GB), ZeRO-3; about 485 steps.
 # Launch:   bash examples/openrlhf/mistral_focalpo.sh
 #           Further flags go after it, and the last of two wins: ... --train.micro_batch_size 1
+# Resume:   the same command with --ckpt.load_enable goes on from the last checkpoint.
 # Expected: first loss 0.6695 (2^-0.05 ln 2: every margin starts at 0), and the line
 #           "focalpo_plugins: active." on the first rank.  The paper evaluates the result with
 #           AlpacaEval 2 and Arena-Hard.
@@ -12,7 +13,8 @@
 # tiny_focalpo.sh runs the same code on a CPU.
 #
 # OpenRLHF adds no special tokens to the text of the chat template, and this model's own template
-# writes no BOS: zephyr.jinja is the same format with the one BOS that TRL would put.
+# writes no BOS: zephyr.jinja is the same format with the one BOS that TRL would put, and with the
+# empty system turn that the handbook put before each prompt.
 #
 # Sources: [P] the paper; [Z] the Zephyr DPO recipe of the alignment-handbook, where the paper is
 # silent; [T] to be as TRL, which [P] trained with, where OpenRLHF's default differs; [H] a matter
@@ -29,7 +31,8 @@ flags=(
   --data.dataset trl-lib/ultrafeedback_binarized               # [P]
   --data.dataset_split train
   --data.apply_chat_template          # whole conversations in chosen and rejected
-  --data.tokenizer_chat_template "$(cat "$(dirname "$0")/zephyr.jinja")" # [T]
+  --data.tokenizer_chat_template "$(cat "$(dirname "$0")/zephyr.jinja")" # [T, Z]
+  # A longer sequence loses its end, and its last token becomes EOS (RESULTS.md, "Long pairs").
   --data.max_len 1024                 # [Z]; OpenRLHF has no limit for the prompt alone ([Z] 512)
   --eval.dataset trl-lib/ultrafeedback_binarized
   --eval.split test
@@ -51,7 +54,17 @@ flags=(
   --model.gradient_checkpointing_enable      # [Z] non-reentrant, OpenRLHF's default
 
   --ckpt.output_dir outputs/mistral_focalpo_openrlhf       # [H]
+  --ckpt.path outputs/mistral_focalpo_openrlhf/checkpoints # [H] each run its own
+  --ckpt.save_steps 100               # [H] with the optimizer's state, to resume from
+  --ckpt.max_num 2                    # [H] the one before stays until the next is whole
   --logger.tensorboard_dir outputs/mistral_focalpo_openrlhf/tensorboard # [H]
+
+  # To uncomment: wandb (any word as the key, after `wandb login`), and a prompt computed once for
+  # both answers, which is not yet tried on a GPU.
+  # --logger.wandb.key logged-in
+  # --logger.wandb.project focalpo
+  # --logger.wandb.run_name mistral_focalpo_openrlhf
+  # --focalpo.shared_prompts
 )
 
 # DEEPSPEED replaces the launcher, for several nodes (examples/multinode.md).

@@ -1,4 +1,5 @@
-"""The YAMLs of examples/: their numbers are the paper's, and Axolotl trains with each of them.
+"""The YAMLs of examples/: their numbers are the paper's, or said to be ours, and Axolotl trains with
+each of them.
 
 Model and data are small ones in the same formats (tests/support/formats.py), put in place by
 overrides alone; the full fine-tuning runs are trained on ZeRO-3 with two ranks.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,15 +18,25 @@ from typing import Any
 
 import pytest
 import yaml
-from formats import llama3_prompt, make_llama3, make_zephyr, rows, zephyr_prompt
+from formats import (
+    PAIRS,
+    ZEPHYR_TEMPLATE,
+    llama3_prompt,
+    make_llama3,
+    make_qwen3,
+    make_zephyr,
+    qwen3_prompt,
+    rows,
+    zephyr_prompt,
+)
 from harness import EXAMPLES, ON_CPU, Axolotl, Run, axolotl_environment, zero3_on_cpu
 from transformers import AutoTokenizer
 
 YAMLS = [
     path for path in EXAMPLES.rglob("*.y*ml") if "eval" not in path.relative_to(EXAMPLES).parts
 ]
-SWEEPS = [path for path in YAMLS if path.parent.name == "sweeps"]
-RECIPES = {path.stem: path for path in sorted(set(YAMLS) - set(SWEEPS))}
+SWEEPS = {path.stem: path for path in YAMLS if path.parent.name == "sweeps"}
+RECIPES = {path.stem: path for path in sorted(set(YAMLS) - set(SWEEPS.values()))}
 CONFIGS = {name: yaml.safe_load(path.read_text()) for name, path in RECIPES.items()}
 PAPERS = [name for name in RECIPES if not name.startswith("tiny")]
 
@@ -38,10 +50,12 @@ PAPER: dict[str, dict[str, Any]] = {
         "base_model": "HuggingFaceH4/mistral-7b-sft-beta",
         "data": "trl-lib/ultrafeedback_binarized",
     },
+    # Not the paper's but ours.
+    "qwen3": {"base_model": "Qwen/Qwen3-8B", "data": "trl-lib/ultrafeedback_binarized"},
 }
 GRID = [3e-7, 5e-7, 6e-7, 1e-6]
 # ... with what it leaves open as the SimPO (Llama-3) and Zephyr (Mistral) repositories have it.
-LENGTH = {"llama3": 2048, "mistral": 1024}
+LENGTH = {"llama3": 2048, "mistral": 1024, "qwen3": 2048}
 EVERYWHERE = {
     "num_epochs": 1,
     "lr_scheduler": "cosine",
@@ -55,11 +69,12 @@ EVERYWHERE = {
 FOCALPO = {"rl": "focalpo", "focalpo_gamma": 0.05, "focalpo_variant": "correct", "rl_beta": 0.01}
 INCORRECT = {**FOCALPO, "focalpo_gamma": 1.0, "focalpo_variant": "incorrect"}
 LORA = {
-    "lora_r": 16,
-    "lora_alpha": 16,
+    "lora_r": 128,
+    "lora_alpha": 128,
     "lora_dropout": 0.05,
     "lora_target_linear": True,
     "learning_rate": 5e-6,
+    "focalpo_fused": True,
 }
 KTO = {"rl": "kto", "rl_beta": 0.1, "kto_desirable_weight": 1.0, "kto_undesirable_weight": 1.0}
 TABLE: dict[str, dict[str, Any]] = {
@@ -84,6 +99,7 @@ TABLE: dict[str, dict[str, Any]] = {
     "mistral_focalpo_lora": {**FOCALPO, **LORA, "adapter": "lora"},
     "llama3_focalpo_qlora": {**FOCALPO, **LORA, "adapter": "qlora", "load_in_4bit": True},
     "mistral_focalpo_qlora": {**FOCALPO, **LORA, "adapter": "qlora", "load_in_4bit": True},
+    "qwen3_focalpo_lora": {**FOCALPO, **LORA, "adapter": "lora"},
 }  # fmt: skip
 # Table 1: AlpacaEval 2.0 WR and LC, Arena-Hard WR.
 TABLE_1 = {
@@ -98,6 +114,13 @@ TABLE_1 = {
     "mistral_simpo": (21.4, 17.0, 13.3),
     "mistral_focalpo": (20.4, 23.9, 17.1),
 }
+# What the config.json of each model has: layers; sizes of the hidden states, of the MLP's, and of all
+# keys; vocabulary. None ties its embeddings.
+SHAPES = {
+    "llama3": (32, 4096, 14336, 1024, 128_256),
+    "mistral": (32, 4096, 14336, 1024, 32_000),
+    "qwen3": (36, 4096, 12288, 1024, 151_936),
+}
 # Every margin, or reward, is 0 before the first step: 2^-gamma ln 2; (1-p)^1 ln 2; 1 - p.
 FIRST_LOSS = {
     "focalpo": 2**-0.05 * math.log(2),
@@ -106,7 +129,7 @@ FIRST_LOSS = {
     "kto": 0.5,
 }
 NO_SOURCE = {  # what names a place, is Axolotl's own business, or says where it comes from in words
-    "rl", "adapter", "load_in_4bit", "chat_template", "split", "type", "ds_type", "path",
+    "rl", "adapter", "load_in_4bit", "chat_template", "chat_template_jinja", "split", "type", "ds_type", "path",
     "pad_token", "skip_prepare_dataset", "excess_length_strategy", "remove_unused_columns",
 }  # fmt: skip
 
@@ -122,38 +145,52 @@ def header(name: str) -> str:
     )
 
 
+def words(name: str) -> str:
+    return " ".join(header(name).split())
+
+
+def commented(name: str) -> dict[str, Any]:
+    """The keys that are there to be uncommented."""
+    lines = re.findall(
+        r"^# (\w+: \S+)(?:  #.*)?$", RECIPES[name].read_text().partition("\n\n")[2], re.M
+    )
+    return yaml.safe_load("\n".join(lines))
+
+
 def test_every_recipe_is_in_the_table():
-    assert len(PAPERS) == 16
+    assert len(PAPERS) == 17
     assert set(PAPERS) == set(TABLE)
     assert set(RECIPES) - set(PAPERS) == {"tiny_focalpo", "tiny_dpo"}
 
 
 def test_the_learning_rate_grid():
-    assert [path.name for path in SWEEPS] == ["learning_rate.yml"]
-    assert yaml.safe_load(SWEEPS[0].read_text()) == {"learning_rate": GRID}
+    assert yaml.safe_load(SWEEPS["learning_rate"].read_text()) == {"learning_rate": GRID}
+    assert set(SWEEPS) == {"learning_rate", "seeds"}
     for method in ("focalpo", "dpo", "simpo", "orpo", "kto"):
         assert float(CONFIGS[f"llama3_{method}"]["learning_rate"]) in GRID
 
 
-def test_axolotl_makes_four_runs_of_the_grid():
+@pytest.mark.parametrize("key, count", [("learning_rate", 4), ("seed", 3)])
+def test_axolotl_makes_the_runs_of_a_sweep(key: str, count: int):
     """By its own function for ``--sweep``, each in a folder of its own."""
     from axolotl.cli.utils.train import generate_config_files
 
+    sweep = SWEEPS["learning_rate" if key == "learning_rate" else "seeds"]
     files = [
         Path(file)
-        for file, grouped in generate_config_files(str(RECIPES["llama3_focalpo"]), str(SWEEPS[0]))
+        for file, grouped in generate_config_files(str(RECIPES["llama3_focalpo"]), str(sweep))
         if grouped
     ]
     runs = [yaml.safe_load(file.read_text()) for file in files]
     for file in files:
         file.unlink()
-    assert sorted(float(run["learning_rate"]) for run in runs) == GRID
-    assert len({run["output_dir"] for run in runs}) == 4
-    same = {key: value for key, value in CONFIGS["llama3_focalpo"].items() if key != "output_dir"}
-    assert all(
-        {**run, "learning_rate": same["learning_rate"]} == {**same, "output_dir": run["output_dir"]}
-        for run in runs
-    )
+    (values,) = yaml.safe_load(sweep.read_text()).values()
+    assert len(values) == count
+    assert sorted(float(run[key]) for run in runs) == values
+    assert len({run["output_dir"] for run in runs}) == count
+    same = {k: v for k, v in CONFIGS["llama3_focalpo"].items() if k != "output_dir"}
+    assert float(same[key]) in values
+    assert all({**run, key: same[key]} == {**same, "output_dir": run["output_dir"]} for run in runs)
 
 
 def test_offload_adds_only_the_offload():
@@ -177,8 +214,7 @@ def test_values_are_the_papers(name: str):
     expected = {**EVERYWHERE, "sequence_len": LENGTH[model], **TABLE[name]}
     if method == "simpo":  # Axolotl takes no ratio there
         del expected["warmup_ratio"]
-        pairs = {"llama3": 59_876, "mistral": 62_135}[model]
-        assert config["warmup_steps"] == round(0.1 * pairs / 128)
+        assert config["warmup_steps"] == round(0.1 * PAIRS[PAPER[model]["data"]] / 128)
     for key, value in expected.items():
         got = float(config[key]) if key == "learning_rate" else config[key]
         assert got == value, key
@@ -192,15 +228,51 @@ def test_values_are_the_papers(name: str):
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_batch_is_128(name: str):
-    """At 8 GPUs; the LoRA runs at one."""
+    """At 8 GPUs; the LoRA runs at one.  It gives the steps that the header has, of pairs, or under KTO
+    of single answers."""
     config = CONFIGS[name]
     gpus = 1 if "adapter" in config else 8
     assert config["micro_batch_size"] * config["gradient_accumulation_steps"] * gpus == 128
     assert ("Hardware: one GPU" if gpus == 1 else "Hardware: 8 GPUs") in header(name)
+    pairs = PAIRS[PAPER[split_name(name)[0]]["data"]]
+    examples = pairs * (2 if split_name(name)[1] == "kto" else 1) * config["num_epochs"]
+    assert f"about {round(examples / 128)} steps" in words(name)
     assert ("deepspeed" in config) == (gpus == 8)
     if gpus == 8:
         zero = json.loads((EXAMPLES.parent / config["deepspeed"]).read_text())
         assert zero["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_sizes_in_the_header(name: str):
+    """In GB: weights in bf16, or in 4 bits with bitsandbytes' scales (one byte for 64 weights, four
+    for 16,384) but for the embeddings; an adapter in float32 with gradient and AdamW's two moments;
+    a checkpoint without the gradients, and with the bf16 weights where all are trained."""
+    config, text = CONFIGS[name], words(name)
+    layers, hidden, inner, keys, vocabulary = SHAPES[split_name(name)[0]]
+    embeddings = 2 * vocabulary * hidden
+    shapes = [(hidden, hidden)] * 2 + [(hidden, keys)] * 2 + [(hidden, inner)] * 3
+    linear = layers * sum(a * b for a, b in shapes)
+    if "adapter" not in config:
+        assert f"A checkpoint takes about {round(14 * (linear + embeddings) / 1e9)} GB" in text
+        return
+    adapter = layers * config["lora_r"] * sum(a + b for a, b in shapes)
+    assert f"the adapter with its gradients and AdamW's state {16 * adapter / 1e9:.1f} GB" in text
+    assert f"A checkpoint takes about {round(12 * adapter / 1e9)} GB" in text
+    in_4_bits = linear * (1 / 2 + 1 / 64 + 4 / 16_384) + 2 * embeddings
+    if config["adapter"] == "lora":
+        assert f"The weights take {2 * (linear + embeddings) / 1e9:.1f} GB" in text
+    if config["adapter"] == "qlora" or "24 GB" in text:
+        assert f"4-bit weights take {in_4_bits / 1e9:.1f} GB" in text
+    if "by our reckoning" in text:
+        tokens = 2 * config["micro_batch_size"] * config["sequence_len"]
+        saved, logits = layers * tokens * hidden * 2, tokens * vocabulary * 4
+        assert f"{saved / 1e9:.1f} GB of saved activations" in text
+        assert f"each copy of a pair's logits in float32 is {logits / 1e9:.1f} GB" in text
+        total = re.search(r"about (\d+) of the 24 GB", text)
+        least, most = map(int, re.search(r"(\d) to (\d) GB for one layer", text).groups())
+        known = (in_4_bits + 16 * adapter + saved) / 1e9
+        assert known + least < int(total[1]) < known + most
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -209,10 +281,71 @@ def test_the_header_says_what_it_is(name: str):
     for part in ("Hardware: ", "Launch, from the repository root", "Expected: ", "Sources: "):
         assert part in text
     assert f"axolotl train {RECIPES[name].relative_to(EXAMPLES.parent)}" in text
+    assert ("Meta Llama 3 Community License" in words(name)) == name.startswith("llama3")
     if name in TABLE_1:
         wr, lc, arena = TABLE_1[name]
-        words = " ".join(text.split())
-        assert f"Table 1: AlpacaEval 2.0 WR {wr}, LC {lc}; Arena-Hard WR {arena}" in words
+        assert f"Table 1: AlpacaEval 2.0 WR {wr}, LC {lc}; Arena-Hard WR {arena}" in words(name)
+
+
+def test_what_is_left_of_a_long_pair():
+    """RESULTS.md's two examples: by TRL's collator, and by the rule that the older code shares."""
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    page = " ".join((EXAMPLES / "RESULTS.md").read_text().split())
+    pattern = (
+        r"\(limit (\d+), prompt (\d+)\), answers of (\d+) and (\d+) tokens: (\d+) and (\d+) here, "
+        r"(\d+) and (\d+) by the older rule"
+    )
+    examples = [tuple(map(int, found)) for found in re.findall(pattern, page)]
+    assert [example[:2] for example in examples] == [(1024, 512), (2048, 1800)]
+    prompt = int(re.search(r"behind a prompt of (\d+) tokens", page)[1])
+    for limit, of_prompt, chosen, rejected, *left in examples:
+        row = {
+            "prompt_ids": [1] * prompt,
+            "chosen_ids": [1] * chosen,
+            "rejected_ids": [1] * rejected,
+        }
+        collator = DataCollatorForPreference(pad_token_id=0, max_length=limit)
+        here = collator([row])["completion_mask"].sum(dim=1).tolist()
+        assert left[:2] == here
+        # The prompt alone is cut first, and that is not enough here.
+        assert min(prompt, of_prompt) + max(chosen, rejected) > limit
+        assert left[2:] == [min(answer, limit - of_prompt) for answer in (chosen, rejected)]
+        model = "mistral" if limit == 1024 else "llama3"
+        assert LENGTH[model] == limit
+        assert f"both answers of such a pair to {left[2]} tokens" in " ".join(
+            RECIPES[f"{model}_focalpo"].read_text().replace("\n# ", " ").split()
+        )
+
+
+def test_how_sure_three_seeds_are():
+    """RESULTS.md's factor is t / sqrt(3); with two degrees of freedom t has a closed form.  A win rate's
+    variance over questions, preferences between 0 and 1, is at most p (1 - p)."""
+    page = " ".join((EXAMPLES / "RESULTS.md").read_text().split())
+    level = 0.975
+    t = (2 * level - 1) * math.sqrt(2 / (4 * level * (1 - level)))
+    seeds = yaml.safe_load(SWEEPS["seeds"].read_text())["seed"]
+    assert len(set(seeds)) == 3
+    assert f"their mean +- {t / math.sqrt(3):.2f} times their standard deviation" in page
+    half, fifth = (
+        [f"{100 * math.sqrt(p * (1 - p) / questions):.1f}" for questions in (805, 500)]
+        for p in (0.5, 0.2)
+    )
+    assert (
+        f"50 % has a standard error of at most {half[0]} points on AlpacaEval's 805 questions and "
+        f"{half[1]} on Arena-Hard's 500; one of 20 % has {fifth[0]} and {fifth[1]}."
+    ) in page
+    leads = [
+        ours - dpo
+        for model in ("llama3", "mistral")
+        for ours, dpo in zip(TABLE_1[f"{model}_focalpo"], TABLE_1[f"{model}_dpo"], strict=True)
+    ]
+    assert f"lead over DPO in Table 1 is {min(leads):.1f} to {max(leads):.1f} points" in page
+
+
+def test_what_is_ours_says_so():
+    assert "a recipe of ours" in words("qwen3_focalpo_lora")
+    assert "No model made with it has been judged" in words("qwen3_focalpo_lora")
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -238,28 +371,33 @@ from axolotl.utils.dict import DictDefault
 
 A100 = {"bf16": True, "fp8": False, "tf32": True, "compute_capability": "sm_80"}
 ends = {}
-for path in sys.argv[1:]:
-    cfg = DictDefault(yaml.safe_load(open(path)))
+for path, more in json.loads(sys.argv[1]):
+    cfg = DictDefault(yaml.safe_load(open(path)) | more)
     gpus = 1 if cfg.adapter else 8
     os.environ["WORLD_SIZE"] = str(gpus)
     if cfg.plugins:
         prepare_plugins(cfg)
+    key = path + " uncommented" * bool(more)
     try:
         cfg = config.validate_config(cfg, {**A100, "n_gpu": gpus}, {"torch_version": "2.13.0"})
-        ends[path] = [cfg.rl, cfg.trainer_cls, cfg.bf16, cfg.attn_implementation]
+        ends[key] = [cfg.rl, cfg.trainer_cls, cfg.bf16, cfg.attn_implementation]
+        ends[key].append({name: cfg[name] for name in more})
     except Exception as error:
-        ends[path] = repr(error)
+        ends[key] = repr(error)
 print("ENDS", json.dumps(ends, default=lambda value: getattr(value, "value", str(value))))
 """
 
 
 @pytest.fixture(scope="session")
 def validated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Each recipe as it stands through Axolotl's own validation, told of A100s."""
+    """Each recipe through Axolotl's own validation, told of A100s: as it stands, and with all keys that
+    are there to be uncommented."""
     script = tmp_path_factory.mktemp("validate") / "axolotl"  # the name that our autoload looks at
     script.write_text(VALIDATE)
+    configs = [(str(path), {}) for path in RECIPES.values()]
+    configs += [(str(RECIPES[name]), commented(name)) for name in PAPERS]
     done = subprocess.run(
-        [sys.executable, str(script), *map(str, RECIPES.values())],
+        [sys.executable, str(script), json.dumps(configs)],
         env=axolotl_environment(),
         cwd=EXAMPLES.parent,
         capture_output=True,
@@ -274,12 +412,26 @@ def validated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_axolotl_takes_it_as_it_stands(validated: dict[str, Any], name: str):
     config, end = CONFIGS[name], validated[str(RECIPES[name])]
     assert not isinstance(end, str), end
-    rl, trainer, bf16, attention = end
+    rl, trainer, bf16, attention, _ = end
     ours = config["rl"] == "focalpo"
     assert rl == ("dpo" if ours else config["rl"])
     expected = "focalpo_plugins.axolotl.trainer.AxolotlPairwiseTrainer" if ours else None
     assert trainer == expected
     assert (bf16, attention) == (config["bf16"], config["attn_implementation"])
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_axolotl_takes_what_can_be_uncommented(validated: dict[str, Any], name: str):
+    more, end = commented(name), validated[f"{RECIPES[name]} uncommented"]
+    assert not isinstance(end, str), end
+    tracking = {"use_tensorboard", "wandb_project", "wandb_name", "hub_model_id", "hub_strategy"}
+    memory = {"focalpo_shared_prompts"} if "adapter" in CONFIGS[name] else set()
+    other = {"adapter", "load_in_4bit"} if name.startswith("qwen3") else set()
+    assert set(more) == tracking | memory | other
+    assert end[-1] == more, "Axolotl drops a key that it doesn't know"
+    assert more["wandb_name"] == name == Path(CONFIGS[name]["output_dir"]).name
+    if name.startswith("llama3"):  # the licence asks for it
+        assert more["hub_model_id"].split("/")[1].startswith("Llama-3-")
 
 
 def seen(run: Run) -> dict[str, Any]:
@@ -295,19 +447,31 @@ def pairs(tiny: Path) -> dict[str, list[dict]]:
     }
 
 
+MAKE = {"llama3": make_llama3, "mistral": make_zephyr, "qwen3": make_qwen3}
+# How the prompt of one turn is written, and what ends an answer.
+WRITE = {
+    "llama3": (llama3_prompt, "<|eot_id|>"),
+    "mistral": (zephyr_prompt, "</s>"),
+    "qwen3": (qwen3_prompt, "<|im_end|>"),
+}
+
+
 @pytest.fixture(scope="session")
 def places(pairs: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model and its data for each of the paper's two, and the pairs taken apart for KTO."""
+    """A small model and its data for each that is trained, and the pairs taken apart for KTO, with the
+    flags that the recipe's header has."""
     folder = tmp_path_factory.mktemp("recipes")
     texts = [turn["content"] for pair in pairs["train"] for turn in pair["chosen"]]
-    for model, make in (("llama3", make_llama3), ("mistral", make_zephyr)):
+    for model, make in MAKE.items():
         make(folder / model, texts)
         for split, some in pairs.items():
             data = folder / f"{model}_{split}.jsonl"
             data.write_text("".join(json.dumps(row) + "\n" for row in rows(some, model)))
-            out = folder / "kto" / data.name
-            script = [sys.executable, EXAMPLES / "make_kto_data.py", folder / model, data]
-            subprocess.run([*script, "--out", out], check=True)
+            if f"{model}_kto" in RECIPES:
+                flags = ["--empty-system"] * ("--empty-system" in header(f"{model}_kto"))
+                out = folder / "kto" / data.name
+                script = [sys.executable, EXAMPLES / "make_kto_data.py", folder / model, data]
+                subprocess.run([*script, *flags, "--out", out], check=True)
     return folder
 
 
@@ -335,7 +499,6 @@ def small(name: str, places: Path, **changes: Any) -> dict[str, Any]:
         "attn_implementation": "sdpa",
         "plugins": ["test_only_plugins.WhatIsTrained"],
     }
-    del config["saves_per_epoch"]
     if "deepspeed" in config:
         config["deepspeed"] = zero3_on_cpu(places)
         config["plugins"].append("test_only_plugins.GlooOnCPU")
@@ -423,34 +586,97 @@ def sequences(batch: dict[str, list]) -> set[tuple[tuple[int, ...], tuple[int, .
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("name", PAPERS)
 def test_tokens(trained: dict[str, Run], places: Path, pairs: dict, name: str, split: str):
-    """One BOS, then the prompt, masked; then the answer and the end of the turn, both learned.
+    """One BOS, but for Qwen3, then the prompt, masked; then the answer and the end of the turn, both
+    learned.
 
-    The text of prompt and answer is written out here by the two formats' rules, and tokenized
-    without special tokens of the tokenizer's own.
+    The text of prompt and answer is written out here by the formats' rules, and tokenized without
+    special tokens of the tokenizer's own.
     """
     model, method = split_name(name)
     tokenizer = AutoTokenizer.from_pretrained(places / model)
-    write_prompt, end = {
-        "llama3": (llama3_prompt, "<|eot_id|>"), "mistral": (zephyr_prompt, "</s>")
-    }[model]  # fmt: skip
+    write_prompt, end = WRITE[model]
+    bos = [] if tokenizer.bos_token is None else [tokenizer.bos_token_id]
     if (model, method) == ("mistral", "orpo"):
         end = "</s>\n</s>"  # Axolotl's strategy for ORPO leaves the newline, and TRL ends it once more
     expected = set()
     for pair in pairs[split]:
         prompt = write_prompt(pair["chosen"][0]["content"])
-        bare = prompt.removeprefix(tokenizer.bos_token)
-        length = 1 + len(tokenizer(bare, add_special_tokens=False).input_ids)
+        bare = prompt.removeprefix(tokenizer.bos_token or "")
+        length = len(bos) + len(tokenizer(bare, add_special_tokens=False).input_ids)
         for column in ("chosen", "rejected"):
             text = bare + pair[column][-1]["content"] + end
-            ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
+            ids = [*bos, *tokenizer(text, add_special_tokens=False).input_ids]
             expected.add((tuple(ids), tuple(ids[length:])))
     batch = sequences(seen(trained[name])["train" if split == "train" else "eval"])
     assert len(batch) >= 2
     assert batch <= expected
     for ids, learned in batch:
-        assert ids.count(tokenizer.bos_token_id) == 1
+        assert sum(ids.count(token) for token in bos) == len(bos)
         assert (
             learned[-1]
             == tokenizer.eos_token_id
             == tokenizer.convert_tokens_to_ids(end[-len(tokenizer.eos_token) :])
         )
+
+
+@pytest.mark.xdist_group("recipes")
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_saved_tokenizer_writes_the_prompt_of_training(trained: dict[str, Run], name: str):
+    """What an evaluation through the model's own template gives it; some templates leave the BOS to
+    the tokenizer."""
+    write_prompt, _ = WRITE[split_name(name)[0]]
+    tokenizer = AutoTokenizer.from_pretrained(trained[name].folder)
+    turns = [{"role": "user", "content": "How far?"}]
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    bos = tokenizer.bos_token or ""
+    assert text.removeprefix(bos) == write_prompt("How far?").removeprefix(bos)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+def test_the_templates_that_recipes_bring(places: Path, turns: int):
+    """Mistral's is Zephyr's with an empty system turn, unless there is one; OpenRLHF's file is the same
+    with a BOS.  Qwen3's is the one that Axolotl has of it, without thinking."""
+    from axolotl.utils.chat_templates import get_chat_template
+
+    told = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(turns)]
+    empty, other = ({"role": "system", "content": text} for text in ("", "Be short."))
+    how = {"add_generation_prompt": turns % 2 == 1, "tokenize": False}
+
+    def render(model: str, messages: list, template: str, **more: Any) -> str:
+        tokenizer = AutoTokenizer.from_pretrained(places / model)
+        return tokenizer.apply_chat_template(messages, chat_template=template, **how, **more)
+
+    ours = {name: CONFIGS[name].get("chat_template_jinja") for name in PAPERS}
+    assert {name.split("_")[0] for name, template in ours.items() if template} == {
+        "mistral", "qwen3"
+    }  # fmt: skip
+    (zephyr,) = {ours[name] for name in ours if name.startswith("mistral")}
+    for messages, same in ((told, [empty, *told]), ([other, *told], [other, *told])):
+        expected = render("mistral", same, ZEPHYR_TEMPLATE)
+        assert render("mistral", messages, zephyr) == expected
+        of_openrlhf = (EXAMPLES / "openrlhf" / "zephyr.jinja").read_text()
+        assert render("mistral", messages, of_openrlhf) == "<s>" + expected
+        assert render("qwen3", messages, ours["qwen3_focalpo_lora"]) == render(
+            "qwen3", messages, get_chat_template("qwen3"), enable_thinking=False
+        )
+
+
+@pytest.mark.xdist_group("recipes")
+@pytest.mark.parametrize("name", ["llama3_focalpo", "qwen3_focalpo_lora"])
+def test_it_goes_on_from_its_checkpoint(trained: dict[str, Run], places: Path, name: str):
+    """With the flag that the header names, under ZeRO-3 and with an adapter; TensorBoard follows."""
+    assert "Resume: the launch command with --auto-resume-from-checkpoints" in header(name)
+    folder = places / f"resumed_{name}"
+    shutil.copytree(trained[name].folder, folder)
+    config = places / f"resumed_{name}.yml"
+    changes = {"output_dir": str(folder), "max_steps": 4, "use_tensorboard": True}
+    config.write_text(yaml.safe_dump(small(name, places, **changes)))
+    ranks = 2 if "deepspeed" in CONFIGS[name] else 1
+    run = Axolotl(places, places)(
+        "train", config, "--auto-resume-from-checkpoints", ranks=ranks,
+        **(ON_CPU if ranks > 1 else {}),
+    )  # fmt: skip
+    assert run.code == 0, run.output[-6000:]
+    assert len(run.steps("loss")) == 4
+    assert run.steps("loss")[:2] == trained[name].steps("loss")
+    assert list(folder.rglob("events.out.tfevents.*"))

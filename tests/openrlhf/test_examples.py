@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from formats import PAIRS
 from harness import EXAMPLES, launched
 
 SCRIPTS = sorted((EXAMPLES / "openrlhf").glob("*.sh"))
@@ -19,16 +23,36 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     return {script.name: launched(script, tmp_path_factory.mktemp("bin")) for script in SCRIPTS}
 
 
+@pytest.fixture(scope="module")
+def uncommented(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The lines with the flags that are there to be uncommented."""
+    folder, found = tmp_path_factory.mktemp("uncommented"), {}
+    shutil.copy(EXAMPLES / "openrlhf" / "zephyr.jinja", folder)
+    for script in SCRIPTS:
+        text = script.read_text()
+        if "\n  # --" in text:
+            (folder / script.name).write_text(text.replace("\n  # --", "\n  --"))
+            found[script.name] = launched(folder / script.name, tmp_path_factory.mktemp("bin"))
+    return found
+
+
 def test_scripts_are_there(lines: dict):
     assert list(lines) == [
         "llama3_focalpo.sh", "llama3_focalpo_lora.sh", "mistral_focalpo.sh", "tiny_focalpo.sh"
     ]  # fmt: skip
 
 
-def test_openrlhf_takes_every_flag(lines: dict, commands: Callable):
+def test_openrlhf_takes_every_flag(lines: dict, uncommented: dict, commands: Callable):
     """It gets as far as looking for the model; a flag it doesn't know would end it with 2."""
     argvs = []
-    for line in lines.values():
+    assert set(uncommented) == set(lines) - {"tiny_focalpo.sh"}
+    for name, line in uncommented.items():
+        more = {flag for flag in line if flag.startswith("--")} - set(lines[name])
+        assert more == {
+            "--focalpo.shared_prompts",
+            *(f"--logger.wandb.{what}" for what in ("key", "project", "run_name")),
+        }
+    for line in [*lines.values(), *uncommented.values()]:
         module = line.index(COMMAND)
         assert line[module - 1] == ("--module" if line[0].endswith("deepspeed") else "-m")
         argv = line[module + 1 :]
@@ -61,6 +85,38 @@ def test_the_papers_values(lines: dict, script: str, model: str, rate: str):
         ("--ds.zero_stage", "3"),
     ):
         assert line[line.index(flag) + 1] == value
+
+
+def value(line: list[str], flag: str) -> str:
+    return line[line.index(flag) + 1]
+
+
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS if "tiny" not in path.name], ids=lambda path: path.name
+)
+def test_the_steps_of_the_header(lines: dict, script: Path):
+    line = lines[script.name]
+    pairs = PAIRS[value(line, "--data.dataset")] * int(value(line, "--train.max_epochs"))
+    steps = round(pairs / int(value(line, "--train.batch_size")))
+    top = script.read_text().partition("\nset -euo")[0]
+    assert re.findall(r"about (\d+) steps", top) == [str(steps)]
+    assert ("Meta Llama 3 Community License" in top) == script.name.startswith("llama3")
+
+
+def test_each_run_keeps_its_own_checkpoints(lines: dict):
+    """OpenRLHF's default folder is one for all runs, and a run would go on from another's."""
+    folders = set()
+    for name in set(lines) - {"tiny_focalpo.sh"}:
+        line, output = lines[name], value(lines[name], "--ckpt.output_dir")
+        assert value(line, "--ckpt.path") == f"{output}/checkpoints"
+        assert int(value(line, "--ckpt.save_steps")) == 100
+        folders.add(output)
+    assert len(folders) == 3
+
+
+def test_lora_is_the_handbooks(lines: dict):
+    line = lines["llama3_focalpo_lora.sh"]
+    assert (value(line, "--ds.lora.rank"), value(line, "--ds.lora.alpha")) == ("128", "128")
 
 
 def test_a_script_trains_on_two_nodes(on_two_nodes: Callable):

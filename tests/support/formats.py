@@ -1,5 +1,6 @@
-"""Models of the two kinds that the recipes train, small enough for a test: real tokenizer files in
-the format of Llama-3-Instruct and of Zephyr (Mistral), and rows with the columns of the real data."""
+"""Models of the kinds that the recipes train, small enough for a test: real tokenizer files in the
+format of Llama-3-Instruct, of Zephyr (Mistral) and of Qwen3, and rows with the columns of the real
+data."""
 
 from __future__ import annotations
 
@@ -16,8 +17,20 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+# Pairs of the public sets' `train`; the Hub's viewer shows 59.9k and 62.1k rows.
+PAIRS = {
+    "princeton-nlp/llama3-ultrafeedback-armorm": 59_876,
+    "trl-lib/ultrafeedback_binarized": 62_135,
+}
 # Sizes that bitsandbytes' blocks of 64 divide.
 SMALL = {
     "hidden_size": 64,
@@ -31,6 +44,7 @@ SMALL = {
 LLAMA3_SPECIALS = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 ]  # fmt: skip
+QWEN3_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 # Llama-3's writes the BOS, as the real one does, and its tokenizer adds one as well.
 LLAMA3_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
@@ -41,6 +55,15 @@ LLAMA3_TEMPLATE = (
 ZEPHYR_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+# Qwen3's has no BOS; without enable_thinking=False a prompt has no thought, the last answer has one.
+QWEN3_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if loop.last and m.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
 
 
@@ -53,22 +76,52 @@ def llama3_prompt(user: str) -> str:
 
 
 def zephyr_prompt(user: str) -> str:
-    """The prompt of one turn as the model sees it, BOS included."""
-    return f"<s><|user|>\n{user}</s>\n<|assistant|>\n"
+    """The prompt of one turn as the model sees it, BOS and the empty system turn included."""
+    return f"<s><|system|>\n</s>\n<|user|>\n{user}</s>\n<|assistant|>\n"
 
 
-def make_llama3(folder: Path, texts: list[str]) -> Path:
-    """Byte-level BPE; BOS by the post-processor too."""
+def qwen3_prompt(user: str) -> str:
+    """The prompt of one turn as the model sees it when it doesn't think."""
+    return f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+def byte_level(texts: list[str], specials: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=700,
-        special_tokens=LLAMA3_SPECIALS,
+        special_tokens=specials,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def make_qwen3(folder: Path, texts: list[str]) -> Path:
+    """Byte-level BPE without a BOS; a pad token of its own."""
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": QWEN3_TEMPLATE,
+    }
+    tokenizer = byte_level(texts, QWEN3_SPECIALS)
+    size = Qwen3Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        head_dim=16,
+        bos_token_id=None,
+        eos_token_id=2,
+        **SMALL,
+    )
+    return save(folder, tokenizer, config, Qwen3ForCausalLM(size))
+
+
+def make_llama3(folder: Path, texts: list[str]) -> Path:
+    """Byte-level BPE; BOS by the post-processor too."""
+    tokenizer = byte_level(texts, LLAMA3_SPECIALS)
     bos = LLAMA3_SPECIALS[0]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, 0)]
