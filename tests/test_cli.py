@@ -272,6 +272,21 @@ def test_report_of_trainer_states(tmp_path: Path):
     assert float(mine["reversed"]) == 0.25
 
 
+@pytest.mark.parametrize(("accuracy", "margin"), [(0.0, 0.0), (0.5, 0.0), (0.0, -0.1)])
+def test_report_says_why_the_accuracy_starts_at_0(reports, tmp_path, accuracy, margin):
+    """Where policy and reference are equal no margin is above 0; chance is something else."""
+    start = {"step": 0, "eval_loss": 0.67}
+    start |= {"eval_rewards/accuracies": accuracy, "eval_rewards/margins": margin}
+    write_state(tmp_path / "run", [start, *trl_log(4, weight=True)])
+    words = ["report", tmp_path / "run", "--format", "svg", "--out", tmp_path / "out"]
+    code, _, errors = reports(*words)
+    assert code == 0, errors
+    picture = (tmp_path / "out" / "report.svg").read_text()
+    said = "0 at step 0: every margin is 0, none is above it" in picture
+    assert said is (accuracy == margin == 0)
+    assert ">chance<" in picture
+
+
 def test_report_of_tensorboard(tmp_path: Path):
     """OpenRLHF's names.  It logs no margin: chosen less rejected reward, here ``s - (-s) = 2 s``."""
     from torch.utils.tensorboard import SummaryWriter
