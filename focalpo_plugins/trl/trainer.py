@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
@@ -349,6 +350,23 @@ class PairwiseLossMixin(FusedStepMixin):
             narrow = any(weight.dtype.itemsize < 4 for weight in model.parameters())
             narrow = narrow or self.accelerator.mixed_precision != "no"
             check_first_margins(largest, self.beta, narrow)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's own, which names the base model where that is a model hub's.
+
+        A local folder is named as text here: it is no link, and a hub refuses it as `base_model`.
+        """
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        path = Path(str(self.args.output_dir)) / "README.md"
+        card = path.read_text(encoding="utf-8")
+        model: Any = self.model
+        base = getattr(model.config, "_name_or_path", "")
+        named = f"`{base}`, a local folder" if base else "a model that was given without a name"
+        card = card.replace("[None](https://huggingface.co/None)", named, 1)
+        card = card.replace('model="None"', f"model={json.dumps(str(self.args.output_dir))}", 1)
+        path.write_text(card, encoding="utf-8")
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         sums = self._margin_sums.pop("train", None) if self._mode() == "train" else None
