@@ -173,7 +173,7 @@ def test_ticks_of_equal_runs(module: ModuleType, equal_runs: tuple):
     figure.canvas.draw()
     last = figure.axes[-1]
     low, high = last.get_xlim()
-    assert low == -high == -0.01
+    assert (low, high) == pytest.approx((-0.01, 0.01))
     ticks = [label.get_text() for label in last.get_xticklabels()]
     assert "0.000" in ticks and all(len(text) <= 7 for text in ticks), ticks
     for axis in figure.axes:
