@@ -105,7 +105,8 @@ def test_the_next_command_of_the_default_folder():
 
 
 def test_trl_focalpo_trains_on_a_cpu(tiny: Path, tmp_path: Path):
-    """Two steps as the script stands, with its evaluation before them; ``2^-0.05 ln 2`` is 0.6695."""
+    """Two steps as the script stands, with its evaluation before them; ``2^-0.05 ln 2`` is
+    0.66953."""
     script = EXAMPLES / "trl_focalpo.py"
     words = ("--max-steps", "2", "--out", str(tmp_path / "out"))
     run = run_python(str(script), *words, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
