@@ -12,20 +12,30 @@ The same seed gives the same data everywhere, and the same weights on the same m
 import argparse
 import hashlib
 import json
+import os
 import random
 import re
+import shlex
 import shutil
 import tempfile
 import time
 from pathlib import Path
 
+# Read when torch is loaded. Threads that wait for each other then sleep: on busy cores they would
+# spin for longer than they compute.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TRAIN_PAIRS, TEST_PAIRS = 2400, 304
 SWAPPED = 0.08  # share of pairs with the labels the wrong way round, as careless annotators leave
 SFT_EPOCHS, SFT_BATCH, SFT_LR = 2, 32, 2e-3
+THREADS = 2  # on any number of cores: sums are split by it, so the weights depend on it
+# Without reports to Axolotl's makers, and without questions to the model hub: both need a network.
+LAUNCH = "AXOLOTL_DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 axolotl train"
 STAMP = "made.json"  # written last: a folder without it was not made by this script
 
 SPECIALS = {
@@ -257,6 +267,7 @@ def make_model(
     optimizer = torch.optim.AdamW(model.parameters(), lr=SFT_LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, SFT_LR, steps, pct_start=0.1)
     rng, losses = random.Random(seed), []
+    bar = tqdm(total=steps, desc="fine-tuning the model", unit="step", mininterval=1)
     for _ in range(SFT_EPOCHS):
         rng.shuffle(rows)
         for start in range(0, len(rows) - SFT_BATCH + 1, SFT_BATCH):
@@ -272,6 +283,8 @@ def make_model(
             schedule.step()
             optimizer.zero_grad()
             losses.append(loss.item())
+            bar.update()
+    bar.close()
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -309,6 +322,22 @@ def build(folder: Path, seed: int) -> None:
     (folder / STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
 
 
+def next_command(out: Path) -> str:
+    """What trains on the files in ``out``: the YAML's paths are the default folder's."""
+    examples = Path(__file__).resolve().parent
+    config, steps = "examples/tiny_focalpo.yml", []
+    if Path.cwd() != examples.parent:
+        steps.append(f"cd {shlex.quote(str(examples.parent))}")
+    if out.resolve() != examples / "tiny":
+        folder = out.resolve()
+        escaped = re.sub(r"[\\&|]", r"\\\g<0>", str(folder))  # what sed gives a meaning to
+        edit = shlex.quote(rf"s|\./examples/tiny/|{escaped}/|")
+        copy = shlex.quote(str(folder / "tiny_focalpo.yml"))
+        steps.append(f"sed {edit} {config} > {copy}")
+        config = copy
+    return " && ".join([*steps, f"{LAUNCH} {config}"])
+
+
 def main() -> None:
     """Build into a sibling folder and rename it, so that a half-built one is never in the way."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -329,7 +358,7 @@ def main() -> None:
         if not args.force:
             parser.error(f"{out} is incomplete or has other settings; --force builds it again")
 
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    torch.set_num_threads(THREADS)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
@@ -341,7 +370,7 @@ def main() -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"made {out}: train.jsonl, test.jsonl, model/")
-    print("next: axolotl train examples/tiny_focalpo.yml")
+    print(f"next: {next_command(out)}")
 
 
 if __name__ == "__main__":

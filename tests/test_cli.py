@@ -158,6 +158,30 @@ def test_curves_are_those_of_the_paper(drawn: tuple[Path, str]):
     assert float(star["dpo"]) == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    ("words", "columns"),
+    [
+        (("--gamma", 0.05, 0.3), ["dpo", "correct_gamma_0.05", "correct_gamma_0.3"]),
+        (("--variant", "incorrect"), ["dpo", "incorrect_gamma_0.05"]),
+        (("--gamma", 0), ["dpo"]),
+        ((), ["dpo", "correct_gamma_0.05", "incorrect_gamma_1"]),
+    ],
+)
+def test_curves_are_those_asked_for(reports, tmp_path: Path, words: tuple, columns: list[str]):
+    """And DPO's; without a question, the paper's. Fig. 2 has in each of the paper's panels a ladder
+    of gammas."""
+    code, said, errors = reports("curves", *words, "--format", "svg", "csv", "--out", tmp_path)
+    assert code == 0, errors
+    assert list(rows(tmp_path / "fig4.csv")[0]) == ["z", *columns]
+    ladder = {f"{v}_gamma_{g}" for v in ("correct", "incorrect") for g in ("0.05", "0.5", "1")}
+    in_fig2 = set(columns) if words else {"dpo", *ladder}
+    assert set(rows(tmp_path / "fig2.csv")[0]) == {"p", *in_fig2}
+    table = said[said.index("L(0)") : said.index("push is")].splitlines()[1:]
+    assert len(table) == len(columns)
+    legends = (tmp_path / "fig2.svg").read_text().count("factor on")
+    assert legends == (1 if words else 2)
+
+
 # A gamma that training refuses without allow_reversed, and one that it takes: 1/ln 2 is 1.4427.
 REFUSED = [
     ("correct", 2.0, "refused in training: gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 2.0"),
@@ -246,6 +270,21 @@ def test_report_of_trainer_states(tmp_path: Path):
     assert held_out["first_loss"] == ""  # it is of step 20
     assert float(mine["weight"]) == pytest.approx(0.9)
     assert float(mine["reversed"]) == 0.25
+
+
+@pytest.mark.parametrize(("accuracy", "margin"), [(0.0, 0.0), (0.5, 0.0), (0.0, -0.1)])
+def test_report_says_why_the_accuracy_starts_at_0(reports, tmp_path, accuracy, margin):
+    """Where policy and reference are equal no margin is above 0; chance is something else."""
+    start = {"step": 0, "eval_loss": 0.67}
+    start |= {"eval_rewards/accuracies": accuracy, "eval_rewards/margins": margin}
+    write_state(tmp_path / "run", [start, *trl_log(4, weight=True)])
+    words = ["report", tmp_path / "run", "--format", "svg", "--out", tmp_path / "out"]
+    code, _, errors = reports(*words)
+    assert code == 0, errors
+    picture = (tmp_path / "out" / "report.svg").read_text()
+    said = "0 at step 0: every margin is 0, none is above it" in picture
+    assert said is (accuracy == margin == 0)
+    assert ">chance<" in picture
 
 
 def test_report_of_tensorboard(tmp_path: Path):

@@ -179,7 +179,27 @@ def test_the_table_of_examples():
     above = {"llama3_focalpo.yml", "mistral_focalpo.yml", "eval", "RESULTS.md"}
     tiny = {"make_tiny.py", "tiny", "tiny_focalpo.yml", "tiny_dpo.yml"}
     of_kto = {"make_kto_data.py"}  # which the recipes of KTO name
-    assert {path.name for path in EXAMPLES.iterdir()} <= listed | above | tiny | of_kto
+    of_index = {"README.md", "trl_focalpo.py"}
+    assert {path.name for path in EXAMPLES.iterdir()} <= listed | above | tiny | of_kto | of_index
+
+
+def test_the_index_of_examples():
+    """It links every file of the folder, in a row that says what it is, and nothing else."""
+    rows = [
+        line.strip("|").split("|")
+        for line in (EXAMPLES / "README.md").read_text().splitlines()
+        if line.startswith("| [")
+    ]
+    links = [re.findall(r"\[([^]]+)\]\(([^)]+)\)", row[0]) for row in rows]
+    assert all(row[1].strip() for row in rows)
+    named = [name for each in links for name, target in each if name == target]
+    made = ("tiny", "__pycache__")  # of make_tiny.py, and of Python
+    files = {
+        str(path.relative_to(EXAMPLES))
+        for path in EXAMPLES.rglob("*")
+        if path.is_file() and not {*made} & {*path.relative_to(EXAMPLES).parts}
+    }
+    assert sorted(named) == sorted(files - {"README.md"})
 
 
 def pins(text: str) -> set[str]:

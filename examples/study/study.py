@@ -43,6 +43,7 @@ from focalpo_plugins.registry import get_loss
 EXAMPLES = Path(__file__).resolve().parents[1]
 GROUPS = {"right": "reference ranks right", "wrong": "reference ranks wrong"}
 RESAMPLES = 10_000
+NO_WIDTH = 1e-9  # of an axis
 # Evaluation during training would cost time and change nothing: every model is scored at its end.
 NOT_IN_A_STUDY = ("test_datasets", "val_set_size", "eval_steps", "evals_per_epoch", "eval_strategy")
 OWN_KEYS = ("rl", "seed", "base_model", "datasets", "output_dir", "save_steps")
@@ -467,6 +468,12 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
+def fixed(value: float, digits: int, plus: bool = False) -> str:
+    """``value`` with that many decimals; what rounds to 0 has no sign."""
+    text = f"{value:{'+' * plus}.{digits}f}"
+    return text if float(text) else text.lstrip("+-")
+
+
 def print_table(losses: Sequence[Loss], results: list[Any], differences: list[Any]) -> None:
     print(f"\n{'':<15}{'margin':^17} {'accuracy':^15} {'ranking':^15} {'weight':^15} "
           f"margin less DPO's, right / wrong [95 % over prompts]")  # fmt: skip
@@ -478,12 +485,15 @@ def print_table(losses: Sequence[Loss], results: list[Any], differences: list[An
                 each = [
                     r[quantity] for r in results if (r["loss"], r["group"]) == (loss.name, group)
                 ]
-                line += f"{np.mean(each) if each else np.nan:>{width}.3f} "
+                line += f"{fixed(np.mean(each), 3) if each else 'nan':>{width}} "
         if loss != DPO:
             for group in GROUPS:
                 for row in differences:
                     if (row["loss"], row["group"], row["quantity"]) == (loss.name, group, "margin"):
-                        line += f" {row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+                        mean, low, high = (
+                            fixed(row[key], 4, plus=True) for key in ("difference", "low", "high")
+                        )
+                        line += f" {mean:>7} [{low:>7}, {high:>7}]"
         print(line.rstrip())
 
 
@@ -528,7 +538,7 @@ def draw(
                     mean = row["difference"]
                     # One large gamma sets the scale, and the others would all read as 0.
                     axis.text(
-                        1.02, at, f"{mean:+.3f}", transform=axis.get_yaxis_transform(),
+                        1.02, at, fixed(mean, 3, plus=True), transform=axis.get_yaxis_transform(),
                         color=look["color"], fontsize=8, va="center",
                     )  # fmt: skip
                 else:
@@ -540,6 +550,10 @@ def draw(
                 if len(each) > 1:
                     axis.plot(each, [at] * len(each), "|", color=look["color"], markersize=9)
                 axis.plot([mean], [at], linestyle="", markersize=6, **look)
+        if axis.dataLim.width < NO_WIDTH:
+            # Equal values have no scale of their own; rounding's 1e-17 would become one.
+            middle = axis.dataLim.x0
+            axis.set_xlim(middle - 0.01, middle + 0.01)
     axes[0, 0].set_yticks(range(len(losses)), [loss.name for loss in losses])
     axes[0, 0].set_ylim(len(losses) - 0.4, -0.6)
     from matplotlib.lines import Line2D

@@ -134,14 +134,14 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "curves",
         "draw the paper's Fig. 2, 3 and 4 for any gamma and variant",
         more="The curves come from\n"
-        "the loss that is trained; the peak of the gradient and z* are marked.",
+        "the loss that is trained; the peak of the gradient and z* are marked. With --gamma or\n"
+        "--variant it draws what they name and DPO; without them, the paper's own figures.",
         example="{prog} curves --gamma 0.05 0.5 --out curves",
     )
     curves.add_argument(
         "--gamma",
         type=float,
         nargs="+",
-        default=[0.05],
         help="one or more; Fig. 3 takes the first (default: 0.05)",
     )
     curves.add_argument(
@@ -152,7 +152,6 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     curves.add_argument(
         "--variant",
-        default="correct",
         help="correct, correct_exact or incorrect (default: correct)",
     )
     _output(curves, "curves")

@@ -17,7 +17,7 @@ from .plots import line_looks, pyplot, save
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Beside the gammas asked for, Fig. 2 shows what a larger one would do.
+# Where none is asked for, Fig. 2 shows what a larger one would do.
 _LADDER = (0.5, 1.0)
 
 
@@ -92,15 +92,19 @@ class Curve:
 def run(args: Namespace) -> int:
     from ..loss import check_gamma
 
-    for gamma in args.gamma:
+    # Without a question the paper's own figures are drawn, with what it compares to.
+    asked_for = (args.gamma, args.gamma_end, args.variant)
+    of_paper = asked_for == (None, None, None)
+    gammas, variant = args.gamma or [0.05], args.variant or "correct"
+    for gamma in gammas:
         try:
-            check_gamma(gamma, args.variant, allow_reversed=True)
+            check_gamma(gamma, variant, allow_reversed=True)
         except ValueError as error:
             raise CommandError(f"--{error}") from None
     ends = [] if args.gamma_end is None else [args.gamma_end]
     for gamma in ends:
         try:
-            check_gamma(gamma, args.variant, allow_reversed=True, name="gamma-end")
+            check_gamma(gamma, variant, allow_reversed=True, name="gamma-end")
         except ValueError as error:
             raise CommandError(f"--{error}") from None
     draws = {"png", "svg"} & set(args.format)
@@ -108,18 +112,16 @@ def run(args: Namespace) -> int:
     folder = output_folder(args.out)
 
     dpo = Curve("correct", 0.0)
-    gammas = dict.fromkeys([*args.gamma[:1], *ends, *args.gamma[1:]])
-    asked = [Curve(args.variant, gamma) for gamma in gammas]
+    of_both = dict.fromkeys([*gammas[:1], *ends, *gammas[1:]])
+    asked = [Curve(variant, gamma) for gamma in of_both]
     asked = [curve for curve in asked if curve.gamma > 0] or [dpo]
-    opposite = Curve("correct" if args.variant == "incorrect" else "incorrect", 1.0)
-    if args.variant == "incorrect":
-        opposite = Curve("correct", 0.05)
+    beside = [Curve("incorrect", 1.0)] if of_paper else []
     figures: list[tuple[str, Callable[..., Figure]]]
     figures = [("fig2", _fig2), ("fig3", _fig3), ("fig4", _fig4)]
     if ends:
-        figures.append(("gamma", functools.partial(_gamma, args.gamma[0], ends[0])))
+        figures.append(("gamma", functools.partial(_gamma, gammas[0], ends[0])))
     for name, figure in figures:
-        header, rows, drawn = figure(plt, dpo, asked, opposite)
+        header, rows, drawn = figure(plt, dpo, asked, beside)
         written = []
         if "csv" in args.format:
             table = StringIO()
@@ -133,7 +135,7 @@ def run(args: Namespace) -> int:
         print("wrote " + ", ".join(map(str, written)))
 
     print(f"\n{'loss':<28} {'L(0)':>8} {'push at 0':>10} {'peak at z':>10} {'height':>8} {'z*':>9}")
-    curves = list(dict.fromkeys([dpo, *asked, opposite]))
+    curves = list(dict.fromkeys([dpo, *asked, *beside]))
     for curve in curves:
         print(_summary(curve))
     print(
@@ -148,40 +150,39 @@ def run(args: Namespace) -> int:
 Figure = tuple[list[str], list[list[float]], Any]
 
 
-def _fig2(plt: Any, dpo: Curve, asked: Sequence[Curve], opposite: Curve) -> Figure:
-    """Loss over the preference probability: the original focal loss beside FocalPO's factor."""
+def _fig2(plt: Any, dpo: Curve, asked: Sequence[Curve], beside: Sequence[Curve]) -> Figure:
+    """Loss over the preference probability; in the paper's, beside the original focal loss."""
     import torch
 
     p = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
     z = torch.logit(p)
-    gammas = sorted({curve.gamma for curve in asked} | set(_LADDER))
-    right = asked[0].variant
-    left = "correct" if right == "incorrect" else "incorrect"
-    panels = [[dpo, *(Curve(variant, g) for g in gammas if g > 0)] for variant in (left, right)]
-    # Eq. 3's loss no longer falls from gamma 1 on: not what a ladder should lead to.
-    panels = [
-        [c for c in panel if c in asked or not (c.variant == "correct_exact" and c.gamma >= 1)]
-        for panel in panels
-    ]
+    panels = [list(dict.fromkeys([dpo, *asked]))]
+    if beside:
+        gammas = sorted({*(curve.gamma for curve in asked), *_LADDER})
+        variants = (beside[0].variant, asked[0].variant)
+        panels = [[dpo, *(Curve(variant, gamma) for gamma in gammas)] for variant in variants]
     curves = list(dict.fromkeys(curve for panel in panels for curve in panel))
     header = ["p", *(curve.column for curve in curves)]
     rows = torch.stack([p, *(curve.loss(z) for curve in curves)]).T.tolist()
     if plt is None:
         return header, rows, None
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
-    for axis, panel in zip(axes, panels, strict=True):
+    size = (5 * len(panels), 4.2)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes.flat, panels, strict=True):
         for curve, look in zip(panel, line_looks(), strict=False):
             axis.plot(p, curve.loss(z), label=curve.label, **look)
         axis.set_xlabel("preference probability p (no unit)")
         axis.legend(title=f"factor on $-\\log p$: {panel[-1].variant}")
         axis.set_xlim(0, 1)
         axis.set_ylim(0, 5)
-    axes[0].set_ylabel("loss of a pair (nats)")
+    axes[0, 0].set_ylabel("loss of a pair (nats)")
     figure.suptitle("Fig. 2: DPO's loss, and what a modulating factor makes of it")
     return header, rows, figure
 
 
-def _fig3(plt: Any, dpo: Curve, asked: Sequence[Curve], opposite: Curve) -> Figure:
+def _fig3(plt: Any, dpo: Curve, asked: Sequence[Curve], beside: Sequence[Curve]) -> Figure:
     """The gradient's two terms (Eq. 6) beside DPO's gradient."""
     import torch
 
@@ -209,11 +210,11 @@ def _fig3(plt: Any, dpo: Curve, asked: Sequence[Curve], opposite: Curve) -> Figu
     return header, rows, figure
 
 
-def _fig4(plt: Any, dpo: Curve, asked: Sequence[Curve], opposite: Curve) -> Figure:
-    """Gradients with a focus on pairs ranked right and on pairs ranked wrong."""
+def _fig4(plt: Any, dpo: Curve, asked: Sequence[Curve], beside: Sequence[Curve]) -> Figure:
+    """Gradients; in the paper's, with a focus on pairs ranked right and on pairs ranked wrong."""
     import torch
 
-    curves = list(dict.fromkeys([dpo, *asked, opposite]))
+    curves = list(dict.fromkeys([dpo, *asked, *beside]))
     z = _margins(curves)
     pushes = [curve.push(z) for curve in curves]
     header = ["z", *(curve.column for curve in curves)]

@@ -346,6 +346,13 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         print("  ".join(cells).rstrip())
 
 
+def _starts_level(series: Mapping[str, Series]) -> bool:
+    """Whether policy and reference were equal in an evaluation before the first step, in which no
+    pair then counts as ranked right."""
+    first = [series.get(quantity, {}).get(0) for quantity in ("accuracy", "margin")]
+    return first == [0, 0]
+
+
 def _draw(plt: Any, runs: list[Run]) -> Any:
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.6), sharex=True, layout="constrained")
     # A line of its own for each evaluation set, and for a run without any.
@@ -369,6 +376,16 @@ def _draw(plt: Any, runs: list[Run]) -> Any:
             axis.margins(y=0.15)
         elif quantity == "accuracy":
             axis.set_ylim(-0.02, 1.02)
+            if any(_starts_level(each.series.get(split, {})) for each, split in lines):
+                axis.annotate(
+                    "0 at step 0: every margin is 0, none is above it",
+                    (0.99, 0.1),
+                    xycoords=("axes fraction", "data"),
+                    ha="right",
+                    va="center",
+                    fontsize=9,
+                    color="#555555",
+                )
         if quantity in _LEVELS:
             level, meaning = _LEVELS[quantity]
             axis.axhline(level, color="#888888", linewidth=1)

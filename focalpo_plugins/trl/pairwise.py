@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -227,6 +228,24 @@ class PairwiseBase(_Host):
             stop(loss.name, f"{when} {self.state.global_step + 1}", where)
         self._margin_sums[mode] = self._margin_sums.get(mode, 0) + sums
         self._steps_recorded += 1
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's own, which names the base model where that is a model hub's.
+
+        A local folder is named as text here: it is no link, and a hub refuses it as `base_model`.
+        """
+        host: Any = super()
+        host.create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        path = Path(str(self.args.output_dir)) / "README.md"
+        card = path.read_text(encoding="utf-8")
+        model: Any = self.model
+        base = getattr(model.config, "_name_or_path", "")
+        named = f"`{base}`, a local folder" if base else "a model that was given without a name"
+        card = card.replace("[None](https://huggingface.co/None)", named, 1)
+        card = card.replace('model="None"', f"model={json.dumps(str(self.args.output_dir))}", 1)
+        path.write_text(card, encoding="utf-8")
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         sums = self._margin_sums.pop("train", None) if self._mode() == "train" else None

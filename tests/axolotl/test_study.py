@@ -149,6 +149,48 @@ def test_another_study_is_not_mixed_in(done: Path):
     assert (done / "out" / "results.csv").read_bytes() == before
 
 
+@pytest.fixture
+def equal_runs(module: ModuleType) -> tuple:
+    """Losses, results and differences of runs that rank alike: accuracy's differences are 0, and
+    margin's too small for three decimals."""
+    losses = [module.DPO, module.Loss("correct", 0.05)]
+    results, differences = [], []
+    for loss in losses:
+        for group in module.GROUPS:
+            same = {"margin": -0.0002, "accuracy": 0.5, "ranking": 0.5, "weight": 0.9}
+            results.append({"loss": loss.name, "seed": 1, "group": group, **same})
+            for quantity in ("margin", "accuracy", "ranking"):
+                mean = -0.00004 if quantity == "margin" and loss != module.DPO else 0.0
+                row = {"loss": loss.name, "group": group, "quantity": quantity, "difference": mean}
+                row |= {"low": mean - 1e-17, "high": mean, "each_seed": f"{mean:+.5f}"}
+                differences.append(row)
+    return losses, results, differences
+
+
+def test_ticks_of_equal_runs(module: ModuleType, equal_runs: tuple):
+    """Rounding sets no scale: 0 is in the middle, and each tick can be read."""
+    figure = module.draw(module.pyplot(), *equal_runs, "equal")
+    figure.canvas.draw()
+    last = figure.axes[-1]
+    low, high = last.get_xlim()
+    assert (low, high) == pytest.approx((-0.01, 0.01))
+    ticks = [label.get_text() for label in last.get_xticklabels()]
+    assert "0.000" in ticks and all(len(text) <= 7 for text in ticks), ticks
+    for axis in figure.axes:
+        shown = [text.get_text() for text in axis.texts]
+        assert not [text for text in shown if text.startswith(("-0.000", "+0.000"))]
+        assert not shown or set(shown) == {"0.000"}
+
+
+def test_nothing_is_minus_zero_in_the_table(module: ModuleType, equal_runs: tuple, capsys):
+    module.print_table(*equal_runs)
+    said = capsys.readouterr().out
+    assert "-0.000 " not in said and "-0.0000" not in said
+    assert "0.0000 [ 0.0000,  0.0000]" in said
+    shown = (module.fixed(value, 3, plus=True) for value in (-0.0006, 0.0006, -0.0004, -0.0))
+    assert [*shown] == ["-0.001", "+0.001", "0.000", "0.000"]
+
+
 def test_bootstrap_draws_whole_prompts(module: ModuleType):
     """Two prompts, with values 0 and 1 of 50 pairs each: a resample has 0, 1 or 2 of the second
     with 1/4, 1/2, 1/4, so the interval is [0, 1]; with 100 prompts of a pair each the standard

@@ -890,6 +890,30 @@ def test_model_card(tokenizer, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "- focalpo\n" in card
     assert "2501.06645" in card
+    assert "is a fine-tuned version of a model that was given without a name.\n" in card
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_model_card_names_the_base_model(tokenizer, tmp_path, monkeypatch, hub: bool):
+    """A local folder as text, since a hub refuses it in the card's metadata; a hub's model as TRL
+    does.  What the card's code loads is where the model is."""
+    folder = tmp_path / "a model"
+    model(0).save_pretrained(folder)
+    policy = LlamaForCausalLM.from_pretrained(folder)
+    if hub:
+        policy.config._name_or_path = "some/model"
+    out = tmp_path / "out"
+    trainer(FocalPOTrainer, tokenizer, out, policy=policy).create_model_card("out")
+    card = (out / "README.md").read_text()
+    base = (
+        "[some/model](https://huggingface.co/some/model)" if hub else f"`{folder}`, a local folder"
+    )
+    assert f"This model is a fine-tuned version of {base}.\n" in card
+    metadata = card.split("---")[1]
+    assert ("base_model: some/model" in metadata) is hub
+    assert ("base_model" in metadata) is hub
+    assert f'model="{out}"' in card
+    assert "None" not in card
 
 
 def test_takes_what_dpo_trainer_takes(tokenizer, tmp_path):
