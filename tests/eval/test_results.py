@@ -32,6 +32,15 @@ TABLE_2_MISTRAL = """
 64.1 59.8 50.8 76.9 31.5 58.4 60.6
 66.7 61.4 55.0 78.6 33.0 59.6 62.7
 """
+# SimPO's README at commit 71c2c59, tables v0.2 and v0.1: WR, LC, Arena-Hard; and the paper's row.
+README = {
+    "princeton-nlp/Llama-3-Instruct-8B-ORPO-v0.2": ([33.8, 38.1, 28.2], 0),
+    "princeton-nlp/Llama-3-Instruct-8B-KTO-v0.2": ([32.1, 34.1, 27.3], 1),
+    "princeton-nlp/Llama-3-Instruct-8B-SimPO-v0.2": ([47.5, 53.7, 36.5], 3),
+    "princeton-nlp/Llama-3-Instruct-8B-DPO-v0.2": ([47.5, 48.2, 35.2], 2),
+    "kaist-ai/mistral-orpo-beta": ([12.2, 14.7, 7.0], 0),
+    "princeton-nlp/Mistral-7B-Base-SFT-SimPO": ([20.8, 21.4, 16.6], 3),
+}
 
 
 def numbers(text: str) -> list[list[float]]:
@@ -69,11 +78,34 @@ def test_table_1():
         check(table, METHODS, expected)
 
 
+def test_the_checkpoints_readme():
+    """Beside every number of theirs is the paper's; no row is the same in both."""
+    head, rule, *rows = tables()[2]
+    assert head == ["checkpoint", "WR", "paper", "LC", "paper", "Arena-Hard", "paper"]
+    assert set(rule) == {"---"}
+    assert [row[0] for row in rows] == list(README)
+    for name, *cells in rows:
+        theirs, number = README[name]
+        row = numbers(TABLE_1)[number]
+        papers = row[:3] if "Llama-3" in name else row[3:]
+        assert [float(cell) for cell in cells[::2]] == theirs
+        assert [float(cell) for cell in cells[1::2]] == papers
+        assert theirs != papers
+
+
+def test_the_authors_checkpoints():
+    text = " ".join((EXAMPLES / "RESULTS.md").read_text().split())
+    for name, lc, arena in (
+        ("Llama-3-8B-Instruct-FocalPO", 54.7, 34.6), ("Mistral-7B-Base-SFT-FocalPO", 23.9, 17.1)
+    ):  # fmt: skip
+        assert f"`tongliuphysics/{name}` (LC {lc}, Arena-Hard {arena})" in text
+
+
 def test_table_2():
     """The last column is the mean of the six, and the printed average lies above it by what the page
     says, in each of the twelve rows: no slip of ours, one of the paper's or another metric."""
     *_, llama, mistral = tables()
-    assert len(tables()) == 4
+    assert len(tables()) == 5
     for table, text in ((llama, TABLE_2_LLAMA), (mistral, TABLE_2_MISTRAL)):
         expected = numbers(text)
         names = ["HellaSwag", "ARC", "TruthfulQA", "WinoGrande", "GSM8K", "MMLU", "average"]
