@@ -85,7 +85,8 @@ def test_the_table_of_variants():
 def test_the_table_of_what_is_logged():
     loss = get_loss("focalpo").bind()
     logged = means(margin_sums(torch.tensor([1.0, -1.0]), loss, tokens=(3, 4)), loss)
-    assert {row[0].strip("`") for row in table("name")} == {*logged}
+    moving = {f"focalpo/{name}" for name in get_loss("focalpo").bind(gamma_end=0.0).moving()}
+    assert {row[0].strip("`") for row in table("name")} == {*logged} | moving
     formula = "p**gamma * (1 + gamma * log p)"
     assert f"`{formula}` for `correct`" in README
     given = {"p": 1 / (1 + math.exp(2)), "gamma": 0.05, "log": math.log}
@@ -140,14 +141,21 @@ def test_another_loss():
     """The snippet as it stands: ``relu(offset - z)`` at z = 0.25 is 0.75, and with the option at 2
     it is 1.75."""
     code = README[README.index("\n## Another loss\n") : README.index("\n## What is refused")]
-    module: dict = {}
-    exec("\n".join(line[4:] for line in code.splitlines() if line.startswith("    ")), module)
+    head, *hooks = "\n".join(line[4:] for line in code.splitlines() if line[:4] == "    ").split(
+        "@hook"
+    )
     found = {}
-    module["register_losses"](lambda name, loss, options: found.update({name: (loss, options)}))
-    loss, options = found["hinge"]
+    for hook in hooks:
+        module: dict = {}
+        exec(f"{head}@hook{hook}", module)
+        module["register_losses"](lambda name, loss, **parts: found.update({name: (loss, parts)}))
     z = torch.tensor([0.25])
-    assert loss(z, **options).item() == 0.75
+    loss, parts = found["hinge"]
+    assert loss(z, **parts["options"]).item() == 0.75
     assert loss(z, offset=2.0).item() == 1.75
+    # Half-way from 2 to 1 the offset is 1.5.
+    loss, parts = found["closing"]
+    assert loss(z, **parts["at"](0.5, **parts["options"])).item() == 1.25
     for written in ("`rl: hinge`", "`hinge_offset`", "`--loss hinge`", "`--hinge.offset`"):
         assert written in code
 
@@ -179,7 +187,7 @@ def test_the_table_of_examples():
     above = {"llama3_focalpo.yml", "mistral_focalpo.yml", "eval", "RESULTS.md"}
     tiny = {"make_tiny.py", "tiny", "tiny_focalpo.yml", "tiny_dpo.yml"}
     of_kto = {"make_kto_data.py"}  # which the recipes of KTO name
-    of_index = {"README.md", "trl_focalpo.py"}
+    of_index = {"README.md"}
     assert {path.name for path in EXAMPLES.iterdir()} <= listed | above | tiny | of_kto | of_index
 
 
