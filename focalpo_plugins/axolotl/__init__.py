@@ -25,13 +25,12 @@ MARGIN = "focalpo_margin"
 OF_ANY = (*SWITCHES, MARGIN)
 #: Written by the plugin, not by the user: which loss `rl` asked for before it became Axolotl's own.
 REQUESTED = "focalpo_rl"
-_TRAINERS = "focalpo_plugins.axolotl.trainer"
 #: For each margin, the `rl` of Axolotl's that makes it, and the trainer of ours.
 MARGINS = {
-    "dpo": ("dpo", f"{_TRAINERS}.AxolotlPairwiseTrainer"),
-    "simpo": ("simpo", f"{_TRAINERS}.AxolotlPairwiseCPOTrainer"),
-    "cpo": ("simpo", f"{_TRAINERS}.AxolotlPairwiseCPOTrainer"),
-    "orpo": ("orpo", f"{_TRAINERS}.AxolotlPairwiseORPOTrainer"),
+    "dpo": ("dpo", "focalpo_plugins.axolotl.trainer.AxolotlPairwiseTrainer"),
+    "simpo": ("simpo", "focalpo_plugins.axolotl.reference_free.AxolotlPairwiseCPOTrainer"),
+    "cpo": ("simpo", "focalpo_plugins.axolotl.reference_free.AxolotlPairwiseCPOTrainer"),
+    "orpo": ("orpo", "focalpo_plugins.axolotl.reference_free.AxolotlPairwiseORPOTrainer"),
 }
 TRAINERS = frozenset(trainer for _, trainer in MARGINS.values())
 

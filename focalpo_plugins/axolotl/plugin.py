@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -83,10 +84,8 @@ class FocalPOPlugin(BasePlugin):
         loss = requested_loss(cfg)
         if loss is None:
             return
-        from . import trainer as ours
-
-        needed = MARGINS[margin(cfg)][1].rpartition(".")[2]
-        if not isinstance(trainer, getattr(ours, needed)):
+        module, _, needed = MARGINS[margin(cfg)][1].rpartition(".")
+        if not isinstance(trainer, getattr(import_module(module), needed)):
             raise RuntimeError(
                 f"Axolotl built {type(trainer).__name__} where rl: {loss.name} needs {needed}: it "
                 "would have trained another loss. Remove what replaces the trainer (trainer_cls, "

@@ -1,20 +1,18 @@
-"""Axolotl's trainers of pairs with another pairwise loss."""
+"""Axolotl's DPO trainer with another pairwise loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from axolotl.core.trainers import AxolotlCPOTrainer, AxolotlORPOTrainer
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from datasets import Dataset
 from pyarrow.compute import list_slice
 
 from ..registry import BoundLoss
 from ..trl import PairwiseLossMixin
-from ..trl.reference_free import CPOLossMixin, ORPOLossMixin
 from . import ALLOW_CHANGED, ALLOW_DATA, SHARED
-from .plugin import FocalPOPlugin, fused_key, margin, requested_loss
+from .plugin import FocalPOPlugin, fused_key, requested_loss
 
 
 class _OneBosTrainer(AxolotlDPOTrainer):
@@ -37,7 +35,7 @@ class _OneBosTrainer(AxolotlDPOTrainer):
             return dataset.map(_with_one_bos, fn_kwargs={"bos": bos})
 
 
-class _OfConfig:
+class OfConfig:
     """Takes the loss, and what goes with it, from the config that Axolotl builds a trainer for."""
 
     _packages: Sequence[str] = ("axolotl", "trl", "torch")
@@ -72,7 +70,7 @@ class _OfConfig:
         self.tag_names = [*self.tag_names, loss.name]
 
 
-class AxolotlPairwiseTrainer(_OfConfig, PairwiseLossMixin, _OneBosTrainer):
+class AxolotlPairwiseTrainer(OfConfig, PairwiseLossMixin, _OneBosTrainer):
     """Named in ``trainer_cls`` by the plugin; trains the loss that Axolotl's config asks for."""
 
     # Axolotl loads the reference itself, and evaluates no data but that of its config.
@@ -87,24 +85,6 @@ class AxolotlPairwiseTrainer(_OfConfig, PairwiseLossMixin, _OneBosTrainer):
 
     def _read(self, cfg: Any, given: dict[str, Any]) -> None:
         self._fused_key = fused_key(cfg)
-
-
-class AxolotlPairwiseCPOTrainer(_OfConfig, CPOLossMixin, AxolotlCPOTrainer):
-    """The same for the margins ``simpo`` and ``cpo``."""
-
-    _written = {"beta": "rl_beta"}
-    _marker = AxolotlPairwiseTrainer._marker
-
-    def _read(self, cfg: Any, given: dict[str, Any]) -> None:
-        if margin(cfg) == "cpo":
-            # Axolotl asks for SimPO's wherever this trainer is.
-            given["args"].loss_type = "sigmoid"
-
-
-class AxolotlPairwiseORPOTrainer(_OfConfig, ORPOLossMixin, AxolotlORPOTrainer):
-    """The same for ORPO's."""
-
-    _written = {"beta": "orpo_alpha"}
 
 
 def _any_doubled(dataset: Dataset, bos: int) -> bool:

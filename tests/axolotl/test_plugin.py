@@ -333,7 +333,7 @@ ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {
             **REWRITTEN,
             "rl": "simpo",
-            "trainer_cls": "focalpo_plugins.axolotl.trainer.AxolotlPairwiseCPOTrainer",
+            "trainer_cls": "focalpo_plugins.axolotl.reference_free.AxolotlPairwiseCPOTrainer",
         },
     ),
     "orpo's margin": (
@@ -341,7 +341,7 @@ ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {
             **REWRITTEN,
             "rl": "orpo",
-            "trainer_cls": "focalpo_plugins.axolotl.trainer.AxolotlPairwiseORPOTrainer",
+            "trainer_cls": "focalpo_plugins.axolotl.reference_free.AxolotlPairwiseORPOTrainer",
         },
     ),
     "dpo's margin by its name": ({"focalpo_margin": "dpo"}, REWRITTEN),

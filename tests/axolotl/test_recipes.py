@@ -424,8 +424,11 @@ def test_axolotl_takes_it_as_it_stands(validated: dict[str, Any], name: str):
     ours = config["rl"] == "focalpo"
     margin = config.get("focalpo_margin", "dpo")
     assert rl == (margin if ours else config["rl"])
-    of_margin = {"dpo": "AxolotlPairwiseTrainer", "simpo": "AxolotlPairwiseCPOTrainer"}
-    assert trainer == (f"focalpo_plugins.axolotl.trainer.{of_margin[margin]}" if ours else None)
+    of_margin = {
+        "dpo": "trainer.AxolotlPairwiseTrainer",
+        "simpo": "reference_free.AxolotlPairwiseCPOTrainer",
+    }
+    assert trainer == (f"focalpo_plugins.axolotl.{of_margin[margin]}" if ours else None)
     assert (bf16, attention) == (config["bf16"], config["attn_implementation"])
 
 

@@ -136,6 +136,24 @@ def test_inputs_are_as_the_docstring_says():
     assert lengths == [50, 57, 60, 45]
 
 
+@pytest.mark.parametrize("start, tokens", [(0, 240), (5, 240), (7, 226)])
+def test_a_batch_that_saves_little_goes_as_it_is(start: int, tokens: int):
+    """Four sequences of 60 tokens without padding: a start of 7 saves 14 of 240, 5.8 %, and one of 5
+    saves 4.2 %, less than forming a row takes."""
+    network = of_family("Llama", {})
+    ids = torch.randint(6, 512, (4, 60), generator=torch.Generator().manual_seed(0))
+    ids[2:, :start] = ids[:2, :start]
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        plain = logps(network, given)
+        shared = sharing(network)
+        with shared.of(2):
+            ours = logps(network, given)
+    assert (shared.tokens, shared.places) == (tokens, 240)
+    assert torch.equal(ours, plain) == (tokens == 240)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_family_that_is_refused(family: str):
     name, sizes, message = REFUSED[family]
