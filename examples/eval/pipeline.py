@@ -64,10 +64,9 @@ class Model:
 
     @property
     def is_here(self) -> bool:
-        """Ids of the hub have one slash; a folder of yours has to exist."""
-        return Path(self.path).is_dir() or (
-            self.path.count("/") == 1 and not self.path.startswith((".", "outputs/"))
-        )
+        """An id of the hub, which is owner/name, or a folder with a model in it."""
+        of_hub = self.path.count("/") == 1 and not self.path.startswith((".", "outputs/"))
+        return (Path(self.path) / "config.json").is_file() if Path(self.path).is_dir() else of_hub
 
 
 @dataclass(frozen=True)
@@ -448,19 +447,25 @@ def generate(plan: Plan, args: argparse.Namespace) -> None:
 
 
 def chosen(plan: Plan, args: argparse.Namespace) -> list[Model]:
-    """The models that were named, or all whose folder is there."""
+    """The models that were named, or all that are there."""
     if args.models:
         known = {model.name: model for model in plan.models}
         for name in args.models:
             if name not in known:
                 raise SystemExit(f"--models: {', '.join(known)}; got {name}.")
             if not known[name].is_here:
-                raise SystemExit(f"{name}: no folder {known[name].path} here.")
-        return [known[name] for name in args.models]
-    for model in plan.models:
-        if not model.is_here:
-            print(f"{model.name}: left out, no folder {model.path} here", flush=True)
-    return [model for model in plan.models if model.is_here]
+                raise SystemExit(f"{name}: no model in {known[name].path}.")
+        found = [known[name] for name in args.models]
+    else:
+        for model in plan.models:
+            if not model.is_here:
+                print(f"{model.name}: left out, no model in {model.path}", flush=True)
+        found = [model for model in plan.models if model.is_here]
+    for model in found:
+        # Its other weights would be made up, and nothing fails.
+        if (Path(model.path) / "adapter_config.json").exists():
+            raise SystemExit(f"{model.name}: {model.path} has an adapter; merge it into a model.")
+    return found
 
 
 # --- judge --------------------------------------------------------------------------------------
@@ -507,9 +512,9 @@ def alpaca_eval_judgments(
     def rates(annotations: Any) -> dict[str, float]:
         frame = pd.DataFrame(annotations)
 
-        def controlled(rows: Any, **more: Any) -> dict[str, float]:
+        def controlled(rows: Any) -> dict[str, float]:
             found: dict[str, float] = metrics.get_length_controlled_winrate(
-                rows, save_weights_dir=None, is_add_glm_preference_inplace=False, **more
+                rows, save_weights_dir=None, is_add_glm_preference_inplace=False
             )
             return found
 

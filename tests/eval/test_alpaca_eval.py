@@ -196,6 +196,8 @@ def test_in_process(model: str, tmp_path: Path, pipeline: ModuleType):
     (tmp_path / "data.json").write_text(json.dumps(rows))
     tokenizer = TOKENIZERS[ENTRIES[model]["format"]]()
     tokenizer.save_pretrained(tmp_path / "outputs" / model)
+    kind = {"model_type": "llama" if model.startswith("llama") else "mistral"}
+    (tmp_path / "outputs" / model / "config.json").write_text(json.dumps(kind))
     command = [sys.executable, pipeline.__file__, "generate", "--models", model, "--in-process"]
     for _ in range(2):
         done = subprocess.run(

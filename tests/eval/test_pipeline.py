@@ -22,8 +22,6 @@ from harness import EXAMPLES, SUPPORT, free_port
 from lm_eval_tasks import QUESTIONS, write_tasks
 from stand_in import StandIn
 
-pytestmark = pytest.mark.xdist_group("lm_eval")
-
 # What the two sides' texts are worth, by question. Of two texts worth a and b a judge of AlpacaEval
 # gives the first a / (a + b).
 WORTH = [(3, 1), (1, 1), (1, 4), (1, 3), (9, 1), (1, 1), (2, 3), (7, 3)]
@@ -180,6 +178,7 @@ class Place:
             state = json.dumps({"log_history": [*log, {"eval_loss": 1}]})
             (run / "checkpoint-3" / "trainer_state.json").write_text(state)
         mistral_tokenizer().save_pretrained(folder / "mistral")
+        (folder / "mistral" / "config.json").write_text(json.dumps({"model_type": "mistral"}))
         rows = [
             {
                 "dataset": "made_up",
@@ -265,7 +264,7 @@ def test_from_models_to_the_table(place: Place, stand_in: StandIn):
     One worth more: Arena-Hard's pairs are 4:1, 2:1, 2:4 and 3:3, won 6 of 6, 2 of 2, 0 of 2, 1 of 2:
     9 of 12."""
     told = place("generate", "--benchmarks", "alpaca_eval", "arena_hard")
-    assert "mistral_kto: left out, no folder outputs/not_trained_yet here" in told
+    assert "mistral_kto: left out, no model in outputs/not_trained_yet\n" in told
     servers = {each["arguments"]["served_model_name"]: each for each in place.asked()}
     sweep = [f"llama3_focalpo_sweep-{name}" for name in RATES]
     assert list(servers) == ["llama3_focalpo", *sweep, "mistral_dpo"]
@@ -311,7 +310,6 @@ def test_from_models_to_the_table(place: Place, stand_in: StandIn):
         assert (asked["logprobs"], asked["top_logprobs"], asked["max_tokens"]) == (True, 5, 1)
 
     output = place("table")
-    print(output)
     rows = cells(output)
     chosen = "llama3_focalpo_sweep-sweep0003, lr 6e-07, chosen"
     names = ["llama3_focalpo", "llama3_focalpo_sweep-sweep0001, lr 1e-06"]
@@ -426,7 +424,10 @@ def test_some_questions_then_the_rest(place: Place):
         (["judge", "--judge", "him"], "--judge: one of other, paper, got him."),
         (["table", "--decoding", "warm"], "--decoding: one of simpo, greedy, lion, got warm."),
         (["generate", "--models", "x"], "mistral_dpo, mistral_kto; got x."),
-        (["generate", "--models", "mistral_kto"], "no folder outputs/not_trained_yet here."),
+        (
+            ["generate", "--models", "mistral_kto"],
+            "mistral_kto: no model in outputs/not_trained_yet.",
+        ),
         (["generate", "--arena-hard", "no"], "--arena-hard is a checkout of Arena-Hard-Auto, got "),
         (["generate", "--in-process"], "--in-process takes --models with one name"),
         (["table", "--results", "models.yml"], "got none in models.yml."),
@@ -434,6 +435,12 @@ def test_some_questions_then_the_rest(place: Place):
 )
 def test_errors(arguments: list[str], said: str, place: Place):
     assert said in place(*arguments, code=1)
+
+
+def test_an_adapter_is_refused(place: Place):
+    (place.folder / "mistral" / "adapter_config.json").write_text("{}")
+    said = place("generate", "--models", "mistral_dpo", code=1)
+    assert "mistral_dpo: mistral has an adapter; merge it into a model." in said
 
 
 @pytest.mark.parametrize("in_prompt, count", [(False, 0), (True, 2)])
@@ -447,6 +454,39 @@ def test_bos(in_prompt: bool, count: int, place: Place, pipeline: ModuleType):
     assert f"a prompt has one BOS, got {count} from the tokenizer of {model['path']}; set " in said
     assert f"bos_in_prompt to {'true' if count == 0 else 'false'}" in said
     assert not (place.folder / "asked.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "lc, chosen, said",
+    [
+        (
+            {"other": (50.04, 50.0, 49.9)},
+            "m-b",
+            "m: learning rate 5e-07, LC 50.0 by the other judge",
+        ),
+        (
+            {"other": (50.06, 50.0, 49.9)},
+            "m-a",
+            "m: learning rate 1e-06, LC 50.1 by the other judge",
+        ),
+        ({"other": (1, 2), "paper": (1, 2, 3)}, "m-c", "LC 3.0 by the paper judge, of 3 folders."),
+        ({"other": (1, 2, 3), "paper": (3, 2, 1)}, "m-c", "by the other judge, of 3 folders."),
+        ({"other": (1, 2)}, None, "m: not chosen, no judge has judged all of its 3 folders."),
+        (None, None, "m: not chosen, no trainer_state.json in m-c."),
+    ],
+)
+def test_the_learning_rate(lc, chosen: str | None, said: str, pipeline: ModuleType, plan):
+    """The rule that the page states."""
+    rates = {"m-a": 1e-6, "m-b": 5e-7, "m-c": 6e-7 if lc else None}
+    models = [
+        pipeline.Model(name, name, "FocalPO", "llama3", sweep="m", learning_rate=rate)
+        for name, rate in rates.items()
+    ]
+    judged = {(key, name): {} for key in ("other", "paper") for name in rates}
+    for key, values in (lc or {"other": (1, 2, 3)}).items():
+        judged |= {(key, m): {"LC": (v, None)} for m, v in zip(rates, values, strict=False)}
+    best, (why,) = pipeline.choose(pipeline.Plan(models, plan.file, plan.folder), judged)
+    assert best == ({chosen} if chosen else set()) and said in why
 
 
 def test_the_papers_rows(pipeline: ModuleType, plan):
