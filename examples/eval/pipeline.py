@@ -19,11 +19,12 @@ import math
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -498,6 +499,15 @@ def judge(plan: Plan, args: argparse.Namespace) -> None:
                 arena_hard("gen_judgment.py", setting, arena, args)
 
 
+def spread(rate: Callable[[Any], float], frame: Any, draws: int) -> float:
+    """The bootstrap's standard error: over draws of as many rows, with replacement."""
+    drawn = [
+        rate(frame.sample(frac=1, replace=True, random_state=seed).reset_index(drop=True))
+        for seed in range(draws)
+    ]
+    return statistics.stdev(drawn)
+
+
 def alpaca_eval_judgments(
     config: Path, answers: Path, results: Path, model: Model, args: argparse.Namespace
 ) -> None:
@@ -509,22 +519,18 @@ def alpaca_eval_judgments(
     import pandas as pd
     from alpaca_eval import evaluate, metrics
 
+    def controlled(rows: Any) -> dict[str, float]:
+        found: dict[str, float] = metrics.get_length_controlled_winrate(
+            rows, save_weights_dir=None, is_add_glm_preference_inplace=False
+        )
+        return found
+
     def rates(annotations: Any) -> dict[str, float]:
         frame = pd.DataFrame(annotations)
-
-        def controlled(rows: Any) -> dict[str, float]:
-            found: dict[str, float] = metrics.get_length_controlled_winrate(
-                rows, save_weights_dir=None, is_add_glm_preference_inplace=False
-            )
-            return found
-
-        # The questions are drawn anew, and the regression is fitted to each draw.
-        drawn = [
-            controlled(frame.sample(frac=1, replace=True, random_state=seed).reset_index(drop=True))
-            for seed in range(args.resamples)
-        ]
-        spread = pd.Series([each["length_controlled_winrate"] for each in drawn]).std()
-        return {**controlled(frame), "lc_standard_error": float(spread)}
+        error = spread(
+            lambda rows: controlled(rows)["length_controlled_winrate"], frame, args.resamples
+        )
+        return {**controlled(frame), "lc_standard_error": error}
 
     evaluate(
         model_outputs=str(answers),

@@ -310,6 +310,8 @@ def test_from_models_to_the_table(place: Place, stand_in: StandIn):
         assert (asked["logprobs"], asked["top_logprobs"], asked["max_tokens"]) == (True, 5, 1)
 
     output = place("table")
+    for column in ("WR", "LC", "Arena-Hard"):
+        assert output.count(f"| {column} | yours | other judge |") == 2
     rows = cells(output)
     chosen = "llama3_focalpo_sweep-sweep0003, lr 6e-07, chosen"
     names = ["llama3_focalpo", "llama3_focalpo_sweep-sweep0001, lr 1e-06"]
@@ -487,6 +489,53 @@ def test_the_learning_rate(lc, chosen: str | None, said: str, pipeline: ModuleTy
         judged |= {(key, m): {"LC": (v, None)} for m, v in zip(rates, values, strict=False)}
     best, (why,) = pipeline.choose(pipeline.Plan(models, plan.file, plan.folder), judged)
     assert best == ({chosen} if chosen else set()) and said in why
+
+
+def test_spread(pipeline: ModuleType):
+    """Of a mean it is the standard deviation by the root of the number, but for the draws: a sixteenth
+    of it or so with 128."""
+    values = np.random.default_rng(0).normal(size=805)
+    frame = pd.DataFrame({"x": values})
+    error = pipeline.spread(lambda rows: rows["x"].mean(), frame, 128)
+    assert error == pytest.approx(values.std(ddof=1) / math.sqrt(805), rel=0.2)
+
+
+def test_table_2_by_hand(pipeline: ModuleType, plan, tmp_path: Path):
+    """Columns in acc, the average in acc_norm where there is one, the errors' squares added; the newest
+    of two runs."""
+    (model,) = [m for m in plan.models if m.name == "llama3_focalpo"]
+    both = {
+        "acc,none": 0.5,
+        "acc_stderr,none": 0.03,
+        "acc_norm,none": 0.8,
+        "acc_norm_stderr,none": 0.04,
+    }
+    results = {
+        "hellaswag": both,
+        "arc_challenge": both | {"acc_norm,none": 0.7},
+        "truthfulqa_mc2": {"acc,none": 0.6, "acc_stderr,none": 0.03},
+        "winogrande": {"acc,none": 0.7, "acc_stderr,none": 0.03},
+        "gsm8k": {"exact_match,strict-match": 0.4, "exact_match_stderr,strict-match": 0.03},
+        "mmlu": {"acc,none": 0.3, "acc_stderr,none": 0.03},
+    }
+    folder = tmp_path / "lm_eval" / model.name / "outputs__x"
+    folder.mkdir(parents=True)
+    for second, found in enumerate([{"hellaswag": both}, results]):
+        path = folder / f"results_{'ba'[second]}.json"
+        path.write_text(json.dumps({"results": found}))
+        os.utime(path, (second, second))
+    rates = pipeline.lm_eval_rates(tmp_path, model)
+    shown = {column: pipeline.show(value) for column, value in rates.items()}
+    assert shown == {
+        "HellaSwag": "50.0 ± 3.0",
+        "ARC": "50.0 ± 3.0",
+        "TruthfulQA": "60.0 ± 3.0",
+        "WinoGrande": "70.0 ± 3.0",
+        "GSM8K": "40.0 ± 3.0",
+        "MMLU": "30.0 ± 3.0",
+        "mean of the six": "50.0 ± 1.2",  # sqrt(6 * 9) / 6
+        "average": "58.3 ± 1.4",  # (80 + 70 + 60 + 70 + 40 + 30) / 6, sqrt(2 * 16 + 4 * 9) / 6
+    }
 
 
 def test_the_papers_rows(pipeline: ModuleType, plan):
