@@ -1,213 +1,165 @@
-"""AlpacaEval for real: its loader, its two ways to an answer, and its judge, with stand-ins for vLLM
-and for the judge's server."""
+"""AlpacaEval's files in the real alpaca_eval: its loader, its prompts, its judge's settings, and the
+old vLLM inside it, of which a stand-in writes down what it is handed."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
-import alpaca_eval
-import numpy as np
-import pandas as pd
 import pytest
-from alpaca_eval import decoders
+import yaml
+from alpaca_eval import completion_parsers, decoders
+from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
 from alpaca_eval.utils import load_configs
 from chat_formats import llama3_tokenizer, mistral_tokenizer
 from harness import EXAMPLES
-from stand_in import StandIn
 from transformers import PreTrainedTokenizerFast
 
-FOLDER = EXAMPLES / "eval" / "alpaca_eval"
-MODELS = ["llama3_focalpo", "mistral_focalpo"]
-JUDGE = "weighted_alpaca_eval_gpt4_turbo"
-
-# The standard protocol's decoding: temperature, new tokens, top_p, stop ids.
-DECODING = {
-    "llama3_focalpo": (0.9, 4096, 1.0, [128001, 128009]),
-    "mistral_focalpo": (0.7, 2048, 1.0, None),
+FILE = EXAMPLES / "eval" / "models.yml"
+ENTRIES = {
+    entry["name"]: entry
+    for entry in yaml.safe_load(FILE.read_text())["models"]
+    if "*" not in entry["path"]  # a sweep's folders, of which there are none here
 }
-TOKENIZERS = {"llama3_focalpo": llama3_tokenizer, "mistral_focalpo": mistral_tokenizer}
-# The chat formats of training, as the two models' tokenizers have them: Llama 3's, BOS included, and
-# Zephyr's, to which the BOS is added here.
+MODELS = list(ENTRIES)
+
+# Temperature, new tokens, top_p, stop ids, as SimPO's and LION's repositories have them.
+STOP = [128001, 128009]
+DECODING = {
+    ("simpo", "llama3_focalpo"): (0.9, 4096, 1.0, STOP),
+    ("simpo", "mistral_focalpo"): (0.7, 2048, 1.0, None),
+    ("greedy", "llama3_focalpo"): (0.0, 4096, 1.0, STOP),
+    ("greedy", "mistral_focalpo"): (0.0, 2048, 1.0, None),
+    ("lion", "llama3_focalpo"): (1.0, 2048, 0.7, STOP),
+    ("lion", "mistral_focalpo"): (1.0, 2048, 0.7, None),
+}
+TOKENIZERS = {"llama3": llama3_tokenizer, "zephyr": mistral_tokenizer}
+# The chat formats of training: Llama 3's with its BOS, and Zephyr's, to which the BOS is added here.
 TRAINING = {
-    "llama3_focalpo": (
+    "llama3": (
         "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
         "{{ m.content | trim }}<|eot_id|>{% endfor %}"
         "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{{ '' }}"
         "{% endif %}"
     ),
-    "mistral_focalpo": (
+    "zephyr": (
         "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content + eos_token }}\n{{ '' }}"
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{{ '' }}{% endif %}"
     ),
 }
+# Only ORPO's own code has Zephyr's format without a system turn.
+WITHOUT_SYSTEM = {"mistral_orpo_public"}
 ASKED = "Why is the sky blue?\n\nSay it in two lines, for example:\n  a b\n  c d"
 
 
-def trained_on(model: str, tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """The prompt's tokens in training."""
+def trained_on(
+    model: str, tokenizer: PreTrainedTokenizerFast, text: str, system: str | None = None
+) -> list[int]:
+    """The prompt's tokens in training; Zephyr's recipes put an empty system turn before it."""
+    form = ENTRIES[model]["format"]
+    if system is None and form == "zephyr" and model not in WITHOUT_SYSTEM:
+        system = ""
+    first = [] if system is None else [{"role": "system", "content": system}]
     return tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}],
-        chat_template=TRAINING[model],
+        [*first, {"role": "user", "content": text}],
+        chat_template=TRAINING[form],
         add_generation_prompt=True,
         return_dict=False,
     )
 
 
-def test_every_file_is_found():
-    files = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*") if path.is_file()}
+def test_every_file_is_written(configs: Path):
+    folder = configs / "alpaca_eval"
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     names = ["configs.yaml", "served.yaml", "prompt.txt"]
-    assert files == {f"{model}/{name}" for model in MODELS for name in names}
+    wanted = {f"{of}/{m}/{name}" for of, _ in DECODING for m in MODELS for name in names}
+    assert files == wanted | {f"judges/{judge}/configs.yaml" for judge in ("paper", "other")}
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_config(model: str):
+@pytest.mark.parametrize("decoding, model", DECODING)
+def test_config(decoding: str, model: str, configs: Path):
     """alpaca_eval loads the folder and the second file, and they hold the protocol's values."""
-    temperature, tokens, top_p, stop = DECODING[model]
-    (name, local), *others = load_configs(FOLDER / model).items()
-    (served_name, served), *more = load_configs(FOLDER / model / "served.yaml").items()
+    temperature, tokens, top_p, stop = DECODING[decoding, model]
+    folder = configs / "alpaca_eval" / decoding / model
+    (name, local), *others = load_configs(folder).items()
+    (served_name, served), *more = load_configs(folder / "served.yaml").items()
     assert not others and not more and name == served_name == model
-    assert local["prompt_template"] == served["prompt_template"] == f"{model}/prompt.txt"
+    assert local["prompt_template"] == served["prompt_template"] == str(folder / "prompt.txt")
     assert callable(decoders.get_fn_completions(served["fn_completions"]))
     assert local["fn_completions"] == "vllm_local_completions"
     kwargs = local["completions_kwargs"]
     assert (kwargs["temperature"], kwargs["max_new_tokens"]) == (temperature, tokens)
     assert (kwargs["top_p"], kwargs.get("stop_token_ids")) == (top_p, stop)
-    assert kwargs["do_sample"] is True
+    assert kwargs["do_sample"] is (temperature > 0)
+    assert kwargs["model_name"] == f"outputs/{model}"
     kwargs = served["completions_kwargs"]
     assert (kwargs["temperature"], kwargs["max_tokens"]) == (temperature, tokens)
     assert (kwargs["top_p"], kwargs["extra_body"].get("stop_token_ids")) == (top_p, stop)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_prompt_is_the_one_of_training(model: str):
-    """Token for token, with exactly one BOS: the tokenizer's own, which vLLM asks it for."""
-    tokenizer = TOKENIZERS[model]()
-    template = (FOLDER / model / "prompt.txt").read_text()
-    assert tokenizer.bos_token not in template
+def test_prompt_is_the_one_of_training(model: str, configs: Path):
+    """Token for token, with exactly one BOS: the tokenizer's own, which vLLM asks it for, or that of
+    the prompt where the tokenizer adds none."""
+    tokenizer = TOKENIZERS[ENTRIES[model]["format"]]()
+    trained = trained_on(model, tokenizer, ASKED)
+    if ENTRIES[model].get("bos_in_prompt"):
+        tokenizer.backend_tokenizer.post_processor = None
+    template = (configs / "alpaca_eval" / "simpo" / model / "prompt.txt").read_text()
     ids = tokenizer(template.format(instruction=ASKED))["input_ids"]
-    assert ids == trained_on(model, tokenizer, ASKED)
+    assert ids == trained
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_arena_hards_chat_template_is_the_one_of_training(model: str):
-    """vLLM's chat endpoint adds no BOS, so that template holds it."""
-    tokenizer = TOKENIZERS[model]()
-    template = (EXAMPLES / "eval" / "arena_hard" / model / "chat_template.jinja").read_text()
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": ASKED}],
-        chat_template=template,
-        add_generation_prompt=True,
-        return_dict=False,
-    )
-    assert ids == trained_on(model, tokenizer, ASKED)
-    assert ids.count(tokenizer.bos_token_id) == 1
+def test_arena_hards_chat_template_is_the_one_of_training(model: str, configs: Path):
+    """vLLM's chat endpoint adds no BOS, so that template holds it. A system turn of the asker's own
+    takes the empty one's place."""
+    tokenizer = TOKENIZERS[ENTRIES[model]["format"]]()
+    template = (configs / "arena_hard" / model / "chat_template.jinja").read_text()
 
-
-# What the model's answer and the reference are worth, by question. Of two texts worth a and b the
-# judge gives the first a / (a + b).
-WORTH = [(3, 1), (1, 1), (1, 4), (1, 3), (9, 1), (1, 1), (2, 3), (7, 3)]
-# 3/4 + 1/2 + 1/5 + 1/4 + 9/10 + 1/2 + 2/5 + 7/10 = 4.2, over eight questions.
-WIN_RATE = 52.5
-
-
-def write_dataset(folder: Path) -> Path:
-    rows = [
-        {
-            "dataset": "made_up",
-            "instruction": f"Question {i}: write a text worth {ours}",
-            "output": f"reference worth {theirs}",
-            "generator": "reference",
-        }
-        for i, (ours, theirs) in enumerate(WORTH)
-    ]
-    path = folder / "dataset.json"
-    path.write_text(json.dumps(rows))
-    return path
-
-
-def write_hub_cache(folder: Path) -> None:
-    """The one file that the length-controlled rate fetches from the hub: the judgments of two models
-    that play for length, which the regression is fitted on as well. Made up: neither length nor
-    question matters in it."""
-    repo = folder / "hub" / "datasets--tatsu-lab--alpaca_eval"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text("0" * 40)
-    snapshot = repo / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    rows = 2 * len(WORTH)
-    pd.DataFrame(
-        {
-            "model": "gamed",
-            "preference": 0.5,
-            "index": list(range(len(WORTH))) * 2,
-            "std_delta_len": rng.normal(size=rows),
-            "instruction_difficulty": list(rng.normal(size=len(WORTH))) * 2,
-            "not_gamed_baseline": False,
-        }
-    ).to_csv(snapshot / "df_gamed.csv", index=False)
-
-
-@pytest.fixture
-def run_alpaca_eval(tmp_path: Path, stand_in: StandIn) -> Callable[..., None]:
-    """``alpaca_eval`` as a process of its own, on a copy of the package with our folders in it, as the
-    README has the reader copy them."""
-    copy = tmp_path / "site" / "alpaca_eval"
-    shutil.copytree(Path(alpaca_eval.__file__).parent, copy)
-    for model in MODELS:
-        shutil.copytree(FOLDER / model, copy / "models_configs" / model)
-        served = copy / "models_configs" / model / "served.yaml"
-        text = served.read_text()
-        assert "http://127.0.0.1:8000/v1" in text
-        served.write_text(text.replace("http://127.0.0.1:8000/v1", stand_in.url))
-    write_hub_cache(tmp_path / "hf")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("OPENAI_", "PYTHONPATH"))}
-    env |= {
-        "PYTHONPATH": str(tmp_path / "site"),
-        "OPENAI_API_KEY": "unused",
-        "OPENAI_BASE_URL": stand_in.url,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path / "hf"),
-    }
-
-    def run(*arguments: str) -> None:
-        command = [sys.executable, "-m", "alpaca_eval.main", *arguments]
-        done = subprocess.run(
-            [*command, "--annotators_config", JUDGE, "--precomputed_leaderboard", "None"],
-            env=env,
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=120,
+    def ids(*messages: dict[str, str]) -> list[int]:
+        return tokenizer.apply_chat_template(
+            list(messages), chat_template=template, add_generation_prompt=True, return_dict=False
         )
-        assert done.returncode == 0, done.stdout[-6000:]
 
-    return run
+    user = {"role": "user", "content": ASKED}
+    assert ids(user) == trained_on(model, tokenizer, ASKED)
+    assert ids(user).count(tokenizer.bos_token_id) == 1
+    system = {"role": "system", "content": "Be brief."}
+    assert ids(system, user) == trained_on(model, tokenizer, ASKED, "Be brief.")
 
 
-def check_judgments(server: StandIn, results: Path, model: str) -> None:
-    """One call a question, to the fixed judge, and the win rate that the stand-in's shares give."""
-    board = pd.read_csv(results / JUDGE / "leaderboard.csv", index_col=0)
-    assert len(server.judgments) == len(WORTH)
-    for asked in server.judgments:
-        assert asked["model"] == "gpt-4-1106-preview"
-        assert (asked["logprobs"], asked["top_logprobs"], asked["max_tokens"]) == (True, 5, 1)
-    # The order of the two texts is drawn: both orders occur.
-    first = [re.search(r"(answer|reference) worth", a["messages"][-1]["content"])[1] for a in server.judgments]  # fmt: skip
-    assert set(first) == {"answer", "reference"}
-    assert board.loc[model, "n_total"] == len(WORTH)
-    assert board.loc[model, "win_rate"] == pytest.approx(WIN_RATE, abs=1e-3)
-    # In our made-up judgments length says nothing, so controlling for it changes little.
-    assert board.loc[model, "length_controlled_winrate"] == pytest.approx(WIN_RATE, abs=10)
+def test_the_papers_judge_is_alpaca_evals(configs: Path):
+    """weighted_alpaca_eval_gpt4_turbo as it is shipped, but for where the prompt lies, and marked."""
+    file = configs / "alpaca_eval" / "judges" / "paper" / "configs.yaml"
+    assert "shut down on 2026-10-23" in file.read_text()
+    ((name, ours),) = load_configs(file).items()
+    shipped = load_configs(EVALUATORS_CONFIG_DIR / "weighted_alpaca_eval_gpt4_turbo")
+    (theirs,) = shipped.values()
+    assert name == "weighted_alpaca_eval_gpt-4-1106-preview"
+    assert Path(ours.pop("prompt_template")) == EVALUATORS_CONFIG_DIR / theirs.pop(
+        "prompt_template"
+    )
+    assert ours["completions_kwargs"].pop("requires_chatml") is True  # there by the model's name
+    assert ours == theirs
+
+
+def test_the_other_judge_differs_in_the_model_alone(configs: Path):
+    """Of the same prompt, the same two tokens' probabilities, from a server of ours."""
+    judges = configs / "alpaca_eval" / "judges"
+    (other,) = load_configs(judges / "other").values()
+    (paper,) = load_configs(judges / "paper").values()
+    kwargs, theirs = other.pop("completions_kwargs"), paper.pop("completions_kwargs")
+    assert other == paper
+    changed = {key for key in kwargs if kwargs[key] != theirs.get(key)}
+    assert changed == {"model_name", "top_logprobs", "price_per_token", "client_kwargs"}
+    assert kwargs["top_logprobs"] > theirs["top_logprobs"] == 5
+    assert callable(getattr(completion_parsers, other["fn_completion_parser"]))
 
 
 # In place of the engine: it writes down what alpaca_eval hands to vLLM, and answers as the server does.
@@ -231,71 +183,45 @@ class LLM:
 """
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_in_process(
-    model: str, tmp_path: Path, stand_in: StandIn, run_alpaca_eval: Callable[..., None]
-):
-    """configs.yaml: what vLLM is handed. ``use_beam_search`` is alpaca-eval 0.6.2's doing, of which the
-    README warns."""
+@pytest.mark.parametrize("model", ["llama3_focalpo", "mistral_focalpo"])
+def test_in_process(model: str, tmp_path: Path, pipeline: ModuleType):
+    """configs.yaml: what vLLM is handed. ``use_beam_search`` is alpaca-eval 0.6.2's doing, of which
+    the README warns. A second call asks what is left, which is nothing."""
+    (tmp_path / "site").mkdir()
     (tmp_path / "site" / "vllm.py").write_text(VLLM)
-    run_alpaca_eval(
-        "evaluate_from_model",
-        model,
-        f"--evaluation_dataset={write_dataset(tmp_path)}",
-    )
+    rows = [
+        {"dataset": "x", "instruction": f"Write {i} worth {i}.", "output": "", "generator": "r"}
+        for i in range(5)
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    tokenizer = TOKENIZERS[ENTRIES[model]["format"]]()
+    tokenizer.save_pretrained(tmp_path / "outputs" / model)
+    kind = {"model_type": "llama" if model.startswith("llama") else "mistral"}
+    (tmp_path / "outputs" / model / "config.json").write_text(json.dumps(kind))
+    command = [sys.executable, pipeline.__file__, "generate", "--models", model, "--in-process"]
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, "--benchmarks", "alpaca_eval", "--alpaca-data", "data.json"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout[-6000:]
     (asked,) = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
     assert asked["engine"]["model"] == asked["engine"]["tokenizer"] == f"outputs/{model}"
     assert asked["engine"]["tensor_parallel_size"] == 1
-    temperature, tokens, top_p, stop = DECODING[model]
+    temperature, tokens, top_p, stop = DECODING["simpo", model]
     params = {"temperature": temperature, "max_tokens": tokens, "top_p": top_p}
     if stop:
         params["stop_token_ids"] = stop
     assert asked["params"] == params | {"use_beam_search": True}
-    tokenizer = TOKENIZERS[model]()
     assert tokenizer(asked["prompts"])["input_ids"] == [
-        trained_on(model, tokenizer, f"Question {i}: write a text worth {ours}")
-        for i, (ours, _) in enumerate(WORTH)
+        trained_on(model, tokenizer, row["instruction"]) for row in rows
     ]
-    assert stand_in.completions == []
-    check_judgments(stand_in, tmp_path / "results" / model, model)
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_served(
-    model: str, tmp_path: Path, stand_in: StandIn, run_alpaca_eval: Callable[..., None]
-):
-    """served.yaml: what a vLLM server gets, and the judgment of what it answers; and, for one of the
-    two, the judgment alone once more."""
-    run_alpaca_eval(
-        "evaluate_from_model",
-        f"{model}/served.yaml",
-        f"--evaluation_dataset={write_dataset(tmp_path)}",
-    )
-    temperature, tokens, top_p, stop = DECODING[model]
-    tokenizer = TOKENIZERS[model]()
-    prompts = []
-    for asked in stand_in.completions:
-        assert asked["model"] == model
-        assert (asked["temperature"], asked["max_tokens"]) == (temperature, tokens)
-        assert (asked["top_p"], asked.get("stop_token_ids")) == (top_p, stop)
-        assert asked["add_special_tokens"] is True
-        prompts += asked["prompt"]
-    wanted = [f"Question {i}: write a text worth {ours}" for i, (ours, _) in enumerate(WORTH)]
-    assert sorted(tokenizer(prompts)["input_ids"]) == sorted(
-        trained_on(model, tokenizer, text) for text in wanted
-    )
-    results = tmp_path / "results" / model
-    outputs = json.loads((results / "model_outputs.json").read_text())
-    assert [row["output"] for row in outputs] == [f"answer worth {ours}" for ours, _ in WORTH]
-    assert {row["generator"] for row in outputs} == {model}
-    check_judgments(stand_in, results, model)
-    if model == MODELS[0]:
-        stand_in.judgments.clear()
-        (results / JUDGE / "leaderboard.csv").unlink()
-        run_alpaca_eval(
-            "evaluate",
-            f"--model_outputs={results / 'model_outputs.json'}",
-            f"--reference_outputs={tmp_path / 'dataset.json'}",
-            "--caching_path=None",
-        )
-        check_judgments(stand_in, results, model)
+    file = tmp_path / "outputs/eval/alpaca_eval/simpo" / model / "model_outputs.json"
+    assert [row["output"] for row in json.loads(file.read_text())] == [
+        f"answer worth {i}" for i in range(5)
+    ]

@@ -8,20 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lm_eval.tasks
 import pytest
 import torch
 import yaml
 from harness import EXAMPLES
 from lm_eval.config.evaluate_config import EvaluatorConfig
+from lm_eval_tasks import QUESTIONS, shipped_config, write_tasks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.xdist_group("lm_eval")  # one worker makes the run
 
-FOLDER = EXAMPLES / "eval" / "lm_eval"
-GROUP = FOLDER / "tasks" / "table2.yaml"
-RUN_FILES = sorted(FOLDER.glob("*.yml"))
-SHIPPED = Path(lm_eval.tasks.__file__).parent
+GROUP = EXAMPLES / "eval" / "tasks" / "table2.yaml"
 
 # The Open LLM leaderboard v1, from its documentation: few-shot examples and metric of each task. The
 # leaderboard's name of the metric comes first; what follows is what our README says is printed too.
@@ -33,45 +30,25 @@ LEADERBOARD = {
     "gsm8k": (5, ["exact_match"]),
     "mmlu": (5, ["acc"]),
 }
-# Where lm-eval has them.
-FILES = {
-    "arc_challenge": "arc/arc_challenge.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml",
-    "truthfulqa_mc2": "truthfulqa/truthfulqa_mc2.yaml",
-    "winogrande": "winogrande/default.yaml",
-    "gsm8k": "gsm8k/gsm8k.yaml",
-    "mmlu": "mmlu/default/_mmlu.yaml",
-}
-
-QUESTIONS = [
-    ("What colour is a swan?", ["white", "It depends on many things.", "red", "one"], 0),
-    ("What colour is a pea?", ["There are many words in the list.", "green", "A pea.", "hot"], 1),
-    ("What is the opposite of hot?", ["cold", "cold and wet and dark", "hot", "a bird"], 1),
-    ("What kind of thing is a trout?", ["tree", "bird", "A trout is a kind of fish.", "fish"], 2),
-    ("What kind of thing is an owl?", ["bird", "A kind of bird.", "a tool", "plum"], 0),
-    ("Name the opposite of wet.", ["dry", "wet", "loud and quiet, near and far", "two"], 3),
-]
 
 
-def test_every_file_is_found():
-    assert [path.name for path in RUN_FILES] == ["llama3_focalpo.yml", "mistral_focalpo.yml"]
-    assert {p.suffix for p in FOLDER.rglob("*") if p.is_file()} == {".yml", ".yaml"}
-    assert list(FOLDER.rglob("*.yaml")) == [GROUP]
-
-
-@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
-def test_run_file(path: Path):
-    """lm-eval takes every key, and nothing but plain text is given to the model."""
-    config = EvaluatorConfig.from_config(path)
-    assert config.model == "hf"
-    assert config.model_args == {"pretrained": f"outputs/{path.stem}", "dtype": "bfloat16"}
-    assert config.tasks == [yaml.safe_load(GROUP.read_text())["group"]]
-    assert (EXAMPLES.parent / config.include_path) == GROUP.parent
-    assert config.apply_chat_template is False
-    assert config.fewshot_as_multiturn is False
-    assert config.system_instruction is None
-    assert config.limit is None and config.num_fewshot is None
-    assert config.batch_size == 1
+def test_run_files(plan, configs: Path):
+    """One for each model; lm-eval takes every key, and nothing but plain text is given to the
+    model."""
+    files = {path.stem: path for path in (configs / "lm_eval").iterdir()}
+    assert set(files) == {model.name for model in plan.models}
+    for model in plan.models:
+        config = EvaluatorConfig.from_config(files[model.name])
+        assert config.model == "hf"
+        bos = {"add_bos_token": True} if model.bos_in_prompt else {}
+        assert config.model_args == {"pretrained": model.path, "dtype": "bfloat16", **bos}
+        assert config.tasks == [yaml.safe_load(GROUP.read_text())["group"]]
+        assert config.include_path == [str(GROUP.parent)]
+        assert config.apply_chat_template is False
+        assert config.fewshot_as_multiturn is False
+        assert config.system_instruction is None
+        assert config.limit is None and config.num_fewshot is None
+        assert config.batch_size == 1
 
 
 def test_group_is_the_leaderboards():
@@ -90,108 +67,17 @@ def test_group_is_the_leaderboards():
         assert set(metrics) <= {entry["metric"] for entry in listed}
 
 
-def shipped_config(name: str) -> dict:
-    """What the installed lm-eval has under a name, with what it includes."""
-
-    class Loader(yaml.SafeLoader):
-        """Leaves functions alone."""
-
-    Loader.add_constructor("!function", lambda loader, node: node.value)
-
-    def load(path: Path) -> dict:
-        config = yaml.load(path.read_text(), Loader)
-        include = config.pop("include", None)
-        return {**(load(path.parent / include) if include else {}), **config}
-
-    config = load(SHIPPED / FILES[name])
-    assert config.get("group", config["task"]) == name
-    return config
-
-
-def write_tasks(folder: Path) -> None:
-    """The six tasks as lm-eval ships them, but over a few rows of ours, and with two subjects."""
-    arc = [
-        {
-            "question": question,
-            "choices": {"text": choices, "label": list("ABCD")},
-            "answerKey": "ABCD"[answer],
-        }
-        for question, choices, answer in QUESTIONS
-    ]
-    swag = [
-        {
-            "ctx_a": question,
-            "ctx_b": "it",
-            "activity_label": "Quiz",
-            "endings": choices,
-            "label": answer,
-        }
-        for question, choices, answer in QUESTIONS
-    ]
-    grande = [
-        {"sentence": "The _ is not a plum.", "option1": "owl", "option2": "pea", "answer": "1"}
-    ]
-    truth = [
-        {
-            "question": question,
-            "mc1_targets": {"choices": choices, "labels": [1, 0, 0, 0]},
-            "mc2_targets": {"choices": choices, "labels": [1, 1, 0, 0]},
-        }
-        for question, choices, _ in QUESTIONS
-    ]
-    gsm = [{"question": "One and one?", "answer": "It is 2.\n#### 2"}]
-    mmlu = [
-        {"question": question, "subject": "made up", "choices": choices, "answer": answer}
-        for question, choices, answer in QUESTIONS
-    ]
-
-    def task(
-        name: str, splits: dict[str, list], include: str | None = None, **more: object
-    ) -> None:
-        files = {}
-        for split, rows in splits.items():
-            files[split] = str(folder / f"{name}-{split}.jsonl")
-            Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        config = {
-            "include": str(SHIPPED / (include or FILES[name])),
-            "task": name,
-            "dataset_path": "json",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": files},
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config | more))
-
-    # One row many times: the examples in a prompt are the same, whichever are drawn.
-    task(
-        "arc_challenge",
-        {"train": arc[:1] * 25, "validation": arc[:1], "test": arc},
-    )
-    task("hellaswag", {"train": swag[:1] * 10, "validation": swag})
-    task("winogrande", {"train": grande * 5, "validation": grande})
-    task("truthfulqa_mc2", {"validation": truth})
-    task(
-        "gsm8k",
-        {"train": gsm * 5, "test": gsm},
-        generation_kwargs={"until": ["Question:"], "do_sample": False, "max_gen_toks": 8},
-    )
-    subject = "mmlu/default/_default_template_yaml"
-    task("mmlu_anatomy", {"dev": mmlu[:1] * 5, "test": mmlu[:4]}, subject)
-    task("mmlu_astronomy", {"dev": mmlu[:1] * 5, "test": mmlu[4:]}, subject)
-    shipped = shipped_config("mmlu")
-    (folder / "mmlu.yaml").write_text(
-        yaml.safe_dump(shipped | {"task": ["mmlu_anatomy", "mmlu_astronomy"]})
-    )
-
-
 @pytest.fixture(scope="module")
-def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict[str, list[dict]]]:
+def run(
+    tiny: Path, configs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict, dict[str, list[dict]]]:
     """Results and samples of ``lm-eval run --config``: our run file and our group as they stand, but
     for the model, the CPU and where the data of the tasks lies."""
     folder = tmp_path_factory.mktemp("lm_eval")
     tasks = folder / "tasks"
     tasks.mkdir()
     write_tasks(tasks)
-    config = yaml.safe_load(RUN_FILES[0].read_text()) | {
+    config = yaml.safe_load((configs / "lm_eval" / "llama3_focalpo.yml").read_text()) | {
         "model_args": {"pretrained": str(tiny / "model"), "dtype": "float32"},
         "include_path": [str(GROUP.parent), str(tasks)],
         "device": "cpu",

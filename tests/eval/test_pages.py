@@ -6,17 +6,11 @@ import inspect
 import re
 import shlex
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
+from types import ModuleType
 
 import pytest
-from alpaca_eval import main as alpaca_main
-from alpaca_eval.annotators import PairwiseAnnotator
-from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
-from chat_formats import llama3_tokenizer, mistral_tokenizer
 from harness import EXAMPLES
-from lm_eval._cli.harness import HarnessCLI
 
 FOLDER = EXAMPLES / "eval"
 PAGE = (FOLDER / "README.md").read_text()
@@ -33,8 +27,9 @@ def starting_with(word: str) -> list[list[str]]:
 
 def test_every_file_has_a_test():
     """A file in a new place would be looked at by nobody."""
-    files = {p.relative_to(FOLDER).parts[0] for p in FOLDER.rglob("*") if p.is_file()}
-    assert files == {"README.md", "alpaca_eval", "arena_hard", "lm_eval"}
+    files = {p.relative_to(FOLDER).as_posix() for p in FOLDER.rglob("*") if p.is_file()}
+    files = {name for name in files if "__pycache__" not in name}
+    assert files == {"README.md", "models.yml", "pipeline.py", "tasks/table2.yaml"}
 
 
 def test_no_key_in_a_file():
@@ -45,28 +40,63 @@ def test_no_key_in_a_file():
             assert set(re.findall(r"API_KEY=(\S*)", text)) <= {"..."}, path
 
 
-def test_alpaca_eval_commands():
-    """Function, options and judge exist: what a function doesn't know goes on to `evaluate`, and from
-    there to the annotator."""
-    known = set(inspect.signature(alpaca_main.evaluate).parameters)
-    for base in PairwiseAnnotator.__mro__:
-        known |= set(inspect.signature(base.__init__).parameters)
-    for _, function, *options in starting_with("alpaca_eval"):
-        given = dict(zip(options[::2], options[1::2], strict=True))
-        own = inspect.signature(alpaca_main.ALL_FUNCTIONS[function]).parameters
-        assert {option.removeprefix("--") for option in given} <= known | set(own)
-        judge = given["--annotators_config"]
-        assert judge == "weighted_alpaca_eval_gpt4_turbo"
-        assert (EVALUATORS_CONFIG_DIR / judge / "configs.yaml").is_file()
-        if "--model_configs" in given:
-            assert (FOLDER / "alpaca_eval" / given["--model_configs"]).exists()
+def test_pipeline_commands(pipeline: ModuleType, plan, monkeypatch: pytest.MonkeyPatch):
+    """The parser takes each, the models and benchmarks exist, and each command is in the table."""
+    called = []
+    for name in ("configs", "generate", "judge", "table", "answers"):
+        monkeypatch.setattr(pipeline, name, lambda plan, args: called.append(args))
+        assert f"| `{name}` |" in PAGE
+    given = [words for words in starting_with("python") if words[1] == "examples/eval/pipeline.py"]
+    for _, _, *arguments in given:
+        monkeypatch.setattr(sys, "argv", ["pipeline.py", *arguments])
+        pipeline.main()
+    assert len(called) == len(given) >= 8
+    names = {model.name for model in plan.models}
+    for args in called:
+        assert set(args.models or []) <= names
+        assert set(args.benchmarks) <= set(pipeline.BENCHMARKS)
+    (asked,) = {args.question for args in called if args.question}
+    assert asked in pipeline.QUESTION
+    for option in set(re.findall(r"`(--[\w-]+)", PAGE)) - {"--judge", "--decoding"}:
+        assert any(f'"{option}"' in line for line in inspect.getsource(pipeline.main).splitlines())
 
 
-def test_lm_eval_command(monkeypatch: pytest.MonkeyPatch):
-    """lm-eval's parser takes it, and the file is there."""
-    for _, *arguments in starting_with("lm-eval"):
-        monkeypatch.setattr(sys, "argv", ["lm-eval", *arguments])
-        assert (EXAMPLES.parent / HarnessCLI().parse_args().config).is_file()
+def test_decodings(plan):
+    """The page's table has the values of models.yml."""
+    rows = {line.split("`")[1]: line for line in PAGE.splitlines() if line.startswith("| `")}
+    for name, of in plan.file["decodings"].items():
+        for sampling in of.values():
+            for value in (sampling["temperature"], sampling["max_tokens"]):
+                assert re.search(rf"\b{value:g}\b", rows[name]), (name, value)
+    assert re.search(r"top_p 0\.7\b", rows["lion"])
+
+
+def test_arithmetic():
+    """Each product on the page, to the digits that it is given with."""
+    found = re.findall(r"(\d[\d.]*) x (\d[\d.]*) = (\d[\d.]*\d|\d)( thousand)?", PAGE)
+    assert len(found) >= 10
+    for first, second, result, thousand in found:
+        made = float(first) * float(second) / (1000 if thousand else 1)
+        digits = len(result.partition(".")[2])
+        assert abs(made - float(result)) <= 0.5001 * 10**-digits, (first, second, result)
+
+
+def test_times():
+    """From what the page assumes: tokens times two FLOP a parameter, over GPUs at 100 TFLOP/s."""
+    read = 60e6 * 2 * 8e9 / 1e14 / 3600
+    wrote = 1319 * 150 / 40 / 3600
+    assert f"{read:.1f} + {wrote:.1f} = {read + wrote:.0f} hours" in PAGE
+    judge = 2 * 72.7e9 / 4e14 / 60  # minutes a token
+    assert f"| {1108e3 * judge:.0f} minutes |" in PAGE
+    arena = 1800e3 * judge, 500e3 / 1000 / 60
+    assert f"| {arena[0]:.0f} + {arena[1]:.0f} = {sum(arena):.0f} minutes |" in PAGE
+    assert f"which is {312 * 4 / 60:.0f} GPU-hours" in " ".join(PAGE.split())
+
+
+def test_the_judge_that_is_gone():
+    page = " ".join(PAGE.split())
+    assert "`gpt-4-1106-preview`, was announced to shut down on 2026-10-23" in page
+    assert "Length control is fitted to one annotator" in page
 
 
 def test_versions():
@@ -77,36 +107,9 @@ def test_versions():
         assert int(version(name).split(".")[0]) < int(below)
 
 
-def test_copied_files_exist():
+def test_files_exist():
     paths = re.findall(r"examples/[\w./-]+\w", " ".join(COMMANDS))
-    assert len(paths) > 5
+    paths += [f"examples/eval/{path}" for path in re.findall(r"\]\(([\w./]+)\)", PAGE)]
+    assert len(paths) > 10
     for path in paths:
         assert (EXAMPLES.parent / path).exists(), path
-
-
-@pytest.mark.parametrize(
-    "model, make, count",
-    [
-        ("llama3_focalpo", llama3_tokenizer, 1),
-        ("mistral_focalpo", mistral_tokenizer, 1),
-        ("llama3_focalpo", llama3_tokenizer, 0),
-    ],
-)
-def test_bos_check(
-    model: str,
-    make: Callable,
-    count: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
-    """It prints 1 for a tokenizer that adds a BOS, and 0 for one that doesn't."""
-    (command,) = [words for words in starting_with("python") if words[1] == "-c"]
-    tokenizer = make()
-    if not count:
-        tokenizer.backend_tokenizer.post_processor = None
-    tokenizer.save_pretrained(tmp_path)
-    prompt = FOLDER / "alpaca_eval" / model / "prompt.txt"
-    monkeypatch.setattr(sys, "argv", ["-c", str(tmp_path), str(prompt)])
-    exec(command[2], {})  # here, where transformers is loaded already
-    assert capsys.readouterr().out == f"{count}\n"
