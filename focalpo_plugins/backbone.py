@@ -45,8 +45,8 @@ _EAGER = "focalpo_eager"
 _NO_CHANGE = {"position_ids", "cache_position", "use_cache", "num_items_in_batch"}
 # What a backbone is given that the row has in another form.
 _REPLACED = {"input_ids", "attention_mask", "position_ids", "cache_position"}
-# Share of the padded batch from which on a row is no faster: forming one takes about 5 % of the time
-# of a batch that saves nothing.
+# Share of the padded batch from which on a row is no faster: forming one takes about 5 % of the
+# time of a batch that saves nothing.
 _NOT_WORTH_IT = 0.95
 #: Relative difference of hidden states that rounding explains: in float32 and above, and below.
 _ROUNDING = (1e-3, 0.1)

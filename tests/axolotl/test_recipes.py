@@ -272,7 +272,7 @@ def test_the_sizes_in_the_header(name: str):
         assert f"The weights take {2 * (linear + embeddings) / 1e9:.1f} GB" in text
     if config["adapter"] == "qlora" or "24 GB" in text:
         assert f"4-bit weights take {in_4_bits / 1e9:.1f} GB" in text
-    if "by our reckoning" in text:
+    if "by our estimate" in text:
         tokens = 2 * config["micro_batch_size"] * config["sequence_len"]
         saved, logits = layers * tokens * hidden * 2, tokens * vocabulary * 4
         assert f"{saved / 1e9:.1f} GB of saved activations" in text
