@@ -48,6 +48,7 @@ FLAT = {
     "ckpt.path": "ckpt_path",
     "ckpt.save_steps": "save_steps",
     "logger.logging_steps": "logging_steps",
+    "logger.tensorboard_dir": "use_tensorboard",
 }
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..backbone import SharedPrompts
 from ..diagnostics import MARGINS, margin_sums, means
 from ..guards import pairs
+from ..guards.end import say_done
 from ..guards.folders import check_folder, write_whole
 from ..guards.margins import not_finite, stop
 from ..guards.messages import say
@@ -88,6 +89,8 @@ class PairwiseDPOTrainer(DPOTrainer):
         self._sums: dict[str, Tensor] = {}
         loss_fn.record, loss_fn.progress = self._record, self._progress
         self._moving: dict[str, float] = {}  # of the last batch
+        self._losses: list[float] = []  # of the first step and the last
+        self._accuracy: float | None = None  # of the last evaluation
         self._margins: list[Tensor] = []
         self._batches = self._to_evaluate = 0
         self._tokens = 0, 0  # of the policy's last batch: computed, and in the padded batch
@@ -106,7 +109,7 @@ class PairwiseDPOTrainer(DPOTrainer):
             key = f"--{name}.shared_prompts"
             self._sharing = SharedPrompts(key, functools.partial(_together, strategy))
             _together(strategy, lambda: self._attach(key))
-        self.strategy = _ReducingDiagnostics(strategy, self._diagnostics)
+        self.strategy = _ReducingDiagnostics(strategy, self._join_diagnostics)
         # Not around the strategy's save_ckpt, which first deletes the oldest of too many folders.
         engine = model.model
         save = functools.partial(_save_with_record, strategy, record, engine.save_checkpoint)
@@ -151,6 +154,12 @@ class PairwiseDPOTrainer(DPOTrainer):
         self._batches = steps * self.strategy.accumulated_gradient
         self._logged_batches = self._batches
         super().fit(args, consumed_samples, *more, **kwargs)
+        if self.strategy.is_rank_0():
+            steps = self._batches // self.strategy.accumulated_gradient
+            of_host = dotted(args)
+            held_out = {} if self._accuracy is None else {"accuracy": self._accuracy}
+            report = of_host.logger.tensorboard_dir
+            say_done(steps, self._losses, held_out, of_host.ckpt.output_dir, report)
 
     def _attach(self, key: str) -> None:
         assert self._sharing is not None
@@ -196,6 +205,8 @@ class PairwiseDPOTrainer(DPOTrainer):
         self, args: Any, global_step: int, *more: Any, **kwargs: Any
     ) -> None:
         super().save_logs_and_checkpoints(args, global_step, *more, **kwargs)
+        logged = next((given for given in more if isinstance(given, dict)), kwargs.get("logs_dict"))
+        self._losses = [*self._losses[:1], (logged or {})["loss_mean"]]
         if global_step % dotted(args).logger.logging_steps == 0:
             self._sums.pop("train", None)
             self._logged_batches = self._batches
@@ -251,6 +262,12 @@ class PairwiseDPOTrainer(DPOTrainer):
         before = self._sums.get(self._mode)
         self._sums[self._mode] = sums if before is None else before + sums
 
+    def _join_diagnostics(self, reduced: dict[str, float]) -> None:
+        """Add ours to the numbers that OpenRLHF has reduced and is about to log."""
+        if self._mode == "eval":
+            self._accuracy = reduced["acc_mean"]
+        reduced.update(self._diagnostics())
+
     def _diagnostics(self) -> dict[str, float]:
         """Diagnostics of the pairs of all ranks since the last log, or of one evaluation."""
         if not self._called:
@@ -281,14 +298,14 @@ class _ReducingDiagnostics:
     """OpenRLHF's strategy; the numbers that the trainer has reduced over the ranks are what it
     shows and logs, so that is where ours join them."""
 
-    def __init__(self, strategy: Any, diagnostics: Callable[[], dict[str, float]]) -> None:
+    def __init__(self, strategy: Any, join: Callable[[dict[str, float]], None]) -> None:
         self._strategy = strategy
-        self._diagnostics = diagnostics
+        self._join = join
 
     def all_reduce(self, data: Any, op: str = "mean") -> Any:
         reduced = self._strategy.all_reduce(data, op)
         if isinstance(data, dict):
-            reduced.update(self._diagnostics())
+            self._join(reduced)
         return reduced
 
     def __getattr__(self, name: str) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..diagnostics import MARGINS, margin_sums, means
+from ..guards.end import say_done
 from ..guards.folders import check_folder
 from ..guards.margins import not_finite, stop
 from ..guards.messages import say
@@ -61,6 +62,7 @@ class PairwiseBase(_Host):
     _written: Mapping[str, str] = {}  # TRL's arguments, where a config has other names for them
 
     if TYPE_CHECKING:
+        _own_loss: str  # what TRL's trainer trains
         _sharing: SharedPrompts | None
         _tag_names: list[str]
 
@@ -99,8 +101,8 @@ class PairwiseBase(_Host):
         loss, steps = self.pairwise_loss, self.state.max_steps
         if loss is None:
             raise RuntimeError(
-                f"{type(self).__name__} has no pairwise loss yet, and would train the host's own: "
-                "call set_loss() before training."
+                f"{type(self).__name__} has no pairwise loss yet, and would train "
+                f"{self._own_loss}: call set_loss() before training."
             )
         before = self.state.global_step - (self._mode() == "eval")
         return loss.at(min(1.0, max(0, before) / (steps - 1)) if steps > 1 else 0.0)
@@ -135,7 +137,31 @@ class PairwiseBase(_Host):
         """
         self._all_together(lambda: self._check_before_training(resume_from_checkpoint))
         self._say_active()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.pairwise_loss is not None and self.accelerator.is_main_process:
+            self._say_done()
+        return output
+
+    def _say_done(self) -> None:
+        history, folder = self.state.log_history, str(self.args.output_dir)
+        held_out = {}
+        for what, name in (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
+            # The last that was logged, of whichever evaluation set.
+            values = [
+                value
+                for entry in history
+                for key, value in entry.items()
+                if key.startswith("eval_") and key.endswith(name)
+            ]
+            if values:
+                held_out[what] = values[-1]
+        say_done(
+            self.state.global_step,
+            [entry["loss"] for entry in history if "loss" in entry],
+            held_out,
+            folder,
+            folder if get_last_checkpoint(folder) else None,
+        )
 
     def _check_before_training(self, resume_from_checkpoint: str | bool | None) -> None:
         if self.args.should_save and self.args.save_strategy != "no":

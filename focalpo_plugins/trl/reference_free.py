@@ -108,7 +108,7 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
 class CPOLossMixin(ReferenceFreeMixin):
     """A TRL CPO trainer's loss, exchanged.  Stands before the trainer in the list of bases."""
 
-    _trainer, _method = CPOTrainer, "cpo_loss"
+    _own_loss, _trainer, _method = "CPO", CPOTrainer, "cpo_loss"
 
     if TYPE_CHECKING:
         loss_type: str
@@ -150,7 +150,7 @@ class CPOLossMixin(ReferenceFreeMixin):
 class ORPOLossMixin(ReferenceFreeMixin):
     """A TRL ORPO trainer's loss, exchanged.  Stands before the trainer in the list of bases."""
 
-    _trainer, _method = ORPOTrainer, "odds_ratio_loss"
+    _own_loss, _trainer, _method = "ORPO", ORPOTrainer, "odds_ratio_loss"
 
     def _check_config(self, config: Any) -> None:
         pass

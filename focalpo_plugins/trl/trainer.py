@@ -25,6 +25,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
     """A TRL DPO trainer's loss, exchanged.  Stands before the trainer in the list of bases, and
     trains nothing before :meth:`set_loss` was called."""
 
+    _own_loss = "DPO"
     _train_data_seen = False
     # Whether a reference that was given is kept for data that `evaluate()` is given later on.
     _keeps_reference = True

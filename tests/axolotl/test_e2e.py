@@ -336,25 +336,6 @@ def test_two_ranks_agree_with_one_process(
 
 
 @shares_plain
-def test_shared_prompts_under_zero2(axolotl: Axolotl, whole: Run):
-    """Two ranks, with the optimizer and the gradients in parts and the weights whole."""
-    path = Path(zero3_on_cpu(axolotl.folder))
-    config = json.loads(path.read_text())
-    config["zero_optimization"] = {"stage": 2, "overlap_comm": False}
-    path.write_text(json.dumps(config))
-    run = axolotl.train(
-        ranks=2,
-        gradient_accumulation_steps=1,
-        plugins=["test_only_plugins.GlooOnCPU"],
-        variables=ON_CPU,
-        deepspeed=str(path),
-        focalpo_shared_prompts=True,
-    )
-    assert_same(run, whole, rel=1e-3, names=SPLIT)
-    assert all(saved > 0 for (saved,) in run.steps("focalpo/tokens_saved"))
-
-
-@shares_plain
 def test_one_batch_of_eight_agrees_with_two_of_four(whole: Run, plain: Run):
     assert_same(whole, plain, rel=1e-3, names=SPLIT)
 

@@ -12,8 +12,10 @@ from harness import ON_CPU, Axolotl, Run, at_once, axolotl_environment, free_por
 
 FIRST = 2**-0.05 * math.log(2)
 # Ray on a machine of any size, and on busy cores: it waits for ever for a core that it does not
-# count, and starts a process anew that has not answered in time.
+# count, starts a process anew that has not answered in time, and has its workers give way to
+# every other process (a niceness of 15), as long as there are any.
 RAY = {
+    "RAY_worker_niceness": "0",
     "RAY_OVERRIDE_RESOURCES": '{"CPU": 4}',
     "RAY_worker_register_timeout_seconds": "500",
     "RAY_memory_monitor_refresh_ms": "0",

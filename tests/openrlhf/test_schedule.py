@@ -45,6 +45,16 @@ def test_evaluations_have_the_gamma_of_their_step(train_many: Callable, few: Pat
     assert run.returncode == 0, run.output
     found = [values["focalpo/gamma"] for _, values in sorted(run.steps("eval/").items())]
     assert found == pytest.approx([0.45 * (1 + math.cos(math.pi * 4 / 9)) / 2, 0.0], abs=1e-6)
+    accuracy = [values["acc_mean"] for _, values in sorted(run.steps("eval/").items())][-1]
+    assert f"; held out: accuracy {accuracy:.3f}; " in run.said("done.")[0]
+
+
+def test_the_closing_line(whole, train_many: Callable):
+    """The first loss is 2^-.45 ln 2 = .5074, the last ln 2 = .6931; OpenRLHF has no other number."""
+    (line,) = whole.said("done.")
+    assert "done. 10 steps; loss 0.5074 at first, 0.6931 at last; the model goes to " in line
+    assert line.endswith(f"; next: focalpo report {whole.folder / 'tensorboard'}")
+    assert not train_many({"": ("--loss", "dpo")})[""].said("done.")
 
 
 def test_resuming_is_exact(train: Callable, whole, tmp_path: Path):

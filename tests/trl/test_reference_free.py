@@ -254,7 +254,9 @@ def test_no_loss_yet(tmp_path: Path):
     class Ours(CPOLossMixin, CPOTrainer):
         pass
 
-    with pytest.raises(RuntimeError, match=r"has no pairwise loss yet.*call set_loss\(\)"):
+    with pytest.raises(
+        RuntimeError, match=r"has no pairwise loss yet, and would train CPO: call set_loss\(\)"
+    ):
         trainer(Ours, tmp_path, **SIMPO).train()
 
 

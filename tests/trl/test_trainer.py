@@ -10,7 +10,7 @@ import math
 import re
 import shutil
 import weakref
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -818,7 +818,7 @@ def test_every_loss_type_of_this_trl_is_ours_or_refused_with_its_reason():
 def test_the_fields_say_what_they_do():
     helps = {f.name: f.metadata["help"] for f in fields(FocalPOConfig) if "focalpo" in f.name}
     assert helps["focalpo_gamma"] == "Focusing parameter; 0 is DPO."
-    assert all(text.endswith(".") for text in helps.values()) and len(helps) == 9
+    assert all(text.endswith(".") for text in helps.values()) and len(helps) == 11
 
 
 def test_the_former_name_of_a_field(tmp_path):
@@ -861,7 +861,9 @@ def test_a_trainer_without_a_loss_trains_nothing(tokenizer, tmp_path):
 
 def test_host_is_restored_after_an_error(tokenizer, tmp_path, monkeypatch):
     host = trainer(FocalPOTrainer, tokenizer, tmp_path)
-    monkeypatch.setattr(host, "pairwise_loss", lambda *_: 1 / 0)
+    loss = host.pairwise_loss
+    broken = replace(loss.source, loss=lambda *_, **options: 1 / 0)
+    monkeypatch.setattr(host, "pairwise_loss", replace(loss, source=broken))
     with pytest.raises(ZeroDivisionError):
         host.compute_loss(host.model, batch(host))
     assert dpo_trainer.F is torch.nn.functional
@@ -1206,3 +1208,24 @@ def test_resume_of_the_hosts_dpo(tokenizer, tmp_path):
         ValueError, match="does not say that it was trained with a loss of focalpo_pl"
     ):
         host.train(resume_from_checkpoint=True)
+
+
+def test_the_closing_line(tokenizer, tmp_path: Path, capsys):
+    """Each number is the one that the log has; without a checkpoint there is nothing to report on."""
+    pairs = Dataset.from_list(PAIRS[:5])
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path, eval_dataset=pairs,
+                   eval_strategy="steps", eval_steps=3)  # fmt: skip
+    host.train()
+    history = host.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    held_out = next(entry for entry in reversed(history) if "eval_loss" in entry)
+    accuracy, margin = (held_out[f"eval_rewards/{name}"] for name in ("accuracies", "margins"))
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if ": done." in each]
+    assert line == (
+        f"focalpo_plugins: done. 3 steps; loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last; "
+        f"held out: accuracy {accuracy:.3f}, margin {margin:.3f}; the model goes to {tmp_path}"
+    )
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path, save_strategy="steps", save_steps=3)
+    host.train()
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if ": done." in each]
+    assert line.endswith(f" at last; the model goes to {tmp_path}; next: focalpo report {tmp_path}")
