@@ -22,6 +22,7 @@ class Docstrings(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
             text = FORMULA.sub(formula, obj.docstring.value)
+            text = re.sub(r"^Example:$", "Examples:", text, flags=re.M)  # what griffe knows
             # Of a role only what it names, and a literal block where `::` ends a line.
             obj.docstring.value = re.sub(r"::$", ":", ROLE.sub(r"`\1`", text), flags=re.M)
 
