@@ -20,7 +20,7 @@ os.environ |= {"PIP_COMPILE": "0", "PYTHONDONTWRITEBYTECODE": ""}
 
 nox.options.default_venv_backend = "venv"
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "audit", "core", "axolotl", "openrlhf", "evaluation"]
+nox.options.sessions = ["lint", "docs", "audit", "core", "axolotl", "openrlhf", "evaluation"]
 
 # The releases that the suite was last seen to pass with; users keep what their stack has.
 TORCH = "torch==2.13.0"
@@ -30,6 +30,8 @@ OPENRLHF = "openrlhf==0.11.2"
 RAY = "ray[train]>=2.52.1"
 # What OpenRLHF pins and has no wheel for, built without the parts that need CUDA's compiler.
 FLASH_ATTN, DEEPSPEED = "flash-attn==2.8.3", "deepspeed==0.19.6"
+# What builds the pages; ruff formats the signatures of the API, latex2mathml its formulas.
+PAGES = ("mkdocs-material==9.8.2", "mkdocstrings[python]==1.0.8", "latex2mathml", "ruff")
 # The tests that hold in each release of a host.
 EVERY_RELEASE = "releases and not fused"
 # Three on two cores: some always wait, for a launcher or for another rank.
@@ -73,6 +75,14 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The pages of docs/ as a site in outputs/site; a broken link or an unknown name fails."""
+    session.install(*PAGES)
+    session.env["NO_MKDOCS_2_WARNING"] = "1"
+    session.run("mkdocs", "build", "--strict")
 
 
 @nox.session

@@ -1,6 +1,22 @@
-"""FocalPO, a preference-optimisation loss, for the fine-tuning stacks people already run.
+"""FocalPO, a preference loss, for Axolotl, OpenRLHF and TRL.
 
-The names below load on first use: importing this package imports neither torch nor a host.
+==================================  ==============================================================
+``focalpo_loss(margins, gamma)``    loss of each pair, from its reward margin
+``focalpo_weight(margins, gamma)``  what that loss multiplies DPO's gradient by
+``reversal_margin(gamma)``          the margin below which a pair is pushed the wrong way
+``gamma_at(progress, start, end)``  gamma at a point of a run in which it moves
+``FocalPOLoss``                     the loss as a ``torch.nn.Module``
+``FocalPOTrainer``                  TRL's ``DPOTrainer`` with this loss; its args are a
+                                    ``FocalPOConfig``
+``FocalCPOTrainer``                 the same of ``CPOTrainer`` (CPO, SimPO); ``FocalCPOConfig``
+``FocalORPOTrainer``                the same of ``ORPOTrainer``; ``FocalORPOConfig``
+``hookimpl``                        marks the hook with which a package adds a loss of its own
+``VARIANTS``, ``SCHEDULES``         the names of the factors, and of the ways that gamma moves
+==================================  ==============================================================
+
+``help(focalpo_plugins.focalpo_loss)`` and so on say more. In Axolotl ``rl: focalpo`` trains the
+loss, in OpenRLHF ``--loss focalpo``: neither needs a name from here. The names load on first use:
+importing this package imports neither torch nor a host.
 """
 
 from __future__ import annotations

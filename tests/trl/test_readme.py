@@ -1,4 +1,4 @@
-"""What README says of TRL's trainer, and of the fused path in it, that no other test holds."""
+"""What README and docs/ say of TRL's trainer, and of the fused path in it, that no other test holds."""
 
 from __future__ import annotations
 
@@ -28,16 +28,18 @@ from focalpo_plugins.compute.fused_loss import IGNORED
 from focalpo_plugins.compute.output_layer import check_config
 from focalpo_plugins.trl import fused_step
 
-README = (EXAMPLES.parent / "README.md").read_text()
+PAGES = ("README.md", "docs/trl.md")
 
 
-def test_the_snippet(tokenizer, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("page", PAGES)
+def test_the_snippet(tokenizer, tmp_path, monkeypatch, capsys, page):
     """As it stands, with a model's folder, pairs and a tokenizer; bf16, TRL's default, is a GPU's."""
     monkeypatch.chdir(tmp_path)
     model(0).save_pretrained("tiny")
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    code = re.search(r"\n\*\*TRL\.\*\*.*?\n\n((?:    .*\n|\n)+)", README)[1]
+    text = (EXAMPLES.parent / page).read_text()
+    code = re.search(r"\n\*\*TRL\.\*\*.*?\n\n((?:    .*\n|\n)+)", text)[1]
     given = {"model": "tiny", "pairs": Dataset.from_list(PAIRS), "tokenizer": tokenizer}
     exec("\n".join(line[4:] for line in code.splitlines()), given)
     assert (
