@@ -1,0 +1,289 @@
+"""Which loss gives the better language model, where the true answers are known?
+
+The question of quality.py with the small Llama of examples/make_tiny.py.  For each seed other data
+are made and another reference is fine-tuned on them; the reference answers the training prompts
+itself, each pair is a right and a wrong answer of its own, and a share of the labels is flipped.
+Every loss is trained on the same pairs, and its model judged on prompts that no training saw.
+
+    python examples/study/quality_lm.py --out outputs/quality_lm
+
+README.md beside this file has what came out and how far it carries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import random
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from focalpo_plugins.loss import focalpo_loss
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import make_tiny
+from quality import LOSSES, Loss, half_width
+
+SAMPLES = 4  # answers of the reference to each training prompt
+LONGEST = 64  # tokens of an answer
+BATCH, SCORED_AT_ONCE = 32, 250
+SIMPO_BETA = 2.5  # SimPO's margin is a mean over tokens, so it asks for a larger beta
+PILOT = 0  # the seed whose data and reference choose the learning rate, and nothing else
+RATES = (1e-4, 3e-4, 1e-3)
+METRICS = ("right", "win_rate", "kl")
+
+
+# ---- the truth of the made-up data
+
+
+def known_answers() -> dict[str, set[str]]:
+    """The right answers to every question of make_tiny.py's tables."""
+    known = {}
+    for asks, answers, reason, table in make_tiny.FACTS:
+        for value, things in table.items():
+            for thing in things.split():
+                right = both_lengths([a.format(x=thing, v=value) for a in answers],
+                                     reason.format(x=thing, v=value))  # fmt: skip
+                for ask in asks:
+                    known[make_tiny.with_articles(ask.format(x=thing))] = right
+    return known
+
+
+def both_lengths(cores: Sequence[str], reason: str) -> set[str]:
+    cores = [core[0].upper() + core[1:] for core in cores]
+    return {make_tiny.with_articles(text) for c in cores for text in (c, f"{c} {reason}")}
+
+
+KNOWN = known_answers()
+
+
+def right_answers(prompt: str) -> set[str]:
+    """All answers that make_tiny.py could give as right ones to its own ``prompt``."""
+    for lead in make_tiny.LEADS:
+        question = prompt.removeprefix(lead)
+        if lead and question != prompt:
+            break
+    if question in KNOWN:
+        return KNOWN[question]
+    listed = re.fullmatch(r"(?:How many words are here|Count the words in this list): (.*)[?.]",
+                          question)  # fmt: skip
+    assert listed, f"no prompt of make_tiny.py: {prompt!r}"
+    count = make_tiny.NUMBERS[len(listed[1].split(", "))]
+    reason = f"Count them one by one and you will come to {count} as well."
+    return both_lengths([f"There are {count} words in the list."], reason)
+
+
+# ---- one seed: prompts, a reference, and its own answers as pairs
+
+Answered = tuple[list[int], list[int]]  # token ids of a prompt and of its answer, end of turn included
+
+
+class World:
+    """Other prompts, another reference and other pairs for each seed.
+
+    ``pairs`` are chosen and rejected answers to one prompt, ``flipped`` says which of them have the
+    labels the wrong way round.  ``right`` are all right answers to the unseen prompts, and
+    ``right_of`` the prompt of each.
+    """
+
+    def __init__(self, seed: int, prompts: int, unseen: int, noise: float) -> None:
+        rng, by_prompt = random.Random(seed), {}
+        while len(by_prompt) < prompts + unseen:
+            pair = make_tiny.make_pair(rng)
+            by_prompt.setdefault(pair["chosen"][0]["content"], pair)
+        texts = list(by_prompt)
+        rng.shuffle(texts)
+        seen, self.seed = texts[:prompts], seed
+        # Right and wrong answers alike: which of them a row calls chosen does not matter here.
+        rows = [by_prompt[text] for text in seen]
+        self.tokenizer = make_tiny.make_tokenizer(rows)
+        self.reference, _ = make_tiny.make_model(self.tokenizer, rows, seed)
+        self.unseen = texts[prompts:]
+        self.right, self.right_of = [], []
+        for place, text in enumerate(self.unseen):
+            for answer in sorted(right_answers(text)):
+                self.right.append(self.encode(text, answer))
+                self.right_of.append(place)
+        self.pairs: list[tuple[Answered, Answered]] = []
+        answers = sample(self.reference, self.tokenizer, seen * SAMPLES, seed)
+        for place, text in enumerate(seen):
+            groups: dict[bool, list[Answered]] = {True: [], False: []}
+            for one in answers[place :: len(seen)]:
+                if one[1][-1] == self.tokenizer.eos_token_id:  # a whole answer
+                    groups[self.decode(one) in right_answers(text)].append(one)
+            if all(groups.values()):
+                self.pairs.append((groups[True][0], groups[False][0]))
+        self.flipped = [rng.random() < noise for _ in self.pairs]
+        self.pairs = [
+            pair[::-1] if flip else pair
+            for pair, flip in zip(self.pairs, self.flipped, strict=True)
+        ]
+
+    def encode(self, prompt: str, answer: str) -> Answered:
+        chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        ids, labels = make_tiny.encode(self.tokenizer, chat)
+        skip = labels.count(-100)
+        return ids[:skip], ids[skip:]
+
+    def decode(self, one: Answered) -> str:
+        return self.tokenizer.decode(one[1][:-1])
+
+
+@torch.no_grad()
+def sample(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], seed: int
+) -> list[Answered]:
+    """An answer to each prompt at temperature 1; one cut at LONGEST has no end of turn."""
+    torch.manual_seed(seed)
+    found = []
+    for start in range(0, len(prompts), SCORED_AT_ONCE):
+        asked = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+            for text in prompts[start : start + SCORED_AT_ONCE]
+        ]
+        batch = tokenizer(asked, return_tensors="pt", padding=True, padding_side="left")
+        written = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=LONGEST,
+        )
+        width = batch["input_ids"].shape[1]
+        for ids, real in zip(written.tolist(), batch["attention_mask"].sum(1).tolist(), strict=True):
+            answer = ids[width:]
+            if tokenizer.eos_token_id in answer:
+                answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
+            found.append((ids[width - real : width], answer))
+    return found
+
+
+def answer_log_probs(model: LlamaForCausalLM, rows: Sequence[Answered]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of every token that could follow, (N, L, vocabulary), and (N, L) ids of
+    those that do, -1 where there is no token of the answer."""
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    targets = torch.full((len(rows), width), -1)
+    for place, (prompt, answer) in enumerate(rows):
+        # Padding is on the right: a causal model needs no mask for it.
+        ids[place, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        targets[place, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+    scores = model(input_ids=ids[:, :-1]).logits
+    return torch.log_softmax(scores.float(), -1), targets[:, 1:]
+
+
+def sequence_log_probs(
+    model: LlamaForCausalLM, rows: Sequence[Answered], mean: bool = False
+) -> Tensor:
+    """Of whole answers, (N,); ``mean`` divides by their lengths in tokens."""
+    log_probs, targets = answer_log_probs(model, rows)
+    inside = targets >= 0
+    each = log_probs.gather(2, targets.clamp(min=0)[..., None])[..., 0] * inside
+    return each.sum(1) / (inside.sum(1) if mean else 1)
+
+
+def in_parts(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(rows), SCORED_AT_ONCE):
+        yield rows[start : start + SCORED_AT_ONCE]
+
+
+# ---- training and judging
+
+
+def train(
+    world: World, loss: Loss, beta: float, rate: float, epochs: int
+) -> tuple[LlamaForCausalLM, np.ndarray]:
+    """A model trained from the reference, and the margins of all pairs at its last epoch."""
+    model = copy.deepcopy(world.reference)
+    adam = torch.optim.Adam(model.parameters(), lr=rate)
+    mean = loss.target is not None
+    offset = torch.full((len(world.pairs),), loss.target or 0.0)
+    if not mean:
+        with torch.no_grad():
+            sides = [
+                torch.cat([sequence_log_probs(model, part) for part in in_parts(side)])
+                for side in zip(*world.pairs, strict=True)
+            ]
+        offset = sides[0] - sides[1]
+    batches = len(world.pairs) // BATCH
+    steps, step = epochs * batches, 0
+    warm_up, margins = max(1, steps // 10), np.full(len(world.pairs), np.nan)
+    order = torch.Generator().manual_seed(world.seed)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(world.pairs), generator=order).split(BATCH)[:batches]:
+            chosen, rejected = zip(*(world.pairs[i] for i in batch), strict=True)
+            policy = sequence_log_probs(model, [*chosen, *rejected], mean)
+            z = policy[: len(batch)] - policy[len(batch) :] - offset[batch]
+            z = (SIMPO_BETA if mean else beta) * z
+            focalpo_loss(z, loss.gamma_at(step, steps), loss.variant).mean().backward()
+            step += 1
+            share = min(step / warm_up, 1.0)
+            share *= 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm_up) / (steps - warm_up + 1))
+            adam.param_groups[0]["lr"] = rate * share
+            adam.step()
+            adam.zero_grad()
+            margins[batch.numpy()] = z.detach().numpy()
+    return model, margins
+
+
+@torch.no_grad()
+def share_right(world: World, model: LlamaForCausalLM) -> np.ndarray:
+    """The probability of a right answer to each unseen prompt, (unseen,): the sum over all of them,
+    in the tokens that the tokenizer gives them."""
+    each = torch.cat([sequence_log_probs(model, part) for part in in_parts(world.right)]).exp()
+    return np.bincount(world.right_of, each.numpy(), len(world.unseen))
+
+
+@torch.no_grad()
+def kl_to_reference(world: World, model: LlamaForCausalLM) -> float:
+    """Nats of an answer, over one sampled answer to each unseen prompt; exact token by token."""
+    total = 0.0
+    for rows in in_parts(sample(model, world.tokenizer, world.unseen, world.seed)):
+        log_pi, targets = answer_log_probs(model, rows)
+        log_ref, _ = answer_log_probs(world.reference, rows)
+        each = (log_pi.exp() * (log_pi - log_ref)).sum(-1) * (targets >= 0)
+        total += each.sum().item()
+    return total / len(world.unseen)
+
+
+def judge(world: World, model: LlamaForCausalLM) -> dict[str, float]:
+    """The METRICS on the unseen prompts.  An answer is right or not: the win rate against the
+    reference is 1/2 and half of the difference between the two shares."""
+    right, ref = share_right(world, model).mean(), share_right(world, world.reference).mean()
+    kl = kl_to_reference(world, model)
+    return {"right": float(right), "win_rate": float(0.5 + (right - ref) / 2), "kl": kl}
+
+
+def run_seed(
+    seed: int, losses: Sequence[Loss], rates: Sequence[float], settings: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """A row for each loss and rate, and the reference's own, of one seed."""
+    torch.set_num_threads(1)
+    clock = time.perf_counter()
+    world = World(seed, settings["prompts"], settings["unseen"], settings["noise"])
+    about = {"seed": seed, "pairs": len(world.pairs), "flipped": sum(world.flipped)}
+    rows = [{**about, "loss": "reference", "rate": None, **judge(world, world.reference)}]
+    for loss in losses:
+        for rate in rates:
+            beta, epochs = settings["beta"], settings["epochs"]
+            model, margins = train(world, loss, beta, rate, epochs)
+            flipped = np.array(world.flipped) & np.isfinite(margins)
+            learnt = float((margins[flipped] > 0).mean()) if flipped.any() else None
+            rows.append({**about, "loss": loss.name, "rate": rate, **judge(world, model)})
+            rows[-1] |= {"flipped_learnt": learnt, "seconds": time.perf_counter() - clock}
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
