@@ -1,9 +1,10 @@
 """Which loss gives the better language model, where the true answers are known?
 
-The question of quality.py with the small Llama of examples/make_tiny.py.  For each seed other data
-are made and another reference is fine-tuned on them; the reference answers the training prompts
-itself, each pair is a right and a wrong answer of its own, and a share of the labels is flipped.
-Every loss is trained on the same pairs, and its model judged on prompts that no training saw.
+The question of quality.py with the small Llama of examples/make_tiny.py, asked how many words a
+list has.  For each seed other data are made and another reference is fine-tuned on them; it answers
+the training prompts itself, each pair is a right and a wrong answer of its own, and a share of the
+labels is flipped.  Every loss is trained on the same pairs, and its model judged on prompts that no
+training saw.
 
     python examples/study/quality_lm.py --out outputs/quality_lm
 
@@ -51,41 +52,22 @@ METRICS = ("right", "win_rate", "kl")
 # ---- the truth of the made-up data
 
 
-def known_answers() -> dict[str, set[str]]:
-    """The right answers to every question of make_tiny.py's tables."""
-    known = {}
-    for asks, answers, reason, table in make_tiny.FACTS:
-        for value, things in table.items():
-            for thing in things.split():
-                right = both_lengths([a.format(x=thing, v=value) for a in answers],
-                                     reason.format(x=thing, v=value))  # fmt: skip
-                for ask in asks:
-                    known[make_tiny.with_articles(ask.format(x=thing))] = right
-    return known
-
-
-def both_lengths(cores: Sequence[str], reason: str) -> set[str]:
-    cores = [core[0].upper() + core[1:] for core in cores]
-    return {make_tiny.with_articles(text) for c in cores for text in (c, f"{c} {reason}")}
-
-
-KNOWN = known_answers()
+def listed(prompt: str) -> list[str] | None:
+    """The words that ``prompt`` asks to count; None if it asks something else."""
+    found = re.search(
+        r"(?:How many words are here|Count the words in this list): (.*)[?.]$", prompt
+    )
+    return found[1].split(", ") if found else None
 
 
 def right_answers(prompt: str) -> set[str]:
-    """All answers that make_tiny.py could give as right ones to its own ``prompt``."""
-    for lead in make_tiny.LEADS:
-        question = prompt.removeprefix(lead)
-        if lead and question != prompt:
-            break
-    if question in KNOWN:
-        return KNOWN[question]
-    listed = re.fullmatch(r"(?:How many words are here|Count the words in this list): (.*)[?.]",
-                          question)  # fmt: skip
-    assert listed, f"no prompt of make_tiny.py: {prompt!r}"
-    count = make_tiny.NUMBERS[len(listed[1].split(", "))]
-    reason = f"Count them one by one and you will come to {count} as well."
-    return both_lengths([f"There are {count} words in the list."], reason)
+    """The two that make_tiny.py gives as right ones to its own ``prompt`` to count."""
+    words = listed(prompt)
+    if words is None:
+        raise ValueError(f"prompt must ask to count a list, got {prompt!r}.")
+    count = make_tiny.NUMBERS[len(words)]
+    core = f"There are {count} words in the list."
+    return {core, f"{core} Count them one by one and you will come to {count} as well."}
 
 
 # ---- one seed: prompts, a reference, and its own answers as pairs
@@ -105,7 +87,10 @@ class World:
         rng, by_prompt = random.Random(seed), {}
         while len(by_prompt) < prompts + unseen:
             pair = make_tiny.make_pair(rng)
-            by_prompt.setdefault(pair["chosen"][0]["content"], pair)
+            # Of facts on unseen prompts so small a model gets about 2 in 1000 right: nothing would
+            # be left to compare.
+            if listed(pair["chosen"][0]["content"]):
+                by_prompt.setdefault(pair["chosen"][0]["content"], pair)
         texts = list(by_prompt)
         rng.shuffle(texts)
         seen, self.seed = texts[:prompts], seed
@@ -119,6 +104,7 @@ class World:
             for answer in sorted(right_answers(text)):
                 self.right.append(self.encode(text, answer))
                 self.right_of.append(place)
+        self.reference_right = share_right(self, self.reference).mean()
         self.pairs: list[tuple[Answered, Answered]] = []
         answers = sample(self.reference, self.tokenizer, seen * SAMPLES, seed)
         for place, text in enumerate(seen):
@@ -267,9 +253,13 @@ def kl_to_reference(world: World, model: LlamaForCausalLM) -> float:
 def judge(world: World, model: LlamaForCausalLM) -> dict[str, float]:
     """The METRICS on the unseen prompts.  An answer is right or not: the win rate against the
     reference is 1/2 and half of the difference between the two shares."""
-    right, ref = share_right(world, model).mean(), share_right(world, world.reference).mean()
-    kl = kl_to_reference(world, model)
-    return {"right": float(right), "win_rate": float(0.5 + (right - ref) / 2), "kl": kl}
+    right = share_right(world, model).mean()
+    win_rate = 0.5 + (right - world.reference_right) / 2
+    return {
+        "right": float(right),
+        "win_rate": float(win_rate),
+        "kl": kl_to_reference(world, model),
+    }
 
 
 def run_seed(
@@ -394,7 +384,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--losses", nargs="+", default=names, choices=names, metavar="LOSS",
                         help=f"of {', '.join(names)}; DPO is always there")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=4, metavar="N", help="4 at least")
-    parser.add_argument("--prompts", type=int, default=2400, help="to train on")
+    parser.add_argument("--prompts", type=int, default=1600, help="to train on")
     parser.add_argument("--unseen", type=int, default=500, help="prompts to judge on")
     parser.add_argument("--noise", type=float, default=0.2, help="share of the labels flipped")
     parser.add_argument("--beta", type=float, default=BETA, help="but for SimPO")

@@ -40,7 +40,7 @@ def world(lm: ModuleType, tiny: Path):
         )
         for row in rows
     ]
-    made.unseen = ["What colour is a lemon?", "For a quiz. How many words are here: pea, owl?"]
+    made.unseen = ["Count the words in this list: pea, owl.", "How many words are here: a, b, c?"]
     answers = [sorted(lm.right_answers(text)) for text in made.unseen]
     made.right_of = [place for place, of in enumerate(answers) for _ in of]
     made.right = [
@@ -48,36 +48,35 @@ def world(lm: ModuleType, tiny: Path):
         for text, of in zip(made.unseen, answers, strict=True)
         for answer in of
     ]
+    made.reference_right = lm.share_right(made, made.reference).mean()
     return made
 
 
 def test_the_truth(lm: ModuleType):
-    """Of every made-up pair one answer is right, and it is the chosen one unless the labels were
+    """Of every pair that asks to count, one answer is right, and it is the chosen one unless the labels were
     swapped, which the scores tell."""
-    rng, swapped = random.Random(11), 0
-    for _ in range(2000):
+    rng, swapped, asked = random.Random(11), 0, 0
+    while asked < 1000:
         pair = lm.make_tiny.make_pair(rng)
-        right = lm.right_answers(pair["chosen"][0]["content"])
-        found = [pair[side][1]["content"] in right for side in ("chosen", "rejected")]
-        was_swapped = pair["score_chosen"] == 6.0
-        assert found == [not was_swapped, was_swapped], pair
-        swapped += was_swapped
-    assert 0.06 < swapped / 2000 < 0.10
+        prompt = pair["chosen"][0]["content"]
+        if lm.listed(prompt):
+            right = lm.right_answers(prompt)
+            found = [pair[side][1]["content"] in right for side in ("chosen", "rejected")]
+            was_swapped = pair["score_chosen"] == 6.0
+            assert found == [not was_swapped, was_swapped], pair
+            swapped += was_swapped
+            asked += 1
+    assert 0.05 < swapped / asked < 0.11
 
 
 def test_right_answers_by_hand(lm: ModuleType):
-    assert lm.right_answers("For a quiz. What kind of thing is an eagle?") == {
-        "An eagle is a kind of bird.",
-        "An eagle is a kind of bird. You would find the eagle in a book about every bird there is.",
-        "It is a bird; an eagle always is.",
-        "It is a bird; an eagle always is. You would find the eagle in a book about every bird "
-        "there is.",
-    }
-    assert lm.right_answers("Count the words in this list: owl, pea, saw.") == {
+    long = "Count them one by one and you will come to three as well."
+    assert lm.right_answers("For a quiz. Count the words in this list: owl, pea, saw.") == {
         "There are three words in the list.",
-        "There are three words in the list. Count them one by one and you will come to three as "
-        "well.",
+        f"There are three words in the list. {long}",
     }
+    with pytest.raises(ValueError, match="must ask to count a list, got 'What colour"):
+        lm.right_answers("What colour is a lemon?")
 
 
 @torch.no_grad()
@@ -101,7 +100,7 @@ def test_the_reference_against_itself(lm: ModuleType, world):
     assert found["win_rate"] == 0.5
     by_prompt = lm.share_right(world, world.reference)
     each = lm.sequence_log_probs(world.reference, world.right).exp().detach()
-    assert by_prompt.tolist() == pytest.approx([each[:4].sum().item(), each[4:].sum().item()])
+    assert by_prompt.tolist() == pytest.approx([each[:2].sum().item(), each[2:].sum().item()])
     assert found["right"] == pytest.approx(by_prompt.mean())
 
 
