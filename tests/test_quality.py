@@ -229,16 +229,22 @@ def test_a_row_by_hand(done: Path):
 def test_the_tables_columns(quality: ModuleType, done: Path):
     text = (done / "tables.md").read_text()
     tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("| loss")]
-    assert len(tables) == 4
+    flipped, betas = "| loss | 0% flipped | 40% flipped |", "| loss | beta 0.3 | beta 1 |"
+    assert [lines[0] for lines in tables] == [flipped] * 4 + [betas] * 2
     for lines in tables:
-        widths = {line.count("|") for line in lines if line}
-        assert len(widths) == 1
+        assert {line.count("|") for line in lines if line} == {4}
         first = [line.split("|")[1].strip() for line in lines[2:] if line]
         assert first[:10] == [loss.name for loss in quality.LOSSES]
-    head = "| loss | base's settings | KL | own settings | KL | learning rate at beta | KL 0.5 |"
-    assert tables[0][0] == tables[2][0] == head
-    assert tables[1][0] == "| loss | beta 0.3 | beta 1 |"
-    assert tables[0][2].split("|")[2].strip().endswith("%")
+    rows = json.loads((done / "quality.json").read_text())["rows"]
+    (row,) = [
+        r for r in rows if [r[key] for key in quality.KEY] == [0.4, "FocalPO 1", "own", None, None]
+    ]
+    shown = (
+        f"{round(row['difference'], 2) + 0.0:+.2f} ± {row['difference_95']:.2f}, {row['kl']:.2f}"
+    )
+    assert tables[1][5].split("|")[3].strip() == shown
+    assert tables[3][5].split("|")[3].strip() == row["settings"]
+    assert tables[0][2].split("|")[2].split(",")[0].endswith("%")
 
 
 @pytest.mark.parametrize(

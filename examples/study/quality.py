@@ -44,7 +44,7 @@ METRICS = ("win_rate", "kl", "reward")
 SETS = ("tuning", "reported")
 PROTOCOLS = {
     "shared": "the base's settings",
-    "own": "its own settings",
+    "own": "own settings",
     "equal_kl": f"KL of {SHOWN_BUDGET} at most",
 }
 KEY = ("noise", "loss", "protocol", "beta", "budget")  # of a row
@@ -320,11 +320,14 @@ def mixture(win: np.ndarray, kl: np.ndarray, budget: float) -> np.ndarray:
 
 
 def at_budget(runs: np.ndarray, budget: float) -> np.ndarray:
-    """On the reported prompts, with the weights that the other half's tuning prompts ask for."""
+    """On the reported prompts, with the mixture for ``budget`` on the tuning prompts.
+
+    The win rates that choose it are of the other half of the seeds.  The KL is the seed's own: it
+    takes no label to measure, and a difference of 0.01 nats would be worth 0.2 points.
+    """
     found = []
     for seed, run in enumerate(runs):
-        win, kl = (other_half(runs[:, :, 0, metric], seed) for metric in (0, 1))
-        weights = mixture(win, kl, budget)
+        weights = mixture(other_half(runs[:, :, 0, 0], seed), run[:, 0, 1], budget)
         values = weights @ run[:, 1]
         values[0] += 0.5 * (1 - weights.sum())  # the reference's own share
         found.append(values)
@@ -418,39 +421,43 @@ def cell(row: dict[str, Any]) -> str:
     """The win rate of what is its own base, and of others the difference from the base's."""
     if row["loss"] == row["base"]:
         return f"{row['win_rate']:.2f} ± {row['win_rate_95']:.2f} %"
-    return f"{row['difference']:+.2f} ± {row['difference_95']:.2f}"
+    return f"{round(row['difference'], 2) + 0.0:+.2f} ± {row['difference_95']:.2f}"
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: for each share of noise the three protocols, then the first one beta by beta."""
+    """Markdown: the three protocols and the settings by share of noise, then each beta's own."""
     by = {tuple(row[key] for key in KEY): row for row in rows}
     noises, names, betas = (
         [value for value in dict.fromkeys(row[key] for row in rows) if value is not None]
         for key in ("noise", "loss", "beta")
     )
-    lines = []
-    for noise in noises:
-        lines += [
-            f"### {noise:.0%} of the labels flipped\n",
-            "| loss | base's settings | KL | own settings | KL | learning rate at beta | "
-            f"KL {SHOWN_BUDGET:g} |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+    lines: list[str] = []
+
+    def table(title: str, columns: Sequence[str], body: Sequence[Sequence[str]]) -> None:
+        lines.extend([f"{title}\n", f"| loss | {' | '.join(columns)} |"])
+        lines.append("| --- |" + " --- |" * len(columns))
+        lines.extend(f"| {' | '.join(cells)} |" for cells in body)
+        lines.append("")
+
+    flipped = [f"{noise:.0%} flipped" for noise in noises]
+    for protocol, title in PROTOCOLS.items():
+        budget = SHOWN_BUDGET if protocol == "equal_kl" else None
+        of = [[by[noise, name, protocol, None, budget] for noise in noises] for name in names]
+        # All have the same KL in the last.
+        texts = [
+            [cell(row) + f", {row['kl']:.2f}" * (budget is None) for row in line] for line in of
         ]
-        for name in names:
-            shared, own = (by[noise, name, way, None, None] for way in ("shared", "own"))
-            equal = by[noise, name, "equal_kl", None, SHOWN_BUDGET]
-            cells = [name, cell(shared), f"{shared['kl']:.2f}", cell(own), f"{own['kl']:.2f}"]
-            lines.append(f"| {' | '.join([*cells, own['settings'], cell(equal)])} |")
-        lines += [
-            "\nbeta by beta, with the base's learning rate there\n",
-            f"| loss | {' | '.join(f'beta {beta:g}' for beta in betas)} |",
-            "| --- |" + " --- |" * len(betas),
-        ]
-        for name in names:
-            cells = [cell(by[noise, name, "shared", beta, None]) for beta in betas]
-            lines.append(f"| {' | '.join([name, *cells])} |")
-        cells = [f"{by[noise, names[0], 'shared', beta, None]['kl']:.2f}" for beta in betas]
-        lines.append(f"| KL of {' | '.join([names[0], *cells])} |\n")
+        body = [[name, *cells] for name, cells in zip(names, texts, strict=True)]
+        table(f"{title}: win rate{', and KL' * (budget is None)}", flipped, body)
+    own = [[by[noise, name, "own", None, None]["settings"] for noise in noises] for name in names]
+    body = [[name, *cells] for name, cells in zip(names, own, strict=True)]
+    table("own settings: learning rate at beta", flipped, body)
+    for noise, title in zip(noises, flipped, strict=True):
+        of = [[by[noise, name, "shared", beta, None] for beta in betas] for name in names]
+        body = [[name, *map(cell, line)] for name, line in zip(names, of, strict=True)]
+        body.append([f"KL of {names[0]}", *(f"{row['kl']:.2f}" for row in of[0])])
+        columns = [f"beta {beta:g}" for beta in betas]
+        table(f"{title}, the base's learning rate at each beta: win rate", columns, body)
     return "\n".join(lines)
 
 
@@ -498,10 +505,13 @@ def draw(rows: Sequence[dict[str, Any]], title: str) -> Any:
             lower.plot(point["kl"], point["win_rate"], "o", color=colours[name], label=name)
         upper.set_title(f"{noise:.0%} of the labels flipped")
         upper.set_xscale("symlog", linthresh=1)
+        upper.xaxis.set_major_formatter("{x:g}")
         upper.set_xlabel("win rate less the base's (points)")
         upper.axvline(0, color="#888888", linewidth=1)
         middle.set_xscale("log")
         middle.set_yscale("symlog", linthresh=1)
+        middle.xaxis.set_major_formatter("{x:g}")
+        middle.yaxis.set_major_formatter("{x:g}")
         middle.set_xlabel("beta, with the base's learning rate there")
         middle.axhline(0, color="#888888", linewidth=1)
         lower.set_xlabel("KL to the reference (nats)")

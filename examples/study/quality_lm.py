@@ -45,7 +45,7 @@ BATCH, SCORED_AT_ONCE = 32, 250
 SIMPO_BETA = 2.5  # SimPO's margin is a mean over tokens, so it asks for a larger beta
 PILOT = 0  # the seed whose data and reference choose the learning rate, and nothing else
 RATES = (1e-4, 3e-4, 1e-3)
-BETA, EPOCHS = 0.3, 2
+BETA, EPOCHS = 1.0, 2
 METRICS = ("right", "win_rate", "kl")
 
 
@@ -416,7 +416,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(args.rates) > 1:
             pilot = pool.submit(run_seed, PILOT, LOSSES[:1], args.rates, settings).result()
         rate = max(pilot[1:], key=lambda row: row["right"])["rate"] if pilot else args.rates[0]
-        print(f"learning rate {rate:g}, DPO's best of {args.rates} on the pilot's data")
+        why = f", DPO's best of {len(args.rates)} on the pilot's data" if pilot else ""
+        print(f"learning rate {rate:g}{why}", flush=True)
         asked = [
             pool.submit(run_seed, PILOT + 1 + seed, losses, [rate], settings)
             for seed in range(args.seeds)
