@@ -364,9 +364,12 @@ def draw(rows: Sequence[dict[str, Any]], title: str) -> Any:
     left.invert_yaxis()
     left.axvline(0, color="#888888", linewidth=1)
     left.set_xlabel("share right less the base's (points)")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 1.12), ncols=2)
     for row in rows:
         right.plot(row["kl"], row["right"], "o", label=row["loss"])
+    # A broken model is a hundred nats away, and the others would all read as 0.
+    right.set_xscale("symlog", linthresh=1)
+    right.xaxis.set_major_formatter("{x:g}")
     right.set_xlabel("KL to the reference (nats)")
     right.set_ylabel("right answers (%)")
     right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
