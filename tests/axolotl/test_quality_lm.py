@@ -1,0 +1,141 @@
+"""The study of quality with a language model: its truth, its sums, and DPO inside it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import EXAMPLES
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+
+@pytest.fixture(scope="module")
+def lm() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("quality_lm", EXAMPLES / "study/quality_lm.py")
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules["quality_lm"] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def world(lm: ModuleType, tiny: Path):
+    """The tiny assets in the place of a seed's own; pairs of the training file, none flipped."""
+    made = lm.World.__new__(lm.World)
+    made.seed, made.tokenizer = 1, AutoTokenizer.from_pretrained(tiny / "model")
+    made.reference = LlamaForCausalLM.from_pretrained(tiny / "model").eval()
+    rows = [json.loads(line) for line in (tiny / "train.jsonl").read_text().splitlines()[:72]]
+    made.pairs = [
+        tuple(
+            made.encode(row[side][0]["content"], row[side][1]["content"])
+            for side in ("chosen", "rejected")
+        )
+        for row in rows
+    ]
+    made.unseen = ["Count the words in this list: pea, owl.", "How many words are here: a, b, c?"]
+    answers = [sorted(lm.right_answers(text)) for text in made.unseen]
+    made.right_of = [place for place, of in enumerate(answers) for _ in of]
+    made.right = [
+        made.encode(text, answer)
+        for text, of in zip(made.unseen, answers, strict=True)
+        for answer in of
+    ]
+    made.reference_right = lm.share_right(made, made.reference).mean()
+    return made
+
+
+def test_the_truth(lm: ModuleType):
+    """Of every pair that asks to count, one answer is right, and it is the chosen one unless the labels were
+    swapped, which the scores tell."""
+    rng, swapped, asked = random.Random(11), 0, 0
+    while asked < 1000:
+        pair = lm.make_tiny.make_pair(rng)
+        prompt = pair["chosen"][0]["content"]
+        if lm.listed(prompt):
+            right = lm.right_answers(prompt)
+            found = [pair[side][1]["content"] in right for side in ("chosen", "rejected")]
+            was_swapped = pair["score_chosen"] == 6.0
+            assert found == [not was_swapped, was_swapped], pair
+            swapped += was_swapped
+            asked += 1
+    assert 0.05 < swapped / asked < 0.11
+
+
+def test_right_answers_by_hand(lm: ModuleType):
+    long = "Count them one by one and you will come to three as well."
+    assert lm.right_answers("For a quiz. Count the words in this list: owl, pea, saw.") == {
+        "There are three words in the list.",
+        f"There are three words in the list. {long}",
+    }
+    with pytest.raises(ValueError, match="must ask to count a list, got 'What colour"):
+        lm.right_answers("What colour is a lemon?")
+
+
+@torch.no_grad()
+def test_log_probs_are_the_models_own(lm: ModuleType, world):
+    """A padded batch against each answer alone, and against the model's loss."""
+    rows = [one for pair in world.pairs[:6] for one in pair]
+    found = lm.sequence_log_probs(world.reference, rows)
+    means = lm.sequence_log_probs(world.reference, rows, mean=True)
+    for (prompt, answer), whole, mean in zip(rows, found, means, strict=True):
+        ids = torch.tensor([prompt + answer])
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        loss = world.reference(input_ids=ids, labels=labels).loss.item()
+        assert mean.item() == pytest.approx(-loss, rel=1e-4)
+        assert whole.item() == pytest.approx(-loss * len(answer), rel=1e-4)
+        assert answer[-1] == world.tokenizer.eos_token_id
+
+
+def test_the_reference_against_itself(lm: ModuleType, world):
+    found = lm.judge(world, world.reference)
+    assert found["kl"] == pytest.approx(0, abs=1e-6)
+    assert found["win_rate"] == 0.5
+    by_prompt = lm.share_right(world, world.reference)
+    each = lm.sequence_log_probs(world.reference, world.right).exp().detach()
+    assert by_prompt.tolist() == pytest.approx([each[:2].sum().item(), each[2:].sum().item()])
+    assert found["right"] == pytest.approx(by_prompt.mean())
+
+
+def test_gamma_0_is_dpo(lm: ModuleType, world, monkeypatch: pytest.MonkeyPatch):
+    """To the last bit; and the training moves the margins the right way."""
+    zero, other = lm.Loss("FocalPO 0", "incorrect"), lm.LOSSES[2]
+    ours, margins = lm.train(world, zero, 0.5, 1e-3, 2)
+    focal, _ = lm.train(world, other, 0.5, 1e-3, 2)
+    monkeypatch.setattr(lm, "focalpo_loss", lambda z, gamma, variant: -F.logsigmoid(z))
+    dpo, _ = lm.train(world, zero, 0.5, 1e-3, 2)
+    assert np.isfinite(margins).sum() == 72  # 64 in each of the two epochs
+    assert np.nanmean(margins) > 0.01
+    same, differs = [], []
+    for a, b, c in zip(ours.parameters(), dpo.parameters(), focal.parameters(), strict=True):
+        same.append(torch.equal(a, b))
+        differs.append(not torch.equal(a, c))
+    assert all(same) and any(differs)
+
+
+def test_the_table_by_hand(lm: ModuleType):
+    """Two losses on four seeds: FocalPO 1 is right 2, 3, 4 and 5 points more often than DPO."""
+    losses = [loss for loss in lm.LOSSES if loss.name in ("DPO", "FocalPO 1")]
+    runs = []
+    for seed in range(4):
+        about = {"seed": seed, "win_rate": 0.5, "kl": 0.1, "flipped_learnt": 0.25}
+        runs.append({**about, "loss": "reference", "right": 0.2})
+        runs.append({**about, "loss": "DPO", "right": 0.3 + 0.1 * seed})
+        runs.append({**about, "loss": "FocalPO 1", "right": 0.32 + 0.11 * seed})
+    rows = lm.summarise(runs, losses)
+    assert [row["loss"] for row in rows] == ["reference", "DPO", "FocalPO 1"]
+    assert rows[2]["difference"] == pytest.approx(3.5)
+    # The standard deviation of 2, 3, 4, 5 is 1.29; t is 3.182.
+    assert rows[2]["difference_95"] == pytest.approx(3.182 * 1.29099 / 2, rel=0.01)
+    lines = lm.table(rows).splitlines()
+    assert {line.count("|") for line in lines} == {8}
+    assert "| +3.50 ± 2.0" in lines[4] and "| +2.00 +3.00 +4.00 +5.00 |" in lines[4]
+    # (3.182 + 0.978) / 2 of the spread
+    assert lm.power(1.0, 4) == pytest.approx(2.08, rel=0.01)
