@@ -169,8 +169,8 @@ class BoundLoss:
         asked = {
             f"{self.name}{separator}{name}": value
             for name, value in self.options.items()
-            # FocalPO's lets a gamma through, and changes no loss.
-            if (self.name, name) != ("focalpo", "allow_reversed")
+            # FocalPO's lets a gamma through, and changes no loss; None is as good as not recorded.
+            if (self.name, name) != ("focalpo", "allow_reversed") and value is not None
         }
         record: dict[str, Any] = json.loads(json.dumps({"loss": self.name, **asked, **of_host}))
         return record
