@@ -204,6 +204,22 @@ def test_curves_say_what_training_would_refuse(reports, tmp_path, variant, gamma
     assert [line[: len(said)] for line in lines] == ([said] if said else [])
 
 
+def test_curves_of_a_gamma_that_moves(reports, tmp_path: Path):
+    """From .25 to .05: at a quarter of the run .2 by the line, .25 - .2 (1 - cos 45 deg) / 2 = .2207
+    by the cosine; both ends are drawn beside DPO."""
+    words = ("--gamma", "0.25", "--gamma-end", "0.05", "--format", "csv", "--out", str(tmp_path))
+    code, _, error = reports("curves", *words)
+    assert code == 0, error
+    moving = rows(tmp_path / "gamma.csv")
+    assert [float(value) for value in moving[25].values()] == pytest.approx([0.25, 0.2, 0.2207107])
+    assert [float(moving[-1][name]) for name in ("linear", "cosine")] == [0.05, 0.05]
+    columns = ["z", "dpo", "correct_gamma_0.25", "correct_gamma_0.05"]
+    assert list(rows(tmp_path / "fig4.csv")[0]) == columns
+    code, _, error = reports("curves", "--gamma-end", "-1", "--out", str(tmp_path))
+    assert code == 2
+    assert "--gamma-end must be a finite number of at least 0, got -1.0" in error
+
+
 def test_without_matplotlib_the_numbers_come_all_the_same(tmp_path: Path):
     (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('blocked')")
     refused = focalpo("curves", "--out", tmp_path / "a", path=tmp_path)

@@ -225,6 +225,10 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
         )
     if margin(cfg) == "dpo":
         check_host()
+    else:
+        from ..trl.reference_free import CPOLossMixin, ORPOLossMixin
+
+        (ORPOLossMixin if margin(cfg) == "orpo" else CPOLossMixin).check_host()
     _bind(cfg, loss)
 
     of_trl = cfg.get("trl") or {}
@@ -298,7 +302,8 @@ def _check_margin(cfg: Any, chosen: str) -> None:
     if chosen == "simpo" and not isinstance(_as_number(cfg.get("simpo_gamma")), float):
         raise ValueError(
             f"simpo_gamma must be a number with {MARGIN}: simpo, got {cfg.get('simpo_gamma')!r}: "
-            "the target margin, 0.3 to 1.6 times rl_beta in its authors' recipes. Set it."
+            "the target margin, 0.3 (Llama-3) and 0.8 (Mistral) times rl_beta in its authors' "
+            "recipes. Set it."
         )
     weight = cfg.get("orpo_alpha")
     if weight is not None:

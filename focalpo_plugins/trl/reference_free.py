@@ -56,8 +56,13 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
 
         def _check_config(self, config: Any) -> None: ...
 
+    @classmethod
+    def check_host(cls) -> None:
+        """Raise ``RuntimeError`` unless TRL computes its loss where it is exchanged."""
+        check_host(cls._trainer, cls._method)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        check_host(self._trainer, self._method)
+        self.check_host()
         given = given_to(self._trainer, args, kwargs)
         config = given.get("args")
         if config is not None:
