@@ -186,7 +186,25 @@ class FocalORPOConfig(PairwiseFields, ORPOConfig):
     :class:`~focalpo_plugins.trl.config.PairwiseFields`."""
 
 
-class FocalCPOTrainer(CPOLossMixin, CPOTrainer):
+class _OfConfig:
+    """Takes the loss, and what goes with it, from a config of ours."""
+
+    _config: ClassVar[Any]  # a class
+
+    def __init__(self, model: Any = None, args: Any = None, *more: Any, **kwargs: Any) -> None:
+        if not isinstance(args, self._config):
+            needed = self._config.__name__
+            raise TypeError(
+                f"args must be a {needed}, got {type(args).__name__}: {needed} takes the same "
+                "arguments, and those that begin with focalpo_ besides."
+            )
+        self._allow_data = args.focalpo_allow_data
+        super().__init__(model, args, *more, **kwargs)  # type: ignore[call-arg]
+        self._allow_changed = args.focalpo_allow_changed
+        self.set_loss(args.pairwise_loss())  # type: ignore[attr-defined]
+
+
+class FocalCPOTrainer(_OfConfig, CPOLossMixin, CPOTrainer):
     """TRL's ``CPOTrainer`` with FocalPO's loss of CPO's or SimPO's margin; takes a
     :class:`FocalCPOConfig` as ``args``.
 
@@ -196,17 +214,11 @@ class FocalCPOTrainer(CPOLossMixin, CPOTrainer):
         RuntimeError: the installed TRL computes its loss elsewhere.
     """
 
-    def __init__(self, model: Any = None, args: Any = None, *more: Any, **kwargs: Any) -> None:
-        _check_args(args, FocalCPOConfig)
-        self._allow_data = args.focalpo_allow_data
-        super().__init__(model, args, *more, **kwargs)
-        self._allow_changed = args.focalpo_allow_changed
-        self.set_loss(args.pairwise_loss())
-
-    __init__.__signature__ = inspect.signature(CPOTrainer.__init__)  # type: ignore[attr-defined]
+    _config = FocalCPOConfig
+    __signature__ = inspect.signature(CPOTrainer)
 
 
-class FocalORPOTrainer(ORPOLossMixin, ORPOTrainer):
+class FocalORPOTrainer(_OfConfig, ORPOLossMixin, ORPOTrainer):
     """TRL's ``ORPOTrainer`` with FocalPO's loss of the log odds ratio; takes a
     :class:`FocalORPOConfig` as ``args``.
 
@@ -216,22 +228,8 @@ class FocalORPOTrainer(ORPOLossMixin, ORPOTrainer):
         RuntimeError: the installed TRL computes its loss elsewhere.
     """
 
-    def __init__(self, model: Any = None, args: Any = None, *more: Any, **kwargs: Any) -> None:
-        _check_args(args, FocalORPOConfig)
-        self._allow_data = args.focalpo_allow_data
-        super().__init__(model, args, *more, **kwargs)
-        self._allow_changed = args.focalpo_allow_changed
-        self.set_loss(args.pairwise_loss())
-
-    __init__.__signature__ = inspect.signature(ORPOTrainer.__init__)  # type: ignore[attr-defined]
-
-
-def _check_args(args: Any, needed: type) -> None:
-    if not isinstance(args, needed):
-        raise TypeError(
-            f"args must be a {needed.__name__}, got {type(args).__name__}: {needed.__name__} takes "
-            "the same arguments, and those that begin with focalpo_ besides."
-        )
+    _config = FocalORPOConfig
+    __signature__ = inspect.signature(ORPOTrainer)
 
 
 def _answers(dataset: Any) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
