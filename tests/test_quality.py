@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -15,18 +14,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import EXAMPLES
+from harness import EXAMPLES, loaded
 
 SCRIPT = EXAMPLES / "study" / "quality.py"
 
 
 @pytest.fixture(scope="module")
 def quality() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quality", SCRIPT)
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules["quality"] = loaded  # dataclasses look their module up
-    spec.loader.exec_module(loaded)
-    return loaded
+    return loaded(SCRIPT)
 
 
 @pytest.fixture(scope="module")

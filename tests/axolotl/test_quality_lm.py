@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,17 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import EXAMPLES
+from harness import EXAMPLES, loaded
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 
 @pytest.fixture(scope="module")
 def lm() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quality_lm", EXAMPLES / "study/quality_lm.py")
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules["quality_lm"] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded
+    return loaded(EXAMPLES / "study" / "quality_lm.py")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,7 +12,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from harness import EXAMPLES
+from harness import EXAMPLES, loaded
 
 SCRIPT = EXAMPLES / "study" / "study.py"
 ARGUMENTS = ("--gamma", "1", "--exact", "--incorrect", "--seeds", "5", "--set", "max_steps=2")
@@ -35,11 +34,7 @@ def study(*words: str, folder: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("study", SCRIPT)
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules["study"] = loaded  # dataclasses look their module up
-    spec.loader.exec_module(loaded)
-    return loaded
+    return loaded(SCRIPT)
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from harness import EXAMPLES
+from harness import EXAMPLES, loaded
 from stand_in import StandIn
 
 
@@ -25,11 +23,7 @@ def stand_in() -> Iterator[StandIn]:
 @pytest.fixture(scope="session")
 def pipeline() -> ModuleType:
     """examples/eval/pipeline.py, which is a script."""
-    spec = importlib.util.spec_from_file_location("pipeline", EXAMPLES / "eval" / "pipeline.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pipeline"] = module  # its data classes look for it
-    spec.loader.exec_module(module)
-    return module
+    return loaded(EXAMPLES / "eval" / "pipeline.py")
 
 
 @pytest.fixture(scope="session")

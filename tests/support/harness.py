@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -270,6 +272,15 @@ class Axolotl:
         run = self("train", self.config(**changes), *more, ranks=ranks, **(variables or {}))
         assert run.code == 0, run.output[-6000:]
         return run
+
+
+def loaded(script: Path) -> ModuleType:
+    """A script of examples/ as a module."""
+    spec = spec_from_file_location(script.stem, script)
+    module = module_from_spec(spec)
+    sys.modules[script.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def launched(script: Path, folder: Path) -> list[str]:
