@@ -54,8 +54,6 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
     if TYPE_CHECKING:
         beta: float
 
-        def _check_config(self, config: Any) -> None: ...
-
     @classmethod
     def check_host(cls) -> None:
         """Raise ``RuntimeError`` unless TRL computes its loss where it is exchanged."""
@@ -66,8 +64,6 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
         given = given_to(self._trainer, args, kwargs)
         config = given.get("args")
         if config is not None:
-            check_beta(config.beta)
-            check_parallelism(config)
             self._check_config(config)
             self._ask_for_sharing(given, config)
         check_data(given)
@@ -77,6 +73,16 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
             for each in sets:
                 if each is not None:
                     self._check_pairs(each, bool(evaluation))
+
+    def _check_config(self, config: Any) -> None:
+        """Raise ``ValueError`` for TRL's arguments that a pairwise loss can't be part of."""
+        check_beta(config.beta)
+        check_parallelism(config)
+
+    def _said_of_host(self) -> str:
+        # AlphaPO's is 0 unless it is asked for.
+        said = {name: value for name, value in self._of_host().items() if name != "alpha" or value}
+        return "".join(f"{name}={value} " for name, value in said.items())
 
     def _check_pairs(self, dataset: Any, evaluation: bool) -> None:
         """Refuse token ids that nothing can be learnt from; on each rank, of the same rows."""
@@ -123,6 +129,7 @@ class CPOLossMixin(ReferenceFreeMixin):
         alpha: float
 
     def _check_config(self, config: Any) -> None:
+        super()._check_config(config)
         if config.loss_type not in MARGIN_OF:
             raise ValueError(
                 f"loss_type must be one of {', '.join(MARGIN_OF)}, got {config.loss_type!r}: it "
@@ -141,10 +148,6 @@ class CPOLossMixin(ReferenceFreeMixin):
             "alpha": self.alpha,
         }
 
-    def _said_of_host(self) -> str:
-        said = {name: value for name, value in self._of_host().items() if name != "alpha" or value}
-        return "".join(f"{name}={value} " for name, value in said.items())
-
     def cpo_loss(self, *logps: Tensor) -> Any:
         """TRL's own, which calls for a log-sigmoid of ``z`` and for one of ``-z``, and multiplies
         the second by the label smoothing even where that is 0."""
@@ -157,14 +160,8 @@ class ORPOLossMixin(ReferenceFreeMixin):
 
     _own_loss, _trainer, _method = "ORPO", ORPOTrainer, "odds_ratio_loss"
 
-    def _check_config(self, config: Any) -> None:
-        pass
-
     def _of_host(self) -> dict[str, Any]:
         return {"margin": "orpo", "beta": self.beta}
-
-    def _said_of_host(self) -> str:
-        return f"margin=orpo beta={self.beta} "
 
     def odds_ratio_loss(self, *logps: Tensor) -> Any:
         """TRL's own, which calls for one log-sigmoid, of the log odds ratio."""

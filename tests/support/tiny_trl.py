@@ -33,6 +33,18 @@ PAIRS = [  # completions of different lengths, so that rows are padded
     for i in range(8)
 ]
 GAMMA = 0.5  # far enough from DPO that a mix-up shows
+# Three steps of four pairs on a CPU, each logged.
+SHORT = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e9}
 
 
@@ -92,19 +104,7 @@ def trainer(
 ) -> DPOTrainer:
     """A trainer whose policy and reference differ, as they do after some steps."""
     config = FocalPOConfig if issubclass(cls, FocalPOTrainer) else DPOConfig
-    arguments = {
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "beta": 0.3,
-        "gradient_checkpointing": False,
-        **arguments,
-    }
+    arguments = {**SHORT, "beta": 0.3, **arguments}
     pairs = Dataset.from_list(PAIRS) if pairs is None else pairs
     if arguments.get("precompute_ref_log_probs"):
         pairs = on_disk(pairs, folder)

@@ -11,7 +11,7 @@ import tiny_trl
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tiny_trl import GAMMA, PAIRS
+from tiny_trl import GAMMA, PAIRS, SHORT
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -46,19 +46,7 @@ MARGINS: dict[str, tuple[type, type, dict[str, Any]]] = {
 
 
 def trainer(cls: type, folder: Path, *, pairs: Any = None, held_out: Any = None, **arguments: Any):
-    arguments = {
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "max_length": 64,
-        **arguments,
-    }
+    arguments = {**SHORT, "max_length": 64, **arguments}
     peft_config = arguments.pop("peft_config", None)
     config = next(CONFIGS[base] for base in cls.__mro__ if base in CONFIGS)
     return cls(
