@@ -22,6 +22,7 @@ importing this package imports neither torch nor a host.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -89,4 +90,10 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__, "__version__"])
+    # Without TRL its names are left out: help() reads every name that is listed.
+    listed = [name for name in __all__ if not _MODULE_OF[name].startswith(".trl") or _has_trl()]
+    return sorted([*globals(), *listed, "__version__"])
+
+
+def _has_trl() -> bool:
+    return find_spec("trl") is not None

@@ -167,13 +167,27 @@ def of_module(called: ast.expr, module: str) -> bool:
     return isinstance(owner, ast.Name) and owner.id == module
 
 
-OF_TRL = {"FocalPOConfig", "FocalPOTrainer"}  # tested with TRL
+# Tested where TRL is installed.
+OF_TRL = {name for name in focalpo_plugins.__all__ if name.endswith(("Config", "Trainer"))}
 
 
 @pytest.mark.parametrize("name", sorted({*focalpo_plugins.__all__} - OF_TRL))
 def test_public_names_say_what_they_are(name: str):
     assert name in dir(focalpo_plugins)
     assert getattr(focalpo_plugins, name).__doc__
+
+
+def test_help_without_trl():
+    """It begins with what the package offers, and leaves out the names that need TRL."""
+    shown = run_python(
+        "-c",
+        "import pydoc, sys; sys.modules['trl'] = None\n"
+        "import focalpo_plugins\n"
+        "print(pydoc.plain(pydoc.render_doc(focalpo_plugins)))",
+    ).stdout
+    assert shown.index("focalpo_loss(margins, gamma)") < 400
+    assert "class FocalPOLoss" in shown
+    assert "class FocalPOTrainer" not in shown
 
 
 def test_unknown_name():

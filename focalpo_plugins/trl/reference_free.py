@@ -174,13 +174,20 @@ class FocalCPOConfig(PairwiseFields, CPOConfig):
     :class:`~focalpo_plugins.trl.config.PairwiseFields`.
 
     ``loss_type`` says which margin the loss is of: ``sigmoid`` CPO's, ``simpo`` SimPO's.
+
+    Raises:
+        ValueError: a ``focalpo_*`` value is out of range.
     """
 
 
 @dataclass
 class FocalORPOConfig(PairwiseFields, ORPOConfig):
     """TRL's ``ORPOConfig`` with FocalPO's knobs, those of
-    :class:`~focalpo_plugins.trl.config.PairwiseFields`."""
+    :class:`~focalpo_plugins.trl.config.PairwiseFields`.
+
+    Raises:
+        ValueError: a ``focalpo_*`` value is out of range.
+    """
 
 
 class _OfConfig:

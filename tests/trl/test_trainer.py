@@ -11,6 +11,7 @@ import re
 import shutil
 import weakref
 from dataclasses import fields, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -832,14 +833,18 @@ def test_the_former_name_of_a_field(tmp_path):
         FocalPOConfig(str(tmp_path), use_cpu=True, bf16=False, focalpo_loss="o")
 
 
-@pytest.mark.parametrize("name", ["FocalPOConfig", "FocalPOTrainer"])
-def test_public_names(name):
+@pytest.mark.parametrize("part", ["Config", "Trainer"])
+@pytest.mark.parametrize(
+    "of, module", [("PO", "trl"), ("CPO", "trl.reference_free"), ("ORPO", "trl.reference_free")]
+)
+def test_public_names(of, module, part):
     """What the package offers at its top is TRL's adapter's, documented and argument by argument."""
     import focalpo_plugins
-    import focalpo_plugins.trl
 
+    name = f"Focal{of}{part}"
     assert name in focalpo_plugins.__all__
-    assert getattr(focalpo_plugins, name) is getattr(focalpo_plugins.trl, name)
+    adapter = import_module(f"focalpo_plugins.{module}")
+    assert getattr(focalpo_plugins, name) is getattr(adapter, name)
     assert "Raises:" in getattr(focalpo_plugins, name).__doc__
 
 
