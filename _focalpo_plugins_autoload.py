@@ -6,6 +6,7 @@ and returns; in a host's process it waits for a module of the host and then lets
 that host do the rest.  It never raises, and ``FOCALPO_AUTOLOAD=0`` turns it off.
 """
 
+import atexit
 import os
 import sys
 
@@ -18,6 +19,8 @@ _HOSTS = (
     # The CPU mode has to be there before OpenRLHF imports anything.
     ("openrlhf.cli.train_dpo", "openrlhf", "focalpo_plugins.openrlhf.autoload"),
 )
+# The variable that names the file in which a process leaves why it failed.
+_LAST_LINE = "FOCALPO_LAST_LINE"
 # Commands that are no module's name.
 _SCRIPTS = {"axolotl": "axolotl.cli"}
 
@@ -28,9 +31,13 @@ def autoload():
         if os.environ.get("FOCALPO_AUTOLOAD", "1") == "0":
             return
         commands = _commands()
+        armed = False
         for host, awaited, adapter in _HOSTS:
             if any(f"{command}.".startswith(f"{host}.") for command in commands):
                 _when_imported(awaited, adapter)
+                armed = True
+        if armed:
+            _show_last_line()
     except Exception as error:
         _warn(error)
 
@@ -57,6 +64,32 @@ def _commands():
         else:  # -m axolotl.cli.train, -maxolotl.cli.train, --module=axolotl.cli.train
             found.append(name.rpartition("=")[2].removeprefix("-m"))
     return found
+
+
+def _show_last_line():
+    """Have the outermost process of a run print, as its last line, why the run failed.
+
+    The processes that it starts inherit the name of the file, as does a command that takes this
+    process's place.
+    """
+    process = str(os.getpid())
+    path = os.environ.get(_LAST_LINE)
+    if path is None:
+        from tempfile import gettempdir
+
+        name = f"focalpo_plugins-{process}-{os.urandom(8).hex()}"
+        path = os.environ[_LAST_LINE] = os.path.join(gettempdir(), name)
+    elif os.path.basename(path).split("-")[1:2] != [process]:
+        return
+
+    def show():
+        if str(os.getpid()) != process or not os.path.exists(path):  # a fork, or nothing failed
+            return
+        with open(path, encoding="utf-8") as file:
+            print(f"focalpo_plugins: {file.read()}", file=sys.stderr)
+        os.remove(path)
+
+    atexit.register(show)
 
 
 def _when_imported(awaited, adapter):

@@ -74,6 +74,7 @@ class Plan:
         loss: the loss of ours that it will train, None for the host's own.
         host_loss: what it trains where ``loss`` is None.
         margin: what the loss is of, ``dpo`` or a margin without a reference.
+        tokenizer: None where no data was read; the next three are empty then.
         rows: pairs in the data files.
         kept: pairs that are trained on; the others are dropped by the host.
         pairs: those, in their order.
@@ -87,6 +88,7 @@ class Plan:
         steps: optimizer steps of the run.
         precision: ``bf16``, ``fp16`` or ``fp32``.
         warnings: the host's own traps, a sentence each.
+        formats: what the rows of each dataset look like, and what reads them.
     """
 
     host: str
@@ -110,6 +112,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     margin: str = "dpo"
+    formats: list[str] = field(default_factory=list)
 
     def reversal(self) -> float:
         """The margin below which the loss pushes a pair the wrong way, at the end of the run where

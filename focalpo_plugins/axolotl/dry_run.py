@@ -16,9 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
+from ..guards import hub
+from ..guards.messages import one_line
 from ..plan import ModelState, Pair, Plan, Tokens
-from . import REQUESTED
+from ..registry import losses
+from . import PLUGIN, REQUESTED
+from .data import described, explain, hub_names
 
 # What the run will have where there is no GPU to ask: an A100's, the least that trains in bf16.
 _ASSUMED = {"bf16": True, "fp8": False, "tf32": True, "compute_capability": "sm_80"}
@@ -48,18 +53,34 @@ _OFF_FOR_STAND_IN: dict[str, Any] = {
 }
 
 
-def plan(config: Path, gpus: int, scratch: Path) -> Plan:
+def plan(config: Path, gpus: int, scratch: Path, shape: Path | None = None) -> Plan:
     """Read the config at ``config`` as ``axolotl train`` would.
 
     Args:
         gpus: ranks that the run is meant for.
         scratch: an empty folder, which takes the place of the config's ``output_dir``.
+        shape: a folder with the config of a model, which takes the place of ``base_model``; then
+            neither tokenizer nor data is read.
 
     Raises:
-        ValueError: the config can't train pairs; anything else that Axolotl finds wrong comes as
-            Axolotl raises it.
+        ValueError: the config can't train pairs, or its data or what it takes from a hub can't be
+            read; anything else that Axolotl finds wrong comes as Axolotl raises it.
     """
-    cfg, notes = _load_cfg(config, gpus, scratch)
+    try:
+        return _plan(config, gpus, scratch, shape)
+    except Exception as error:
+        try:
+            written = yaml.safe_load(config.read_text(encoding="utf-8"))
+            reason = explain(written, error) or hub.explain(error, hub_names(written))
+        except Exception:  # the host's own error says more
+            reason = None
+        if reason is None:
+            raise
+        raise ValueError(f"{one_line(error)}. {reason}") from error
+
+
+def _plan(config: Path, gpus: int, scratch: Path, shape: Path | None) -> Plan:
+    cfg, notes = _load_cfg(config, gpus, scratch, shape)
     rl = getattr(cfg.rl, "value", cfg.rl)
     ours = cfg.get(REQUESTED) is not None
     if rl not in ("dpo", "ipo") and not ours:
@@ -74,12 +95,50 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
 
     from ..compute.fused_loss import LOGITS_AT_ONCE
     from ..compute.output_layer import check_config
-    from .plugin import fused_key, margin
+    from .plugin import fused_key, margin, requested_loss
 
     split = (cfg.tensor_parallel_size or 1) * (cfg.context_parallel_size or 1)
     data_ranks = max(1, gpus // split)
     if cfg.batch_size:
         cfg.batch_size *= data_ranks  # as Axolotl does on each rank: it counts the steps with it
+    state = _state(cfg)
+    fused = fused_key(cfg) if ours else None
+    if fused is not None:
+        check_config(state.config, fused)
+    state = replace(state, logits_at_once=LOGITS_AT_ONCE if fused else None)
+    host = f"Axolotl {version('axolotl')} with TRL {version('trl')}"
+    warnings = []
+    if cfg.dpo_use_liger_kernel:
+        warnings.append(
+            "dpo_use_liger_kernel: the loss runs on our fused path, with the values of the plain "
+            "one; Axolotl swaps in Liger's Triton layers as well, which a CPU can't try. "
+            "focalpo_fused is the fused path alone."
+        )
+    if shape is not None:
+        beta = cfg.rl_beta or (cfg.trl or {}).get("beta")
+        return Plan(
+            host=host,
+            loss=requested_loss(cfg),
+            host_loss=rl,
+            beta=0.1 if beta is None else beta,
+            label_smoothing=cfg.dpo_label_smoothing or 0.0,
+            tokenizer=None,
+            rows=0,
+            kept=0,
+            pairs=(),
+            max_length=cfg.sequence_len,
+            micro_batch=cfg.micro_batch_size,
+            accumulation=cfg.gradient_accumulation_steps,
+            ranks=gpus,
+            data_ranks=data_ranks,
+            epoch_steps=0,
+            steps=0,
+            precision=_precision(cfg),
+            state=state,
+            warnings=warnings,
+            notes=notes,
+            margin=margin(cfg),
+        )
     tokenizer = load_tokenizer(cfg)
     data = load_preference_datasets(cfg=cfg)
     train, held_out = data.train_dataset, data.eval_dataset
@@ -106,22 +165,9 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
         data_ranks,
         args.dataloader_drop_last,
     )
-    loss = getattr(trainer, "pairwise_loss", None)
-    state = _state(cfg)
-    fused = fused_key(cfg) if loss is not None else None
-    if fused is not None:
-        check_config(state.config, fused)
-
-    warnings = []
-    if cfg.dpo_use_liger_kernel:
-        warnings.append(
-            "dpo_use_liger_kernel: the loss runs on our fused path, with the values of the plain "
-            "one; Axolotl swaps in Liger's Triton layers as well, which a CPU can't try. "
-            "focalpo_fused is the fused path alone."
-        )
     return Plan(
-        host=f"Axolotl {version('axolotl')} with TRL {version('trl')}",
-        loss=loss,
+        host=host,
+        loss=getattr(trainer, "pairwise_loss", None),
         host_loss=rl,
         beta=trainer.beta,
         label_smoothing=getattr(trainer, "label_smoothing", 0.0),
@@ -139,10 +185,11 @@ def plan(config: Path, gpus: int, scratch: Path) -> Plan:
             args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch_steps)
         ),
         precision=_precision(cfg),
-        state=replace(state, logits_at_once=LOGITS_AT_ONCE if fused else None),
+        state=state,
         warnings=warnings,
         notes=notes,
         margin=margin(cfg),
+        formats=described(cfg),
     )
 
 
@@ -157,17 +204,17 @@ def _epoch_steps(
     return max(1, -(-of_rank // accumulation))
 
 
-def _load_cfg(config: Path, gpus: int, scratch: Path) -> tuple[Any, list[str]]:
+def _load_cfg(config: Path, gpus: int, scratch: Path, shape: Path | None) -> tuple[Any, list[str]]:
     os.environ.setdefault("AXOLOTL_LOG_LEVEL", "WARNING")
     import axolotl.utils.config as config_module
     from axolotl.cli import config as cli_config
 
     from .autoload import patch
 
-    off = any(
-        os.environ.get(name) == "0"
-        for name in ("FOCALPO_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD")
-    )
+    names = ("FOCALPO_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+    off = next((name for name in names if os.environ.get(name) == "0"), None)
+    if off is not None:
+        _check_listed(config, off)
     # In a process of Axolotl's own the autoload has done this already.
     if not off and not hasattr(cli_config.validate_config, "__wrapped__"):
         patch(config_module)
@@ -180,7 +227,21 @@ def _load_cfg(config: Path, gpus: int, scratch: Path) -> tuple[Any, list[str]]:
         config_module.is_torch_bf16_gpu_available = lambda: True  # for `bf16: auto`
     # It readies this process for DeepSpeed or FSDP, and waits for the other ranks.
     cli_config.prepare_optim_env = lambda cfg: None
-    return cli_config.load_cfg(str(config), output_dir=str(scratch)), notes
+    changed = {"output_dir": str(scratch)}
+    if shape is not None:
+        changed |= dict.fromkeys(("base_model", "base_model_config"), str(shape))
+    return cli_config.load_cfg(str(config), **changed), notes
+
+
+def _check_listed(config: Path, off: str) -> None:
+    """Refuse a config that asks for a loss of ours where nothing would bring the plugin."""
+    written = yaml.safe_load(config.read_text(encoding="utf-8"))
+    listed = written.get("plugins") or []
+    if written.get("rl") in losses() and not any("FocalPOPlugin" in str(name) for name in listed):
+        raise ValueError(
+            f"plugins must list {PLUGIN} where {off}=0 turns the autoload off, got {listed!r}. "
+            f"Add the lines `plugins:` and `  - {PLUGIN}`, or unset {off}."
+        )
 
 
 def _trainer(cfg: Any, train: Any, held_out: Any, tokenizer: Any, steps: int) -> Any:

@@ -21,6 +21,7 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.enums import RLType
 
+from ..guards import last_line
 from ..guards.jsonl import check_file
 from ..guards.messages import did_you_mean, named
 from ..loss import check_beta, check_label_smoothing
@@ -35,6 +36,7 @@ from . import (
     SHARED,
     SWITCHES,
     TRAINERS,
+    data,
     flags,
 )
 from .autoload import patch
@@ -111,6 +113,9 @@ def rewritten(cfg: Any) -> Any:
     of_host = [rl.value for rl in RLType]
     known = [*of_host, *losses()]
     name, trainer = cfg.get("rl"), cfg.get("trainer_cls")
+    ours = name in losses() or cfg.get(REQUESTED) is not None
+    written = copy.deepcopy(cfg)  # validation puts its own objects into what it is given
+    last_line.install(lambda error: data.explain(written, error) if ours else None)
     flags.check_arrived(cfg)
     if name is not None and name not in known:
         near = did_you_mean(str(name), known)

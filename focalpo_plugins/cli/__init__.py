@@ -126,6 +126,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     check.add_argument(
         "--pair", type=int, default=0, metavar="N", help="which pair is shown (default: 0)"
     )
+    check.add_argument(
+        "--model-config",
+        metavar="FILE",
+        help="estimate the memory alone, of this config.json or of llama-3-8b, mistral-7b or "
+        "qwen3-8b: model, tokenizer and data aren't read",
+    )
     check.add_argument("--strict", action="store_true", help="exit code 1 where there are warnings")
     check.add_argument("--json", action="store_true", help="print JSON")
     check.add_argument("--debug", action="store_true", help="show where a host's error comes from")

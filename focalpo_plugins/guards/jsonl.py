@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+#: Of the files that are looked at.
+SUFFIXES = (".json", ".jsonl")
+
 _DECODER = json.JSONDecoder()
 _INK = re.compile(r"[^ \t\n\r]")  # what JSON doesn't take for space
 
@@ -25,7 +28,7 @@ def check_file(path: Path, name: str, columns: Sequence[str] = ()) -> None:
     Raises:
         ValueError: the message names the line.
     """
-    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+    if path.suffix not in SUFFIXES or not path.is_file():
         return
     entries = 0
     try:
@@ -46,6 +49,15 @@ def check_file(path: Path, name: str, columns: Sequence[str] = ()) -> None:
         ) from None
     if not entries:
         raise ValueError(f"{name} must hold a pair, got {str(path)!r}, which is empty.")
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON, in their order.
+
+    Raises:
+        ValueError: a line is broken; the message begins with its number.
+    """
+    return (row for _, row in _entries(path) if isinstance(row, dict))
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:

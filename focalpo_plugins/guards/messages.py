@@ -18,6 +18,19 @@ def say(what: str) -> None:
     sys.stderr.flush()
 
 
+def one_line(error: BaseException) -> str:
+    """The message in one line, with its type where it says something that no user wrote."""
+    errors = getattr(error, "errors", None)
+    if callable(errors):  # pydantic's, one after the other
+        found = [
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else e["msg"]
+            for e in errors()
+        ]
+        return "; ".join(found)
+    message = " ".join(str(error).split())
+    return message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"
+
+
 @contextmanager
 def named(prefix: str, options: Iterable[str] = (), true: str = "=True") -> Iterator[None]:
     """Have the message of a ValueError raised inside name values as the user writes them.

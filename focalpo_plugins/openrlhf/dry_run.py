@@ -13,12 +13,16 @@ import warnings
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NoReturn
 
+from ..guards import hub
+from ..guards.messages import one_line
 from ..plan import ModelState, Pair, Plan, Tokens
 from ..registry import get_loss
 from . import COMMAND, cpu
 from .autoload import patch
+from .data import described, explain, hub_names
 from .names import dotted, given_options, spelled
 
 _OURS = "focalpo_plugins.openrlhf.train_dpo"
@@ -32,23 +36,66 @@ class _Parsed(BaseException):
         self.flags = flags
 
 
-def plan(argv: Sequence[str], gpus: int) -> Plan:
+def plan(argv: Sequence[str], gpus: int, shape: Path | None = None) -> Plan:
     """Read the command line ``argv``, without the program's name, as OpenRLHF would.
 
     Args:
         gpus: ranks that the run is meant for.
+        shape: a folder with the config of a model, which takes the policy's place; then neither
+            tokenizer nor data is read.
 
     Raises:
-        ValueError: the flags are wrong; the message is the parser's.
+        ValueError: the flags are wrong; the message is the parser's.  Or the data, or what is taken
+            from a hub, can't be read.
         RuntimeError: the installed OpenRLHF starts its training otherwise.
     """
     of_host = _flags(argv)
+    try:
+        return _plan(of_host, gpus, shape)
+    except Exception as error:
+        reason = explain(of_host, error) or hub.explain(error, hub_names(of_host))
+        if reason is None:
+            raise
+        raise ValueError(f"{one_line(error)}. {reason}") from error
+
+
+def _plan(of_host: Any, gpus: int, shape: Path | None) -> Plan:
     args = dotted(of_host)
     if not args.model.model_name_or_path or not args.data.dataset:
         missing = "model.model_name_or_path" if args.data.dataset else "data.dataset"
         missing = spelled(missing, vars(of_host)) if args is not of_host else missing
         raise ValueError(f"--{missing} must be given: there is nothing to train on.")
     import torch
+
+    loss, precomputed = None, False
+    if getattr(of_host, "loss", None) is not None:
+        options, flags = given_options(of_host)
+        loss, precomputed = (
+            get_loss(of_host.loss).bind(**options),
+            flags.get("precompute_ref", False),
+        )
+    notes = []
+    if not torch.cuda.is_available():
+        notes.append("no GPU here: flags that need one were taken as on a machine that has them")
+    data_ranks = max(1, gpus // (args.ds.ring_attn_size * args.ds.tensor_parallel_size))
+    accumulation, rest = divmod(args.train.batch_size, args.train.micro_batch_size * data_ranks)
+    shown: dict[str, Any] = {
+        "host": f"OpenRLHF {version('openrlhf')}",
+        "loss": loss,
+        "host_loss": "ipo" if args.model.ipo_enable else "dpo",
+        "beta": args.model.beta,
+        "label_smoothing": args.model.label_smoothing,
+        "max_length": args.data.max_len,
+        "micro_batch": args.train.micro_batch_size,
+        "accumulation": max(1, accumulation),
+        "ranks": gpus,
+        "data_ranks": data_ranks,
+        "precision": args.ds.param_dtype,
+        "state": _state(args, precomputed, shape),
+        "notes": notes,
+    }
+    if shape is not None:
+        return Plan(tokenizer=None, rows=0, kept=0, pairs=(), epoch_steps=0, steps=0, **shown)
     from openrlhf.datasets import RewardDataset
     from openrlhf.datasets.utils import blending_datasets
     from openrlhf.utils import get_strategy, get_tokenizer
@@ -89,8 +136,6 @@ def plan(argv: Sequence[str], gpus: int) -> Plan:
             f"the {len(rows)} pairs fits. Raise it."
         )
 
-    data_ranks = max(1, gpus // (args.ds.ring_attn_size * args.ds.tensor_parallel_size))
-    accumulation, rest = divmod(args.train.batch_size, args.train.micro_batch_size * data_ranks)
     # What doesn't fill a rank's share or a micro-batch is dropped; a step may span two epochs.
     batches = len(trained) // data_ranks // args.train.micro_batch_size
     found = []
@@ -112,37 +157,16 @@ def plan(argv: Sequence[str], gpus: int) -> Plan:
         )
     if args.model.ipo_enable:
         found.append("--model.ipo_enable: IPO is trained, a loss of its own.")
-    notes = []
-    if not torch.cuda.is_available():
-        notes.append("no GPU here: flags that need one were taken as on a machine that has them")
-    loss, precomputed = None, False
-    if getattr(of_host, "loss", None) is not None:
-        options, flags = given_options(of_host)
-        loss, precomputed = (
-            get_loss(of_host.loss).bind(**options),
-            flags.get("precompute_ref", False),
-        )
     return Plan(
-        host=f"OpenRLHF {version('openrlhf')}",
-        loss=loss,
-        host_loss="ipo" if args.model.ipo_enable else "dpo",
-        beta=args.model.beta,
-        label_smoothing=args.model.label_smoothing,
         tokenizer=tokenizer,
         rows=len(rows),
         kept=len(trained),
         pairs=_pairs(trained, whole, args.data.max_len),
-        max_length=args.data.max_len,
-        micro_batch=args.train.micro_batch_size,
-        accumulation=max(1, accumulation),
-        ranks=gpus,
-        data_ranks=data_ranks,
         epoch_steps=batches / max(1, accumulation),
         steps=args.train.max_epochs * batches // max(1, accumulation),
-        precision=args.ds.param_dtype,
-        state=_state(args, precomputed),
         warnings=found,
-        notes=notes,
+        formats=described(of_host),
+        **shown,
     )
 
 
@@ -207,7 +231,7 @@ def _pairs(trained: Any, whole: Any, max_length: int) -> Iterator[Pair]:
         yield Pair(sides[0], sides[1], truncated=cut)
 
 
-def _state(args: Any, precomputed: bool) -> ModelState:
+def _state(args: Any, precomputed: bool, shape: Path | None) -> ModelState:
     from transformers import AutoConfig
 
     lora = None
@@ -225,7 +249,7 @@ def _state(args: Any, precomputed: bool) -> ModelState:
     if args.ref.offload:
         offloaded.add("reference")
     return ModelState(
-        config=AutoConfig.from_pretrained(args.model.model_name_or_path),
+        config=AutoConfig.from_pretrained(shape or args.model.model_name_or_path),
         lora=lora,
         weight_bytes=2,
         four_bit=args.ds.load_in_4bit,

@@ -7,14 +7,15 @@ import sys
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from ..guards import last_line
 from ..guards.jsonl import check_file
 from ..guards.messages import did_you_mean, named
 from ..loss import check_beta, check_label_smoothing
 from ..options import OF_ANY_LOSS
 from ..registry import BoundLoss, PairwiseLoss, get_loss, losses
-from . import cpu
+from . import cpu, data
 from .names import spelled, versions
 
 # OpenRLHF's own loss.  It stays OpenRLHF's, whatever a package may register under this name.
@@ -61,7 +62,14 @@ def parse(
         from .trainer import install
 
         install(loss)
+        args = parsed[0] if isinstance(parsed, tuple) else parsed
+        last_line.install(lambda error: data.explain(args, error))
     return parsed
+
+
+def _refuse(parser: ArgumentParser, message: str) -> NoReturn:
+    last_line.repeat(message)
+    parser.error(message)
 
 
 def _offered() -> dict[str, PairwiseLoss]:
@@ -87,10 +95,11 @@ def _add(parser: ArgumentParser, argv: Sequence[str]) -> bool:
     taken = ours & _known(parser)
     if taken:
         if ours & {word.split("=")[0] for word in argv}:
-            parser.error(
+            _refuse(
+                parser,
                 f"{versions()}: OpenRLHF has {', '.join(sorted(taken))} itself, which "
                 "focalpo_plugins would add. Use an openrlhf release that the README lists, or set "
-                "FOCALPO_AUTOLOAD=0."
+                "FOCALPO_AUTOLOAD=0.",
             )
         return False
     group = parser.add_argument_group(
@@ -172,9 +181,10 @@ def _check_spelling(parser: ArgumentParser, argv: Sequence[str]) -> None:
         abbreviates = [flag for flag in ours if flag.startswith(name)]
         of_loss = any(name.startswith(f"--{loss}.") for loss in _offered())
         if (abbreviates or of_loss) and not any(flag.startswith(name) for flag in of_host):
-            parser.error(
+            _refuse(
+                parser,
                 f"{name} is no flag, got {word!r}{did_you_mean(name, ours)} The flags of "
-                "focalpo_plugins have to be written out."
+                "focalpo_plugins have to be written out.",
             )
 
 
@@ -200,11 +210,13 @@ def _check(parser: ArgumentParser, namespace: Namespace) -> BoundLoss | None:
             _check_shared(values, f"--{name}.shared_prompts")
         flag = spelled("data.dataset", values)
         sides = (values.get(spelled(f"data.{side}_key", values)) for side in ("chosen", "rejected"))
-        columns = [side for side in sides if side]
+        columns = [
+            column for column in (*sides, values.get(spelled("data.prompt_key", values))) if column
+        ]
         for path in str(values.get(flag)).split(","):
             check_file(Path(path), f"--{flag}", columns)
     except ValueError as error:
-        parser.error(str(error))
+        _refuse(parser, str(error))
     for option, value in bound.options.items():
         values[f"{name}.{option}"] = value
     return bound

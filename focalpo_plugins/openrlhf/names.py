@@ -17,6 +17,7 @@ FLAT = {
     "model.ipo_enable": "ipo",
     "ref.model_name_or_path": "ref_pretrain",
     "ref.offload": "ref_offload",
+    "data.apply_chat_template": "apply_chat_template",
     "data.chosen_key": "chosen_key",
     "data.dataset": "dataset",
     "data.dataset_probs": "dataset_probs",
@@ -25,6 +26,7 @@ FLAT = {
     "data.input_template": "input_template",
     "data.max_len": "max_len",
     "data.max_samples": "max_samples",
+    "data.prompt_key": "prompt_key",
     "data.rejected_key": "rejected_key",
     "train.batch_size": "train_batch_size",
     "train.max_epochs": "max_epochs",
@@ -63,7 +65,7 @@ def spelled(flag: str, values: Mapping[str, Any]) -> str:
 
 def dotted(args: Any) -> Any:
     """OpenRLHF's arguments, to be read by the names of the keys of :data:`FLAT`; a copy where its
-    own are flat."""
+    own are flat, or as the parser leaves them."""
     if hasattr(args, "model"):
         return args
     nested = Namespace()
@@ -74,7 +76,7 @@ def dotted(args: Any) -> Any:
             if not hasattr(within, prefix):
                 setattr(within, prefix, Namespace())
             within = getattr(within, prefix)
-        setattr(within, name, getattr(args, flat))
+        setattr(within, name, getattr(args, flag if hasattr(args, flag) else flat))
     return nested
 
 

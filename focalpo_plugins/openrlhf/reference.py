@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
+from ..guards import last_line
 from ..guards.folders import write_whole
 from ..guards.messages import say
 
@@ -371,4 +372,5 @@ def stop_all(strategy: Any, why: str) -> NoReturn:
     """End this rank, as all others are about to; the first says why."""
     if strategy.is_rank_0():
         say(why)
+        last_line.repeat(why)
     sys.exit(1)

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...guards.messages import one_line
 from ...plan import Plan
 from .. import CommandError
 from .counts import count
 from .memory import estimate
 from .printing import as_json, print_text
+from .shapes import SHAPES
 from .warnings import warnings
 
 
@@ -24,11 +26,15 @@ def run(args: Namespace) -> int:
         raise CommandError(
             "give an Axolotl YAML, or `--` and the flags of openrlhf.cli.train_dpo after it."
         )
-    with _stdout_to_stderr():
-        plan, name = _plan(args)
-        counts, shown = count(plan, args.pair)
-        longest = max(counts.lengths)
-        memory = estimate(plan, min(longest, plan.max_length or longest))
+    with _stdout_to_stderr(), tempfile.TemporaryDirectory() as scratch:
+        shape = _shape(args.model_config, Path(scratch))
+        plan, name = _plan(args, Path(scratch), shape)
+        counts = shown = None
+        longest = plan.max_length or 0
+        if shape is None:
+            counts, shown = count(plan, args.pair)
+            longest = min(max(counts.lengths), plan.max_length or max(counts.lengths))
+        memory = estimate(plan, longest)
     found = warnings(plan, counts)
     if args.json:
         print(json.dumps(as_json(name, plan, counts, shown, memory, found), indent=2))
@@ -41,8 +47,10 @@ def run(args: Namespace) -> int:
     return 1 if found and args.strict else 0
 
 
-def _plan(args: Namespace) -> tuple[Plan, str]:
+def _plan(args: Namespace, scratch: Path, shape: Path | None) -> tuple[Plan, str]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A command that reads reports to nobody.
+    os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     import torch
 
     gpus = max(1, torch.cuda.device_count()) if args.gpus is None else args.gpus
@@ -54,21 +62,20 @@ def _plan(args: Namespace) -> tuple[Plan, str]:
             _need("openrlhf", "an OpenRLHF command line")
             from ...openrlhf import dry_run as openrlhf
 
-            return openrlhf.plan(args.host_argv, gpus), name
+            return openrlhf.plan(args.host_argv, gpus, shape), name
         name = args.config
         if not Path(name).is_file():
             raise CommandError(f"CONFIG must be a YAML file, got {name!r}: there is none.")
         _need("axolotl", "an Axolotl YAML")
         from ...axolotl import dry_run as axolotl
 
-        with tempfile.TemporaryDirectory() as scratch:
-            return axolotl.plan(Path(name), gpus, Path(scratch)), name
+        return axolotl.plan(Path(name), gpus, scratch, shape), name
     except CommandError:
         raise
     except Exception as error:  # whatever the host finds wrong, it is the user's answer
         if args.debug:
             raise
-        raise CommandError(f"{name}: {_one_line(error)}") from None
+        raise CommandError(f"{name}: {one_line(error)}") from None
 
 
 def _need(module: str, what: str) -> None:
@@ -81,17 +88,27 @@ def _need(module: str, what: str) -> None:
         )
 
 
-def _one_line(error: Exception) -> str:
-    """The message, in one line; pydantic's validation errors one after the other."""
-    errors = getattr(error, "errors", None)
-    if callable(errors):
-        found = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else e["msg"]
-            for e in errors()
-        ]
-        return "; ".join(found)
-    message = " ".join(str(error).split())
-    return message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"
+def _shape(name: str | None, scratch: Path) -> Path | None:
+    """A folder with the model's config that ``--model-config`` asks for; None without it."""
+    if name is None:
+        return None
+    shape = SHAPES.get(name)
+    if shape is None:
+        known = ", ".join(SHAPES)
+        try:
+            shape = json.loads(Path(name).read_text(encoding="utf-8"))
+            if not isinstance(shape, dict) or "model_type" not in shape:
+                raise ValueError("it names no model_type")
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise CommandError(
+                f"--model-config must be a model's config.json or one of {known}, got {name!r}: "
+                f"{why}."
+            ) from None
+    folder = scratch / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    return folder
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...guards.pairs import blank, faults
 from ...plan import Pair, Plan, Tokens
@@ -24,6 +25,7 @@ class Counts:
     bos: Counter[int] = field(default_factory=Counter)
     eos: Counter[int] = field(default_factory=Counter)
     starts_with_bos: int = 0
+    starts_as_template: int = 0
     uncut_without_eos: int = 0
     lengths: list[int] = field(default_factory=list)
     trained: list[int] = field(default_factory=list)
@@ -67,6 +69,7 @@ def count(plan: Plan, number: int) -> tuple[Counts, Pair]:
         raise CommandError(f"--pair must be from 0 to {plan.kept - 1}, got {number}.")
     bos, eos = plan.tokenizer.bos_token_id, plan.tokenizer.eos_token_id
     is_blank = blank(plan.tokenizer)
+    start = template_start(plan.tokenizer)
     counts, shown = Counts(), None
     for place, pair in enumerate(tqdm(plan.pairs, total=plan.kept, unit="pair", leave=False)):
         if place == number:
@@ -86,11 +89,26 @@ def count(plan: Plan, number: int) -> tuple[Counts, Pair]:
             counts.bos[side.ids.count(bos)] += 1
             counts.eos[answer.count(eos)] += 1
             counts.starts_with_bos += side.ids[:1] == [bos]
+            begins = side.ids[side.ids[:1] == [bos] and bos != start :]
+            counts.starts_as_template += begins[:1] == [start]
             counts.doubled_bos += bos != eos and side.ids[:2] == [bos, bos]
             counts.bos_in_answer += bos != eos and bos in answer
             counts.uncut_without_eos += not pair.truncated and eos not in answer
     assert shown is not None
     return counts, shown
+
+
+def template_start(tokenizer: Any) -> int | None:
+    """The first token that the chat template writes; None without a template that can be tried."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        turn = {"role": "user", "content": "a"}
+        written = tokenizer.apply_chat_template([turn], tokenize=False)
+    except Exception:  # it asks for a system turn, or for more
+        return None
+    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+    return ids[0] if ids else None
 
 
 def in_common(chosen: list[int], rejected: list[int]) -> int:

@@ -14,8 +14,15 @@ _SHOWN = 80  # tokens of a prompt
 
 
 def print_text(
-    name: str, plan: Plan, counts: Counts, shown: Pair, memory: Estimate | None, number: int
+    name: str,
+    plan: Plan,
+    counts: Counts | None,
+    shown: Pair | None,
+    memory: Estimate | None,
+    number: int,
 ) -> None:
+    """Print the answer; without ``counts`` and ``shown``, of which no data was read, the rest."""
+
     def line(title: str, text: str) -> None:
         print(f"{title:<9}{text}")
 
@@ -41,12 +48,25 @@ def print_text(
             f"z* = {star:.2f}: pairs whose log-ratios differ by more than {-star / plan.beta:.4g} "
             "nats the wrong way are pushed further",
         )
+    ranks = f"{plan.data_ranks} rank{'s' * (plan.data_ranks != 1)}"
+    among = "--gpus" if plan.data_ranks == plan.ranks else f"of --gpus {plan.ranks}"
+    batch = (
+        f"{plan.micro_batch} pairs x {plan.accumulation} accumulated x {ranks} ({among}) = "
+        f"{_batch(plan)} pairs a step"
+    )
+    if counts is None or shown is None:
+        line("data", f"not read; sequences taken as {plan.max_length} tokens long, the limit")
+        line("batch", batch)
+        _print_memory(plan, memory, line)
+        return
     dropped = plan.rows - plan.kept
     line("data", f"{plan.rows} pairs, {dropped} dropped by the host ({share(dropped, plan.rows)})")
     shares = [
         f"{what} {share(getattr(counts, what), counts.pairs)}"
         for what in ("truncated", "identical", "empty")
     ]
+    for text in plan.formats:
+        line("", text)
     limit = f"cut at {plan.max_length}" if plan.max_length else "never cut"
     line("", f"of the {counts.pairs} trained on: {', '.join(shares)}")
     line(
@@ -61,13 +81,7 @@ def print_text(
             f"{n} in {share(times, 2 * counts.pairs)}" for n, times in sorted(counter.items())
         )
         line("", f"{title} {token!r}, times in the tokens {what}: {times}")
-    ranks = f"{plan.data_ranks} rank{'s' * (plan.data_ranks != 1)}"
-    among = "--gpus" if plan.data_ranks == plan.ranks else f"of --gpus {plan.ranks}"
-    line(
-        "batch",
-        f"{plan.micro_batch} pairs x {plan.accumulation} accumulated x {ranks} ({among}) = "
-        f"{_batch(plan)} pairs a step",
-    )
+    line("batch", batch)
     line("", f"{_steps(plan.epoch_steps)} an epoch, {_steps(plan.steps)} in the run")
     tokens = tokens_per_step(plan, counts)
     line(
@@ -154,12 +168,36 @@ def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
 def as_json(
     name: str,
     plan: Plan,
-    counts: Counts,
-    shown: Pair,
+    counts: Counts | None,
+    shown: Pair | None,
     memory: Estimate | None,
     warnings: list[str],
 ) -> dict[str, Any]:
+    """The answer; what is of data is left out where none was read."""
     star = plan.reversal()
+    answer = {
+        "run": name,
+        "host": plan.host,
+        "notes": plan.notes,
+        "loss": plan.host_loss if plan.loss is None else plan.loss.name,
+        "options": {} if plan.loss is None else dict(plan.loss.options),
+        "margin": plan.margin,
+        "beta": plan.beta,
+        "label_smoothing": plan.label_smoothing,
+        "z_star": star if star > -math.inf else None,
+        "first_loss": plan.first_loss(),
+        "max_length": plan.max_length,
+        "micro_batch": plan.micro_batch,
+        "accumulation": plan.accumulation,
+        "ranks": plan.ranks,
+        "batch": _batch(plan),
+        "precision": plan.precision,
+        "zero_stage": plan.state.zero_stage,
+        "memory_bytes": None if memory is None else {**vars(memory), "state": memory.state},
+        "warnings": warnings,
+    }
+    if counts is None or shown is None:
+        return answer
     whole: dict[str, Any] = dict(vars(counts))  # asdict() can't copy a Counter
     del whole["longer"], whole["in_common"]
     for key in ("lengths", "trained"):
@@ -174,30 +212,13 @@ def as_json(
         for side in ("chosen", "rejected")
     }
     return {
-        "run": name,
-        "host": plan.host,
-        "notes": plan.notes,
-        "loss": plan.host_loss if plan.loss is None else plan.loss.name,
-        "options": {} if plan.loss is None else dict(plan.loss.options),
-        "margin": plan.margin,
-        "beta": plan.beta,
-        "label_smoothing": plan.label_smoothing,
-        "z_star": star if star > -math.inf else None,
-        "first_loss": plan.first_loss(),
+        **answer,
         "rows": plan.rows,
         "dropped": plan.rows - plan.kept,
-        "max_length": plan.max_length,
+        "formats": plan.formats,
         "counts": whole,
-        "micro_batch": plan.micro_batch,
-        "accumulation": plan.accumulation,
-        "ranks": plan.ranks,
-        "batch": _batch(plan),
         "tokens_per_step": vars(tokens_per_step(plan, counts)),
         "epoch_steps": plan.epoch_steps,
         "steps": plan.steps,
-        "precision": plan.precision,
-        "zero_stage": plan.state.zero_stage,
-        "memory_bytes": None if memory is None else {**vars(memory), "state": memory.state},
         "pair": sides,
-        "warnings": warnings,
     }

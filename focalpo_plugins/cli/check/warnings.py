@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ...plan import Plan
-from .counts import Counts, share
+from .counts import Counts, share, template_start
 
 # A pair is pushed the wrong way once its log-ratios differ by z*/beta nats.  In an ordinary run the
 # log-probability of an answer of a few hundred tokens moves by tens of nats from its reference, and
@@ -15,8 +15,8 @@ _NEAR_MARGIN = 3.0
 _MUCH_CUT = 0.1  # share of pairs
 
 
-def warnings(plan: Plan, counts: Counts) -> list[str]:
-    """A sentence each, the host's own traps last."""
+def warnings(plan: Plan, counts: Counts | None) -> list[str]:
+    """A sentence each, the host's own traps last; of data only where it was read."""
     found = []
     if plan.loss is None:
         found.append(
@@ -36,6 +36,12 @@ def warnings(plan: Plan, counts: Counts) -> list[str]:
             "there on they are pushed the wrong way. Lower gamma or beta, and watch the log's "
             "share `reversed`."
         )
+    of_data = [] if counts is None else _of_data(plan, counts)
+    return [*found, *of_data, *plan.warnings]
+
+
+def _of_data(plan: Plan, counts: Counts) -> list[str]:
+    found = []
     if counts.doubled_bos:
         found.append(
             f"BOS doubled at the start of {share(counts.doubled_bos, 2 * counts.pairs)} of the "
@@ -54,6 +60,13 @@ def warnings(plan: Plan, counts: Counts) -> list[str]:
         found.append(
             f"no BOS at the start of {share(without_bos, 2 * counts.pairs)} of the sequences, "
             "though this tokenizer puts one before a text."
+        )
+    start = template_start(plan.tokenizer)
+    if start is not None and not counts.starts_as_template:
+        found.append(
+            "none of the sequences begins as the tokenizer's chat template does, with "
+            f"{plan.tokenizer.decode([start])!r}. Take a type: chat_template.* in Axolotl, or "
+            "--data.apply_chat_template in OpenRLHF, unless the model is meant to see plain text."
         )
     if counts.uncut_without_eos:
         found.append(
@@ -77,4 +90,4 @@ def warnings(plan: Plan, counts: Counts) -> list[str]:
     dropped = plan.rows - plan.kept
     if dropped > _MUCH_CUT * plan.rows:
         found.append(f"{share(dropped, plan.rows)} of the pairs are dropped as too long.")
-    return [*found, *plan.warnings]
+    return found

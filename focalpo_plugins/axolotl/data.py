@@ -1,0 +1,132 @@
+"""What the rows of a config's data look like to Axolotl, and why it could not read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..guards import jsonl
+from ..guards.last_line import modules_of
+from ..guards.rows import (
+    CONVERSATIONS,
+    MESSAGES,
+    ONE_MESSAGE,
+    PROMPT_BESIDE,
+    STRINGS,
+    TEXTS,
+    Look,
+    look,
+)
+
+_TEMPLATE = "chat_template.default"
+_TYPES = {
+    CONVERSATIONS: "chat_template.argilla_chat",
+    PROMPT_BESIDE: "chat_template.argilla_chat",
+    MESSAGES: _TEMPLATE,
+    ONE_MESSAGE: _TEMPLATE,
+    STRINGS: _TEMPLATE,
+    TEXTS: "passthrough",
+}
+
+
+def explain(cfg: Any, error: BaseException) -> str | None:
+    """What an error means that came up while Axolotl, or TRL for it, read the data.
+
+    None where it came from elsewhere, or where the rows are as their ``type`` asks for.
+    """
+    reading = any(
+        module.startswith(("axolotl.utils.data", "axolotl.common.datasets"))
+        or (module.startswith("trl.") and function == "_prepare_dataset")
+        for module, function in modules_of(error)
+    )
+    if not reading:
+        return None
+    found = (_mismatch(cfg, key, dataset) for key, dataset in _listed(cfg))
+    return "; ".join(filter(None, found)) or None
+
+
+def described(cfg: Any) -> list[str]:
+    """A line for each dataset: its rows, their format, and the ``type`` that reads it."""
+    lines = []
+    for key, dataset in _listed(cfg):
+        seen = _look(cfg, dataset)
+        if seen is None:
+            continue
+        read_by = "" if seen.format is None else f": {seen.format}, for {_advice(seen, cfg)}"
+        lines.append(f"{key} has {seen.words}{read_by}")
+    return lines
+
+
+def hub_names(cfg: Any) -> dict[str, str]:
+    """What the config names that may come from a hub, by its key."""
+    keys = ("base_model", "tokenizer_config", "base_model_config")
+    names = {key: str(cfg[key]) for key in keys if cfg.get(key)}
+    return names | {f"{key}.path": str(dataset.get("path")) for key, dataset in _listed(cfg)}
+
+
+def _listed(cfg: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for key in ("datasets", "test_datasets"):
+        listed = cfg.get(key)
+        for number, dataset in enumerate(listed if isinstance(listed, list) else []):
+            if isinstance(dataset, Mapping):
+                yield f"{key}[{number}]", dataset
+
+
+def _look(cfg: Any, dataset: Mapping[str, Any]) -> Look | None:
+    names = {
+        name: dataset.get(f"field_{field}") for name, field in
+        (("chosen", "chosen"), ("rejected", "rejected"), ("prompt", "messages"))
+    }  # fmt: skip
+    try:
+        return look(_rows(cfg, dataset), **{k: v for k, v in names.items() if v})
+    except Exception:  # it can't be read: the host says so
+        return None
+
+
+def _rows(cfg: Any, dataset: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    path = Path(str(dataset.get("path")))
+    if path.suffix in jsonl.SUFFIXES and path.is_file():
+        return jsonl.rows(path)
+    from axolotl.utils.data.shared import load_dataset_with_config
+    from axolotl.utils.dict import DictDefault
+
+    loaded = load_dataset_with_config(DictDefault(dataset), bool(cfg.get("hf_use_auth_token")))
+    return iter(next(iter(loaded.values())) if isinstance(loaded, dict) else loaded)
+
+
+def _mismatch(cfg: Any, key: str, dataset: Mapping[str, Any]) -> str | None:
+    seen = _look(cfg, dataset)
+    if seen is None:
+        return None
+    kind = dataset.get("type")
+    file = f"{key}.path {str(dataset.get('path'))!r}: "
+    first = f"its first row has {seen.words}, and type is {kind}"
+    if seen.problem is not None:
+        return f"{file}{first}: {seen.problem}. docs/data.md lists the formats."
+    fitting = _fitting(seen, cfg)
+    if any(
+        dataset.get(name) != value and cfg.get(name) != value for name, value in fitting.items()
+    ):
+        advice = f"these are {seen.format}: set {_advice(seen, cfg)}"
+        return f"{file}{first}: {advice}. docs/data.md lists the formats."
+    if seen.odd is not None:
+        return f"{file}{first}, which fits; {seen.odd}. Mend that row, or remove it."
+    return None
+
+
+def _fitting(seen: Look, cfg: Any) -> dict[str, str]:
+    """The keys that read rows of this format, with their values."""
+    assert seen.format is not None
+    fitting = {"type": _TYPES[seen.format]}
+    if fitting["type"] == _TEMPLATE and seen.prompt != "messages":
+        fitting["field_messages"] = str(seen.prompt)
+    if fitting["type"] != "passthrough" and not cfg.get("chat_template"):
+        fitting["chat_template"] = "tokenizer_default"
+    return fitting
+
+
+def _advice(seen: Look, cfg: Any) -> str:
+    said = " and ".join(f"{name}: {value}" for name, value in _fitting(seen, cfg).items())
+    plain = ", or type: passthrough for a model without a chat template"
+    return said + plain * (seen.format == STRINGS)

@@ -1,0 +1,30 @@
+"""What a run takes from a hub of models, and why it could not be had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from .last_line import modules_of
+
+_LIBRARIES = ("huggingface_hub", "datasets.load", "transformers.utils.hub", "axolotl.utils.data")
+
+
+def explain(error: BaseException, names: Mapping[str, str]) -> str | None:
+    """What to do about an error while something was read from a hub; None where all is local.
+
+    Args:
+        names: what the run names, by the user's key or flag.
+    """
+    remote = {key: name for key, name in names.items() if not Path(name).exists()}
+    reading = any(module.startswith(_LIBRARIES) for module, _ in modules_of(error))
+    if not remote or not (isinstance(error, OSError) or reading):
+        return None
+    listed = ", ".join(f"{key} {name!r}" for key, name in remote.items())
+    gated = any("meta-llama/" in name for name in remote.values())
+    return (
+        f"Not found on this machine, and so looked for on the Hugging Face hub: {listed}. Config, "
+        "tokenizer and data come from there. Check the names and the connection; log in with `hf "
+        f"auth login`{' once access to Llama 3, which is gated, was granted' * gated}; or name "
+        "local folders. `focalpo check --model-config` estimates the memory without them."
+    )

@@ -1,0 +1,132 @@
+"""What the rows of a command line's data look like to OpenRLHF, and why it could not read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ..guards import jsonl
+from ..guards.last_line import modules_of
+from ..guards.rows import (
+    CONVERSATIONS,
+    MESSAGES,
+    ONE_MESSAGE,
+    PROMPT_BESIDE,
+    STRINGS,
+    TEXTS,
+    Look,
+    look,
+)
+from .names import dotted, spelled
+
+# Whether --data.apply_chat_template reads the format, and whether --data.prompt_key does.
+_FLAGS = {
+    CONVERSATIONS: (True, False),
+    PROMPT_BESIDE: (True, False),
+    MESSAGES: (True, True),
+    STRINGS: (False, True),
+    TEXTS: (False, False),
+}
+
+
+def explain(args: Any, error: BaseException) -> str | None:
+    """What an error means that came up while OpenRLHF read the data.
+
+    None where it came from elsewhere, or where the rows are as the flags ask for.
+
+    Args:
+        args: the parsed command line.
+    """
+    if not any(module.startswith("openrlhf.datasets") for module, _ in modules_of(error)):
+        return None
+    return "; ".join(filter(None, (_mismatch(args, path) for path in _paths(args)))) or None
+
+
+def described(args: Any) -> list[str]:
+    """A line for each dataset: its rows, their format, and the flags that read it."""
+    lines = []
+    for path in _paths(args):
+        seen = _look(args, path)
+        if seen is None:
+            continue
+        read_by = "" if seen.format is None else f": {seen.format}, {_advice(args, seen)}"
+        lines.append(f"{path} has {seen.words}{read_by}")
+    return lines
+
+
+def hub_names(args: Any) -> dict[str, str]:
+    """What the command line names that may come from a hub, by its flag."""
+    of_host = dotted(args)
+    names = {"model.model_name_or_path": of_host.model.model_name_or_path}
+    names["ref.model_name_or_path"] = of_host.ref.model_name_or_path
+    names["data.dataset"] = of_host.data.dataset
+    return {f"--{spelled(flag, vars(args))}": str(name) for flag, name in names.items() if name}
+
+
+def _paths(args: Any) -> list[str]:
+    return [path.strip() for path in str(dotted(args).data.dataset).split(",")]
+
+
+def _look(args: Any, path: str) -> Look | None:
+    data = dotted(args).data
+    try:
+        return look(_rows(args, path), data.chosen_key, data.rejected_key, data.prompt_key)
+    except Exception:  # it can't be read: the host says so
+        return None
+
+
+def _rows(args: Any, path: str) -> Iterator[Mapping[str, Any]]:
+    if Path(path).suffix in jsonl.SUFFIXES and Path(path).is_file():
+        return jsonl.rows(Path(path))
+    from openrlhf.datasets.utils import blending_datasets
+
+    silent = SimpleNamespace(print=lambda *words: None)
+    split = dotted(args).data.dataset_split
+    return iter(blending_datasets(path, None, silent, dataset_split=split))
+
+
+def _mismatch(args: Any, path: str) -> str | None:
+    seen = _look(args, path)
+    if seen is None:
+        return None
+    data = dotted(args).data
+    key = f"--{spelled('data.prompt_key', vars(args))}"
+    template = _template(args)
+    given = [template] * bool(data.apply_chat_template)
+    given += [f"{key} {data.prompt_key}"] * bool(data.prompt_key)
+    start = (
+        f"--{spelled('data.dataset', vars(args))} {path!r}: its first row has {seen.words}, and "
+        f"the flags are {' '.join(given) or 'neither ' + template + ' nor ' + key}"
+    )
+    if seen.problem is not None:
+        return f"{start}: {seen.problem}. docs/data.md lists the formats."
+    wanted = _FLAGS.get(str(seen.format))
+    as_given = bool(data.apply_chat_template), bool(data.prompt_key)
+    if wanted != as_given or (wanted[1] and data.prompt_key != seen.prompt):
+        advice = _advice(args, seen)
+        return f"{start}: these are {seen.format}: {advice}. docs/data.md lists the formats."
+    if seen.odd is not None:
+        return f"{start}, which fit; {seen.odd}. Mend that row, or remove it."
+    return None
+
+
+def _template(args: Any) -> str:
+    return f"--{spelled('data.apply_chat_template', vars(args))}"
+
+
+def _advice(args: Any, seen: Look) -> str:
+    """The flags that read rows of this format."""
+    key = f"--{spelled('data.prompt_key', vars(args))}"
+    if seen.format == ONE_MESSAGE:
+        return f"put each answer into a list, and give {_template(args)} {key} {seen.prompt}"
+    template, prompt = _FLAGS[str(seen.format)]
+    flags = [_template(args)] * template + [f"{key} {seen.prompt}"] * prompt
+    without = " and ".join([_template(args)] * (not template) + [key] * (not prompt))
+    said = f"give {' '.join(flags)}" if flags else ""
+    if without:
+        said = f"{said} without {without}" if said else f"leave out {without}"
+    if seen.format == STRINGS:
+        said += ", or, for a chat model, make message lists of them"
+    return said

@@ -1,0 +1,212 @@
+"""What Axolotl's data looks like, and what is said where Axolotl can't read it."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Axolotl, ManyFocalpo
+from row_formats import ARGILLA, FORMATS, OF_PROMPT, TEMPLATE, USER
+
+from focalpo_plugins.cli.check.shapes import SHAPES
+
+shares_answers = pytest.mark.xdist_group("data answers")  # one worker makes the runs, once
+
+MODULES = ("axolotl.cli.config", "axolotl.common.datasets", "axolotl.utils.trainer")
+MODULES += ("axolotl.core.builders", "focalpo_plugins.axolotl.trainer", "peft", "tqdm")
+STRINGS = FORMATS["strings"][0]
+# What each type fails on; the others read a row in their own way.
+FAILS = [
+    ("strings", {"type": ARGILLA}),
+    ("prompt and answers as message lists", {"type": ARGILLA}),
+    ("prompt and answers as message lists", {"type": TEMPLATE}),
+    ("whole conversations", {"type": TEMPLATE}),
+    ("a prompt beside whole conversations", {"type": "passthrough"}),
+    ("messages, and one message an answer", {"type": ARGILLA}),
+    ("two texts without a prompt", {"type": TEMPLATE}),
+]
+# Released sizes: parameters of the models that the recipes train.
+PARAMETERS = {"llama-3-8b": 8_030_261_248, "mistral-7b": 7_241_732_096, "qwen3-8b": 8_190_735_360}
+# A data set's worker processes would be forked off a fork of a process that has threads.
+NO_WORKERS = {"AXOLOTL_DATASET_NUM_PROC": "0"}
+Answer = tuple[int, str, str]
+
+
+def written(folder: Path, name: str, rows: list[dict]) -> str:
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def varied(row: dict) -> list[dict]:
+    """Four rows of one format, which differ in their words."""
+    return [json.loads(json.dumps(row).replace("one word", f"word {i}")) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def answers(once: Axolotl) -> dict[Any, Answer]:
+    def config(name: str, rows: list[dict], **changes: Any) -> Path:
+        of_data = changes.pop("dataset")
+        data = {"path": written(once.folder, name, rows), "ds_type": "json", "split": "train"}
+        # Axolotl knows prepared data by its path.
+        changes |= {"dataset_prepared_path": str(once.folder / f"prepared {name}")}
+        return once.config(datasets=[{**data, **of_data}], **changes)
+
+    words: dict[Any, list] = {}
+    for number, (name, (row, of_data, _)) in enumerate(FORMATS.items()):
+        words[name] = ["--json", config(f"good{number}", varied(row), dataset=of_data)]
+    for number, (name, of_data) in enumerate(FAILS):
+        rows = varied(FORMATS[name][0])
+        words[name, number] = [config(f"bad{number}", rows, dataset=of_data)]
+    odd = [*varied(STRINGS)[:2], {**STRINGS, "prompt": None}]
+    words["odd"] = [config("odd", odd, dataset=OF_PROMPT)]
+    other = [{"role_": "user", "text": "a"}]
+    other_keys = {"chosen": other, "rejected": other}
+    words["other keys"] = [config("keys", [other_keys], dataset={"type": ARGILLA})]
+    words["no template"] = [
+        "--json",
+        config("plain", varied(STRINGS), dataset={"type": "passthrough"}),
+    ]
+    from_hub = {"base_model": "meta-llama/Meta-Llama-3-8B-Instruct"}
+    words["hub"] = [hub := config("hub", varied(STRINGS), dataset=OF_PROMPT, **from_hub)]
+    for shape in SHAPES:
+        words[shape] = ["--json", "--model-config", shape, hub]
+    words["shape as text"] = ["--model-config", "llama-3-8b", hub]
+    words["file"] = ["--json", "--model-config", once.tiny / "model" / "config.json", hub]
+    words["no shape"] = ["--model-config", "llama-4", hub]
+    words["no model"] = ["--model-config", once.tiny / "model" / "tokenizer.json", hub]
+    with ManyFocalpo(*MODULES, cwd=once.folder, **NO_WORKERS) as focalpo:
+        return {name: focalpo("check", *map(str, argv)) for name, argv in words.items()}
+
+
+def error_of(answer: Answer) -> str:
+    code, output, errors = answer
+    assert (code, output) == (2, ""), errors[-3000:]
+    return errors.splitlines()[-1]
+
+
+@shares_answers
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_format_is_named_with_what_reads_it(answers: dict, name: str):
+    code, output, errors = answers[name]
+    assert code == 0, errors[-3000:]
+    found = json.loads(output)
+    of_data = " and ".join(f"{key}: {value}" for key, value in FORMATS[name][1].items())
+    plain = ", or type: passthrough for a model without a chat template"
+    (said, *_) = found["formats"]
+    assert said.startswith("datasets[0] has ")
+    assert said.endswith(f": {name}, for {of_data}{plain * (name == 'strings')}")
+    assert found["pair"]["chosen"]["tokens"][-1] == "<|eot_id|>"
+
+
+@shares_answers
+@pytest.mark.parametrize(("name", "number"), [(name, i) for i, (name, _) in enumerate(FAILS)])
+def test_a_type_that_fails(answers: dict, name: str, number: int):
+    """The host's error, then the file, its first row, the type in use and the one that fits."""
+    said = error_of(answers[name, number])
+    needed = " and ".join(f"{key}: {value}" for key, value in FORMATS[name][1].items())
+    assert ". datasets[0].path " in said and f"bad{number}.jsonl': its first row has " in said
+    assert f", and type is {FAILS[number][1]['type']}: these are {name}: set {needed}" in said
+
+
+@shares_answers
+def test_a_row_that_differs(answers: dict):
+    said = error_of(answers["odd"])
+    assert "and type is chat_template.default, which fits; row 2 has chosen (text)" in said
+    assert said.endswith("prompt (nothing). Mend that row, or remove it.")
+
+
+@shares_answers
+def test_messages_with_other_keys(answers: dict):
+    said = error_of(answers["other keys"])
+    assert "chosen (messages with the keys role_, text)" in said
+    assert "its messages have other keys than role and content: rename them" in said
+
+
+@shares_answers
+def test_a_chat_model_without_its_template(answers: dict):
+    (warning,) = json.loads(answers["no template"][1])["warnings"]
+    assert warning.startswith(
+        "none of the sequences begins as the tokenizer's chat template does, "
+    )
+    assert "'<|begin_of_text|>'" in warning
+
+
+@shares_answers
+def test_what_comes_from_a_hub(answers: dict):
+    """Offline: what is missing is named, with what to do, and nothing that is here."""
+    said = error_of(answers["hub"])
+    assert "base_model 'meta-llama/Meta-Llama-3-8B-Instruct'. Config, tokenizer and data" in said
+    assert "Llama 3, which is gated" in said and "`focalpo check --model-config`" in said
+    assert "datasets[0]" not in said
+
+
+@shares_answers
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_memory_without_the_model(answers: dict, shape: str):
+    """In float32 with Adam: weights, gradients, two moments and a reference, 4 bytes each."""
+    code, output, errors = answers[shape]
+    assert code == 0, errors[-3000:]
+    found = json.loads(output)
+    parameters = PARAMETERS[shape]
+    assert found["memory_bytes"]["parameters"] == parameters
+    assert found["memory_bytes"]["state"] == parameters * (4 + 4 + 8 + 4)
+    assert found["first_loss"] == pytest.approx(0.6695, abs=1e-4)
+    assert "counts" not in found and "pair" not in found
+
+
+@shares_answers
+def test_the_memory_of_a_config_file(answers: dict):
+    found = json.loads(answers["file"][1])
+    assert found["memory_bytes"]["parameters"] == 851_456
+    code, said, _ = answers["shape as text"]
+    assert code == 0
+    assert "data     not read; sequences taken as 128 tokens long, the limit" in said
+    assert "8,030,261,248 parameters" in said and said.endswith("0 warnings, no errors\n")
+
+
+@shares_answers
+@pytest.mark.parametrize(
+    ("case", "why"), [("no shape", "No such file or directory."), ("no model", "no model_type.")]
+)
+def test_no_model_config(answers: dict, case: str, why: str):
+    said = error_of(answers[case])
+    known = ", ".join(SHAPES)
+    assert f"--model-config must be a model's config.json or one of {known}, got " in said
+    assert said.endswith(why)
+
+
+def test_without_autoload_the_missing_line_is_named(once: Axolotl):
+    """And with it the config is read."""
+    missing, there = once.config(), once.config(plugins=["focalpo_plugins.axolotl.FocalPOPlugin"])
+    off = product(("FOCALPO_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"), (missing, there))
+    for variable, config in off:
+        with ManyFocalpo(cwd=once.folder, **{variable: "0"}, **NO_WORKERS) as focalpo:
+            code, _, errors = focalpo("check", config)
+        assert code == (2 if config == missing else 0), errors[-3000:]
+        if config == missing:
+            last = errors.splitlines()[-1]
+            assert "plugins must list focalpo_plugins.axolotl.FocalPOPlugin where " in last
+            assert f"{variable}=0 turns the autoload off, got []. Add the lines `plugins:`" in last
+
+
+@pytest.mark.parametrize("case", ["data", "refusal"])
+def test_the_last_line_of_a_launched_run(axolotl: Axolotl, case: str):
+    """Behind the launcher's own traceback."""
+    if case == "data":
+        path = written(axolotl.folder, "strings", varied(STRINGS))
+        data = {"path": path, "ds_type": "json", "split": "train", "type": ARGILLA}
+        config = axolotl.config(datasets=[data])
+        said = f"focalpo_plugins: datasets[0].path {path!r}: its first row has prompt (text), "
+    else:
+        config = axolotl.config(focalpo_gamma=5)
+        said = "focalpo_plugins: focalpo_gamma must be below 1/ln 2 = 1.4427 for variant 'correct'"
+    run = axolotl("train", config, "--launcher", "accelerate")
+    assert run.code != 0
+    *_, before, last = run.output.splitlines()
+    assert before.startswith("subprocess.CalledProcessError: ")
+    assert last.startswith(said), run.output[-3000:]
+    assert USER["content"] not in last
