@@ -12,6 +12,7 @@ import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,8 +51,15 @@ def plan(argv: Sequence[str], gpus: int, shape: Path | None = None) -> Plan:
         RuntimeError: the installed OpenRLHF starts its training otherwise.
     """
     of_host = _flags(argv)
-    try:
+    with _explained(of_host):
         return _plan(of_host, gpus, shape)
+
+
+@contextmanager
+def _explained(of_host: Any) -> Iterator[None]:
+    """Have an error of the host's say what it means, where that is known."""
+    try:
+        yield
     except Exception as error:
         reason = explain(of_host, error) or hub.explain(error, hub_names(of_host))
         if reason is None:
@@ -161,7 +169,7 @@ def _plan(of_host: Any, gpus: int, shape: Path | None) -> Plan:
         tokenizer=tokenizer,
         rows=len(rows),
         kept=len(trained),
-        pairs=_pairs(trained, whole, args.data.max_len),
+        pairs=_pairs(of_host, trained, whole, args.data.max_len),
         epoch_steps=batches / max(1, accumulation),
         steps=args.train.max_epochs * batches // max(1, accumulation),
         warnings=found,
@@ -209,7 +217,7 @@ def _flags(argv: Sequence[str]) -> Any:
     )
 
 
-def _pairs(trained: Any, whole: Any, max_length: int) -> Iterator[Pair]:
+def _pairs(of_host: Any, trained: Any, whole: Any, max_length: int) -> Iterator[Pair]:
     """The items of ``trained``, beside those of ``whole``, which nothing was cut from."""
     # OpenRLHF keeps a prompt that leaves two tokens for the answer.
     kept = [place for place, length in enumerate(whole.extras) if length < max_length - 2]
@@ -220,7 +228,8 @@ def _pairs(trained: Any, whole: Any, max_length: int) -> Iterator[Pair]:
             "lists."
         )
     for place, original in enumerate(kept):
-        chosen, _, rejected, _, prompt_length = trained[place]
+        with _explained(of_host):  # OpenRLHF joins prompt and answer here
+            chosen, _, rejected, _, prompt_length = trained[place]
         uncut = whole[original]
         cut = chosen.numel() < uncut[0].numel() or rejected.numel() < uncut[2].numel()
         sides = [

@@ -95,5 +95,5 @@ def given_options(args: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def versions() -> str:
-    """``focalpo_plugins 0.1.0 with openrlhf 0.11.2``."""
+    """``focalpo_plugins 0.2.0 with openrlhf 0.11.2``."""
     return f"focalpo_plugins {version('focalpo_plugins')} with openrlhf {version('openrlhf')}"

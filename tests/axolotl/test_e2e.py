@@ -62,7 +62,7 @@ def test_first_loss_and_startup_line(plain: Run):
         "loss=focalpo gamma=0.05 variant=correct z*=-20.00",
         "beta=0.1",
         "trainer=AxolotlPairwiseTrainer",
-        "focalpo_plugins=0.1.0",
+        "focalpo_plugins=0.2.0",
         "axolotl=",
         "trl=",
         "torch=",

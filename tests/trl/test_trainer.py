@@ -887,7 +887,7 @@ def test_startup_line(tokenizer, tmp_path, capsys, start):
     ]
     assert "loss=focalpo gamma=0.05 variant=correct z*=-20.00" in line
     assert (
-        f"beta=0.3 trainer=FocalPOTrainer focalpo_plugins=0.1.0 trl={trl.__version__} torch="
+        f"beta=0.3 trainer=FocalPOTrainer focalpo_plugins=0.2.0 trl={trl.__version__} torch="
         in line
     )
 
@@ -1011,7 +1011,7 @@ def test_a_trl_that_moves_the_branch_is_stopped_at_the_first_step(
     assert "trained" not in run.stdout
     (message,) = [line for line in run.stderr.splitlines() if line.startswith("RuntimeError: ")]
     assert f"trl {trl.__version__} {stops_at}" in message
-    assert "focalpo_plugins 0.1.0 expects 1" in message
+    assert "focalpo_plugins 0.2.0 expects 1" in message
 
 
 def test_a_trl_that_goes_around_the_seam_is_stopped_at_the_first_step(edited_trl, tmp_path):
@@ -1025,7 +1025,7 @@ def test_a_trl_that_goes_around_the_seam_is_stopped_at_the_first_step(edited_trl
     assert run.returncode != 0
     assert "trained" not in run.stdout
     assert (
-        f"trl {trl.__version__} computed the loss in a way that focalpo_plugins 0.1.0" in run.stderr
+        f"trl {trl.__version__} computed the loss in a way that focalpo_plugins 0.2.0" in run.stderr
     )
 
 

@@ -28,12 +28,20 @@ def run(args: Namespace) -> int:
         )
     with _stdout_to_stderr(), tempfile.TemporaryDirectory() as scratch:
         shape = _shape(args.model_config, Path(scratch))
-        plan, name = _plan(args, Path(scratch), shape)
-        counts = shown = None
-        longest = plan.max_length or 0
-        if shape is None:
-            counts, shown = count(plan, args.pair)
-            longest = min(max(counts.lengths), plan.max_length or max(counts.lengths))
+        name = args.config or "the OpenRLHF command line"
+        try:
+            plan = _plan(args, Path(scratch), shape)
+            counts = shown = None
+            longest = plan.max_length or 0
+            if shape is None:
+                counts, shown = count(plan, args.pair)
+                longest = min(max(counts.lengths), plan.max_length or max(counts.lengths))
+        except CommandError:
+            raise
+        except Exception as error:  # whatever the host finds wrong, it is the user's answer
+            if args.debug:
+                raise
+            raise CommandError(f"{name}: {one_line(error)}") from None
         memory = estimate(plan, longest)
     found = warnings(plan, counts)
     if args.json:
@@ -47,7 +55,7 @@ def run(args: Namespace) -> int:
     return 1 if found and args.strict else 0
 
 
-def _plan(args: Namespace, scratch: Path, shape: Path | None) -> tuple[Plan, str]:
+def _plan(args: Namespace, scratch: Path, shape: Path | None) -> Plan:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # A command that reads reports to nobody.
     os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -56,26 +64,17 @@ def _plan(args: Namespace, scratch: Path, shape: Path | None) -> tuple[Plan, str
     gpus = max(1, torch.cuda.device_count()) if args.gpus is None else args.gpus
     if gpus < 1:
         raise CommandError(f"--gpus must be at least 1, got {args.gpus}.")
-    name = "the OpenRLHF command line"
-    try:
-        if args.host_argv is not None:
-            _need("openrlhf", "an OpenRLHF command line")
-            from ...openrlhf import dry_run as openrlhf
+    if args.host_argv is not None:
+        _need("openrlhf", "an OpenRLHF command line")
+        from ...openrlhf import dry_run as openrlhf
 
-            return openrlhf.plan(args.host_argv, gpus, shape), name
-        name = args.config
-        if not Path(name).is_file():
-            raise CommandError(f"CONFIG must be a YAML file, got {name!r}: there is none.")
-        _need("axolotl", "an Axolotl YAML")
-        from ...axolotl import dry_run as axolotl
+        return openrlhf.plan(args.host_argv, gpus, shape)
+    if not Path(args.config).is_file():
+        raise CommandError(f"CONFIG must be a YAML file, got {args.config!r}: there is none.")
+    _need("axolotl", "an Axolotl YAML")
+    from ...axolotl import dry_run as axolotl
 
-        return axolotl.plan(Path(name), gpus, scratch, shape), name
-    except CommandError:
-        raise
-    except Exception as error:  # whatever the host finds wrong, it is the user's answer
-        if args.debug:
-            raise
-        raise CommandError(f"{name}: {one_line(error)}") from None
+    return axolotl.plan(Path(args.config), gpus, scratch, shape)
 
 
 def _need(module: str, what: str) -> None:
