@@ -34,9 +34,15 @@ FLASH_ATTN, DEEPSPEED = "flash-attn==2.8.3", "deepspeed==0.19.6"
 PAGES = ("mkdocs-material==9.8.2", "mkdocstrings[python]==1.0.8", "latex2mathml", "ruff")
 # The tests that hold in each release of a host.
 EVERY_RELEASE = "releases and not fused"
-# Three on two cores: some always wait, for a launcher or for another rank.
+# More than the cores, two: some always wait, for a launcher or for another rank.
 THREE_AT_A_TIME = ("-n", "3", "--dist", "loadgroup")
-THREE_FILES_AT_A_TIME = ("-n", "3", "--dist", "loadfile")
+FOUR_AT_A_TIME = ("-n", "4", "--dist", "loadgroup")
+FOUR_FILES_AT_A_TIME = ("-n", "4", "--dist", "loadfile")
+# The files with the longest groups are first, so that no worker has one left at the end.
+OF_AXOLOTL = [
+    *(f"tests/axolotl/test_{name}.py" for name in ("recipes", "e2e", "plugin", "study", "check")),
+    "tests/axolotl",
+]
 # pytest-xdist 3.8.0 no longer keeps a group on one worker under pytest 9.2, and says nothing.
 TEST_TOOLS = ("pytest<9.2", "pytest-xdist", "setuptools", "pyyaml", "hypothesis")
 # examples/eval/README.md installs the same; alpaca-eval needs the upper bounds.
@@ -132,7 +138,7 @@ def axolotl(session: nox.Session) -> None:
     """The adapters of TRL and Axolotl, with the real Axolotl."""
     install_axolotl(session)
     check_types(session, "trl", "axolotl", "cli")
-    test(session, ["tests/trl", "tests/axolotl"], *THREE_AT_A_TIME)
+    test(session, [*OF_AXOLOTL, "tests/trl"], *FOUR_AT_A_TIME)
 
 
 @nox.session
@@ -140,7 +146,7 @@ def openrlhf(session: nox.Session) -> None:
     """The adapter of OpenRLHF, with the real OpenRLHF."""
     install_openrlhf(session)
     check_types(session, "openrlhf")
-    test(session, ["tests/openrlhf"], *THREE_FILES_AT_A_TIME)
+    test(session, ["tests/openrlhf"], *FOUR_FILES_AT_A_TIME)
 
 
 @nox.session
@@ -173,7 +179,7 @@ def trl_releases(session: nox.Session, release: str) -> None:
         if release == "0.28.0":
             session.run("python", str(Path("tests/support/refused_trl.py").resolve()))
         else:
-            test(session, ["tests/trl"], "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
+            test(session, ["tests/trl"], "-m", EVERY_RELEASE, *FOUR_AT_A_TIME)
 
 
 @nox.session(tags=["compat"])
@@ -186,7 +192,7 @@ def axolotl_releases(session: nox.Session, release: str) -> None:
         install[release](session, f"axolotl=={release}")
         session.install("matplotlib")
         beside_the_host(session)
-        test(session, ["tests/trl", "tests/axolotl"], "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
+        test(session, [*OF_AXOLOTL, "tests/trl"], "-m", EVERY_RELEASE, *FOUR_AT_A_TIME)
 
 
 @nox.session(tags=["compat"])
@@ -195,7 +201,7 @@ def openrlhf_releases(session: nox.Session, release: str, deepspeed: str) -> Non
     """The same tests in other releases of OpenRLHF."""
     with environment(session):
         install_openrlhf(session, f"openrlhf=={release}", f"deepspeed=={deepspeed}")
-        test(session, ["tests/openrlhf"], "-m", EVERY_RELEASE, *THREE_FILES_AT_A_TIME)
+        test(session, ["tests/openrlhf"], "-m", EVERY_RELEASE, *FOUR_FILES_AT_A_TIME)
 
 
 @nox.session

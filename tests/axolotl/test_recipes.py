@@ -416,6 +416,7 @@ def validated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(ends.removeprefix("ENDS "))
 
 
+@pytest.mark.xdist_group("validated")
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_axolotl_takes_it_as_it_stands(validated: dict[str, Any], name: str):
     config, end = CONFIGS[name], validated[str(RECIPES[name])]
@@ -432,6 +433,7 @@ def test_axolotl_takes_it_as_it_stands(validated: dict[str, Any], name: str):
     assert (bf16, attention) == (config["bf16"], config["attn_implementation"])
 
 
+@pytest.mark.xdist_group("validated")
 @pytest.mark.parametrize("name", PAPERS)
 def test_axolotl_takes_what_can_be_uncommented(validated: dict[str, Any], name: str):
     more, end = commented(name), validated[f"{RECIPES[name]} uncommented"]
@@ -644,6 +646,7 @@ def test_the_saved_tokenizer_writes_the_prompt_of_training(trained: dict[str, Ru
     assert text.removeprefix(bos) == write_prompt("How far?").removeprefix(bos)
 
 
+@pytest.mark.xdist_group("recipes")
 @pytest.mark.parametrize("turns", [1, 2, 3, 4])
 def test_the_templates_that_recipes_bring(places: Path, turns: int):
     """Mistral's is Zephyr's with an empty system turn, unless there is one; OpenRLHF's file is the same

@@ -39,6 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Com
     return folder, done
 
 
+@pytest.mark.xdist_group("made")
 def test_waiting_threads_sleep_and_a_bar_is_shown(made):
     """By what OpenMP itself says of its settings."""
     _, done = made
@@ -46,6 +47,7 @@ def test_waiting_threads_sleep_and_a_bar_is_shown(made):
     assert re.search(r"fine-tuning the model: 100%.* 20/20 ", done.stderr)
 
 
+@pytest.mark.xdist_group("made")
 def test_weights_depend_on_no_setting_of_threads(made, tmp_path: Path):
     folder, _ = made
     make_tiny("--out", tmp_path / "one", cwd=tmp_path, OMP_NUM_THREADS="1")
@@ -54,6 +56,7 @@ def test_weights_depend_on_no_setting_of_threads(made, tmp_path: Path):
     assert all(first[name].equal(second[name]) for name in first)
 
 
+@pytest.mark.xdist_group("made")
 def test_made_files_are_left_alone(made):
     folder, _ = made
     before = (folder / "made.json").stat().st_mtime_ns
@@ -70,6 +73,7 @@ cat "$2"
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.xdist_group("made")
 def test_the_next_command_trains_on_what_was_made(made, tmp_path: Path, elsewhere: bool):
     """As it is printed, with a stand-in for Axolotl; from the repository's root or not."""
     folder, done = made
