@@ -18,6 +18,7 @@ from ..guards.rows import (
     Look,
     look,
 )
+from . import MARGIN
 
 _TEMPLATE = "chat_template.default"
 _TYPES = {
@@ -28,6 +29,8 @@ _TYPES = {
     STRINGS: _TEMPLATE,
     TEXTS: "passthrough",
 }
+# Axolotl has no other type under `rl: orpo`.
+_OF_ORPO = {CONVERSATIONS: "chat_template.argilla", PROMPT_BESIDE: "chat_template.argilla"}
 
 
 def explain(cfg: Any, error: BaseException) -> str | None:
@@ -105,7 +108,7 @@ def _mismatch(cfg: Any, key: str, dataset: Mapping[str, Any]) -> str | None:
     if seen.problem is not None:
         return f"{file}{first}: {seen.problem}. docs/data.md lists the formats."
     fitting = _fitting(seen, cfg)
-    if any(
+    if not fitting or any(
         dataset.get(name) != value and cfg.get(name) != value for name, value in fitting.items()
     ):
         advice = f"these are {seen.format}: set {_advice(seen, cfg)}"
@@ -116,9 +119,11 @@ def _mismatch(cfg: Any, key: str, dataset: Mapping[str, Any]) -> str | None:
 
 
 def _fitting(seen: Look, cfg: Any) -> dict[str, str]:
-    """The keys that read rows of this format, with their values."""
-    assert seen.format is not None
-    fitting = {"type": _TYPES[seen.format]}
+    """The keys that read rows of this format, with their values; none where no type does."""
+    types = _OF_ORPO if cfg.get(MARGIN) == "orpo" else _TYPES
+    if seen.format not in types:
+        return {}
+    fitting = {"type": types[seen.format]}
     if fitting["type"] == _TEMPLATE and seen.prompt != "messages":
         fitting["field_messages"] = str(seen.prompt)
     if fitting["type"] != "passthrough" and not cfg.get("chat_template"):
@@ -128,5 +133,7 @@ def _fitting(seen: Look, cfg: Any) -> dict[str, str]:
 
 def _advice(seen: Look, cfg: Any) -> str:
     said = " and ".join(f"{name}: {value}" for name, value in _fitting(seen, cfg).items())
+    if not said:
+        return "type: chat_template.argilla, once they are made whole conversations"
     plain = ", or type: passthrough for a model without a chat template"
     return said + plain * (seen.format == STRINGS)

@@ -70,6 +70,14 @@ def answers(once: Axolotl) -> dict[Any, Answer]:
         "--json",
         config("plain", varied(STRINGS), dataset={"type": "passthrough"}),
     ]
+    orpo = {"focalpo_margin": "orpo", "rl_beta": None, "orpo_alpha": 0.5}
+    for name, kind, row in (
+        ("orpo", "chat_template.argilla", FORMATS["whole conversations"][0]),
+        ("orpo, chat", ARGILLA, FORMATS["whole conversations"][0]),
+        ("orpo, strings", "chat_template.argilla", STRINGS),
+    ):
+        made = config(name, varied(row), dataset={"type": kind}, **orpo)
+        words[name] = ["--json", made] if name == "orpo" else [made]
     from_hub = {"base_model": "meta-llama/Meta-Llama-3-8B-Instruct"}
     words["hub"] = [hub := config("hub", varied(STRINGS), dataset=OF_PROMPT, **from_hub)]
     for shape in SHAPES:
@@ -124,6 +132,20 @@ def test_messages_with_other_keys(answers: dict):
     said = error_of(answers["other keys"])
     assert "chosen (messages with the keys role_, text)" in said
     assert "its messages have other keys than role and content: rename them" in said
+
+
+@shares_answers
+def test_the_one_type_of_orpo(answers: dict):
+    code, output, errors = answers["orpo"]
+    assert code == 0, errors[-3000:]
+    (said, *_) = json.loads(output)["formats"]
+    assert said.endswith(": whole conversations, for type: chat_template.argilla")
+    assert "these are whole conversations: set type: chat_template.argilla. " in error_of(
+        answers["orpo, chat"]
+    )
+    assert "set type: chat_template.argilla, once they are made whole conversations" in error_of(
+        answers["orpo, strings"]
+    )
 
 
 @shares_answers
