@@ -139,6 +139,14 @@ def measure(
                 yield from found
 
 
+@torch.no_grad()
+def log_probs(network: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Of each sequence's answer."""
+    logits = network(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    of_tokens = logits.log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None]).squeeze(2)
+    return (of_tokens * batch["completion_mask"][:, 1:]).sum(1)
+
+
 def compared(
     case: str,
     keys: dict[str, bool],
@@ -150,9 +158,11 @@ def compared(
     collated = [theirs.data_collator(batch) for batch in batches]
     collated = [{k: v.to(theirs.accelerator.device) for k, v in b.items()} for b in collated]
     if keys.get("precomputed"):
+        # The reference's own: with any others the weights of the pairs, and so the gradients, are
+        # too small for a processor to be fast with.
         for batch in collated:
-            zeros = torch.zeros(len(batch["input_ids"]) // 2)
-            batch |= {"ref_chosen_logps": zeros, "ref_rejected_logps": zeros}
+            chosen, rejected = log_probs(theirs.ref_model, batch).chunk(2)
+            batch |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
     for built in (ours, theirs):
         step(built, collated[0])  # the first one compares, and allocates
     at = {id(ours): 0, id(theirs): 0}
