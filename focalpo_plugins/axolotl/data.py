@@ -31,9 +31,9 @@ _TYPES = {
 
 
 def explain(cfg: Any, error: BaseException) -> str | None:
-    """What an error means that came up while Axolotl, or TRL for it, read the data.
+    """Explain an error that was raised while Axolotl, or TRL for it, read the data.
 
-    None where it came from elsewhere, or where the rows are as their ``type`` asks for.
+    None if the error came from elsewhere, or if the rows fit their ``type``.
     """
     reading = any(
         module.startswith(("axolotl.utils.data", "axolotl.common.datasets"))
@@ -59,7 +59,7 @@ def described(cfg: Any) -> list[str]:
 
 
 def hub_names(cfg: Any) -> dict[str, str]:
-    """What the config names that may come from a hub, by its key."""
+    """The names in the config that may come from a hub, by key."""
     keys = ("base_model", "tokenizer_config", "base_model_config")
     names = {key: str(cfg[key]) for key in keys if cfg.get(key)}
     return names | {f"{key}.path": str(dataset.get("path")) for key, dataset in _listed(cfg)}
@@ -116,7 +116,7 @@ def _mismatch(cfg: Any, key: str, dataset: Mapping[str, Any]) -> str | None:
 
 
 def _fitting(seen: Look, cfg: Any) -> dict[str, str]:
-    """The keys that read rows of this format, with their values."""
+    """The keys, with their values, by which Axolotl reads rows of this format."""
     assert seen.format is not None
     fitting = {"type": _TYPES[seen.format]}
     if fitting["type"] == _TEMPLATE and seen.prompt != "messages":
