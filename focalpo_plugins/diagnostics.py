@@ -21,7 +21,7 @@ def margin_sums(margins: Tensor, loss: BoundLoss, tokens: tuple[int, int] = (0, 
         tokens: with shared prompts, the numbers of tokens computed and of the padded batch.
 
     Returns:
-        ``(10,)``, float64 where the device has it: pairs; sum of p; sum of weights; pairs ranked
+        ``(10,)``, float64 if the device has it: pairs; sum of p; sum of weights; pairs ranked
         right; sum of their margins; pairs ranked wrong; sum of their margins; pairs past ``z*``;
         both of ``tokens``.
     """

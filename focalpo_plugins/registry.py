@@ -212,7 +212,7 @@ def add(package: str, plugin: Any) -> None:
 
     Raises:
         ValueError: a loss breaks a rule of :class:`Register`, or there is no loss.
-        Exception: whatever the plugin raises.
+        Exception: any error that the plugin raises.
     """
     own: dict[str, PairwiseLoss] = {}
 

@@ -80,7 +80,7 @@ def _look(cfg: Any, dataset: Mapping[str, Any]) -> Look | None:
     }  # fmt: skip
     try:
         return look(_rows(cfg, dataset), **{k: v for k, v in names.items() if v})
-    except Exception:  # it can't be read: the host says so
+    except Exception:  # the rows can't be read: the host reports it
         return None
 
 

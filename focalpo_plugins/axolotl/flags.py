@@ -105,7 +105,7 @@ def _with_ours(command: click.Command, args: list[str]) -> list[str]:
         return args
     try:
         flags = _add(command)
-    except Exception:  # a run that doesn't ask for us must go on
+    except Exception:  # a run that doesn't use our options must continue
         if any("focalpo" in word for word in unknown):
             raise
         return args

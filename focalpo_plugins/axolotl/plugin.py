@@ -42,7 +42,7 @@ from .autoload import patch
 
 
 class FocalPOPlugin(BasePlugin):
-    """``plugins: [focalpo_plugins.axolotl.FocalPOPlugin]``; needed only where autoload is off."""
+    """``plugins: [focalpo_plugins.axolotl.FocalPOPlugin]``; needed only if the autoload is off."""
 
     #: The config of the trainer that Axolotl builds next.
     building: ClassVar[Any] = None

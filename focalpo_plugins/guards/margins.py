@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def not_finite(margins: Tensor, rank: int) -> str:
-    """Names the reward margins ``(B,)`` of a rank that are NaN or infinite; empty if none is."""
+    """Text on a rank's reward margins ``(B,)`` that are NaN or infinite; empty if none is."""
     bad = (~margins.isfinite()).nonzero().flatten().tolist()
     if not bad:
         return ""

@@ -29,7 +29,7 @@ class Look:
         format: one of this module's formats; None if it is another one.
         prompt: the column of the prompt; None if there is none.
         problem: why no host can read the first row; None if a host can.
-        odd: in words, the next row that differs from the first one; None if none does.
+        odd: in words, the first later row that differs from the first one; None if none does.
     """
 
     words: str
@@ -45,7 +45,7 @@ def look(
     rejected: str = "rejected",
     prompt: str | None = None,
 ) -> Look | None:
-    """Describe the first row, and the next one that differs from it; None without rows.
+    """Describe the first row, and the first later one that differs from it; None without rows.
 
     Args:
         chosen: the column of the chosen answer.

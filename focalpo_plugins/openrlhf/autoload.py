@@ -33,7 +33,7 @@ def patch(module: ModuleType | None = None) -> None:
                 setattr(ArgumentParser, name, original)
             try:
                 from . import flags
-            except Exception as error:  # a run that doesn't ask for us must go on
+            except Exception as error:  # a run that doesn't use --loss must continue
                 warnings.warn(
                     f"focalpo_plugins: no --loss ({type(error).__name__}: {error})", stacklevel=2
                 )

@@ -73,7 +73,7 @@ def _look(args: Any, path: str) -> Look | None:
     data = dotted(args).data
     try:
         return look(_rows(args, path), data.chosen_key, data.rejected_key, data.prompt_key)
-    except Exception:  # it can't be read: the host says so
+    except Exception:  # the rows can't be read: the host reports it
         return None
 
 

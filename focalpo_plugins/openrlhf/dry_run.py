@@ -194,7 +194,7 @@ def _flags(argv: Sequence[str]) -> Any:
         raise ValueError(message)
 
     before = sys.argv, cpu.active, ArgumentParser.error, utils.get_strategy
-    # The launcher and its flags may stand before the command's own.
+    # The launcher and its flags may come before the command's own.
     starts = [i for i, word in enumerate(argv) if word in (COMMAND, _OURS)]
     sys.argv = [COMMAND, *argv[starts[-1] + 1 if starts else 0 :]]
     # A flag that needs CUDA is no mistake here: the run is planned for a machine that has it.

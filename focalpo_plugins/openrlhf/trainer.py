@@ -111,7 +111,7 @@ class PairwiseDPOTrainer(DPOTrainer):
             self._sharing = SharedPrompts(key, functools.partial(_together, strategy))
             _together(strategy, lambda: self._attach(key))
         self.strategy = _ReducingDiagnostics(strategy, self._join_diagnostics)
-        # Not around the strategy's save_ckpt, which deletes the oldest folder first if too many.
+        # Not around the strategy's save_ckpt, which first deletes the oldest of too many folders.
         engine = model.model
         save = functools.partial(_save_with_record, strategy, record, engine.save_checkpoint)
         engine.save_checkpoint = save
@@ -238,8 +238,8 @@ class PairwiseDPOTrainer(DPOTrainer):
     def _record(self, margins: Tensor) -> None:
         """Count the pairs of a batch, and stop every rank if a margin on any rank is not finite.
 
-        That is before the batch's gradients are computed.  Training repeats no pair: OpenRLHF drops
-        the pairs that don't fill a batch of every rank, different ones in each epoch.
+        The stop comes before the batch's gradients are computed.  Training repeats no pair:
+        OpenRLHF drops the pairs that don't fill a batch of every rank, others in each epoch.
         """
         self._called = True
         if self._mode == "train":
