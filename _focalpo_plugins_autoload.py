@@ -1,32 +1,32 @@
 """Entry point of the group ``torch.backends``: ``import torch`` calls :func:`autoload`.
 
-It stands outside the package, and imports nothing but the standard library, so that a broken
-package can't break ``import torch``.  In a process that is no host it looks at the command line
-and returns; in a host's process it waits for a module of the host and then lets our adapter for
-that host do the rest.  It never raises, and ``FOCALPO_AUTOLOAD=0`` turns it off.
+This module is outside the package and imports only the standard library, so that a broken package
+can't break ``import torch``.  In a process that runs no host, :func:`autoload` looks at the command
+line and returns.  In a host's process, it waits for a module of the host and then calls our adapter
+for that host.  It never raises, and ``FOCALPO_AUTOLOAD=0`` turns it off.
 """
 
 import atexit
 import os
 import sys
 
-# The module whose own function is replaced; of the others it is enough that they are there.
+# The adapter replaces a function of this module; the other modules only have to be imported.
 _PATCHED = "axolotl.utils.config"
-# The host's command or package of commands, the module of it to wait for, and our adapter.
+# The host's command or package of commands, the host's module to wait for, and our adapter.
 _HOSTS = (
     ("axolotl.cli", _PATCHED, "focalpo_plugins.axolotl.autoload"),
     ("axolotl.cli", "axolotl.cli.utils", "focalpo_plugins.axolotl.flags"),
-    # The CPU mode has to be there before OpenRLHF imports anything.
+    # The CPU mode has to be active before OpenRLHF imports anything.
     ("openrlhf.cli.train_dpo", "openrlhf", "focalpo_plugins.openrlhf.autoload"),
 )
-# The variable that names the file in which a process leaves why it failed.
+# The variable that names the file to which a process writes why it failed.
 _LAST_LINE = "FOCALPO_LAST_LINE"
-# Commands that are no module's name.
+# Commands whose names are not the names of modules.
 _SCRIPTS = {"axolotl": "axolotl.cli"}
 
 
 def autoload():
-    """Arm the adapter of the host that this process runs, if it runs one."""
+    """Prepare the adapter of the host that this process runs, if it runs one."""
     try:
         if os.environ.get("FOCALPO_AUTOLOAD", "1") == "0":
             return
@@ -45,7 +45,7 @@ def autoload():
 def _commands():
     """The modules that the command line names, by name or by file.
 
-    A profiler, debugger or launcher is a command itself and names the host's behind it, so each
+    A profiler, debugger or launcher is a command itself, and the host's command follows it, so each
     word counts.  A word for a host that this process doesn't import costs nothing.
     """
     found = []
@@ -67,10 +67,10 @@ def _commands():
 
 
 def _show_last_line():
-    """Have the outermost process of a run print, as its last line, why the run failed.
+    """Make the outermost process of a run print why the run failed, as its last line.
 
-    The processes that it starts inherit the name of the file, as does a command that takes this
-    process's place.
+    The processes that it starts inherit the name of the file, and so does a command that replaces
+    this process.
     """
     process = str(os.getpid())
     path = os.environ.get(_LAST_LINE)
@@ -104,7 +104,7 @@ def _when_imported(awaited, adapter):
 
 
 class _Awaiting:
-    """A finder that finds nothing, and is there to see one module being imported."""
+    """An import finder that changes nothing, and only notices the import of one module."""
 
     def __init__(self, awaited, adapter):
         self.awaited = awaited
@@ -146,6 +146,6 @@ def _warn(error):
     with contextlib.suppress(Warning):  # which `python -W error` raises
         warnings.warn(
             f"focalpo_plugins: autoload failed ({type(error).__name__}: {error}) and does nothing; "
-            "its losses are reached through the host's plugin line or our own command alone",
+            "its losses now need the host's plugin line or our own command",
             stacklevel=2,
         )

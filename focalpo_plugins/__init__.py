@@ -2,21 +2,21 @@
 
 ==================================  ==============================================================
 ``focalpo_loss(margins, gamma)``    loss of each pair, from its reward margin
-``focalpo_weight(margins, gamma)``  what that loss multiplies DPO's gradient by
+``focalpo_weight(margins, gamma)``  the factor by which that loss multiplies DPO's gradient
 ``reversal_margin(gamma)``          the margin below which a pair is pushed the wrong way
-``gamma_at(progress, start, end)``  gamma at a point of a run in which it moves
+``gamma_at(progress, start, end)``  gamma at a point of a run that changes gamma
 ``FocalPOLoss``                     the loss as a ``torch.nn.Module``
 ``FocalPOTrainer``                  TRL's ``DPOTrainer`` with this loss; its args are a
                                     ``FocalPOConfig``
-``FocalCPOTrainer``                 the same of ``CPOTrainer`` (CPO, SimPO); ``FocalCPOConfig``
-``FocalORPOTrainer``                the same of ``ORPOTrainer``; ``FocalORPOConfig``
+``FocalCPOTrainer``                 the same for ``CPOTrainer`` (CPO, SimPO); ``FocalCPOConfig``
+``FocalORPOTrainer``                the same for ``ORPOTrainer``; ``FocalORPOConfig``
 ``hookimpl``                        marks the hook with which a package adds a loss of its own
-``VARIANTS``, ``SCHEDULES``         the names of the factors, and of the ways that gamma moves
+``VARIANTS``, ``SCHEDULES``         the names of the factors, and of the schedules of gamma
 ==================================  ==============================================================
 
 ``help(focalpo_plugins.focalpo_loss)`` and so on say more. In Axolotl ``rl: focalpo`` trains the
-loss, in OpenRLHF ``--loss focalpo``: neither needs a name from here. The names load on first use:
-importing this package imports neither torch nor a host.
+loss, in OpenRLHF ``--loss focalpo`` does: neither needs an import from here. The names load on
+first use, so importing this package imports neither torch nor a host.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    # Without TRL its names are left out: help() reads every name that is listed.
+    # If TRL is missing, its names are left out: help() reads every listed name.
     listed = [name for name in __all__ if not _MODULE_OF[name].startswith(".trl") or _has_trl()]
     return sorted([*globals(), *listed, "__version__"])
 

@@ -1,13 +1,12 @@
-"""Shared prompts in a transformers model: two hooks on its backbone, and an attention that follows.
+"""Shared prompts in a transformers model: two hooks on its backbone, and an attention for them.
 
 The hook before the backbone's forward turns a batch of pairs into one row
-(:mod:`focalpo_plugins.compute.shared_prompts`), the one after it puts the last hidden states at
-their places in the batch.  All that stands around the backbone sees neither.  They act inside
-:meth:`SharedPrompts.of` alone, so generation and saving are as without them.
+(:mod:`focalpo_plugins.compute.shared_prompts`).  The hook after it moves the last hidden states
+back to their places in the batch.  The code around the backbone sees only the batch.  The hooks act
+only inside :meth:`SharedPrompts.of`, so they don't change generation and saving.
 
-The layout travels to the attention functions as a keyword, which gradient checkpointing keeps for
-its second forward pass.  Those functions are transformers' own, which without the keyword do what
-they did.
+The layout is passed to the attention functions as a keyword, which gradient checkpointing keeps for
+its second forward pass.  These functions wrap transformers' own, which run if there is no keyword.
 """
 
 from __future__ import annotations
@@ -32,23 +31,24 @@ from .compute.shared_prompts import (
     shared_attention,
 )
 
-# The name under which a layout goes through a model's keywords.
+# The keyword that passes a layout through a model.
 _KEYWORD = "focalpo_layout"
-# Layers that mix a sequence's tokens by attention alone, over all of them or a window.
+# Types of layers that mix a sequence's tokens only by attention, over all tokens or a window.
 _LAYERS = {"full_attention", "sliding_attention"}
-# transformers' implementations whose computations ours stands in for.
+# transformers' implementations that our attention can replace.
 _OF_TRANSFORMERS = ("sdpa", "flash_attention_2", "flash_attention_3")
-# The eager function is each model's own, so it gets a name; one with "flash" or "/" in it would be
-# taken for a kernel of the hub.
+# Each model has its own eager function, so ours gets this name.  transformers would take a name
+# with "flash" or "/" for a kernel of the hub.
 _EAGER = "focalpo_eager"
-# What attention is told that changes nothing of it, or that the layout says better.
+# Arguments of attention that don't change its result, or that the layout replaces.
 _NO_CHANGE = {"position_ids", "cache_position", "use_cache", "num_items_in_batch"}
-# What a backbone is given that the row has in another form.
+# Inputs of a backbone that the row has in another form.
 _REPLACED = {"input_ids", "attention_mask", "position_ids", "cache_position"}
-# Share of the padded batch from which on a row is no faster: forming one takes about 5 % of the
-# time of a batch that saves nothing.
+# A row with this share of the padded batch's tokens, or more, is no faster: forming it takes about
+# 5 % of the time of a batch that saves nothing.
 _NOT_WORTH_IT = 0.95
-#: Relative difference of hidden states that rounding explains: in float32 and above, and below.
+#: Largest relative difference of hidden states that rounding explains: in float32 and above, and
+#: below float32.
 _ROUNDING = (1e-3, 0.1)
 
 
@@ -56,12 +56,12 @@ class SharedPrompts:
     """The hooks of one trainer, on its policy and its reference.
 
     Args:
-        key: what asked for shared prompts, for messages.
-        together: runs a check on every rank, and raises on all where it raises on one.
+        key: the key that asked for shared prompts, for messages.
+        together: runs a check on every rank, and raises on all if the check raises on one.
 
     Attributes:
-        tokens: of the policy's last row.
-        places: of the batch that it stood for, padding among them.
+        tokens: number of tokens in the policy's last row.
+        places: number of places in the batch that the row replaced, padding included.
     """
 
     def __init__(self, key: str, together: Callable[[Callable[[], None]], None]) -> None:
@@ -74,13 +74,16 @@ class SharedPrompts:
         self._lengths: Sequence[int] | None = None
         self._layout: tuple[Tensor, Layout] | None = None
         self._acted = 0
-        self._calls = 0  # of the attention, before the backbone that runs
+        self._calls = 0  # calls of the attention before the backbone that runs now
 
     def attach(self, model: Any) -> None:
-        """Have ``model``, which is without wrappers and adapters' models, share prompts; once.
+        """Make ``model`` share prompts; a second call does nothing.
+
+        Args:
+            model: a model without wrappers and adapters' models.
 
         Raises:
-            ValueError: its attention can't, or would compute something else.
+            ValueError: its attention can't share prompts, or would compute something else.
         """
         backbone = model.base_model
         if backbone in self._attached:
@@ -96,22 +99,22 @@ class SharedPrompts:
         self._attached.add(backbone)
 
     def describe(self, device: torch.device) -> str:
-        """For the start-up line: that prompts are shared, and by which attention on ``device``."""
+        """Text for the start-up line: prompts are shared, and by which attention on ``device``."""
         return f"prompts=shared attention={kernel_for(device)[0]!r} "
 
     def __deepcopy__(self, memo: Any) -> SharedPrompts:
-        return self  # a copy of a model has its hooks, which would bring the trainer along
+        return self  # a model's copy copies its hooks, which would copy the trainer too
 
     @contextmanager
     def of(self, pairs: int, lengths: Sequence[int] | None = None) -> Iterator[None]:
-        """Share the prompts of each batch of so many pairs that an attached model is given inside.
+        """Inside, share the prompts of each batch of ``pairs`` pairs that an attached model gets.
 
         Args:
             pairs: ``B``.
-            lengths: of the ``2B`` sequences, where the batch is packed.
+            lengths: lengths of the ``2B`` sequences, if the batch is packed.
 
         Raises:
-            RuntimeError: no attached model was given one.
+            RuntimeError: no attached model got such a batch.
         """
         # A host may compute its reference's log-probs in the middle of a step.
         around = self._pairs, self._lengths, self._layout, self._acted
@@ -137,7 +140,7 @@ class SharedPrompts:
         mask = kwargs.get("attention_mask")
         packed = self._lengths is not None
         if not isinstance(ids, Tensor) or len(ids) != (1 if packed else 2 * self._pairs):
-            return None  # a look at a few tokens, say
+            return None  # for example, a check on a few tokens
         self._refuse_other_inputs(ids, args, kwargs)
         layout = self._layout_of(ids, mask)
         if backbone not in self._compared:
@@ -173,7 +176,7 @@ class SharedPrompts:
         return output
 
     def _refuse_other_inputs(self, ids: Tensor, args: tuple[Any, ...], kwargs: Any) -> None:
-        """What goes with each token, and that the row has no place for."""
+        """Refuse inputs that the row has no place for, such as one value for each token."""
         others = {f"argument {place}": value for place, value in enumerate(args) if place}
         others |= {name: value for name, value in kwargs.items() if name not in _REPLACED}
         for name, value in others.items():
@@ -208,7 +211,7 @@ class SharedPrompts:
         assert pairs is not None
         modes = {module: module.training for module in backbone.modules()}
         for module in modes:
-            # Not of bitsandbytes' 4-bit layers: on a CPU they repack their weights in eval mode,
+            # Except bitsandbytes' 4-bit layers: on a CPU they repack their weights in eval mode,
             # and every gradient after that is wrong.
             four_bit = hasattr(getattr(module, "weight", None), "quant_state")
             module.training = four_bit and module.training
@@ -238,7 +241,7 @@ class SharedPrompts:
         plain, shared = whole.last_hidden_state, layout.states_of_batch(row)
         narrow = plain.dtype.itemsize < 4 or torch.is_autocast_enabled(ids.device.type)
         off = (shared - plain).float().norm(dim=-1) / plain.float().norm(dim=-1)
-        # What is not finite in either way stops the step where its margins are.
+        # If the model's own states are not finite, the check of the margins stops the step.
         off = off[real.bool() & plain.isfinite().all(-1)]
         furthest = off.max().item() if len(off) else 0.0
         if not furthest <= _ROUNDING[narrow]:
@@ -250,12 +253,12 @@ class SharedPrompts:
 
 
 def _inputs(kwargs: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    """What the backbone is given in place of the batch."""
+    """The backbone's inputs, with the row in place of the batch."""
     return {
         **kwargs,
         "input_ids": layout.ids,
         "position_ids": layout.positions,
-        # In 4 dimensions: transformers then makes no mask of its own, and looks for no packing.
+        # With 4 dimensions transformers makes no mask itself, and doesn't look for packing.
         "attention_mask": torch.empty(1, 1, 1, 0, device=layout.ids.device),
         "use_cache": False,
         _KEYWORD: layout,
@@ -263,12 +266,12 @@ def _inputs(kwargs: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
 
 
 def check_layers(config: Any, key: str, attention: str | None = None) -> None:
-    """Refuse a model by its config, which need not be loaded.
+    """Refuse a model by its config alone; the model need not be loaded.
 
     Args:
         config: transformers' config of the model.
-        key: what asked for shared prompts.
-        attention: its ``attn_implementation``, where it is known.
+        key: the key that asked for shared prompts.
+        attention: the model's ``attn_implementation``, if it is known.
 
     Raises:
         ValueError: the model mixes tokens in another way, or its attention can't be exchanged.
@@ -288,7 +291,7 @@ def check_layers(config: Any, key: str, attention: str | None = None) -> None:
 
 
 def follow_layouts(model: Any, key: str) -> None:
-    """Have the attention of ``model`` follow layouts.
+    """Make the attention of ``model`` follow layouts.
 
     Raises:
         ValueError: the model mixes tokens in another way, or its attention can't be exchanged.
@@ -320,7 +323,7 @@ def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _following(original: Callable[..., Any], key: str) -> Callable[..., Any]:
-    """``original``, an attention function of transformers; ours where a layout goes with it."""
+    """Wrap ``original``, an attention function of transformers; with a layout, ours runs."""
 
     def attention(
         module: nn.Module,
@@ -369,8 +372,8 @@ def _shared(
     device = query.device
     _, kernel = kernel_for(device)
     if kernel is not None and query.dtype == torch.float32:
-        # Autocast takes a kernel for no product, and norms in float32 leave queries so; the kernels
-        # are for 16 bits, and a model that is in float32 throughout has torch's attention.
+        # The kernels need 16 bits, but norms in float32 give float32 queries, and autocast doesn't
+        # cast a kernel's inputs.  A model entirely in float32 gets torch's attention.
         narrow = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if narrow else value.dtype
         query, key_states, value = (x.to(dtype) for x in (query, key_states, value))

@@ -7,20 +7,21 @@ from torch import Tensor
 
 from .registry import BoundLoss
 
-#: Where the sums of margins are, which are finite only if every margin is.
+#: The places of the sums of margins; these are finite only if every margin is.
 MARGINS = slice(4, 7, 2)
 
 
 def margin_sums(margins: Tensor, loss: BoundLoss, tokens: tuple[int, int] = (0, 0)) -> Tensor:
     """Sums over a batch of reward margins ``(B,)`` that :func:`means` turns into means.
 
-    Sums add up over steps and ranks, so that every pair counts alike however the batch was split.
+    Sums can be added over steps and ranks, so every pair has the same weight in any split of the
+    batch.
 
     Args:
-        tokens: with shared prompts, the tokens that were computed, and those of the padded batch.
+        tokens: with shared prompts, the numbers of tokens computed and of the padded batch.
 
     Returns:
-        ``(10,)``, float64 where the device has it: pairs; sum of p; sum of weights; pairs ranked
+        ``(10,)``, float64 if the device has it: pairs; sum of p; sum of weights; pairs ranked
         right; sum of their margins; pairs ranked wrong; sum of their margins; pairs past ``z*``;
         both of ``tokens``.
     """
@@ -51,18 +52,18 @@ def means(sums: Tensor, loss: BoundLoss, steps: int = 1) -> dict[str, float]:
 
     ==========================  =================================================================
     ``NAME/p``                  mean preference probability, sigmoid of the margin
-    ``NAME/weight``             mean of what DPO's gradient is multiplied by
+    ``NAME/weight``             mean of the factor on DPO's gradient
     ``NAME/margin_correct``     mean margin of the pairs now ranked right (margin above 0)
     ``NAME/margin_incorrect``   mean margin of the others
     ``NAME/reversed``           share of pairs that the loss pushes the wrong way (past ``z*``)
     ``NAME/tokens``             with shared prompts, tokens that the policy computes in a step
-    ``NAME/tokens_saved``       with shared prompts, share of the padded batch that it does not
+    ``NAME/tokens_saved``       with shared prompts, share of the padded batch not computed
     ==========================  =================================================================
 
     A mean over no pairs is left out.
 
     Args:
-        steps: how many the sums are of.
+        steps: number of steps that the sums cover.
     """
     n, p, weight, n_right, right, n_wrong, wrong, n_reversed, tokens, places = sums.tolist()
     found = {}

@@ -10,7 +10,7 @@ that module::
     def register_losses(register):
         register("hinge", lambda margins: torch.relu(1 - margins))
 
-From then on ``rl: hinge`` trains in Axolotl, and ``hinge`` is offered wherever losses are listed.
+After that ``rl: hinge`` trains this loss in Axolotl, and ``hinge`` is in every list of losses.
 """
 
 from __future__ import annotations
@@ -45,36 +45,38 @@ class Register(Protocol):
 
         Args:
             name: what the user writes as ``rl: NAME``; an identifier in lower case, without outer
-                or double underscores, and none of the registry's ``RESERVED_NAMES``, which hosts
+                or double underscores, and not one of the registry's ``RESERVED_NAMES``, which hosts
                 use.
-            loss: ``loss(margins, **options)`` gives per-pair losses of the shape ``(B,)`` of the
-                reward margins; it raises ``ValueError`` for an option out of range, with a message
-                that begins with the option's name.
-            weight: ``weight(margins, **options)``, what the loss multiplies DPO's gradient by.
+            loss: ``loss(margins, **options)`` returns the per-pair losses ``(B,)`` of the reward
+                margins ``(B,)``.  If an option is out of range, it raises ``ValueError`` with a
+                message that begins with the option's name.
+            weight: ``weight(margins, **options)``, the factor of the loss on DPO's gradient.
                 Without it the diagnostics ``NAME/weight`` and ``NAME/reversed`` are left out.
             reversal: ``reversal(**options)``, the margin below which the weight is negative.
-            options: the options' names and default values, which JSON can hold: a checkpoint says
-                them.  A host's key for the option ``o`` is ``NAME_o``, its flag ``--NAME.o``.  A
-                name is an identifier without outer or double underscores, and none of
-                ``RESERVED_OPTIONS``, which every loss has in a host.
-            help: what each option does, a phrase each, for the hosts' ``--help``.
-            at: ``at(progress, **options)`` gives the options by name that the functions above are
-                called with at a point of the run, for a loss that changes as it trains: progress is
-                0 at the first optimizer step and 1 at the last.  A number among them that changes
-                over the run is logged as ``NAME/OPTION``.  It has to be a function of its
-                arguments alone, so that a resumed run goes on as the uninterrupted one.
+            options: the options' names and default values.  JSON must be able to hold the values,
+                because a checkpoint records them.  A host's key for the option ``o`` is ``NAME_o``,
+                its flag is ``--NAME.o``.  A name is an identifier without outer or double
+                underscores, and not one of ``RESERVED_OPTIONS``, which every loss has in a host.
+            help: for each option, a phrase that says what it does, for the hosts' ``--help``.
+            at: for a loss that changes over the run.  ``at(progress, **options)`` returns the
+                options, by name, for the calls of the functions above at a point of the run.
+                ``progress`` is 0 at the first optimizer step and 1 at the last.  A returned number
+                that changes over the run is logged as ``NAME/OPTION``.  The result must depend only
+                on the arguments, so that a resumed run continues like an uninterrupted one.
 
-        ``loss`` is called with all options by name, or with what ``at`` gives.  ``weight`` and
-        ``reversal`` are called with those that they name, or with all where they take
-        ``**options``.
+        ``loss`` is called with all options by name, or with those that ``at`` returns.  ``weight``
+        and ``reversal`` are called with the options that they name, or with all options if they
+        take ``**options``.
 
         Raises:
-            ValueError: a name is not as said above or is taken, a default is nothing that JSON can
+            ValueError: a name breaks a rule above or is taken, a default is a value that JSON can't
                 hold, or a function can't be called in this way.
         """
 
 
 @hookspec
 def register_losses(register: Register) -> None:
-    """Call ``register(name, loss)`` once for each loss; :meth:`Register.__call__` tells what
-    else it takes."""
+    """Call ``register(name, loss)`` once for each loss.
+
+    :meth:`Register.__call__` describes its other arguments.
+    """

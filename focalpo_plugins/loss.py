@@ -55,7 +55,7 @@ def focalpo_loss(
             already in them.
         gamma: focusing parameter, the paper's 0.05 by default.
         variant: one of :data:`VARIANTS`.
-        label_smoothing: share ``e`` of labels taken to be flipped, ``0 <= e < 0.5``; the loss is
+        label_smoothing: assumed share ``e`` of flipped labels, ``0 <= e < 0.5``; the loss is
             ``(1 - e) L(z) + e L(-z)``, as in conservative DPO.
         allow_reversed: accept a gamma that :func:`check_gamma` refuses because the gradient
             would point the wrong way.
@@ -82,7 +82,7 @@ def focalpo_weight(
     *,
     allow_reversed: bool = False,
 ) -> Tensor:
-    r"""What the loss multiplies DPO's gradient by, per pair.
+    r"""The factor by which the loss multiplies DPO's gradient, per pair.
 
     .. math:: w(z) = \frac{dL/dz}{-(1 - p)} = p^\gamma (1 + \gamma \log p)
 
@@ -91,8 +91,8 @@ def focalpo_weight(
     ``(1 - p)**s * (1 - s * p * log(p) / (1 - p))``.
 
     A negative weight means that a step would push the pair towards the wrong order.  The weight
-    of ``correct_exact`` grows like ``exp(gamma * z)`` and is ``inf`` where the dtype can't hold
-    it; the gradient itself, ``-(1 - p) * w``, stays finite.
+    of ``correct_exact`` grows like ``exp(gamma * z)`` and is ``inf`` if the dtype can't hold it;
+    the gradient itself, ``-(1 - p) * w``, stays finite.
 
     Args:
         margins: reward margins ``z``, any shape, floating dtype.
@@ -156,29 +156,29 @@ def label_smoothed(
 def gamma_at(
     progress: float, gamma: float, gamma_end: float | None = None, gamma_schedule: str | None = None
 ) -> float:
-    r"""Gamma at a point of a run, which is a function of the progress ``t`` alone.
+    r"""Gamma at a point of a run, as a function of the progress ``t`` alone.
 
     .. math::
         \gamma_t = \gamma_1 + (\gamma_0 - \gamma_1)\,(1 - t) \quad\text{(linear)}, \qquad
         \gamma_t = \gamma_1 + (\gamma_0 - \gamma_1)\,\tfrac{1 + \cos \pi t}{2}
         \quad\text{(cosine)}
 
-    From a larger gamma to a smaller one, training first leaves out more of the pairs ranked wrong.
+    If gamma falls over the run, training at first leaves out more of the pairs ranked wrong.
 
     Args:
         progress: ``t``, 0 at the first step of a run and 1 at its last.
         gamma: ``gamma_0``, at the first step.
-        gamma_end: ``gamma_1``, at the last step; None where gamma doesn't move.
+        gamma_end: ``gamma_1``, at the last step; None if gamma doesn't change.
         gamma_schedule: one of :data:`SCHEDULES`; by default ``linear`` with a ``gamma_end``, and
             ``constant`` without.
 
     Returns:
-        ``gamma`` and ``gamma_end`` themselves at both ends.  The range of either is checked by
-        :func:`check_gamma`.
+        Gamma; exactly ``gamma`` and ``gamma_end`` at the two ends.  This function doesn't check
+        their range; :func:`check_gamma` does.
 
     Raises:
-        ValueError: ``progress`` is outside 0 to 1, there is no such schedule, or one of
-            ``gamma_end`` and ``gamma_schedule`` contradicts the other.
+        ValueError: ``progress`` is outside 0 to 1, there is no such schedule, or ``gamma_end`` and
+            ``gamma_schedule`` contradict each other.
     """
     if not _is_number(progress) or not 0 <= progress <= 1:
         raise ValueError(f"progress must be from 0 to 1, got {progress!r}.")
@@ -212,7 +212,7 @@ def check_gamma(
     """Raise ``ValueError`` unless ``variant`` exists and trains the right way with ``gamma``.
 
     Args:
-        name: what the message calls ``gamma``.
+        name: the name of ``gamma`` in the message.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}.")
@@ -257,8 +257,8 @@ class FocalPOLoss(nn.Module):
     Args:
         gamma: focusing parameter.
         variant: one of :data:`VARIANTS`.
-        beta: what the input is multiplied by to give the reward margin.  With the default of 1
-            the input is the margin itself; with DPO's beta it is the difference of log-ratios.
+        beta: the factor that turns the input into the reward margin.  With the default of 1 the
+            input is the margin itself; with DPO's beta it is the difference of log-ratios.
         label_smoothing: as in :func:`focalpo_loss`.
         allow_reversed: as in :func:`focalpo_loss`.
 
@@ -341,11 +341,11 @@ def _value(z: Tensor, gamma: float, variant: str) -> Tensor:
     """The loss, in the dtype of ``z``."""
     log_p = F.logsigmoid(z)
     if variant == "correct":
-        return (gamma * log_p).exp_().mul_(log_p).neg_()  # in place: each tensor less is time
+        return (gamma * log_p).exp_().mul_(log_p).neg_()  # in place: fewer tensors take less time
     s = _exponent(gamma, variant)
     log_q = F.logsigmoid(-z)
     # For z >= 0, -log p = (1 - p)(1 + t) log1p(t)/t with t = exp(-z): (1 - p)**s and 1 - p share
-    # one exponential, where each alone would overflow or vanish (the NaN of the paper's note 2).
+    # one exponential; alone, each would overflow or vanish (the NaN of the paper's note 2).
     right = torch.exp((s + 1) * log_q) * (1 + _exp_minus_abs(z)) * _log1p_ratio(z)
     return torch.where(z < 0, -torch.exp(s * log_q) * log_p, right)
 
@@ -363,8 +363,10 @@ def _slope(z: Tensor, gamma: float, variant: str) -> Tensor:
 
 
 def _scaled(log_p: Tensor, gamma: float) -> Tensor:
-    """``gamma * log(p)``, finite where the product overflows: its exponential, 0, times ``-inf``
-    would be NaN."""
+    """``gamma * log(p)``, kept finite if the product overflows.
+
+    Its exponential is then 0, and 0 times ``-inf`` would be NaN.
+    """
     scaled = gamma * log_p
     return scaled.clamp(min=torch.finfo(log_p.dtype).min) if gamma > 1 else scaled
 
@@ -376,15 +378,17 @@ def _entropy_ratio(z: Tensor) -> Tensor:
 
 
 def _log1p_ratio(z: Tensor) -> Tensor:
-    """``log1p(t)/t`` for ``t = exp(-|z|)``, by its series where ``t`` is below rounding."""
+    """``log1p(t)/t`` for ``t = exp(-|z|)``, by its series if ``t`` is below rounding."""
     t = _exp_minus_abs(z)
     tiny = torch.finfo(z.dtype).eps
     return torch.where(t < tiny, 1 - t / 2, torch.log1p(t) / t.clamp(min=tiny))
 
 
 def _exp_minus_abs(z: Tensor) -> Tensor:
-    """``exp(-|z|)``, with the right-hand derivative at 0, where every run starts; that of ``abs``
-    is 0 there and would spoil second derivatives."""
+    """``exp(-|z|)``, with the right-hand derivative at 0, where every run starts.
+
+    The derivative of ``abs`` is 0 there, and would make second derivatives wrong.
+    """
     return torch.exp(torch.where(z < 0, z, -z))
 
 

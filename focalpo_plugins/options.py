@@ -1,26 +1,25 @@
-"""What each option of ours does, in one place: for Axolotl's schema, TRL's config and the hosts'
-``--help``."""
+"""What each of our options does, for Axolotl's schema, TRL's config and the hosts' ``--help``."""
 
 from __future__ import annotations
 
 from .loss import SCHEDULES, VARIANTS
 
-#: FocalPO's own.
+#: FocalPO's own options.
 OF_FOCALPO = {
     "gamma": "Focusing parameter; 0 is DPO",
     "gamma_end": "Focusing parameter at the last step, which gamma moves to over the run",
     "gamma_schedule": f"How it moves: {', '.join(SCHEDULES)}",
     "variant": f"Modulating factor: {', '.join(VARIANTS)}",
-    "allow_reversed": "Accept a gamma from which on training runs backwards",
+    "allow_reversed": "Accept a gamma with which training runs backwards",
 }
-#: Those of every loss, each in the hosts where it does something.
+#: The options of every loss; each exists only in the hosts where it does something.
 OF_ANY_LOSS = {
-    "margin": "What the loss is of: dpo's margin, or simpo's, cpo's or orpo's without a reference",
+    "margin": "Margin of the loss: dpo, or without a reference simpo, cpo or orpo",
     "fused": "Compute the loss without ever holding the logits of the batch",
     "shared_prompts": "Compute each pair's common start once, and no padding",
     "precompute_ref": "Compute the reference's log-probabilities once, keep them in a file, and "
     "free the reference before the first step",
-    "precompute_dir": "Folder of that file",
+    "precompute_dir": "Folder of precompute_ref's file",
     "allow_changed": "Resume a checkpoint that another loss has trained",
     "allow_data": "Train on data that mostly can't be learnt from",
 }

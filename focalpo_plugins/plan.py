@@ -1,4 +1,4 @@
-"""What a host is about to train, as its adapter read it with the host's own code."""
+"""What a host would train, as our adapter has read it with the host's own code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference pair as it is trained on; ``truncated`` where either side was cut."""
+    """A preference pair as it is trained on; ``truncated`` if either side was cut."""
 
     chosen: Tokens
     rejected: Tokens
@@ -36,20 +36,20 @@ class Pair:
 
 @dataclass(frozen=True)
 class ModelState:
-    """What the model's state takes on a rank.
+    """What the memory of the model's state on a rank depends on.
 
     Attributes:
         config: transformers' config of the model, from which its parameters are counted.
-        lora: PEFT's config where adapters are trained, else None.
-        weight_bytes: of a weight as it is loaded, 2 or 4.
+        lora: PEFT's config if adapters are trained, else None.
+        weight_bytes: bytes of a weight as it is loaded, 2 or 4.
         four_bit: whether the frozen weights are held in 4 bits.
-        optimizer_bytes: of the optimizer's state for a trained weight, master copy included.
-        zero_stage: DeepSpeed's, 0 where there is no sharding; None where it isn't known how the
-            state is sharded (FSDP), and nothing is estimated.
+        optimizer_bytes: bytes of the optimizer's state for a trained weight, master copy included.
+        zero_stage: DeepSpeed's stage, 0 without sharding; None if it isn't known how the state is
+            sharded (FSDP): then nothing is estimated.
         reference: whether a second copy of the model is held as reference.
         offloaded: which of ``optimizer``, ``weights``, ``reference`` are held in the CPU's memory.
-        logits_at_once: the most logits that a fused loss holds; None where all of a micro-batch's
-            are held.
+        logits_at_once: the largest number of logits that a fused loss holds; None if all logits of
+            a micro-batch are held.
         reference_freed: whether the reference is held before the first step only.
     """
 
@@ -70,24 +70,24 @@ class Plan:
     """A run before it is started.
 
     Attributes:
-        host: its name and release.
-        loss: the loss of ours that it will train, None for the host's own.
-        host_loss: what it trains where ``loss`` is None.
-        margin: what the loss is of, ``dpo`` or a margin without a reference.
-        tokenizer: None where no data was read; the next three are empty then.
-        rows: pairs in the data files.
-        kept: pairs that are trained on; the others are dropped by the host.
-        pairs: those, in their order.
+        host: the host's name and release.
+        loss: our loss that the host will train, None for the host's own.
+        host_loss: the host's loss, trained if ``loss`` is None.
+        margin: the margin of the loss, ``dpo`` or one without a reference.
+        tokenizer: None if no data was read; then the next three are empty.
+        rows: number of pairs in the data files.
+        kept: number of pairs that are trained on; the host drops the others.
+        pairs: the kept pairs, in order.
         max_length: tokens that a sequence is cut to.
-        micro_batch: pairs of a rank at a time.
-        accumulation: micro-batches of a step.
-        ranks: that the run is meant for.
-        data_ranks: of those, the ones that get pairs of their own; fewer where sequences or layers
-            are split over ranks.
-        epoch_steps: optimizer steps of an epoch, a fraction where one goes on into the next epoch.
+        micro_batch: number of pairs that a rank computes at a time.
+        accumulation: number of micro-batches in a step.
+        ranks: number of ranks that the run is planned for.
+        data_ranks: number of ranks that get pairs of their own; fewer than ``ranks`` if sequences
+            or layers are split over ranks.
+        epoch_steps: optimizer steps of an epoch, a fraction if a step continues in the next epoch.
         steps: optimizer steps of the run.
         precision: ``bf16``, ``fp16`` or ``fp32``.
-        warnings: the host's own traps, a sentence each.
+        warnings: warnings about the host itself, a sentence each.
         formats: what the rows of each dataset look like, and what reads them.
     """
 
@@ -115,15 +115,19 @@ class Plan:
     formats: list[str] = field(default_factory=list)
 
     def reversal(self) -> float:
-        """The margin below which the loss pushes a pair the wrong way, at the end of the run where
-        it is higher; ``-inf`` where none is."""
+        """The margin below which the loss pushes a pair the wrong way; ``-inf`` if there is none.
+
+        It is the higher of the margins at both ends of the run.
+        """
         if self.loss is None:
             return -math.inf
         return max(self.loss.at(progress).reversal() for progress in (0.0, 1.0))
 
     def first_loss(self) -> float | None:
-        """The loss at margin 0, where every run with a reference starts; label smoothing changes
-        nothing there.  None without a reference."""
+        """The loss at margin 0, where every run with a reference starts; None without a reference.
+
+        Label smoothing doesn't change it.
+        """
         if self.margin != "dpo":
             return None
         return math.log(2) if self.loss is None else self.loss(torch.zeros(1).double()).item()

@@ -33,7 +33,7 @@ from .options import OF_ANY_LOSS, OF_FOCALPO
 
 GROUP = "focalpo_plugins"
 
-# What means something else in a host, and so can be no loss's name.
+# Names that mean something else in a host, so no loss can have them.
 RESERVED_NAMES = frozenset(
     {
         # Axolotl: other values of `rl`, and the first words of its own keys
@@ -47,10 +47,10 @@ RESERVED_NAMES = frozenset(
         *("entropy", "logits", "logps", "rewards", "test"),
     }
 )
-# What every loss of ours has as a key or flag in a host, and so can be no option's name.
+# Names of keys or flags that each of our losses has in a host, so no option can have them.
 RESERVED_OPTIONS = frozenset({*OF_ANY_LOSS, "loss", "pairwise_loss", "rl"})
 
-#: Losses reach it through :func:`add`.
+#: :func:`add` registers losses here.
 manager = pluggy.PluginManager("focalpo_plugins")
 manager.add_hookspecs(hookspecs)
 _losses: dict[str, PairwiseLoss] = {}
@@ -67,14 +67,14 @@ class PairwiseLoss:
     options: Mapping[str, Any] = field(default_factory=dict)
     help: Mapping[str, str] = field(default_factory=dict)
     at: Callable[..., Mapping[str, Any]] | None = None
-    #: Who registered it, by the name of its entry point.
+    #: The package that registered it, by the name of its entry point.
     package: str = "focalpo_plugins"
 
     def bind(self, **options: Any) -> BoundLoss:
-        """The loss with its options set, those not given at their defaults.
+        """The loss with its options set; options that are not given have their defaults.
 
         Raises:
-            ValueError: an option is unknown, out of range, or nothing that JSON can hold.
+            ValueError: an option is unknown, out of range, or a value that JSON can't hold.
         """
         for option, value in options.items():
             if option not in self.options:
@@ -95,7 +95,7 @@ class BoundLoss:
     """A registered loss with its options set.
 
     Attributes:
-        progress: the point of the run that it is at, from 0 to 1.
+        progress: the current point of the run, from 0 to 1.
     """
 
     source: PairwiseLoss
@@ -107,7 +107,7 @@ class BoundLoss:
         return self.source.name
 
     def at(self, progress: float) -> BoundLoss:
-        """The loss at a point of the run; the same loss for those that don't change over it."""
+        """The loss at a point of the run; the same object if it doesn't change over the run."""
         return self if self.source.at is None else replace(self, progress=progress)
 
     @property
@@ -132,20 +132,20 @@ class BoundLoss:
         return label_smoothed(loss, margins, label_smoothing)
 
     def weight(self, margins: Tensor) -> Tensor | None:
-        """What the loss multiplies DPO's gradient by, ``(B,)``; None where the loss doesn't say."""
+        """The factor of the loss on DPO's gradient, ``(B,)``; None if the loss doesn't give it."""
         weight = self.source.weight
         if weight is None:
             return None
         return weight(margins, **_accepted(weight, self.now))
 
     def reversal(self) -> float:
-        """The margin below which the weight is negative; ``-inf`` where the loss names none."""
+        """The margin below which the weight is negative; ``-inf`` if the loss doesn't give it."""
         reversal = self.source.reversal
         return -math.inf if reversal is None else reversal(**_accepted(reversal, self.now))
 
     def said(self) -> dict[str, Any]:
-        """The options that are worth a word: all but those that are off."""
-        # By identity: 0 equals False.
+        """The options that messages show: all except those that are off."""
+        # Compared by identity, because 0 equals False.
         return {name: o for name, o in self.options.items() if o is not False and o is not None}
 
     def describe(self) -> str:
@@ -158,18 +158,18 @@ class BoundLoss:
         return " ".join(parts)
 
     def record(self, separator: str, **of_host: Any) -> dict[str, Any]:
-        """What a checkpoint says that it was trained with, by the key that asks for it.
+        """What a checkpoint records about its training, by the key that asks for it.
 
-        The values are as JSON gives them back.
+        The values are as JSON returns them.
 
         Args:
-            separator: between the loss's name and an option, as the host's keys have it.
+            separator: the text between the loss's name and an option in the host's keys.
             of_host: the host's own values that go into the loss.
         """
         asked = {
             f"{self.name}{separator}{name}": value
             for name, value in self.options.items()
-            # FocalPO's lets a gamma through, and changes no loss; None is as good as not recorded.
+            # FocalPO's only accepts a gamma and changes no loss; None means the same as no record.
             if (self.name, name) != ("focalpo", "allow_reversed") and value is not None
         }
         record: dict[str, Any] = json.loads(json.dumps({"loss": self.name, **asked, **of_host}))
@@ -179,8 +179,8 @@ class BoundLoss:
 def losses() -> Mapping[str, PairwiseLoss]:
     """The installed losses by name, FocalPO first.
 
-    A package of which anything fails is left out whole, with one warning: runs that don't ask for
-    its losses go on.
+    If anything in a package fails, the whole package is left out, with one warning: runs that don't
+    ask for its losses continue.
     """
     _add_installed()
     return MappingProxyType(_losses)
@@ -190,7 +190,7 @@ def get_loss(name: str) -> PairwiseLoss:
     """The loss registered as ``name``.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: there is none; the message lists the known losses.
     """
     failed = _add_installed()
     if name not in _losses:
@@ -204,15 +204,15 @@ def get_loss(name: str) -> PairwiseLoss:
 
 
 def add(package: str, plugin: Any) -> None:
-    """Register the losses of a plugin: all that its ``register_losses`` gives, or none.
+    """Register the losses of a plugin: all losses of its ``register_losses``, or none.
 
     Args:
-        package: whose it is.
+        package: the name of the plugin's package.
         plugin: a module or a class with the hook.
 
     Raises:
-        ValueError: a loss is not as :class:`Register` says, or there is none.
-        Exception: whatever the plugin raises.
+        ValueError: a loss breaks a rule of :class:`Register`, or there is no loss.
+        Exception: any error that the plugin raises.
     """
     own: dict[str, PairwiseLoss] = {}
 
@@ -224,7 +224,7 @@ def add(package: str, plugin: Any) -> None:
 
     manager.register(plugin, name=package)
     try:
-        # One plugin at a time: pluggy would let the first that raises end the call for all.
+        # One plugin at a time: in pluggy the first plugin that raises ends the call for all.
         others = [other for name, other in manager.list_name_plugin() if name != package]
         manager.subset_hook_caller("register_losses", others)(register=register)
         if not own:
@@ -279,9 +279,9 @@ class _FocalPO:
 
 @functools.cache
 def _add_installed() -> list[tuple[str, str]]:
-    """Add the losses of other packages, once; the packages that failed, and why."""
+    """Add the losses of other packages, once; return the packages that failed, and why."""
     failed = []
-    # Not pluggy's load_setuptools_entrypoints: it ends at the first package that can't be loaded.
+    # Not pluggy's load_setuptools_entrypoints: it stops at the first package that can't be loaded.
     for point in entry_points(group=GROUP):
         try:
             add(point.name, point.load())
@@ -296,7 +296,7 @@ def _add_installed() -> list[tuple[str, str]]:
 
 
 def _check(loss: PairwiseLoss, others: Mapping[str, PairwiseLoss]) -> None:
-    """Refuse a loss that is not as :class:`Register` says."""
+    """Refuse a loss that breaks a rule of :class:`Register`."""
     _check_word("name", loss.name, RESERVED_NAMES)
     if loss.name != loss.name.lower():
         raise ValueError(f"name must be an identifier in lower case, got {loss.name!r}")
@@ -382,9 +382,9 @@ def _check_json(what: str, value: object) -> None:
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
-    """None where it has none, as some that are written in C."""
+    """The function's signature; None if it has none, as some functions written in C."""
     if isinstance(function, torch.nn.Module):
-        function = function.forward  # its __call__ takes anything
+        function = function.forward  # a module's __call__ takes anything
     try:
         return inspect.signature(function)
     except (TypeError, ValueError):
@@ -392,7 +392,7 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
 
 
 def _accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that ``function`` names; all of them where it takes any, or doesn't tell."""
+    """The options that ``function`` names; all if it takes any, or has no signature."""
     signature = _signature(function)
     if signature is None:
         return dict(options)

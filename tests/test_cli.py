@@ -387,7 +387,7 @@ def test_a_half_written_checkpoint_is_skipped(reports, tmp_path: Path, content: 
     write_state(tmp_path / "run" / "checkpoint-3", trl_log(3, weight=False))
     code, said, errors = reports(*words)
     assert code == 0, errors
-    assert f"{half} is skipped: not whole, as where a run is killed while it saves\n" in said
+    assert f"{half} is skipped: incomplete, as when a run is killed while it saves\n" in said
     assert [row["step"] for row in rows(tmp_path / "out" / "report.csv")] == ["3", "3"]
 
 

@@ -1,7 +1,7 @@
 """Axolotl: ``rl: focalpo`` in the YAML.
 
-Nothing here imports Axolotl before it asks for the plugin: Axolotl swallows a plugin's
-ImportError, and the run would go on without us.
+Nothing here imports Axolotl before Axolotl asks for the plugin: Axolotl swallows a plugin's
+ImportError, and the run would continue without our loss.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 PLUGIN = "focalpo_plugins.axolotl.FocalPOPlugin"
-#: The key that asks for the fused path, under any loss of ours.
+#: The key that asks for the fused path, for any of our losses.
 FUSED = "focalpo_fused"
-#: The key that asks for shared prompts, under any loss of ours.
+#: The key that asks for shared prompts, for any of our losses.
 SHARED = "focalpo_shared_prompts"
-#: The key that lets a run go on from a checkpoint of another loss.
+#: The key that lets a run resume a checkpoint of another loss.
 ALLOW_CHANGED = "focalpo_allow_changed"
-#: The key that lets a run go on with data that mostly can't be learnt from.
+#: The key that lets a run train on data that mostly can't be learnt from.
 ALLOW_DATA = "focalpo_allow_data"
-#: All of these, each true or false.
+#: The four keys above; each is true or false.
 SWITCHES = (FUSED, SHARED, ALLOW_CHANGED, ALLOW_DATA)
-#: The key for the margin that a loss is of, under any loss of ours.
+#: The key for the margin that a loss is computed from, for any of our losses.
 MARGIN = "focalpo_margin"
-#: Those of any loss of ours.
+#: The keys that all our losses share.
 OF_ANY = (*SWITCHES, MARGIN)
-#: Written by the plugin, not by the user: which loss `rl` asked for before it became Axolotl's own.
+#: Written by the plugin, not by the user: the loss that `rl` named before Axolotl's own value.
 REQUESTED = "focalpo_rl"
-#: For each margin, the `rl` of Axolotl's that makes it, and the trainer of ours.
+#: For each margin, Axolotl's value of `rl` that computes it, and our trainer.
 MARGINS = {
     "dpo": ("dpo", "focalpo_plugins.axolotl.trainer.AxolotlPairwiseTrainer"),
     "simpo": ("simpo", "focalpo_plugins.axolotl.reference_free.AxolotlPairwiseCPOTrainer"),

@@ -1,6 +1,8 @@
-"""The keys that the plug-in adds to Axolotl's YAML: ``NAME_o`` for the option ``o`` of a loss, and
-for whichever loss of ours is trained ``focalpo_margin``, ``focalpo_fused``,
-``focalpo_shared_prompts``, ``focalpo_allow_changed`` and ``focalpo_allow_data``."""
+"""The keys that the plug-in adds to Axolotl's YAML.
+
+Option ``o`` of the loss ``NAME`` has the key ``NAME_o``.  All our losses share ``focalpo_margin``,
+``focalpo_fused``, ``focalpo_shared_prompts``, ``focalpo_allow_changed`` and ``focalpo_allow_data``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from . import MARGIN, OF_ANY, REQUESTED
 
 def _keys() -> dict[str, Any]:
     keys = {
-        # A default of None doesn't tell what else it may be.
+        # A default of None doesn't tell the option's type.
         f"{loss.name}_{option}": (
             Any if default is None else type(default) | None,
             Field(default=None, description=loss.help.get(option)),
@@ -24,7 +26,7 @@ def _keys() -> dict[str, Any]:
         for loss in losses().values()
         for option, default in loss.options.items()
     }
-    # A loss that takes a name of Axolotl's own is refused where it is asked for.
+    # If a loss takes one of Axolotl's own keys, it is refused when a config asks for it.
     keys = {key: kind for key, kind in keys.items() if key not in AxolotlInputConfig.model_fields}
     for key in OF_ANY:
         description = OF_ANY_LOSS[key.removeprefix("focalpo_")]

@@ -9,10 +9,11 @@ from typing import Any
 
 
 def patch(config_module: ModuleType) -> None:
-    """Wrap ``axolotl.utils.config.validate_config``, wherever it was imported to: every command
-    calls it once, with the whole config, and goes on with the copy that it returns.
+    """Wrap ``axolotl.utils.config.validate_config`` in every module that has imported it.
 
-    Called as soon as that module is imported, or else by the plugin that a ``plugins:`` line names.
+    Every command calls it once with the whole config, and continues with the copy that it returns.
+    ``patch`` is called as soon as that module is imported, or else by the plugin in a ``plugins:``
+    line.
     """
     validate_config = config_module.validate_config
     if hasattr(validate_config, "_of_focalpo_plugins"):
@@ -29,13 +30,13 @@ def patch(config_module: ModuleType) -> None:
 
 
 def _rewritten(cfg: Any) -> Any:
-    """The config with a loss of ours as Axolotl can train it, a copy; any other as it is."""
+    """A copy that Axolotl can train, if the config asks for one of our losses; else the config."""
     from importlib.metadata import entry_points
 
     from axolotl.utils.schemas.enums import RLType
 
-    # Our own modules are imported only where the config may ask for them: a broken one must not
-    # stop a run that has nothing to do with us.
+    # Our own modules are imported only if the config may ask for them: a broken one must not stop
+    # a run that doesn't use our losses.
     is_hosts = cfg.get("rl") in (None, *(rl.value for rl in RLType))
     asks = not is_hosts or any("focalpo" in str(word) for word in (*cfg, cfg.get("trainer_cls")))
     try:

@@ -34,9 +34,9 @@ _OF_ORPO = {CONVERSATIONS: "chat_template.argilla", PROMPT_BESIDE: "chat_templat
 
 
 def explain(cfg: Any, error: BaseException) -> str | None:
-    """What an error means that came up while Axolotl, or TRL for it, read the data.
+    """Explain an error that was raised while Axolotl, or TRL for it, read the data.
 
-    None where it came from elsewhere, or where the rows are as their ``type`` asks for.
+    None if the error came from elsewhere, or if the rows fit their ``type``.
     """
     reading = any(
         module.startswith(("axolotl.utils.data", "axolotl.common.datasets"))
@@ -62,7 +62,7 @@ def described(cfg: Any) -> list[str]:
 
 
 def hub_names(cfg: Any) -> dict[str, str]:
-    """What the config names that may come from a hub, by its key."""
+    """The names in the config that may come from a hub, by key."""
     keys = ("base_model", "tokenizer_config", "base_model_config")
     names = {key: str(cfg[key]) for key in keys if cfg.get(key)}
     return names | {f"{key}.path": str(dataset.get("path")) for key, dataset in _listed(cfg)}
@@ -83,7 +83,7 @@ def _look(cfg: Any, dataset: Mapping[str, Any]) -> Look | None:
     }  # fmt: skip
     try:
         return look(_rows(cfg, dataset), **{k: v for k, v in names.items() if v})
-    except Exception:  # it can't be read: the host says so
+    except Exception:  # the rows can't be read: the host reports it
         return None
 
 
@@ -119,7 +119,8 @@ def _mismatch(cfg: Any, key: str, dataset: Mapping[str, Any]) -> str | None:
 
 
 def _fitting(seen: Look, cfg: Any) -> dict[str, str]:
-    """The keys that read rows of this format, with their values; none where no type does."""
+    """The keys, with their values, by which Axolotl reads rows of this format; none if no type
+    does."""
     types = _OF_ORPO if cfg.get(MARGIN) == "orpo" else _TYPES
     if seen.format not in types:
         return {}

@@ -1,7 +1,7 @@
 """What an Axolotl YAML will train on, read by Axolotl itself.
 
-Config, data and trainer come from the calls that ``axolotl train`` makes; only the model is another
-one: a tiny stand-in, since what the trainer does to the data doesn't depend on it.
+Config, data and trainer come from the calls that ``axolotl train`` makes.  Only the model is
+replaced, by a tiny stand-in: what the trainer does to the data doesn't depend on the model.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from ..registry import losses
 from . import PLUGIN, REQUESTED
 from .data import described, explain, hub_names
 
-# What the run will have where there is no GPU to ask: an A100's, the least that trains in bf16.
+# Assumed if there is no GPU to ask: an A100's capabilities, the least that train in bf16.
 _ASSUMED = {"bf16": True, "fp8": False, "tf32": True, "compute_capability": "sm_80"}
 _NO_LIMIT = 10**9  # tokens
-# How it is computed, not what: off for the stand-in, which has to be built on any machine.
+# Keys that change how a run computes, not what: off, as any machine must build the stand-in.
 _OFF_FOR_STAND_IN: dict[str, Any] = {
     "adapter": None,
     "bf16": False,
@@ -57,14 +57,14 @@ def plan(config: Path, gpus: int, scratch: Path, shape: Path | None = None) -> P
     """Read the config at ``config`` as ``axolotl train`` would.
 
     Args:
-        gpus: ranks that the run is meant for.
-        scratch: an empty folder, which takes the place of the config's ``output_dir``.
-        shape: a folder with the config of a model, which takes the place of ``base_model``; then
-            neither tokenizer nor data is read.
+        gpus: number of ranks that the run is planned for.
+        scratch: an empty folder, which replaces the config's ``output_dir``.
+        shape: a folder with the config of a model, which replaces ``base_model``; then neither
+            tokenizer nor data is read.
 
     Raises:
-        ValueError: the config can't train pairs, or its data or what it takes from a hub can't be
-            read; anything else that Axolotl finds wrong comes as Axolotl raises it.
+        ValueError: the config can't train pairs, or its data or its files on a hub can't be read.
+            Axolotl's other errors pass through unchanged.
     """
     try:
         return _plan(config, gpus, scratch, shape)
@@ -100,7 +100,7 @@ def _plan(config: Path, gpus: int, scratch: Path, shape: Path | None) -> Plan:
     split = (cfg.tensor_parallel_size or 1) * (cfg.context_parallel_size or 1)
     data_ranks = max(1, gpus // split)
     if cfg.batch_size:
-        cfg.batch_size *= data_ranks  # as Axolotl does on each rank: it counts the steps with it
+        cfg.batch_size *= data_ranks  # as Axolotl does on each rank, to count the steps
     state = _state(cfg)
     fused = fused_key(cfg) if ours else None
     if fused is not None:
@@ -144,7 +144,7 @@ def _plan(config: Path, gpus: int, scratch: Path, shape: Path | None) -> Plan:
     train, held_out = data.train_dataset, data.eval_dataset
     rows = len(train)
     if not cfg.skip_prepare_dataset:
-        # The same rows before Axolotl dropped or cut what is too long, the evaluation's left out.
+        # The training rows before Axolotl dropped or cut the ones that are too long.
         uncut = DictDefault({**cfg, "skip_prepare_dataset": True, "test_datasets": None})
         uncut["val_set_size"] = 0
         whole = prepare_preference_datasets(uncut, tokenizer)[0]
@@ -152,7 +152,7 @@ def _plan(config: Path, gpus: int, scratch: Path, shape: Path | None) -> Plan:
         rows = len(whole) - split_off
     if len(train) == 0:
         raise ValueError(
-            f"datasets must hold a pair that fits into sequence_len, got {rows} pairs of which "
+            f"datasets must hold a pair that fits into sequence_len, got {rows} pairs, and "
             f"none fits into {cfg.sequence_len}. Raise sequence_len."
         )
     trainer = _trainer(cfg, train, held_out, tokenizer, data.total_num_steps)
@@ -196,8 +196,11 @@ def _plan(config: Path, gpus: int, scratch: Path, shape: Path | None) -> Plan:
 def _epoch_steps(
     pairs: int, micro_batch: int, accumulation: int, ranks: int, drop_last: bool
 ) -> int:
-    """As transformers and accelerate count: a batch, a round of ranks and a step that are not full
-    are trained on, unless ``drop_last`` leaves out the first two."""
+    """Optimizer steps of an epoch, as transformers and accelerate count them.
+
+    A batch, a round of ranks or a step is also trained on if it is not full; ``drop_last`` leaves
+    out such batches and rounds.
+    """
     left_out = 0 if drop_last else 1
     batches = pairs // micro_batch + left_out * bool(pairs % micro_batch)
     of_rank = batches // ranks + left_out * bool(batches % ranks)
@@ -215,7 +218,7 @@ def _load_cfg(config: Path, gpus: int, scratch: Path, shape: Path | None) -> tup
     off = next((name for name in names if os.environ.get(name) == "0"), None)
     if off is not None:
         _check_listed(config, off)
-    # In a process of Axolotl's own the autoload has done this already.
+    # In Axolotl's own process the autoload has done this already.
     if not off and not hasattr(cli_config.validate_config, "__wrapped__"):
         patch(config_module)
         cli_config.validate_config = config_module.validate_config
@@ -225,7 +228,7 @@ def _load_cfg(config: Path, gpus: int, scratch: Path, shape: Path | None) -> tup
         env = {"torch_version": str(torch.__version__).split("+", maxsplit=1)[0]}
         cli_config.gpu_capabilities = lambda: ({**_ASSUMED, "n_gpu": gpus}, env)
         config_module.is_torch_bf16_gpu_available = lambda: True  # for `bf16: auto`
-    # It readies this process for DeepSpeed or FSDP, and waits for the other ranks.
+    # Axolotl's own prepares this process for DeepSpeed or FSDP, and waits for the other ranks.
     cli_config.prepare_optim_env = lambda cfg: None
     changed = {"output_dir": str(scratch)}
     if shape is not None:
@@ -234,7 +237,7 @@ def _load_cfg(config: Path, gpus: int, scratch: Path, shape: Path | None) -> tup
 
 
 def _check_listed(config: Path, off: str) -> None:
-    """Refuse a config that asks for a loss of ours where nothing would bring the plugin."""
+    """Refuse a config that asks for one of our losses if nothing would load the plugin."""
     written = yaml.safe_load(config.read_text(encoding="utf-8"))
     listed = written.get("plugins") or []
     if written.get("rl") in losses() and not any("FocalPOPlugin" in str(name) for name in listed):
@@ -254,7 +257,7 @@ def _trainer(cfg: Any, train: Any, held_out: Any, tokenizer: Any, steps: int) ->
     from .plugin import fused_key
 
     few = held_out.select(range(min(4, len(held_out)))) if held_out is not None else None
-    # Liger's switch asks for the fused path too, and for layers that a CPU can't run.
+    # Liger's key asks for the fused path too, and for layers that a CPU can't run.
     changed = {**_OFF_FOR_STAND_IN, FUSED: fused_key(cfg) is not None, "torch_dtype": torch.float32}
     return setup_trainer(
         cfg=DictDefault({**cfg, **changed}),
@@ -279,7 +282,7 @@ def _pairs(dataset: Any, collator: Any) -> Iterator[Pair]:
             real = attention.bool()
             sides.append(Tokens(ids[real].tolist(), trained[real].bool().tolist()))
         answers = (row["chosen_ids"], row["rejected_ids"])
-        # What `excess_length_strategy: truncate` cut is cut here once more: TRL adds an EOS to it.
+        # If `excess_length_strategy: truncate` cut a row, TRL adds an EOS and it is cut here again.
         cut = any(
             len(side.ids) < len(row["prompt_ids"]) + len(answer)
             for side, answer in zip(sides, answers, strict=True)
@@ -288,7 +291,7 @@ def _pairs(dataset: Any, collator: Any) -> Iterator[Pair]:
 
 
 def _pairs_of_cpo(trainer: Any) -> Iterator[Pair]:
-    """Of a trainer whose margin has no reference: TRL tokenizes and cuts the rows beforehand."""
+    """Pairs of a trainer without a reference: TRL has tokenized and cut the rows already."""
     names = [
         f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "labels")
     ]
@@ -342,9 +345,9 @@ def _state(cfg: Any) -> ModelState:
         four_bit=bool(cfg.load_in_4bit),
         optimizer_bytes=master + states,
         zero_stage=zero_stage,
-        # With adapters TRL switches them off for the reference instead.
+        # With adapters there is no second model: TRL switches them off to get the reference.
         reference=not cfg.adapter and not cfg.precompute_ref_log_probs and cfg.rl != "orpo",
-        # Axolotl loads one for SimPO as well, and lets go of it.
+        # Axolotl loads a reference for SimPO as well, and releases it.
         reference_freed=cfg.rl == "simpo",
         offloaded=frozenset(offloaded),
     )

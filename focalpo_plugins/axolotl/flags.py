@@ -1,7 +1,7 @@
 """Our keys as options of Axolotl's commands: ``axolotl train run.yml --focalpo-gamma 0.1``.
 
-Axolotl makes options of its own keys alone.  What its parser doesn't know it hands to the launcher,
-and drops where the launcher is ``python``.
+Axolotl turns only its own keys into options.  Its parser hands unknown options to the launcher, and
+drops them if the launcher is ``python``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _KINDS = {int: int, float: float, str: str}
 def patch(module: ModuleType | None = None) -> None:
     """Add our options to each command that takes the keys of a config, when click parses it.
 
-    Called in the process of the ``axolotl`` command, before it parses.
+    Called in the process of the ``axolotl`` command, before click parses.
     """
     parse_args = click.Command.parse_args
 
@@ -38,10 +38,10 @@ def patch(module: ModuleType | None = None) -> None:
 
 
 def check_arrived(cfg: Any) -> None:
-    """Refuse an option of ours that was given and is not in the config.
+    """Refuse one of our options if it was given but is not in the config.
 
     Raises:
-        ValueError: Axolotl dropped it.
+        ValueError: Axolotl dropped the option.
     """
     context = click.get_current_context(silent=True)
     if context is not None and _takes_keys(context.command):
@@ -62,7 +62,8 @@ def check_arrived(cfg: Any) -> None:
 
 
 def _any(text: str) -> Any:
-    """As a YAML would have it: a number where it reads as one, and else the text."""
+    """``text`` as YAML would read it: a number, true, false, null or a list if it is one, else the
+    text."""
     try:
         return json.loads(text)
     except ValueError:
@@ -90,10 +91,10 @@ def _key(word: str) -> str:
 
 
 def _with_ours(command: click.Command, args: list[str]) -> list[str]:
-    """Add our options to the command if it may be given any; the words as it then knows them.
+    """Add our options to the command if ``args`` may hold any; return ``args`` as it spells them.
 
     Raises:
-        click.UsageError: one of ours is misspelt, or stands where it would be dropped.
+        click.UsageError: one of our options is misspelt, or is at a place where it is dropped.
     """
     known = {
         option
@@ -105,7 +106,7 @@ def _with_ours(command: click.Command, args: list[str]) -> list[str]:
         return args
     try:
         flags = _add(command)
-    except Exception:  # a run that doesn't ask for us must go on
+    except Exception:  # a run that doesn't use our options must continue
         if any("focalpo" in word for word in unknown):
             raise
         return args
@@ -137,7 +138,7 @@ def _with_ours(command: click.Command, args: list[str]) -> list[str]:
 
 
 def _add(command: click.Command) -> dict[str, Any]:
-    """Our options, each with the type of its value, added to those of the command."""
+    """Add our options to the command, and return each with the type of its value."""
     flags = {}
     there = {parameter.name for parameter in command.params}
     for key, (kind, description) in _keys().items():

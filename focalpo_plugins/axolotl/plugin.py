@@ -1,10 +1,9 @@
 """The Axolotl plugin: turns ``rl: focalpo`` into Axolotl's DPO with our trainer, or refuses.
 
-Axolotl knows no ``rl`` but its own, so its ``validate_config`` is given a copy of the config with
-``rl: dpo`` (or ``simpo``, ``orpo``, whose margin ``focalpo_margin`` asks for), our
-``trainer_cls``, and the loss noted in ``focalpo_rl``.  The user's own object stays as it was
-written.  What the trainer needs is in the validated config, which reaches Ray's
-workers too.
+Axolotl accepts only its own values of ``rl``.  So its ``validate_config`` gets a copy of the config
+with ``rl: dpo``, our ``trainer_cls``, and the loss in ``focalpo_rl``.  If ``focalpo_margin`` asks
+for another margin, ``rl`` is ``simpo`` or ``orpo`` instead.  The user's own object is not changed.
+Everything that the trainer needs is in the validated config, which reaches Ray's workers too.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from .autoload import patch
 
 
 class FocalPOPlugin(BasePlugin):
-    """``plugins: [focalpo_plugins.axolotl.FocalPOPlugin]``; needed only where autoload is off."""
+    """``plugins: [focalpo_plugins.axolotl.FocalPOPlugin]``; needed only if the autoload is off."""
 
     #: The config of the trainer that Axolotl builds next.
     building: ClassVar[Any] = None
@@ -51,18 +50,18 @@ class FocalPOPlugin(BasePlugin):
     def get_input_args(self) -> str | None:
         plugins = PluginManager.get_instance().plugins.values()
         first = next((plugin for plugin in plugins if isinstance(plugin, FocalPOPlugin)), self)
-        # The keys can be declared once, though the plugin may be listed by two names.
+        # The keys can be declared only once, but the plugin may be listed under two names.
         return "focalpo_plugins.axolotl.args.FocalPOArgs" if self is first else None
 
     def register(self, cfg: Any) -> None:
-        """See to it that ``validate_config``, which comes next, knows our losses.
+        """Make ``validate_config``, which Axolotl calls next, accept our losses.
 
-        The config is the user's own object, and nothing of it is changed.
+        The config is the user's own object, and is not changed.
         """
         patch(axolotl.utils.config)
 
     def get_trainer_cls(self, cfg: Any) -> None:
-        """Note the config: Axolotl asks this before it builds a trainer, and hands it to none."""
+        """Keep the config: Axolotl calls this before it builds a trainer without the config."""
         FocalPOPlugin.building = cfg
 
     def pre_model_load(self, cfg: Any) -> None:
@@ -81,7 +80,7 @@ class FocalPOPlugin(BasePlugin):
         """Make sure that the trainer is ours and has the loss that this config asks for.
 
         Raises:
-            RuntimeError: Axolotl built another trainer, or with another loss.
+            RuntimeError: Axolotl built another trainer, or a trainer with another loss.
         """
         loss = requested_loss(cfg)
         if loss is None:
@@ -97,24 +96,24 @@ class FocalPOPlugin(BasePlugin):
             raise RuntimeError(
                 f"Axolotl built a trainer of {trainer.pairwise_loss} where {loss} was asked for."
             )
-        # Axolotl names the data in the model card for its own trainer class only.
+        # Axolotl adds the data to the model card only for its own trainer class.
         trainer.dataset_tags = [d["path"] for d in cfg.datasets if not Path(d["path"]).is_dir()]
 
 
 def rewritten(cfg: Any) -> Any:
-    """The config as Axolotl can train it: a copy where it asks for a loss of ours, else itself.
+    """A copy that Axolotl can train, if the config asks for one of our losses; else the config.
 
-    A config that is rewritten already, as Ray's workers get it, is checked and given back.
+    Ray's workers get a config that is already rewritten: it is checked and returned.
 
     Raises:
-        ValueError: the config asks for what can't be trained; the message names the key.
+        ValueError: the config asks for something that can't be trained; the message names the key.
         RuntimeError: the installed TRL computes its loss elsewhere.
     """
     of_host = [rl.value for rl in RLType]
     known = [*of_host, *losses()]
     name, trainer = cfg.get("rl"), cfg.get("trainer_cls")
     ours = name in losses() or cfg.get(REQUESTED) is not None
-    written = copy.deepcopy(cfg)  # validation puts its own objects into what it is given
+    written = copy.deepcopy(cfg)  # validation puts its own objects into the config
     last_line.install(lambda error: data.explain(written, error) if ours else None)
     flags.check_arrived(cfg)
     if name is not None and name not in known:
@@ -142,18 +141,18 @@ def rewritten(cfg: Any) -> Any:
 
 
 def requested_loss(cfg: Any) -> BoundLoss | None:
-    """The loss that a rewritten config asks for; None where it asks for none of ours."""
+    """Our loss that a rewritten config asks for; None if it asks for none."""
     name = cfg.get(REQUESTED)
     return None if name is None else _bind(cfg, get_loss(name))
 
 
 def margin(cfg: Any) -> str:
-    """Which margin a loss of ours is of, by its key in :data:`MARGINS`."""
+    """The margin that our loss is computed from, as a key of :data:`MARGINS`."""
     return cfg.get(MARGIN) or "dpo"
 
 
 def fused_key(cfg: Any) -> str | None:
-    """The key that asks for the fused path; None where none does."""
+    """The key that asks for the fused path; None if no key does."""
     return next((key for key in (FUSED, "dpo_use_liger_kernel") if cfg.get(key)), None)
 
 
@@ -162,7 +161,7 @@ def _bind(cfg: Any, loss: PairwiseLoss) -> BoundLoss:
     for option, default in loss.options.items():
         value = cfg.get(f"{loss.name}_{option}")
         if value is not None:
-            # A default of None doesn't tell what else it may be.
+            # A default of None doesn't tell the option's type.
             number = default is None or isinstance(default, float)
             given[option] = _as_number(value) if number else value
     with named(f"{loss.name}_", loss.options, ": true"):
@@ -170,24 +169,24 @@ def _bind(cfg: Any, loss: PairwiseLoss) -> BoundLoss:
 
 
 def _use_plugin(cfg: Any) -> None:
-    """List the plugin in a config that is ours to change, and have Axolotl know it."""
+    """List the plugin in a config that we may change, and register it with Axolotl."""
     if PLUGIN not in (cfg.get("plugins") or []):
         cfg["plugins"] = [*(cfg.get("plugins") or []), PLUGIN]
-    # Not PluginManager.register, which swallows errors and would go on without us.
+    # Not PluginManager.register, which swallows errors: the run would continue without our loss.
     PluginManager.get_instance().plugins.setdefault(PLUGIN, FocalPOPlugin())
 
 
 def _check_names(loss: PairwiseLoss, of_host: list[str]) -> None:
-    """Refuse a loss whose names this release of Axolotl has itself."""
+    """Refuse a loss whose names this release of Axolotl already uses."""
     taken = [f"{loss.name}_{option}" for option in loss.options]
     taken = [key for key in taken if key in AxolotlInputConfig.model_fields]
     if loss.name in of_host:
         taken.insert(0, f"rl: {loss.name}")
     if taken:
         raise ValueError(
-            f"rl must be none that takes a name of Axolotl's own, got {loss.name!r}: the package "
-            f"{loss.package} brings {', '.join(taken)}, which Axolotl has itself. The package has "
-            "to rename it."
+            f"rl must be a loss that takes no name of Axolotl's own, got {loss.name!r}: the "
+            f"package {loss.package} brings {', '.join(taken)}, which Axolotl has itself. The "
+            "package has to rename it."
         )
 
 
@@ -201,7 +200,7 @@ def _check_keys(cfg: Any, rl: Any) -> None:
     for key in cfg:
         if key in of_host:
             continue
-        # `no` and other marks as a command line has them that Axolotl's parser didn't see.
+        # Without the `no` and dashes of a command-line option that Axolotl's parser didn't see.
         word = re.sub(r"\W", "_", str(key).lower()).removeprefix("no").strip("_")
         if key == REQUESTED and cfg.get("trainer_cls") in TRAINERS:
             raise ValueError(
@@ -285,7 +284,7 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
                 check_file(Path(dataset["path"]), f"{key}[{number}].path")
 
 
-# Keys of Axolotl's that go into one margin and do nothing, or something else, under the others.
+# Axolotl's keys that are part of one margin, and do nothing or something else with the others.
 _OF_MARGIN = {
     "simpo_gamma": ("simpo",),
     "cpo_alpha": ("simpo", "cpo"),
@@ -295,7 +294,7 @@ _OF_REFERENCE = ("precompute_ref_log_probs", "rl_adapter_ref_model")
 
 
 def _check_margin(cfg: Any, chosen: str) -> None:
-    """What contradicts the margin that is asked for."""
+    """Refuse keys that contradict the chosen margin."""
     for key, margins in _OF_MARGIN.items():
         if cfg.get(key) is not None and chosen not in margins:
             raise ValueError(
@@ -349,13 +348,13 @@ def _check_fused(cfg: Any, fused: str) -> None:
             )
 
 
-# Under rl: dpo Axolotl puts these in the place of a model's attention or of its whole forward.
+# With rl: dpo Axolotl replaces a model's attention, or its whole forward, by these.
 _OTHER_ATTENTION = ("xformers_attention", "sage_attention", "flex_attention", "s2_attention")
 _OTHERS_NAMES = {"xformers", "sage", "fp8", "flex_attention", "s2"}
 
 
 def _check_shared(cfg: Any) -> None:
-    """What shared prompts can't be combined with, as far as the config says it."""
+    """Refuse keys of the config that shared prompts can't be combined with."""
     others = {key: cfg.get(key) for key in (*_OTHER_ATTENTION, "torch_compile", "deepcompile")}
     attention, size = cfg.get("attn_implementation"), cfg.get("tensor_parallel_size")
     others["attn_implementation"] = attention if attention in _OTHERS_NAMES else None
@@ -369,7 +368,7 @@ def _check_shared(cfg: Any) -> None:
 
 
 def _as_number(value: Any) -> Any:
-    """``value`` as a float where it reads as one: YAML takes ``5e-2`` for a string."""
+    """``value`` as a float if it can be read as one: YAML reads ``5e-2`` as a string."""
     try:
         return value if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Axolotl's trainers without a reference, with another pairwise loss of their margin."""
+"""Axolotl's trainers without a reference, with another pairwise loss on their margin."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class AxolotlPairwiseCPOTrainer(OfConfig, CPOLossMixin, AxolotlCPOTrainer):
 
     def _read(self, cfg: Any, given: dict[str, Any]) -> None:
         if margin(cfg) == "cpo":
-            # Axolotl asks for SimPO's wherever this trainer is.
+            # Axolotl sets SimPO's loss type for every use of this trainer.
             given["args"].loss_type = "sigmoid"
 
 
 class AxolotlPairwiseORPOTrainer(OfConfig, ORPOLossMixin, AxolotlORPOTrainer):
-    """The same for ORPO's."""
+    """The same for the margin ``orpo``."""
 
     _written = {"beta": "orpo_alpha"}

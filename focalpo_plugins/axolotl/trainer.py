@@ -16,11 +16,11 @@ from .plugin import FocalPOPlugin, fused_key, requested_loss
 
 
 class _OneBosTrainer(AxolotlDPOTrainer):
-    """Axolotl's trainer, with one BOS where it leaves two.
+    """Axolotl's trainer, with one BOS instead of two.
 
-    Axolotl's strategies render text, TRL tokenizes it, and where the chat template writes a BOS
-    (Llama-3's does) the tokenizer puts another before it.  Axolotl means to take the second out in
-    a method that TRL no longer calls.
+    Axolotl's strategies render text, and TRL tokenizes it.  If the chat template writes a BOS, as
+    Llama-3's does, the tokenizer puts another one before it.  Axolotl has a method that removes the
+    second one, but TRL no longer calls it.
     """
 
     def _prepare_dataset(
@@ -28,7 +28,7 @@ class _OneBosTrainer(AxolotlDPOTrainer):
     ) -> Any:
         dataset = super()._prepare_dataset(dataset, processing_class, args, *more, **named)
         bos = getattr(processing_class, "tokenizer", processing_class).bos_token_id
-        # Each row is looked at: of data sets that are mixed, some render a BOS and some don't.
+        # Every row is checked: in a mix of data sets, some render a BOS and some don't.
         if bos is None or isinstance(dataset, Dataset) and not _any_doubled(dataset, bos):
             return dataset
         with args.main_process_first():
@@ -36,13 +36,13 @@ class _OneBosTrainer(AxolotlDPOTrainer):
 
 
 class OfConfig:
-    """Takes the loss, and what goes with it, from the config that Axolotl builds a trainer for."""
+    """Takes the loss and its settings from the config that Axolotl builds the trainer for."""
 
     _packages: Sequence[str] = ("axolotl", "trl", "torch")
     tag_names: list[str]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Not PluginManager's config: that is the one which was loaded last.
+        # Not PluginManager's config, which is the last one that was loaded.
         cfg = FocalPOPlugin.building
         loss = None if cfg is None else requested_loss(cfg)
         if loss is None:
@@ -58,7 +58,7 @@ class OfConfig:
         self.set_loss(loss)
 
     def _read(self, cfg: Any, given: dict[str, Any]) -> None:
-        """Take what one margin alone has.
+        """Read the settings that only one margin has.
 
         Args:
             given: the trainer's arguments by name.
@@ -66,21 +66,21 @@ class OfConfig:
 
     def set_loss(self, loss: BoundLoss) -> None:
         super().set_loss(loss)  # type: ignore[misc]
-        # Axolotl's own list, beside TRL's.
+        # Axolotl has its own list of tags beside TRL's.
         self.tag_names = [*self.tag_names, loss.name]
 
 
 class AxolotlPairwiseTrainer(OfConfig, PairwiseLossMixin, _OneBosTrainer):
     """Named in ``trainer_cls`` by the plugin; trains the loss that Axolotl's config asks for."""
 
-    # Axolotl loads the reference itself, and evaluates no data but that of its config.
+    # Axolotl loads the reference itself, and evaluates only the data of its config.
     _keeps_reference = False
     _written = {
         "beta": "rl_beta",
         "label_smoothing": "dpo_label_smoothing",
         "loss_type": "dpo_loss_type",
     }
-    # What its chat_template strategies render an answer after, to cut it off again.
+    # Axolotl's chat_template strategies render an answer after this text, and cut the text off.
     _marker = "[[dummy_message]]"
 
     def _read(self, cfg: Any, given: dict[str, Any]) -> None:
@@ -93,7 +93,7 @@ def _any_doubled(dataset: Dataset, bos: int) -> bool:
 
 
 def _with_one_bos(row: dict[str, Any], bos: int) -> dict[str, Any]:
-    """The row as it is, but for the first of two BOS."""
+    """The row without the first of two BOS; a row with one BOS is unchanged."""
     if row["prompt_ids"][:2] == [bos, bos]:
         row["prompt_ids"] = row["prompt_ids"][1:]
     return row

@@ -1,4 +1,4 @@
-"""``focalpo``: look at a run before it is paid for, and at what it did.
+"""``focalpo``: check a run before it is paid for, and look at its results.
 
 Each command is a module of its own, imported when it is used: ``focalpo --help`` imports neither
 torch nor a host.
@@ -19,11 +19,11 @@ _DATA_HELP = "preference file (.jsonl, .json, .parquet, .csv) with chosen, rejec
 
 
 class CommandError(Exception):
-    """What is wrong with the command line or with what it names, in one line for the user."""
+    """An error in the command line or in a file that it names, in one line for the user."""
 
 
 def output_folder(name: str) -> Path:
-    """The folder of ``--out``, made if it isn't there."""
+    """The folder of ``--out``, created if it doesn't exist."""
     folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def output_folder(name: str) -> Path:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say what is wrong where a file of ours can't be written inside."""
+    """Raise :class:`CommandError` if one of our files can't be written inside."""
     try:
         yield
     except OSError as error:
@@ -45,7 +45,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write(path: Path, content: str | bytes) -> Path:
-    """Write a file of ours, whole or not at all; ``path``."""
+    """Write one of our files, whole or not at all, and return ``path``."""
     with writing(path):
         write_whole(path, content)
     return path
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "focalpo") -> int:
         0, or 1 for the warnings of ``check --strict``, or 2 for an error, which is on stderr.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    # Whatever follows `check --` is another program's command line.
+    # Everything after `check --` is another program's command line.
     host_argv = None
     if argv[:1] == ["check"] and "--" in argv:
         at = argv.index("--")

@@ -17,7 +17,7 @@ from .plots import line_looks, pyplot, save
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Where none is asked for, Fig. 2 shows what a larger one would do.
+# If no gamma is asked for, Fig. 2 also shows what these larger ones would do.
 _LADDER = (0.5, 1.0)
 
 
@@ -58,11 +58,11 @@ class Curve:
         return -slope
 
     def peak(self) -> tuple[float, float] | None:
-        """Margin and height of the largest push; None where it grows without a peak, as DPO's."""
+        """Margin and height of the largest push; None if it grows without a peak, as DPO's."""
         import torch
 
         low, high = -80.0, 80.0
-        for _ in range(4):  # each round looks closer at what the last found
+        for _ in range(4):  # each round searches closer around the last result
             z = torch.linspace(low, high, 4001, dtype=torch.float64)
             push = self.push(z)
             top = int(push.argmax())
@@ -79,7 +79,7 @@ class Curve:
         return reversal_margin(self.gamma, self.variant)
 
     def refused(self) -> str:
-        """Why training refuses this gamma; empty where it doesn't."""
+        """Why training refuses this gamma; empty if it doesn't."""
         from ..loss import check_gamma
 
         try:
@@ -92,7 +92,7 @@ class Curve:
 def run(args: Namespace) -> int:
     from ..loss import check_gamma
 
-    # Without a question the paper's own figures are drawn, with what it compares to.
+    # Without these options the paper's own figures are drawn, with the paper's comparisons.
     asked_for = (args.gamma, args.gamma_end, args.variant)
     of_paper = asked_for == (None, None, None)
     gammas, variant = args.gamma or [0.05], args.variant or "correct"
@@ -151,7 +151,7 @@ Figure = tuple[list[str], list[list[float]], Any]
 
 
 def _fig2(plt: Any, dpo: Curve, asked: Sequence[Curve], beside: Sequence[Curve]) -> Figure:
-    """Loss over the preference probability; in the paper's, beside the original focal loss."""
+    """Loss over the preference probability; the paper's figure adds the original focal loss."""
     import torch
 
     p = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
@@ -189,8 +189,8 @@ def _fig3(plt: Any, dpo: Curve, asked: Sequence[Curve], beside: Sequence[Curve])
     curve = asked[0]
     z = _margins([curve])
     total = curve.push(z)
-    # The factor is what the loss multiplies DPO's by, and the first term that factor times DPO's
-    # gradient; the second is what the factor's own derivative adds.
+    # The loss is a factor times DPO's loss.  The first term is that factor times DPO's gradient.
+    # The second term comes from the factor's own derivative.
     first = curve.loss(z) / dpo.loss(z) * dpo.push(z)
     header = ["z", "dpo", "factor_term", "derivative_term", "total"]
     rows = torch.stack([z, dpo.push(z), first, total - first, total]).T.tolist()
@@ -211,7 +211,7 @@ def _fig3(plt: Any, dpo: Curve, asked: Sequence[Curve], beside: Sequence[Curve])
 
 
 def _fig4(plt: Any, dpo: Curve, asked: Sequence[Curve], beside: Sequence[Curve]) -> Figure:
-    """Gradients; in the paper's, with a focus on pairs ranked right and on pairs ranked wrong."""
+    """Gradients; the paper's figure has a focus on pairs ranked right, and one on the others."""
     import torch
 
     curves = list(dict.fromkeys([dpo, *asked, *beside]))
@@ -232,7 +232,7 @@ def _fig4(plt: Any, dpo: Curve, asked: Sequence[Curve], beside: Sequence[Curve])
 
 
 def _gamma(start: float, end: float, plt: Any, *_: Any) -> Figure:
-    """Gamma over a run, by each schedule."""
+    """Gamma over a run, for each schedule."""
     from ..loss import gamma_at
 
     schedules = ("linear", "cosine")
@@ -254,7 +254,7 @@ def _gamma(start: float, end: float, plt: Any, *_: Any) -> Figure:
 
 
 def _margins(curves: Sequence[Curve]) -> Tensor:
-    """Margins from beyond the lowest z* that is worth showing, to where every push has faded."""
+    """Margins from below the lowest z* that is worth showing, up to where every push is small."""
     import torch
 
     ends = [c.reversal() for c in curves if -40 < c.reversal() < math.inf]
@@ -264,7 +264,7 @@ def _margins(curves: Sequence[Curve]) -> Tensor:
 
 
 def _finish(axis: Any, curves: Sequence[Curve], lines: Sequence[Any]) -> None:
-    """Name the axes, and mark the peak and z* of each curve, drawn as its line."""
+    """Name the axes, and mark the peak and z* of each curve in the colour of its line."""
     axis.axhline(0, color="#888888", linewidth=0.8)
     low, high = axis.get_lines()[0].get_xdata()[[0, -1]]
     marks = {"markersize": 9, "markeredgecolor": "white", "linestyle": "", "zorder": 4}

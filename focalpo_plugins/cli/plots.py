@@ -1,4 +1,4 @@
-"""What the pictures of all commands have in common."""
+"""The plotting code that all commands share."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from . import CommandError, write
 
-# Okabe and Ito's colours, told apart without colour vision, from dark to light; each has a line
-# style of its own, so that the lines are told apart in grey print as well.
+# Okabe and Ito's colours, from dark to light, can be told apart without colour vision.  Each has
+# its own line style, so that lines can be told apart in grey print as well.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES: tuple[Any, ...] = (
     "-",

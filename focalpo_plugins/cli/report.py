@@ -1,4 +1,4 @@
-"""``focalpo report``: what runs did, side by side, from the hosts' own logs."""
+"""``focalpo report``: compare runs side by side, from the hosts' own logs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import Any
 from . import CommandError, output_folder, write
 from .plots import line_looks, pyplot, save
 
-# Our name of a quantity, and what hosts log it under after the split's prefix, best first.
-# OpenRLHF's `loss` and `acc` are the last micro-batch's, its means those of the whole step.
+# Our name of a quantity, and the hosts' names of it after the split's prefix, best first.
+# OpenRLHF's `loss` and `acc` are of the last micro-batch, its means are of the whole step.
 _LOGGED = {
     "loss": ("loss_mean", "loss", "eval_loss"),
     "margin": ("rewards/margins",),
@@ -46,7 +46,7 @@ _PANELS = {
     "weight": "weight on DPO's gradient (no unit)",
     "loss": "loss of a pair (nats)",
 }
-# Where a panel has a level that means something.
+# A level that means something, for the panels that have one.
 _LEVELS = {"accuracy": (0.5, "chance"), "weight": (1.0, "DPO: 1 by definition")}
 
 _FAINT = {"linewidth": 0.9, "alpha": 0.45}
@@ -61,7 +61,7 @@ class Run:
     Attributes:
         series: for ``train``, ``eval``, and ``eval_NAME`` for an evaluation set of that name, each
             quantity by step.
-        notes: what the user is told of the log.
+        notes: remarks on the log for the user.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Run:
             steps = sorted(losses)
             tail = steps[-max(1, len(steps) // 10) :] if split == "train" else steps[-1:]
             row: dict[str, Any] = {"run": self.name, "split": split, "step": steps[-1]}
-            # An evaluation after some training is not the first.
+            # Only an evaluation at step 0 has the first loss.
             first = steps[0] if split == "train" else 0
             row["first_loss"] = quantities.get("loss", {}).get(first, math.nan)
             for column in _COLUMNS[4:]:
@@ -132,7 +132,7 @@ def run(args: Namespace) -> int:
 
 
 def _named(word: str) -> tuple[str | None, Path]:
-    """Name and path of ``NAME=RUN``; what exists is a path, and a name may have a ``=`` as well."""
+    """Name and path of ``NAME=RUN``; an existing path has no name, and a name may contain ``=``."""
     splits = [at for at, letter in enumerate(word) if letter == "="]
     if not splits or Path(word).exists():
         return None, Path(word)
@@ -164,9 +164,9 @@ def _read(path: Path, name: str | None) -> Run:
                     f"{path} must be a trainer_state.json with log_history and global_step, and is "
                     "not. Give the run's folder."
                 ) from None
-            notes.append(f"{file} is skipped: not whole, as where a run is killed while it saves")
+            notes.append(f"{file} is skipped: incomplete, as when a run is killed while it saves")
     if states:
-        # The newest is the one that got farthest; each holds the whole log up to its step.
+        # The newest state has the most steps; each state holds the whole log up to its step.
         state, source = max(states, key=lambda found: found[0]["global_step"])
         series = _from_trainer_state(state)
         notes += _silence(state, series)
@@ -204,7 +204,7 @@ def _state(path: Path) -> dict[str, Any]:
 def _silence(state: Mapping[str, Any], series: Mapping[str, Any]) -> list[str]:
     """Why a run has no training loss in its log."""
     steps, every = state["global_step"], state.get("logging_steps")
-    # The summary that is logged at a run's end says nothing of its steps.
+    # The summary that is logged at a run's end is not the log of a step.
     of_steps = [e for e in state["log_history"] if not {"train_runtime", *_evaluated(e)} & set(e)]
     if "loss" in series.get("train", {}) or of_steps or not steps:
         return []
@@ -228,7 +228,7 @@ def _from_trainer_state(state: Mapping[str, Any]) -> dict[str, dict[str, Series]
         if evaluated := _evaluated(entry):
             name = _set_name([key.removeprefix("eval_") for key in evaluated])
             split = f"eval_{name}" if name else "eval"
-        # TRL logs its own metrics of a named set without the name: what has it goes before.
+        # TRL logs its own metrics of a named set without the name: keys with the name win.
         for key in sorted(entry, key=lambda key: key.startswith(f"{split}_")):
             if isinstance(entry[key], (int, float)) and "step" in entry:
                 short = key
@@ -242,7 +242,7 @@ def _from_trainer_state(state: Mapping[str, Any]) -> dict[str, dict[str, Series]
 
 
 def _set_name(keys: Sequence[str]) -> str:
-    """Of the evaluation set that logged ``keys``; empty where it has no name.
+    """The name of the evaluation set that logged ``keys``; empty if it has none.
 
     transformers logs a set's loss as ``NAME_loss``, or ``loss``; a trainer may log other losses
     (``aux_loss``) beside it, but no other run time.
@@ -255,7 +255,7 @@ def _set_name(keys: Sequence[str]) -> str:
 
 
 def _from_tensorboard(folder: Path) -> tuple[dict[str, dict[str, Series]], list[str]]:
-    """The series, and what the user is told of them."""
+    """The series, and remarks on them for the user."""
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError:
@@ -274,7 +274,7 @@ def _from_tensorboard(folder: Path) -> tuple[dict[str, dict[str, Series]], list[
     timed = [key.removesuffix("_runtime") for key in shared if key.endswith("_runtime")]
     names = [name for name in timed if f"{name}_loss" in shared]
     points |= {f"eval_{name}": {} for name in names}
-    for name in sorted(names, key=len, reverse=True):  # of `a` and `a_b`, the second first
+    for name in sorted(names, key=len, reverse=True):  # `a_b` before `a`
         for key in [key for key in shared if key.startswith(f"{name}_")]:
             points[f"eval_{name}"][key.removeprefix(f"{name}_")] = shared.pop(key)
     notes = []
@@ -290,7 +290,7 @@ def _from_tensorboard(folder: Path) -> tuple[dict[str, dict[str, Series]], list[
 
 
 def _quantities(points: Mapping[str, Mapping[str, Series]]) -> dict[str, dict[str, Series]]:
-    """From a host's names to ours; splits and quantities that were not logged are left out."""
+    """Change a host's names to ours; splits and quantities that were not logged are left out."""
     series: dict[str, dict[str, Series]] = {}
     for split, logged in points.items():
         found: dict[str, Series] = {}
@@ -311,7 +311,7 @@ def _quantities(points: Mapping[str, Mapping[str, Series]]) -> dict[str, dict[st
 
 
 def _name(path: Path) -> str:
-    """The run's own name: not that of its log, its checkpoint or its TensorBoard folder."""
+    """The name of the run's folder, not of its log, its checkpoint or its TensorBoard folder."""
     path = path.resolve()
     if path.is_file():
         path = path.parent
@@ -321,7 +321,7 @@ def _name(path: Path) -> str:
 
 
 def _tell_apart(runs: list[Run]) -> None:
-    """Number the runs that have one name, which folders of one name would otherwise share."""
+    """Number the runs that have the same name, because their folders have the same name."""
     for name in {each.name for each in runs}:
         same = [each for each in runs if each.name == name]
         if len(same) > 1:
@@ -347,15 +347,17 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def _starts_level(series: Mapping[str, Series]) -> bool:
-    """Whether policy and reference were equal in an evaluation before the first step, in which no
-    pair then counts as ranked right."""
+    """Whether policy and reference were equal in an evaluation before the first step.
+
+    Then no pair counts as ranked right in that evaluation.
+    """
     first = [series.get(quantity, {}).get(0) for quantity in ("accuracy", "margin")]
     return first == [0, 0]
 
 
 def _draw(plt: Any, runs: list[Run]) -> Any:
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.6), sharex=True, layout="constrained")
-    # A line of its own for each evaluation set, and for a run without any.
+    # One line for each evaluation set, and one for a run without any.
     lines = [(each, split) for each in runs for split in each.evaluations or ["train"]]
     looks = [look for look, _ in zip(line_looks(), lines, strict=False)]
     marks = [mark for mark, _ in zip(cycle("osD^vP"), lines, strict=False)]

@@ -120,7 +120,7 @@ def run(args: Namespace) -> int:
 
 
 def _beta(asked: float | None, model: Path) -> tuple[float, str]:
-    """The beta to score with, and where it is from, or that the model was trained with another."""
+    """The beta to score with, and a note: where it is from, or that training used another."""
     found = _recorded_beta(model)
     if found is None:
         if asked is not None:
@@ -138,8 +138,11 @@ def _beta(asked: float | None, model: Path) -> tuple[float, str]:
 
 
 def _recorded_beta(model: Path) -> tuple[float, Path] | None:
-    """The beta of the newest record that can be read, in the model's folder, in checkpoints inside
-    it, or where the model was made of a checkpoint or an adapter, beside it; and its file."""
+    """The beta of the newest record that can be read, and the record's file; None without one.
+
+    Records are in the model's folder and in checkpoints inside it.  If the model was made from a
+    checkpoint or an adapter, they are also in the folder of that.
+    """
     from ..loss import check_beta
 
     if not model.is_dir():
@@ -159,12 +162,12 @@ def _recorded_beta(model: Path) -> tuple[float, Path] | None:
                     beta = record_of(content)["beta"]
                     check_beta(beta)
                 except (OSError, ValueError, TypeError, LookupError, AttributeError):
-                    continue  # none is there, or it was being written when the run was killed
+                    continue  # there is no record, or the run was killed while it wrote one
                 return beta, place / name
     return None
 
 
-# Where hosts write what a checkpoint was trained with, and how it is read there.
+# Where hosts write what a checkpoint was trained with, and how to read it.
 _CHECKPOINTS = ("checkpoint-*", "global_step*", "*/global_step*")
 _RECORDS: dict[str, Callable[[Any], Any]] = {
     "trainer_state.json": of_trainer_state,
@@ -173,7 +176,7 @@ _RECORDS: dict[str, Callable[[Any], Any]] = {
 
 
 def _identity(model: str) -> str:
-    """What tells one model from another: a hash of a folder's contents, or a hub name."""
+    """An identifier of a model: a hash of a folder's contents, or a hub name."""
     folder = Path(model)
     if not folder.is_dir():
         if folder.is_absolute() or model.startswith("."):
@@ -192,10 +195,10 @@ def _identity(model: str) -> str:
 
 
 def _resume(scores: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The pairs that an earlier run has scored; its half-written last line is cut off.
+    """The pairs that an earlier run has scored; an incomplete last line is cut off.
 
     Raises:
-        CommandError: the file is of another run, or none of ours.
+        CommandError: the file is from another run, or is not one of our files.
     """
     if not scores.is_file():
         return {}
@@ -235,7 +238,7 @@ def _check_finite(found: dict[str, Any]) -> None:
 
 
 def _with_rewards(found: dict[str, Any], beta: float) -> dict[str, Any]:
-    """Rewards ``beta * (log p - log p_ref)``, their difference, and who ranks the pair right."""
+    """Add rewards ``beta * (log p - log p_ref)``, the margin, and if the reference ranks right."""
     chosen = beta * (found["chosen_logp"] - found["ref_chosen_logp"])
     rejected = beta * (found["rejected_logp"] - found["ref_rejected_logp"])
     return {
@@ -291,10 +294,10 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 
 def _histogram(records: Sequence[dict[str, Any]]) -> tuple[list[float], list[list[int]]]:
-    """Edges of the bins, and the pairs in each that the reference ranks right, and wrong."""
+    """Edges of the bins, and each bin's numbers of pairs that the reference ranks right, wrong."""
     margins = [record["margin"] for record in records]
     reach = max(map(abs, margins), default=0) or 1.0
-    # Around 0, which is then an edge: no bin holds margins of both signs.
+    # Symmetric around 0, so that 0 is an edge: no bin holds margins of both signs.
     edges = [reach * (2 * i / _BINS - 1) for i in range(_BINS + 1)]
     counts = [[0] * _BINS, [0] * _BINS]
     for record in records:

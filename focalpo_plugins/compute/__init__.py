@@ -1,1 +1,1 @@
-"""Faster ways to the same numbers; nothing here knows a host."""
+"""Faster computations of the same numbers; nothing here depends on a host."""

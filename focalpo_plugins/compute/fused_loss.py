@@ -1,21 +1,21 @@
-"""A pairwise loss and its gradients from hidden states, without the logits of more than a part.
+"""A pairwise loss and its gradients from hidden states, with a part of the logits at a time.
 
 With hidden states ``h`` and the output layer's weight ``W``, the logits of token ``t`` are
-``h_t W^T + b``, a row of the vocabulary's size, and all that DPO needs of them is one number: the
-label's log-softmax.  So they are computed a part at a time and thrown away:
+``h_t W^T + b``, a row of the vocabulary's size.  DPO needs only one number of each row: the label's
+log-softmax.  So the logits are computed a part at a time and thrown away:
 
 1. a group of tokens at a time, whole rows: log-probs and log-sum-exps;
 2. the sums ``(2B,)`` give margins, losses, and ``c = dL/dlogp`` for each sequence;
-3. a group of vocabulary entries at a time, for all tokens, ``G = c (onehot - softmax)`` from
-   logits computed once more, and from it the gradients ``G W`` of ``h`` and ``G^T h`` of ``W``.
-   Each row of the weight's gradient is written once, so it is rounded once.
+3. a group of vocabulary entries at a time, for all tokens: the logits are computed again and give
+   ``G = c (onehot - softmax)``, and ``G`` gives the gradients ``G W`` of ``h`` and ``G^T h`` of
+   ``W``.  Each row of the weight's gradient is written once, so it is rounded once.
 
-Step 3 is only for a trained ``W``; where one group holds all tokens it goes on with the logits of
-step 1.  For a frozen ``W`` (adapters) step 1 takes the gradient of each log-prob as well, before
-``c`` is known, and nothing is computed twice.  Everything happens in the forward pass, because that
-is when DeepSpeed's ZeRO-3 has ``W`` in one piece.
+Step 3 is only for a trained ``W``.  If one group holds all tokens, step 3 continues with the
+softmax of step 1.  For a frozen ``W`` (adapters) step 1 also computes the gradient of each log-prob, before
+``c`` is known, and nothing is computed twice.  Everything is computed in the forward pass, because
+DeepSpeed's ZeRO-3 has ``W`` in one piece only there.
 
-Tokens without a label, those of prompts and padding, are left out before the first product.
+Tokens without a label (prompts and padding) are left out before the first product.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ from torch import Tensor
 
 #: Logits held at a time: 128 MiB in float32, or 256 tokens of a vocabulary of 128,256.
 LOGITS_AT_ONCE = 2**25
-#: The label of a token that is in no log-prob.
+#: The label of a token that no log-prob includes.
 IGNORED = -100
 
 
 class FusedLoss(NamedTuple):
-    """What :func:`fused_pairwise_loss` gives; only ``loss`` has a gradient.
+    """The result of :func:`fused_pairwise_loss`; only ``loss`` has a gradient.
 
     Attributes:
         loss: mean loss of the pairs, ``()``.
         logps: log-probs summed over each sequence's labels, in nats, ``(2B,)``.
-        mean_logits: for each sequence the sum over its labels of the mean logit, ``(2B,)``.
+        mean_logits: each label's mean logit over the vocabulary, summed over each sequence's
+            labels, ``(2B,)``.
     """
 
     loss: Tensor
@@ -65,14 +66,14 @@ def fused_pairwise_loss(
     Args:
         hidden: last hidden states ``(2B, S, H)``, the chosen answers first.
         weight: the output layer's ``(V, H)``.
-        labels: the token that follows each, ``(2B, S)``; -100 where it isn't trained on.
+        labels: the token that follows each place, ``(2B, S)``; -100 if it isn't trained on.
         ref_logps: the reference's summed log-probs ``(2B,)``.
         pairwise: per-pair losses ``(B,)`` of margins ``(B,)``.
         beta: DPO's beta.
         bias: the output layer's ``(V,)``.
-        logits_at_once: the most logits that are held at a time; a token's row at least is.
+        logits_at_once: the largest number of logits held at a time, but at least a token's row.
     """
-    # Inside the function gradients are off, and it could not tell an evaluation from training.
+    # Inside the autograd function gradients are off, so it can't tell evaluation from training.
     grad = torch.is_grad_enabled()
     run: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Fused.apply
     return FusedLoss(
@@ -89,8 +90,10 @@ def fused_logps(
     bias: Tensor | None = None,
     logits_at_once: int = LOGITS_AT_ONCE,
 ) -> Tensor:
-    """Log-probs summed over each sequence's labels ``(2B,)``, without gradients; the arguments are
-    those of :func:`fused_pairwise_loss`."""
+    """Log-probs summed over each sequence's labels ``(2B,)``, without gradients.
+
+    The arguments are as in :func:`fused_pairwise_loss`.
+    """
     dtype = _dtype(weight)
     with torch.autocast(hidden.device.type, enabled=False):
         part = _Part(hidden, labels, dtype)
@@ -99,7 +102,7 @@ def fused_logps(
 
 
 class _Part:
-    """The hidden states that have a label, ``(N, H)``, and the way back to all of them."""
+    """The hidden states that have a label, ``(N, H)``, and their places among all states."""
 
     def __init__(self, hidden: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
         self.shape = hidden.shape
@@ -108,11 +111,11 @@ class _Part:
         self.states = hidden[self.places].to(dtype)
 
     def by_sequence(self, values: Tensor) -> Tensor:
-        """Sums of ``values`` ``(N,)`` over each sequence ``(2B,)``, always in the same order."""
+        """Sums of ``values`` ``(N,)`` over each sequence ``(2B,)``, added always in one order."""
         return self.back(values).sum(1)
 
     def back(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """``values`` ``(N, ...)`` at their places among zeros, ``(2B, S, ...)``."""
+        """``values`` ``(N, ...)`` at their places in a tensor of zeros ``(2B, S, ...)``."""
         whole = values.new_zeros(*self.shape[:2], *values.shape[1:], dtype=dtype or values.dtype)
         whole[self.places] = values.to(whole.dtype)
         return whole
@@ -154,8 +157,8 @@ class _Fused(torch.autograd.Function):
                 loss = pairwise(beta * (chosen - rejected)).mean()
             if of_hidden or of_head:
                 (slopes,) = torch.autograd.grad(loss, leaf)
-                # The largest slope is multiplied in last, together with what comes from outside:
-                # beta / B is small enough to be lost in float16's gradients.
+                # The largest slope is multiplied in last, together with the incoming gradient:
+                # beta / B is so small that gradients in float16 would lose it.
                 scale = slopes.abs().max().clamp_min(torch.finfo(slopes.dtype).tiny)
                 slopes = (slopes / scale)[part.places[0]]
                 if of_head:
@@ -183,7 +186,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *outside: Tensor) -> Any:
         scale, *gradients = ctx.saved_tensors
         scale = scale * outside[0]
-        # In place: a second backward pass over the same graph is stopped by autograd.
+        # In place is safe: autograd stops a second backward pass over the same graph.
         return (*(g if g is None else g.mul_(scale) for g in gradients), *[None] * 6)
 
 
@@ -195,8 +198,10 @@ def _token_logps(
     gradients: bool = False,
     keep: bool = False,
 ) -> _TokenLogps:
-    """With ``gradients`` those of the hidden states; with ``keep`` the softmax, where one group is
-    all there is."""
+    """The labels' log-probs; with ``gradients`` also the gradients of the hidden states.
+
+    With ``keep`` the softmax is returned too, if one group holds all tokens.
+    """
     count, wide = len(part.labels), _wide(weight.dtype)
     logps = torch.empty(count, dtype=wide, device=weight.device)
     sums = torch.empty_like(logps)
@@ -217,7 +222,7 @@ def _token_logps(
             torch.mm(logits.neg_().to(weight.dtype), weight, out=of_states[rows])
         elif keep and len(labels) == count:
             kept = logits.div_(total)
-        del logits  # before the next ones are there
+        del logits  # before the next ones are computed
     return _TokenLogps(logps, sums, of_states, kept)
 
 
@@ -231,7 +236,7 @@ def _gradients(
     wanted: tuple[bool, bool, bool],
     logits_at_once: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of states, weight and bias, from those of the log-probs, ``slopes`` ``(N,)``."""
+    """Gradients of states, weight and bias from the log-probs' gradients, ``slopes`` ``(N,)``."""
     states, wide = part.states, tokens.logps.dtype
     of_states = torch.zeros_like(states, dtype=wide) if wanted[0] else None
     of_weight = torch.empty_like(weight) if wanted[1] else None
@@ -267,7 +272,7 @@ def _gradients(
 
 
 def _subtract_onehot(rows: Tensor, labels: Tensor) -> None:
-    """Take 1 from each row ``(N, v)`` at its label, where that is within the row."""
+    """Subtract 1 from each row ``(N, v)`` at its label, if the label is within the row."""
     inside = (labels >= 0) & (labels < rows.shape[1])
     each = torch.arange(len(rows), device=rows.device)
     at = (each, labels.clamp(0, rows.shape[1] - 1))
@@ -275,15 +280,15 @@ def _subtract_onehot(rows: Tensor, labels: Tensor) -> None:
 
 
 def _groups(count: int, most: int) -> list[slice]:
-    """``count`` things in groups of at most ``most``, and of one at least."""
+    """Slices that split ``count`` items into groups of at most ``most``, and at least one."""
     size = max(1, min(most, count))
     if 128 < size < count:
-        size -= size % 128  # what a GPU's products like
+        size -= size % 128  # matrix products of such sizes are faster on a GPU
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _dtype(weight: Tensor) -> torch.dtype:
-    """What the model's own output layer would compute in."""
+    """The dtype in which the model's own output layer would compute."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 

@@ -1,4 +1,4 @@
-"""A language model's output layer by itself, and whether the logits are that layer's alone."""
+"""A language model's output layer, and checks that this layer alone makes the logits."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 _CHANGES_LOGITS = re.compile(
     r"(?!.*(attn|attention|router)).*logit.*(cap|scal).*|lm_head_multiplier"
 )
-# Of the largest logit; bfloat16 rounds to half a percent.
+# Relative to the largest logit; bfloat16 rounds to half a percent.
 _TOLERANCE = 0.01
 
 
 @dataclass
 class Head:
-    """A causal language model in two.
+    """A causal language model in two parts.
 
     Attributes:
-        model: the whole, without adapters' wrappers.
-        backbone: what gives the last hidden states.
-        layer: what makes logits of them.
+        model: the whole model, without adapters' wrappers.
+        backbone: the part that gives the last hidden states.
+        layer: the output layer, which turns them into logits.
     """
 
     model: Any
@@ -44,10 +44,10 @@ class Head:
 
 
 def head_of(model: Any, key: str) -> Head:
-    """The two parts of ``model``, which is without adapters' wrappers.
+    """The two parts of ``model``, which has no adapters' wrappers.
 
     Args:
-        key: what asked for the fused path, for the message.
+        key: the key that asked for the fused path, for the message.
 
     Raises:
         ValueError: the fused path would compute other log-probs than the model.
@@ -58,7 +58,7 @@ def head_of(model: Any, key: str) -> Head:
         backbone is not model
         and isinstance(weight, Tensor)
         and weight.is_floating_point()
-        # FSDP's and tensor parallelism's pieces of it, outside of the model's forward.
+        # Outside of the model's forward, FSDP and tensor parallelism have only pieces of it.
         and type(weight) in (Tensor, nn.Parameter)
     )
     if not plain:
@@ -70,8 +70,7 @@ def head_of(model: Any, key: str) -> Head:
 
 
 def check_config(config: Any, key: str) -> None:
-    """Raise ``ValueError`` where a transformers config says that the logits are changed after the
-    output layer."""
+    """Raise ``ValueError`` if a config says that the model changes its output layer's logits."""
     text = config.get_text_config()
     for name, value in text.to_dict().items():
         changes = isinstance(value, int | float) and value not in (0, 1)
@@ -92,7 +91,7 @@ def check_logits(
 
     Args:
         ids: token ids ``(n,)``; a few will do.
-        gathered: ``gathered(weight, bias)`` has both in one piece inside.
+        gathered: a context manager; inside ``gathered(weight, bias)`` both are in one piece.
 
     Raises:
         ValueError: they differ by more than rounding.
@@ -103,14 +102,14 @@ def check_logits(
         lambda module, args, output: states.append(output.last_hidden_state)
     )
     try:
-        # Not model(...): this runs inside its forward already, and so inside its wrappers'.
+        # Not model(...): this already runs inside the forward of the model and its wrappers.
         logits = head.model.forward(input_ids=ids[None], use_cache=False).logits
     finally:
         hook.remove()
     with gathered(head.weight, head.bias):
         expected = F.linear(states[0].to(head.weight.dtype), head.weight, head.bias).float()
     logits = logits.float()
-    # States that are not finite give such logits on both ways; the margins' check says so.
+    # States that are not finite make both logits so; the check of the margins reports them.
     same = (logits == expected) | (logits.isnan() & expected.isnan())
     off = (logits - expected).abs().masked_fill(same, 0).max().item()
     largest = expected.abs().nan_to_num(0, 0).max().item()

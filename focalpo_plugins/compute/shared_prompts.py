@@ -5,12 +5,12 @@ longest sequence.  Here a batch of ``B`` pairs becomes one row of tokens
 
     start_1  chosen_1  rejected_1  start_2  chosen_2  rejected_2  ...
 
-where ``start`` is the longest common start of a pair's two sequences as they were cut and collated.
-All layers but attention look at each token by itself.  Attention is given a :class:`Layout`: a
-chosen token sees the start and the chosen tokens before it, a rejected one the start and the
-rejected tokens before it, and positions go on from the start for both.
+``start`` is the longest common start of a pair's two sequences, after they were cut and collated.
+All layers but attention compute each token by itself.  Attention gets a :class:`Layout`: a chosen
+token sees the start and the chosen tokens before it, and a rejected token sees the start and the
+rejected tokens before it.  The positions of both answers continue from the start.
 
-Nothing here knows a model: :mod:`focalpo_plugins.backbone` puts it into one.
+Nothing here depends on a model: :mod:`focalpo_plugins.backbone` puts it into one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 
 class Pair(NamedTuple):
-    """Where one pair is in the row: ``offset``, then so many tokens of each part."""
+    """The place of one pair in the row: ``offset``, then the number of tokens of each part."""
 
     offset: int
     start: int
@@ -36,15 +36,17 @@ class Pair(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """The row as attention with variable lengths takes it: two segments of queries a pair, start
-    and chosen together and then rejected, each aligned with the end of its keys.
+    """The row in the form that attention with variable lengths takes.
+
+    Each pair has two segments of queries: start and chosen together, and then rejected.  Each
+    segment is aligned with the end of its keys.
 
     Attributes:
         keys: the keys' places in the row ``(K,)``.
-        query_ends: cumulated lengths ``(segments + 1,)``, int32, from 0.
-        key_ends: those of the keys.
-        longest_query: in tokens.
-        longest_key: in tokens.
+        query_ends: cumulative lengths of the queries ``(segments + 1,)``, int32, from 0.
+        key_ends: the same for the keys.
+        longest_query: length of the longest segment of queries, in tokens.
+        longest_key: the same for the keys.
     """
 
     keys: Tensor
@@ -55,21 +57,21 @@ class Segments(NamedTuple):
 
 
 #: ``kernel(q, k, v, segments, scale, window, dropout)`` with q ``(T, H, D)``, and k and v
-#: ``(K, H', D)``; gives ``(T, H, D)``.
+#: ``(K, H', D)``; returns ``(T, H, D)``.
 Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float | None, int | None, float], Tensor]
 
 
 @dataclass
 class Layout:
-    """Where the tokens of a batch are in the row of length ``T``.
+    """The places of a batch's tokens in the row of length ``T``.
 
     Attributes:
-        pairs: in the row's order.
+        pairs: the pairs, in the row's order.
         ids: the row's token ids ``(1, T)``.
-        positions: of each token in its sequence ``(1, T)``.
+        positions: each token's position in its sequence ``(1, T)``.
         index: for each place of the batch its place in the row, in the batch's shape; 0 at padding.
-        tokens_before: places of the batch, padding among them.
-        calls: how often attention was asked to follow this layout.
+        tokens_before: number of places of the batch, padding included.
+        calls: number of times that attention was asked to follow this layout.
     """
 
     pairs: list[Pair]
@@ -87,9 +89,11 @@ class Layout:
         return self.ids.shape[1]
 
     def states_of_batch(self, row: Tensor) -> Tensor:
-        """The row's hidden states ``(1, T, H)`` at their places in the batch; those of padding are
-        of no meaning."""
-        # Its gradient adds up, as the start's has to.
+        """The row's hidden states ``(1, T, H)`` at their places in the batch.
+
+        The states of padding have no meaning.
+        """
+        # The gradient of a state adds up over its places, as the start needs it.
         return F.embedding(self.index.to(row.device), row[0])
 
     def mask(
@@ -98,8 +102,8 @@ class Layout:
         """Which of ``start + own`` keys the last ``own`` tokens see, ``(own, start + own)``.
 
         Args:
-            window: a token sees so many, itself among them; None: all.
-            device: of the mask.
+            window: number of tokens that a token sees, itself included; None: all.
+            device: the mask's device.
         """
         if (start, own, window) not in self._masks:
             query = start + torch.arange(own, device=device)[:, None]
@@ -111,7 +115,7 @@ class Layout:
         return self._masks[start, own, window].to(device)
 
     def segments(self, device: torch.device) -> Segments:
-        """For a kernel with variable lengths, on ``device``."""
+        """The segments for a kernel with variable lengths, on ``device``."""
         if self._segments is None or self._segments.keys.device != device:
             queries, keys, places = [0], [0], []
             for offset, start, chosen, rejected in self.pairs:
@@ -151,7 +155,7 @@ def layout_of_batch(ids: Tensor, mask: Tensor) -> Layout:
     common = ((chosen == rejected) & first & second).long().cumprod(1).sum(1)
     lengths = real.sum(1)
     in_front = real == (torch.arange(width, device=ids.device) < lengths[:, None])
-    # The one time that the device is waited for.
+    # The only place that waits for the device.
     table = torch.stack([common, *lengths.chunk(2), *in_front.all(1).chunk(2)], 1).tolist()
     if not all(row[3] and row[4] for row in table):
         raise ValueError(
@@ -168,10 +172,10 @@ def layout_of_packed(ids: Tensor, lengths: Sequence[int]) -> Layout:
 
     Args:
         ids: token ids ``(1, T)``, one sequence behind the other, the chosen ones first.
-        lengths: of the ``2B`` sequences, in tokens.
+        lengths: lengths of the ``2B`` sequences, in tokens.
 
     Raises:
-        ValueError: the lengths don't add up to the row's.
+        ValueError: the lengths don't add up to the row's length.
     """
     if sum(lengths) != ids.shape[1] or len(lengths) % 2:
         raise ValueError(
@@ -189,7 +193,7 @@ def layout_of_packed(ids: Tensor, lengths: Sequence[int]) -> Layout:
 
 
 def _layout(ids: Tensor, starts: list[int], lengths: list[int], begins: list[int]) -> Layout:
-    """Of sequences that begin at these places of the flattened batch, the chosen ones first."""
+    """The layout of sequences that begin at ``begins`` in the flattened batch, chosen first."""
     count = len(starts)
     index = torch.zeros(ids.numel(), dtype=torch.long)
     pairs, take, positions, offset = [], [], [], 0
@@ -232,9 +236,9 @@ def shared_attention(
         query: ``(1, H, T, D)``.
         key: ``(1, H', T, D)``; ``H`` is a multiple of ``H'``.
         value: ``(1, H', T, D)``.
-        layout: of the row.
-        scale: of the scores; ``D ** -0.5`` by default.
-        window: a token sees so many, itself among them; None: all.
+        layout: the row's layout.
+        scale: factor on the scores; ``D ** -0.5`` by default.
+        window: number of tokens that a token sees, itself included; None: all.
         dropout: probability with which a weight is dropped.
         kernel: one with variable lengths; by default torch's attention, segment by segment.
     """
@@ -248,7 +252,7 @@ def shared_attention(
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
 
     def attend(own: slice, start: slice) -> Tensor:
-        """Of the tokens ``own`` on themselves and what they begin with."""
+        """Attention of the tokens ``own`` to ``start`` and to themselves."""
         count, before = own.stop - own.start, start.stop - start.start
         k, v = key[:, :, own], value[:, :, own]
         if before:
@@ -277,8 +281,10 @@ def shared_attention(
 
 
 def kernel_for(device: torch.device) -> tuple[str, Kernel | None]:
-    """The kernel for tensors on ``device``, and its name for people: flash-attn where it is
-    installed, then torch's own, then attention segment by segment."""
+    """Name, for messages, and kernel for tensors on ``device``.
+
+    It is flash-attn if that is installed, else torch's own, else attention segment by segment.
+    """
     if device.type == "cuda":
         if find_spec("flash_attn") is not None:
             return "flash_attn_varlen_func", flash_attn
@@ -296,7 +302,7 @@ def flash_attn(
     window: int | None,
     dropout: float,
 ) -> Tensor:
-    """The package flash-attn's, as a :data:`Kernel`."""
+    """The kernel of the package flash-attn, as a :data:`Kernel`."""
     attend: Any = importlib.import_module("flash_attn").flash_attn_varlen_func
     out: Tensor = attend(
         q,
@@ -320,7 +326,7 @@ def torch_varlen(
     window: int | None,
     dropout: float,
 ) -> Tensor:
-    """torch's own, from 2.10 on, as a :data:`Kernel`; it has no dropout."""
+    """torch's own kernel, from torch 2.10 on, as a :data:`Kernel`; it has no dropout."""
     if dropout:
         raise ValueError(
             f"attention dropout must be 0 for torch's varlen_attn, got {dropout}. Install "
@@ -340,5 +346,5 @@ def torch_varlen(
 
 
 def _left_and_right(window: int | None) -> tuple[int, int]:
-    """How many tokens a query sees on its left, -1 for all, and on its right: none, as causal."""
+    """Numbers of tokens that a query sees: on its left, -1 for all; on its right, 0 (causal)."""
     return (-1 if window is None else window - 1, 0)

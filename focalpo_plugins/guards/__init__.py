@@ -1,1 +1,1 @@
-"""What stops a run before it goes wrong; nothing here knows a host."""
+"""Checks that stop a run before it goes wrong; nothing here depends on a host."""

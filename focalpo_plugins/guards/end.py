@@ -1,4 +1,4 @@
-"""What a run says once it has trained, so that one knows that it did."""
+"""The line that a run prints after training, so that the user knows that it trained."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def say_done(
     output: str,
     report: str | None,
 ) -> None:
-    """Say the outcome in one line; to be called on one rank.
+    """Print the outcome in one line; call it on one rank only.
 
     Args:
         steps: optimizer steps of the run.
-        losses: those that were logged, in their order.
-        held_out: the last evaluation's numbers, by what they are.
-        output: the folder that the model goes to, as the user wrote it.
-        report: what ``focalpo report`` reads; None where nothing was written that it could.
+        losses: the logged losses, in order.
+        held_out: the last evaluation's numbers, by name.
+        output: the folder that the model is saved to, as the user wrote it.
+        report: the folder that ``focalpo report`` can read; None if there is none.
     """
     parts = [f"done. {steps} step{'s' * (steps != 1)}"]
     if losses:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Checks of folders, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file, or leave what was there before, whatever happens in between.
+    """Write a whole file, or leave the old one unchanged if anything fails.
 
     Raises:
         OSError: it can't be written.
@@ -23,19 +23,20 @@ def write_whole(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        with suppress(OSError):  # it has been moved, or was never made
+        with suppress(OSError):  # it has been moved, or was never created
             temporary.unlink()
 
 
 def check_folder(path: Path, name: str) -> None:
-    """Make a folder where none is, and see that a file can be written there: found out now, and not
-    once there is something to save.
+    """Create a folder if it doesn't exist, and check that a file can be written there.
+
+    So a run fails now, and not when there is something to save.
 
     Args:
-        name: of the key or flag that names the folder.
+        name: name of the key or flag for the folder.
 
     Raises:
-        ValueError: no file can.
+        ValueError: no file can be written there.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a run takes from a hub of models, and why it could not be had."""
+"""What a run takes from a model hub, and what to do if that fails."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ _LIBRARIES = ("huggingface_hub", "datasets.load", "transformers.utils.hub", "axo
 
 
 def explain(error: BaseException, names: Mapping[str, str]) -> str | None:
-    """What to do about an error while something was read from a hub; None where all is local.
+    """What to do about an error while reading from a hub; None for other errors, and if everything
+    is local.
 
     Args:
-        names: what the run names, by the user's key or flag.
+        names: the models and data that the run names, by the user's key or flag.
     """
     remote = {key: name for key, name in names.items() if not Path(name).exists()}
     reading = any(module.startswith(_LIBRARIES) for module, _ in modules_of(error))

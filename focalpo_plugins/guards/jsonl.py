@@ -1,4 +1,4 @@
-"""Files of preference pairs that a host could not read, refused with the number of the line."""
+"""Refuses files of preference pairs that a host can't read, and names the line."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-#: Of the files that are looked at.
+#: The suffixes of the files that are checked.
 SUFFIXES = (".json", ".jsonl")
 
 _DECODER = json.JSONDecoder()
-_INK = re.compile(r"[^ \t\n\r]")  # what JSON doesn't take for space
+_INK = re.compile(r"[^ \t\n\r]")  # characters that are not space in JSON
 
 
 def check_file(path: Path, name: str, columns: Sequence[str] = ()) -> None:
-    """Refuse a local file of JSON that is empty, that the hosts can't read, or that has an entry
-    without a column; the hosts' own error for it names neither file nor line.
+    """Refuse a local JSON file that is empty, that hosts can't read, or that lacks a column.
 
-    Hosts read objects, which may stand on a line each or over several, or one array of them.
+    The hosts' own errors name neither file nor line.  Hosts read either objects, each on one line
+    or over several lines, or one array of objects.
 
     Args:
-        name: of the key or flag that names the file.
-        columns: that every entry must have.
+        name: name of the key or flag for the file.
+        columns: columns that every entry must have.
 
     Raises:
         ValueError: the message names the line.
@@ -52,7 +52,7 @@ def check_file(path: Path, name: str, columns: Sequence[str] = ()) -> None:
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON, in their order.
+    """The objects of a JSON file, in order.
 
     Raises:
         ValueError: a line is broken; the message begins with its number.
@@ -61,7 +61,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Place and value of each entry; None for what the hosts alone can read.
+    """Place and value of each entry; the value is None if only the hosts can read it.
 
     Raises:
         ValueError: a line is broken; the message begins with its number.
@@ -82,14 +82,14 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
         if not _read_by_hosts(path):
             raise
         values = [None]
-    # Some releases of datasets can't read an array that a byte order mark or a space stands before.
+    # Some releases of datasets can't read an array after a byte order mark or a space.
     if text[0] not in "[{" and _read_by_hosts(path) is False:
         raise ValueError("line 1 can't be used: it must begin with the [ of an array, or a {")
     yield from ((f"entry {number}", value) for number, value in enumerate(values, 1))
 
 
 def _read_by_hosts(path: Path) -> bool | None:
-    """Whether ``datasets``, by which the hosts read files, can; None where it isn't installed."""
+    """Whether ``datasets``, which the hosts use, can read the file; None if not installed."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -104,7 +104,7 @@ def _read_by_hosts(path: Path) -> bool | None:
 
 
 def _object(text: str) -> dict[str, Any] | None:
-    """The JSON object that ``text`` is; None where it is none that the hosts can read."""
+    """``text`` as a JSON object; None if it is not one that the hosts can read."""
     try:
         value = json.loads(text)
         _check_surrogates(text, value)
@@ -114,10 +114,10 @@ def _object(text: str) -> dict[str, Any] | None:
 
 
 def _values(text: str) -> list[Any]:
-    """The objects that stand in ``text`` one after the other, or in one array.
+    """The objects in ``text``, one after the other or in one array.
 
     Raises:
-        ValueError: it is broken; the message begins with the number of the line.
+        ValueError: the text is broken; the message begins with the number of the line.
     """
     try:
         return _parsed(text)
@@ -127,7 +127,7 @@ def _values(text: str) -> list[Any]:
     opening = next((line for line in lines if line.strip()), "")
     is_array = opening.lstrip().startswith("[") and _why_broken(opening) is not None
     if not is_array and any(line.startswith("{") and _object(line) is not None for line in lines):
-        # JSON lines: a line that is cut may read on into the next, and break further down.
+        # JSON lines: a line that is cut may continue into the next one, and fail further down.
         for number, line in enumerate(lines, 1):
             if line.strip() and _object(line) is None:
                 why = _why_broken(line) or "it is not one JSON object"
@@ -160,7 +160,7 @@ def _why_broken(text: str) -> str | None:
 
 
 def _check_surrogates(text: str, value: Any) -> None:
-    """Python reads half of a surrogate pair, and the hosts do not."""
+    """Refuse half of a surrogate pair, which Python reads and the hosts don't."""
     if "\\ud" in text or "\\uD" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()

@@ -1,8 +1,9 @@
 """The reason why a run ended, as the last line that its user reads.
 
-A launcher prints a traceback of its own after that of the process that it started.  So the process
-that fails leaves the reason in a file, and the outermost process of the run prints it as it ends:
-the autoload of this package arms that one, and names the file in the environment.
+A launcher prints its own traceback after the traceback of the process that it started.  So the
+process that fails writes the reason to a file, and the outermost process of the run prints it when
+it ends.  The autoload of this package prepares the outermost process, and names the file in the
+environment.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _installed = False
 
 
 def install(explain: Callable[[BaseException], str | None]) -> None:
-    """Have the reason follow the traceback of an exception that ends this process.
+    """Print the reason after the traceback of an exception that ends this process.
 
-    The reason is the message of an error that this package raised, or else what ``explain`` says
-    of the exception; where that is None too, nothing is added.
+    The reason is the message of an error that this package raised, or else what ``explain`` returns
+    for the exception.  If that is None, nothing is added.
     """
     global _installed
     if _installed:
@@ -35,7 +36,7 @@ def install(explain: Callable[[BaseException], str | None]) -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         before(kind, error, trace)
-        with suppress(Exception):  # what explains a failure must not hide it
+        with suppress(Exception):  # an error while explaining a failure must not hide it
             reason = str(error) if _is_ours(error) else explain(error)
             if reason is not None:
                 _leave(reason)
@@ -53,7 +54,7 @@ def modules_of(error: BaseException) -> Iterator[tuple[str, str]]:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether this package raised it, for the user to read."""
+    """Whether this package raised the error as a message for the user."""
     if not isinstance(error, ValueError | RuntimeError):
         return False
     *_, (module, _) = [("", ""), *modules_of(error)]
@@ -61,16 +62,16 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def repeat(reason: str) -> None:
-    """Have the launcher of this process say it again once it ends; without one, nothing is done."""
+    """Make this process's launcher print the reason at its end; without one, do nothing."""
     path = os.environ.get(VARIABLE)
     if path is not None and f"-{os.getpid()}-" not in os.path.basename(path):
         _leave(reason)
 
 
 def _leave(reason: str) -> None:
-    """Write the reason where the outermost process looks for it; say it where there is none.
+    """Write the reason to the file that the outermost process reads; print it if there is none.
 
-    Of several ranks the first one's reason is kept.
+    If several ranks fail, the first reason is kept.
     """
     reason = " ".join(reason.split())
     path = os.environ.get(VARIABLE)

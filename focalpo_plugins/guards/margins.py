@@ -1,5 +1,4 @@
-"""Reward margins that are not finite: the loss of such a pair, and all weights after it, would be
-NaN."""
+"""Reward margins that are not finite: the pair's loss and all later weights would be NaN."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 
 def not_finite(margins: Tensor, rank: int) -> str:
-    """Which of the reward margins ``(B,)`` of a rank are NaN or infinite; empty where none is."""
+    """Text on a rank's reward margins ``(B,)`` that are NaN or infinite; empty if none is."""
     bad = (~margins.isfinite()).nonzero().flatten().tolist()
     if not bad:
         return ""
@@ -21,7 +20,7 @@ def not_finite(margins: Tensor, rank: int) -> str:
 
 
 def stop(loss: str, when: str, where: Sequence[str]) -> NoReturn:
-    """Raise for what :func:`not_finite` found on any rank.
+    """Raise an error with the margins that :func:`not_finite` found on any rank.
 
     Raises:
         FloatingPointError: always; the loss of such a pair, and all weights after it, would be NaN.
@@ -30,5 +29,5 @@ def stop(loss: str, when: str, where: Sequence[str]) -> NoReturn:
         f"{loss}: reward margins are not finite, {when}: {'; '.join(where)}. The host's "
         "log-probabilities of the policy or of the reference are NaN or infinite there. Look at "
         "those pairs and at the weights; lower the learning rate, or train in bf16 or fp32 if it "
-        "is fp16. The last checkpoint is from before."
+        "is fp16. The last checkpoint was saved earlier."
     )

@@ -1,4 +1,4 @@
-"""How this package says things: one line on stderr, and errors that name what the user wrote."""
+"""Messages of this package: one line on stderr, and errors that name what the user wrote."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from contextlib import contextmanager
 def say(what: str) -> None:
     """Write one line to stderr, in one write.
 
-    ``print`` writes a line and its end separately where a launcher unbuffers its ranks, and another
-    rank's line can then begin where ours should have ended.
+    If a launcher unbuffers its ranks, ``print`` writes a line and its newline separately, and
+    another rank's line can come between them.
     """
     sys.stderr.write(f"focalpo_plugins: {' '.join(what.splitlines())}\n")
     sys.stderr.flush()
 
 
 def one_line(error: BaseException) -> str:
-    """The message in one line, with its type where it says something that no user wrote."""
+    """The error's message in one line, with the error's type unless it is a ValueError."""
     errors = getattr(error, "errors", None)
-    if callable(errors):  # pydantic's, one after the other
+    if callable(errors):  # pydantic's list of errors
         found = [
             f"{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else e["msg"]
             for e in errors()
@@ -33,13 +33,13 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def named(prefix: str, options: Iterable[str] = (), true: str = "=True") -> Iterator[None]:
-    """Have the message of a ValueError raised inside name values as the user writes them.
+    """Make the message of a ValueError raised inside name values as the user writes them.
 
     Args:
-        prefix: ``focalpo_`` or ``--focalpo.``, put before the message, which begins with the name
-            of the value that is wrong.
+        prefix: text such as ``focalpo_`` or ``--focalpo.``, put before the message.  The message
+            begins with the name of the wrong value.
         options: names that the message may tell the user to set, as ``NAME=True``.
-        true: how a user sets one, after prefix and name: ``: true`` in a YAML.
+        true: what the user writes after prefix and name to set one: ``: true`` in a YAML.
     """
     try:
         yield
@@ -51,7 +51,7 @@ def named(prefix: str, options: Iterable[str] = (), true: str = "=True") -> Iter
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A sentence's end: ``; did you mean 'gamma'?`` or, with nothing near, ``; known: a, b.``"""
+    """A sentence's end: ``; did you mean 'gamma'?``, or ``; known: a, b.`` if nothing is near."""
     known = list(known)
     near = difflib.get_close_matches(word.lower(), known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}."

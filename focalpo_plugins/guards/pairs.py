@@ -1,4 +1,4 @@
-"""Pairs that nothing can be learnt from, found in what a host has tokenized, before it trains."""
+"""Finds pairs that can't be learnt from in a host's tokenized data, before it trains."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from . import messages
 
-#: How many pairs are looked at, spread evenly over the data: most pairs, or a defect of the
-#: template, show in so many, and it takes a second.
+#: Number of pairs that are checked, spread evenly over the data.  These show a fault of most pairs
+#: or of the template, and the check takes a second.
 LOOKED_AT = 2048
-#: How many pairs are looked at of data that is streamed, the first ones.
+#: Number of pairs that are checked if the data is streamed: the first ones.
 FIRST = 64
 _SHOWN = 40  # tokens
 
@@ -19,9 +19,9 @@ _WHY = {
     "identical": "a chosen answer equal to the rejected one{cut}: the margin stays 0. {fix}, "
     "or look at which columns are read as chosen and rejected",
     "empty": "an empty answer. Remove them, or look at which columns are read as the answers",
-    "shared": "an answer that the other one begins with: without a column prompt their common "
-    "start is the prompt, and what is learnt is where to stop. Give a column prompt if that is "
-    "not meant",
+    "shared": "one answer that is the start of the other: without a column prompt their common "
+    "start is the prompt, and the pair only teaches where to stop. Give a column prompt if that "
+    "is not meant",
     "cut": "a prompt that leaves no token of the answer within {key}={limit}. Raise {key}, or "
     "remove them",
     "strayed": "a BOS, or another turn, inside an answer: the host took more than the answer, as "
@@ -33,7 +33,7 @@ _WHY = {
 
 
 def blank(tokenizer: Any) -> Callable[[int], bool]:
-    """Whether a token says nothing: it is special, the EOS, or white space."""
+    """A function that tells if a token has no text: it is special, the EOS, or white space."""
 
     @functools.cache
     def is_blank(token: int) -> bool:
@@ -47,14 +47,14 @@ def blank(tokenizer: Any) -> Callable[[int], bool]:
 def faults(
     chosen: Sequence[int], rejected: Sequence[int], is_blank: Callable[[int], bool]
 ) -> list[str]:
-    """What is wrong with the token ids of two answers, of ``identical`` and ``empty``.
+    """The faults of two answers' token ids: ``identical``, ``empty``, both or none.
 
-    The margin of identical answers is 0 whatever the weights are.  An empty answer has blank tokens
-    alone: what ends a turn, a line end, the space that OpenRLHF puts before the EOS.  If only one
-    of the two is empty the margin can change, but in the data it is nearly always a mistake.
+    The margin of identical answers is 0 for any weights.  An empty answer has only blank tokens:
+    the end of a turn, a line end, or the space that OpenRLHF puts before the EOS.  If only one of
+    the two is empty, the margin can change, but such a pair is nearly always a mistake.
 
     Args:
-        is_blank: of :func:`blank`.
+        is_blank: the result of :func:`blank`.
     """
     found = ["identical"] if list(chosen) == list(rejected) else []
     if any(all(map(is_blank, answer)) for answer in (chosen, rejected)):
@@ -65,8 +65,10 @@ def faults(
 def cut(
     prompt: Sequence[int], answer: Sequence[int], limit: int | None, keep_end: bool = False
 ) -> list[int]:
-    """What is left of the answer once prompt and answer are cut to ``limit`` tokens: to the first
-    ones, or with ``keep_end`` to the last."""
+    """What is left of the answer after prompt and answer are cut to ``limit`` tokens.
+
+    The first tokens are kept, or with ``keep_end`` the last ones.
+    """
     over = 0 if limit is None else max(0, len(prompt) + len(answer) - limit)
     if keep_end:
         return list(answer[max(0, over - len(prompt)) :])
@@ -74,7 +76,7 @@ def cut(
 
 
 def places(count: int) -> range:
-    """The rows that are looked at, of ``count``."""
+    """The rows that are checked, out of ``count``."""
     return range(0, count, max(1, -(-count // LOOKED_AT)))
 
 
@@ -92,26 +94,27 @@ def check(
     say: bool,
     evaluation: bool = False,
 ) -> None:
-    """Refuse data of which more than half can't be learnt from, and warn of less.
+    """Refuse data if more than half of it has the same fault, and warn if less has one.
 
-    A pair whose common start was taken for the prompt, and one answer for empty because of that, is
-    warned of and never refused: it teaches where to stop.
+    If the host takes the common start of two texts as their prompt, one answer can become empty.
+    Such a pair causes a warning but is never refused: it teaches where to stop.
 
     Args:
         pairs: row in the data, and token ids of prompt, chosen and rejected answer.
-        tokenizer: names BOS and EOS, and shows the first such pair: hosts shuffle and drop rows.
+        tokenizer: knows BOS and EOS, and decodes the first bad pair for the message: a row number
+            isn't enough, as hosts shuffle and drop rows.
         key: the host's key or flag for the length that sequences are cut to.
-        limit: that length in tokens; None where nothing is cut.
-        keep_end: whether what is cut off is the start.
-        shared: whether the host takes the common start of two texts for their prompt.
+        limit: that length in tokens; None if nothing is cut.
+        keep_end: whether the start is cut off, and not the end.
+        shared: whether the host takes the common start of two texts as their prompt.
         marker: a text that the host renders beside an answer, and never as a part of it.
-        allow: what the user gives to train on data that is refused.
-        allowed: whether it was given: what would be refused is warned of.
+        allow: what the user sets to train on data that is refused, for the message.
+        allowed: whether the user has set it; then there are only warnings.
         say: whether this process writes the warnings.
-        evaluation: whether this is evaluation data, of which nothing is refused.
+        evaluation: whether this is evaluation data, which is never refused.
 
     Raises:
-        ValueError: there is no pair, or more than half have the same fault.
+        ValueError: there is no pair, or more than half of the pairs have the same fault.
     """
     rows: dict[str, int] = dict.fromkeys(_WHY, 0)
     first: dict[str, tuple[int, list[int]]] = {}
@@ -126,7 +129,7 @@ def check(
         if found == ["empty"] and shared:
             found = ["shared"]
         if "identical" in found:
-            # A host that has cut them already leaves sequences of just this length.
+            # If the host has already cut the sequences, they have exactly this length.
             at_limit = len(prompt) + len(answers[0]) == limit
             alike_once_cut += at_limit or list(answers[0]) != list(answers[1])
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -164,7 +167,7 @@ def check(
 def _strayed(
     prompt: Sequence[int], answer: Sequence[int], tokenizer: Any, marker: str | None
 ) -> bool:
-    """Whether the answer holds what stands before an answer, in the host's rendering."""
+    """Whether the answer holds text that the host's rendering puts before an answer."""
     if marker is not None and marker in tokenizer.decode(answer):
         return True
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id

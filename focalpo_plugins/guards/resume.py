@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint goes on with the loss that trained it."""
+"""Checks that a resumed run continues with the loss that trained its checkpoint."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-#: By this name transformers keeps what was trained in a checkpoint's trainer_state.json.
+#: The name under which transformers keeps our record in a checkpoint's trainer_state.json.
 IN_TRAINER_STATE = "_Record"
-#: The file that holds it, where a checkpoint has no such state.
+#: The file that holds the record, if a checkpoint has no such state.
 RECORD_FILE = "focalpo_plugins.json"
 
 
 def of_trainer_state(state: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record in a checkpoint's trainer_state.json; None where no loss of ours has trained it.
+    """The record in a checkpoint's trainer_state.json; None if none of our losses trained it.
 
     Raises:
         LookupError, AttributeError: ``state`` is not what transformers writes.
     """
     found = state["stateful_callbacks"].get(IN_TRAINER_STATE)
-    # A list where a trainer was given its loss twice.
+    # It is a list if a trainer was given its loss twice.
     last = found[-1] if isinstance(found, list) else found
     return None if last is None else last["args"]["record"]
 
@@ -34,11 +34,11 @@ def check_unchanged(
     """Compare what a checkpoint was trained with and what is asked for.
 
     Args:
-        recorded: by key, as saved with the checkpoint; None where nothing was.
-        asked: by key, what this run would train.
-        checkpoint: where it is, for the message.
-        allow: what the user gives to go on all the same.
-        written: the keys as the user writes them, where the host has another name for one.
+        recorded: values by key, as saved with the checkpoint; None if nothing was saved.
+        asked: values by key that this run would train with.
+        checkpoint: the checkpoint's path, for the message.
+        allow: what the user sets to resume anyway, for the message.
+        written: the user's names of keys for which the host has another name.
 
     Raises:
         ValueError: they differ; half a run would be trained with one loss and half with another.

@@ -1,4 +1,4 @@
-"""What rows of preference data look like: their columns in words, and which format they have."""
+"""Describes rows of preference data: their columns in words, and their format."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ TEXTS = "two texts without a prompt"
 
 _PROMPTS = ("prompt", "messages", "question", "instruction", "input")
 _ANSWERING = ("assistant", "gpt", "model")
-_COLUMNS = 8  # that are shown
+_COLUMNS = 8  # shown in a message
 _LOOKED_AT = 100_000  # rows
 
 
 @dataclass(frozen=True)
 class Look:
-    """What was seen of rows.
+    """A description of rows.
 
     Attributes:
         words: the first row's columns, and what each holds.
-        format: one of this module's; None where it is none of them.
-        prompt: the column that the prompt is in; None where there is none.
-        problem: why no host can read the first row; None where it can be read.
-        odd: the first row that differs from the first one, in words; None where none does.
+        format: one of this module's formats; None if it is another one.
+        prompt: the column of the prompt; None if there is none.
+        problem: why no host can read the first row; None if a host can.
+        odd: in words, the first later row that differs from the first one; None if none does.
     """
 
     words: str
@@ -45,12 +45,12 @@ def look(
     rejected: str = "rejected",
     prompt: str | None = None,
 ) -> Look | None:
-    """Look at the first row, and for the first one that differs from it; None without any.
+    """Describe the first row, and the first later one that differs from it; None without rows.
 
     Args:
         chosen: the column of the chosen answer.
         rejected: the column of the rejected answer.
-        prompt: the column of the prompt, where the user has named one.
+        prompt: the column of the prompt, if the user has named one.
     """
     first, odd = None, None
     columns: Sequence[str] = ()

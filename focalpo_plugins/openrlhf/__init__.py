@@ -1,7 +1,7 @@
 """OpenRLHF: ``--loss focalpo`` on the command line of ``openrlhf.cli.train_dpo``.
 
-Nothing here imports OpenRLHF before its own command has: a machine without CUDA has to be readied
-for it first (:mod:`.cpu`).
+Nothing here imports OpenRLHF before OpenRLHF's own command does: a machine without CUDA has to be
+prepared for it first (:mod:`.cpu`).
 """
 
 from __future__ import annotations

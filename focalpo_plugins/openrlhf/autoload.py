@@ -1,7 +1,7 @@
 """Makes ``--loss`` a flag of OpenRLHF's command; called once, before OpenRLHF is imported.
 
-OpenRLHF has no plug-in mechanism, and its parser is built where no one can reach it, under
-``if __name__ == "__main__"``.  So argparse itself is watched until that parser parses.
+OpenRLHF has no plug-in mechanism, and it builds its parser under ``if __name__ == "__main__"``,
+where no other code can reach it.  So argparse's methods are wrapped until that parser parses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from . import COMMAND, cpu
 
 
 def patch(module: ModuleType | None = None) -> None:
-    """Ready this process, whose command is OpenRLHF's, for ``--loss``."""
+    """Prepare this process, which runs OpenRLHF's command, for ``--loss``."""
     cpu.stand_in()
     originals = {name: getattr(ArgumentParser, name) for name in ("parse_args", "parse_known_args")}
 
@@ -33,7 +33,7 @@ def patch(module: ModuleType | None = None) -> None:
                 setattr(ArgumentParser, name, original)
             try:
                 from . import flags
-            except Exception as error:  # a run that doesn't ask for us must go on
+            except Exception as error:  # a run that doesn't use --loss must continue
                 warnings.warn(
                     f"focalpo_plugins: no --loss ({type(error).__name__}: {error})", stacklevel=2
                 )
@@ -49,7 +49,7 @@ def patch(module: ModuleType | None = None) -> None:
 def _is_openrlhf(caller: Mapping[str, Any]) -> bool:
     name = str(caller.get("__name__"))
     if name == "__main__":
-        file = Path(str(caller.get("__file__")))  # it has no spec where it is run by its path
+        file = Path(str(caller.get("__file__")))  # a script run by its path has no spec
         spec = caller.get("__spec__")
         name = ".".join(file.with_suffix("").parts[-3:]) if spec is None else spec.name
     return name == COMMAND or name.startswith("openrlhf.")

@@ -1,7 +1,8 @@
-"""The CPU mode: what OpenRLHF asks of CUDA, where there is none.
+"""The CPU mode: replaces what OpenRLHF needs of CUDA on a machine without CUDA.
 
-OpenRLHF is written for CUDA, but for a handful of calls its DPO command runs whole on a CPU, which
-is how a command line, a data set and a chat template are tried out before GPUs are rented.
+OpenRLHF is written for CUDA, but only a handful of calls keep its DPO command from running on a
+CPU.  With these replaced, users can try a command line, a data set and a chat template before they
+rent GPUs.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ active = False
 
 
 def stand_in() -> None:
-    """Put something that works on a CPU in the place of what OpenRLHF asks of CUDA, and say so.
+    """Replace OpenRLHF's calls to CUDA by ones that work on a CPU, and warn about it.
 
-    Does nothing where CUDA is available, or ``DS_ACCELERATOR`` names another accelerator.  To be
-    called when torch is imported and OpenRLHF is not yet.
+    Does nothing if CUDA is available or ``DS_ACCELERATOR`` names another accelerator.  Call it
+    after torch is imported and before OpenRLHF is.
     """
     global active
     import torch
@@ -75,12 +76,12 @@ def check(namespace: SimpleNamespace | Any) -> None:
 
 
 def _modules_of_flash_attn() -> None:
-    """OpenRLHF imports flash-attn's Python part in any case, and that imports its kernels."""
+    """Replace flash-attn's kernels: OpenRLHF always imports flash-attn, which imports them."""
     if importlib.util.find_spec("flash_attn_2_cuda") is None:
         empty = ModuleType("flash_attn_2_cuda")
         empty.__spec__ = ModuleSpec(empty.__name__, None)
         sys.modules[empty.__name__] = empty
-    # A Triton kernel, which a CUDA build of torch brings along; None makes its import fail, and
+    # A Triton kernel; a CUDA build of torch brings Triton along.  None makes its import fail, and
     # OpenRLHF then computes the log-probabilities with torch.
     sys.modules["flash_attn.ops.triton.cross_entropy"] = None  # type: ignore[assignment]
 

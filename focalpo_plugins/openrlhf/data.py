@@ -32,9 +32,9 @@ _FLAGS = {
 
 
 def explain(args: Any, error: BaseException) -> str | None:
-    """What an error means that came up while OpenRLHF read the data.
+    """Explain an error that was raised while OpenRLHF read the data.
 
-    None where it came from elsewhere, or where the rows are as the flags ask for.
+    None if the error came from elsewhere, or if the rows fit the flags.
 
     Args:
         args: the parsed command line.
@@ -57,7 +57,7 @@ def described(args: Any) -> list[str]:
 
 
 def hub_names(args: Any) -> dict[str, str]:
-    """What the command line names that may come from a hub, by its flag."""
+    """The names in the command line that may come from a hub, by flag."""
     of_host = dotted(args)
     names = {"model.model_name_or_path": of_host.model.model_name_or_path}
     names["ref.model_name_or_path"] = of_host.ref.model_name_or_path
@@ -73,7 +73,7 @@ def _look(args: Any, path: str) -> Look | None:
     data = dotted(args).data
     try:
         return look(_rows(args, path), data.chosen_key, data.rejected_key, data.prompt_key)
-    except Exception:  # it can't be read: the host says so
+    except Exception:  # the rows can't be read: the host reports it
         return None
 
 

@@ -1,7 +1,7 @@
 """What an OpenRLHF command line will train on, read by OpenRLHF itself.
 
-Its command runs up to the first thing that it does with the parsed flags; data set and tokenizer
-are then made by the calls that follow there.
+OpenRLHF's command runs until it first uses the parsed flags.  Then this module creates data set and
+tokenizer with the same calls as the rest of the command.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def plan(argv: Sequence[str], gpus: int, shape: Path | None = None) -> Plan:
     """Read the command line ``argv``, without the program's name, as OpenRLHF would.
 
     Args:
-        gpus: ranks that the run is meant for.
-        shape: a folder with the config of a model, which takes the policy's place; then neither
+        gpus: number of ranks that the run is planned for.
+        shape: a folder with the config of a model, which replaces the policy; then neither
             tokenizer nor data is read.
 
     Raises:
-        ValueError: the flags are wrong; the message is the parser's.  Or the data, or what is taken
-            from a hub, can't be read.
-        RuntimeError: the installed OpenRLHF starts its training otherwise.
+        ValueError: the flags are wrong (the message is the parser's), or the data or files on a hub
+            can't be read.
+        RuntimeError: the installed OpenRLHF starts its training in another way.
     """
     of_host = _flags(argv)
     with _explained(of_host):
@@ -57,7 +57,7 @@ def plan(argv: Sequence[str], gpus: int, shape: Path | None = None) -> Plan:
 
 @contextmanager
 def _explained(of_host: Any) -> Iterator[None]:
-    """Have an error of the host's say what it means, where that is known."""
+    """Add to the host's error what it means, if that is known."""
     try:
         yield
     except Exception as error:
@@ -144,14 +144,14 @@ def _plan(of_host: Any, gpus: int, shape: Path | None) -> Plan:
             f"the {len(rows)} pairs fits. Raise it."
         )
 
-    # What doesn't fill a rank's share or a micro-batch is dropped; a step may span two epochs.
+    # Pairs that don't fill a rank's share or a micro-batch are dropped; a step may span two epochs.
     batches = len(trained) // data_ranks // args.train.micro_batch_size
     found = []
     if accumulation == 0 or rest:
         found.append(
             f"--train.batch_size {args.train.batch_size} is no multiple of micro-batch x ranks, "
             f"{args.train.micro_batch_size} x {data_ranks}: OpenRLHF rounds the accumulation down, "
-            "and DeepSpeed refuses a batch that doesn't come out."
+            "and DeepSpeed refuses a batch size that is no such multiple."
         )
     if len(trained) < args.train.batch_size:
         found.append(
@@ -179,11 +179,11 @@ def _plan(of_host: Any, gpus: int, shape: Path | None) -> Plan:
 
 
 def _flags(argv: Sequence[str]) -> Any:
-    """The parsed flags, after all that OpenRLHF's command does to them before it trains."""
+    """The parsed flags, after all changes that OpenRLHF's command makes before it trains."""
     import torch  # noqa: F401  (the CPU mode has to find it imported)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this is the CPU mode: nothing is run
+        warnings.simplefilter("ignore")  # the warning of the CPU mode: nothing is run
         patch()
     from openrlhf import utils
 
@@ -194,10 +194,10 @@ def _flags(argv: Sequence[str]) -> Any:
         raise ValueError(message)
 
     before = sys.argv, cpu.active, ArgumentParser.error, utils.get_strategy
-    # The launcher and its flags may stand before the command's own.
+    # The launcher and its flags may come before the command's own.
     starts = [i for i, word in enumerate(argv) if word in (COMMAND, _OURS)]
     sys.argv = [COMMAND, *argv[starts[-1] + 1 if starts else 0 :]]
-    # What needs CUDA is no mistake here: the run is meant for a machine that has it.
+    # A flag that needs CUDA is no mistake here: the run is planned for a machine that has it.
     cpu.active = False
     ArgumentParser.error = refuse  # type: ignore[assignment, method-assign]
     utils.get_strategy = stop  # the first thing that the command's train() calls, with its flags
@@ -218,7 +218,7 @@ def _flags(argv: Sequence[str]) -> Any:
 
 
 def _pairs(of_host: Any, trained: Any, whole: Any, max_length: int) -> Iterator[Pair]:
-    """The items of ``trained``, beside those of ``whole``, which nothing was cut from."""
+    """The items of ``trained``, compared with the items of ``whole``, which are not cut."""
     # OpenRLHF keeps a prompt that leaves two tokens for the answer.
     kept = [place for place, length in enumerate(whole.extras) if length < max_length - 2]
     if len(kept) != len(trained):
@@ -233,7 +233,7 @@ def _pairs(of_host: Any, trained: Any, whole: Any, max_length: int) -> Iterator[
         uncut = whole[original]
         cut = chosen.numel() < uncut[0].numel() or rejected.numel() < uncut[2].numel()
         sides = [
-            # As DPOTrainer masks it: what is not the prompt goes into the loss.
+            # As DPOTrainer masks it: every token after the prompt goes into the loss.
             Tokens(ids, [position >= prompt_length for position in range(len(ids))])
             for ids in (chosen.flatten().tolist(), rejected.flatten().tolist())
         ]
@@ -262,7 +262,7 @@ def _state(args: Any, precomputed: bool, shape: Path | None) -> ModelState:
         lora=lora,
         weight_bytes=2,
         four_bit=args.ds.load_in_4bit,
-        # DeepSpeed's mixed precision: a float32 copy, and two moments, one for Muon.
+        # DeepSpeed's mixed precision: a float32 copy, and two moments, or one moment for Muon.
         optimizer_bytes=8.0 if getattr(args, "optim", "adam") == "muon" else 12.0,
         zero_stage=args.ds.zero_stage,
         reference=True,

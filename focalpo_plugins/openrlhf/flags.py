@@ -1,4 +1,4 @@
-"""The flags ``--loss`` and ``--NAME.option`` in OpenRLHF's parser, and what they may say."""
+"""The flags ``--loss`` and ``--NAME.option`` in OpenRLHF's parser, and checks of their values."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..registry import BoundLoss, PairwiseLoss, get_loss, losses
 from . import cpu, data
 from .names import spelled, versions
 
-# OpenRLHF's own loss.  It stays OpenRLHF's, whatever a package may register under this name.
+# OpenRLHF's own loss, even if a package registers a loss under this name.
 _OF_HOST = "dpo"
 
-# Flags under every loss's name that are no options of it.
+# Flags under every loss's name that are not options of the loss.
 _OF_TRAINER = {
     "shared_prompts": False,
     "precompute_ref": False,
@@ -38,18 +38,17 @@ def parse(
     *more: Any,
     **kwargs: Any,
 ) -> Any:
-    """Parse with our flags in OpenRLHF's parser, and put the loss asked for in its trainer's place.
+    """Parse with our flags in OpenRLHF's parser, and install our trainer if our loss is asked for.
 
-    Whatever is wrong with the command line ends the process as argparse does: usage, message,
-    exit code 2.
+    Any error in the command line ends the process as in argparse: usage, message, exit code 2.
 
     Args:
         parse_original: the parser's own ``parse_args`` or ``parse_known_args``.
-        parser: OpenRLHF's.
-        args: what ``parse_original`` is called with, as are ``more`` and ``kwargs``.
+        parser: OpenRLHF's parser.
+        args: passed to ``parse_original``, like ``more`` and ``kwargs``.
 
     Raises:
-        RuntimeError: the loss asked for is ours, and the installed OpenRLHF constructs its own
+        RuntimeError: our loss is asked for, and the installed OpenRLHF constructs its own loss
             elsewhere.
     """
     argv = list(sys.argv[1:] if args is None else args)
@@ -90,7 +89,10 @@ def _defaults(loss: PairwiseLoss) -> dict[str, Any]:
 
 
 def _add(parser: ArgumentParser, argv: Sequence[str]) -> bool:
-    """Add the flags, or none of them where OpenRLHF has one itself and this run asks for none."""
+    """Add the flags, and return whether they were added.
+
+    None is added if OpenRLHF already has one of them and this run uses none.
+    """
     ours = _written()
     taken = ours & _known(parser)
     if taken:
@@ -124,7 +126,7 @@ def _add(parser: ArgumentParser, argv: Sequence[str]) -> bool:
         helps = loss.help if option in loss.options else OF_ANY_LOSS
         text = helps.get(option, f"Option of the loss {loss.name}")
         text = f"{text} (default: {default})".replace("%", "%%")
-        # Left out of the namespace unless given, which tells what the user asked for.
+        # A flag is in the namespace only if the user gave it: so we know what was asked for.
         group.add_argument(f"--{flag}", default=SUPPRESS, help=text, **kind)
     return True
 
@@ -148,7 +150,7 @@ def _loss_name(name: str) -> str:
 
 
 def _number(default: float, text: str) -> float:
-    """``text`` as a number of the type of ``default``; its range is the loss's to check."""
+    """``text`` as a number of the type of ``default``; the loss checks its range."""
     try:
         return type(default)(text)
     except ValueError:
@@ -158,7 +160,7 @@ def _number(default: float, text: str) -> float:
 
 
 def _number_or_text(text: str) -> float | str:
-    """For a default of None, which doesn't tell what else the option may be."""
+    """A number if ``text`` is one: a default of None doesn't tell the option's type."""
     try:
         return float(text)
     except ValueError:
@@ -166,10 +168,10 @@ def _number_or_text(text: str) -> float | str:
 
 
 def _check_spelling(parser: ArgumentParser, argv: Sequence[str]) -> None:
-    """Refuse a flag of ours that is misspelt or abbreviated.
+    """Refuse one of our flags if it is misspelt or abbreviated.
 
-    argparse takes an abbreviation for the one flag that begins with it.  OpenRLHF's own
-    abbreviations stay as they are; ours could come to stand for another loss's flag.
+    argparse expands an abbreviation to the one flag that begins with it.  OpenRLHF's own
+    abbreviations still work, but an abbreviation of our flag could later mean another loss's flag.
     """
     ours = sorted(_written())
     known = _known(parser)
@@ -189,7 +191,7 @@ def _check_spelling(parser: ArgumentParser, argv: Sequence[str]) -> None:
 
 
 def _check(parser: ArgumentParser, namespace: Namespace) -> BoundLoss | None:
-    """The loss asked for, None for OpenRLHF's own; leaves the namespace as that loss needs it."""
+    """The loss asked for, None for OpenRLHF's own; changes the namespace for that loss."""
     values = vars(namespace)
     name = values["loss"]
     try:
@@ -201,7 +203,7 @@ def _check(parser: ArgumentParser, namespace: Namespace) -> BoundLoss | None:
                     f"{name}. Give --loss {loss.name}, or remove --{flag}."
                 )
         if name == _OF_HOST:
-            del values["loss"]  # OpenRLHF, and what it logs, sees nothing of us
+            del values["loss"]  # neither OpenRLHF nor its log sees our flag
             return None
         bound = _bind(get_loss(name), values)
         _check_host_flags(values, name)
@@ -233,7 +235,7 @@ def _bind(loss: PairwiseLoss, values: dict[str, Any]) -> BoundLoss:
 
 
 def _check_precompute(values: dict[str, Any], loss: PairwiseLoss) -> None:
-    """``precompute_dir`` goes with ``precompute_ref``; by default OpenRLHF's output folder."""
+    """``precompute_dir`` needs ``precompute_ref``; its default is OpenRLHF's output folder."""
     ref, folder = (f"{loss.name}.precompute_{of}" for of in ("ref", "dir"))
     if values.get(ref):
         values.setdefault(folder, values[spelled("ckpt.output_dir", values)])
@@ -245,7 +247,7 @@ def _check_precompute(values: dict[str, Any], loss: PairwiseLoss) -> None:
 
 
 def _check_shared(values: dict[str, Any], asked: str) -> None:
-    """What shared prompts can't be combined with."""
+    """Refuse flags that shared prompts can't be combined with."""
     for name in ("ds.ring_attn_size", "ds.tensor_parallel_size"):
         flag = spelled(name, values)
         if values.get(flag, 1) != 1:
@@ -262,7 +264,7 @@ def _check_shared(values: dict[str, Any], asked: str) -> None:
 
 
 def _check_host_flags(values: dict[str, Any], name: str) -> None:
-    """OpenRLHF's own flags that go into the loss; it doesn't check them itself."""
+    """Check OpenRLHF's own flags that go into the loss: OpenRLHF doesn't check them itself."""
     flags = {
         option: spelled(f"model.{option}", values)
         for option in ("beta", "label_smoothing", "ipo_enable")

@@ -1,4 +1,4 @@
-"""A registered pairwise loss in the contract of OpenRLHF's ``DPOLoss``."""
+"""A registered pairwise loss with the interface of OpenRLHF's ``DPOLoss``."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from ..registry import get_loss
 
 
 class PairwiseDPOLoss(nn.Module):
-    r"""Four tensors of log-probabilities in; mean loss and both rewards out.
+    r"""Mean loss and both rewards from four tensors of log-probabilities.
+
+    The loss gets the margin of the log-probabilities
 
     .. math:: z = \beta\,\big((\pi_w - \pi_l) - (\pi^{ref}_w - \pi^{ref}_l)\big)
 
-    of the log-probabilities goes to the loss.  The rewards and the mean are those of OpenRLHF's
-    ``DPOLoss``, whose arguments come first so that this one can be constructed in its place.
+    The rewards and the mean are as in OpenRLHF's ``DPOLoss``.  Its arguments come first, so that
+    this class can be constructed in its place.
 
     Args:
         beta: scale of the implicit reward.
-        label_smoothing: share ``e`` of labels taken to be flipped: ``(1 - e) L(z) + e L(-z)``.
+        label_smoothing: assumed share ``e`` of flipped labels: ``(1 - e) L(z) + e L(-z)``.
         ipo: must be false; IPO is another loss.
-        loss: a registered loss.
-        options: its options, such as ``gamma`` and ``variant``; those not given at their defaults.
+        loss: name of a registered loss.
+        options: its options, such as ``gamma`` and ``variant``; the others keep their defaults.
 
     Raises:
         ValueError: a value is out of range, or the loss or an option is not known.
@@ -58,7 +60,7 @@ class PairwiseDPOLoss(nn.Module):
         self.pairwise_loss = get_loss(loss).bind(**options)
         #: Called with the margins ``(B,)`` of every batch.
         self.record: Callable[[Tensor], None] | None = None
-        #: Gives the point of the run, 0 to 1, for a loss that changes over it.
+        #: Returns the point of the run, 0 to 1, for a loss that changes over the run.
         self.progress: Callable[[], float] = float
 
     def forward(
@@ -80,8 +82,8 @@ class PairwiseDPOLoss(nn.Module):
         logratios = policy_logratios - reference_logratios
         if self.record is not None:
             self.record(self.beta * logratios)
-        # Beta multiplies each of the two gradients, before they are added, as in ``DPOLoss``: at
-        # gamma 0 the last bit is the same.
+        # Beta multiplies each of the two gradients before they are added, as in ``DPOLoss``: so at
+        # gamma 0 both are equal to the last bit.
         loss = label_smoothed(
             lambda signed: pairwise_loss(self.beta * signed),
             logratios,

@@ -1,4 +1,4 @@
-"""The two spellings of OpenRLHF's flags, and what was given under the name of a loss."""
+"""The two spellings of OpenRLHF's flags, and the flags given under the name of a loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ..registry import get_loss
 
-# What we read of OpenRLHF's flags, by the names of its releases from 0.10.2 on, and before.
+# The OpenRLHF flags that we read: their names in releases from 0.10.2 on, and before.
 FLAT = {
     "model.model_name_or_path": "pretrain",
     "model.beta": "beta",
@@ -64,8 +64,10 @@ def spelled(flag: str, values: Mapping[str, Any]) -> str:
 
 
 def dotted(args: Any) -> Any:
-    """OpenRLHF's arguments, to be read by the names of the keys of :data:`FLAT`; a copy where its
-    own are flat, or as the parser leaves them."""
+    """OpenRLHF's arguments, nested by the names in the keys of :data:`FLAT`.
+
+    The result is a copy if the arguments are flat, or are as the parser leaves them.
+    """
     if hasattr(args, "model"):
         return args
     nested = Namespace()
@@ -84,7 +86,7 @@ def given_options(args: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """What was given under the name of ``args.loss``: options of the loss, and the trainer's flags.
 
     Args:
-        args: as OpenRLHF hands them on, with a namespace for each prefix or without.
+        args: OpenRLHF's arguments, with or without a namespace for each prefix.
     """
     prefix = f"{args.loss}."
     given = dict(vars(getattr(args, args.loss, Namespace())))

@@ -1,12 +1,12 @@
-"""The reference's log-probabilities, computed once and kept in a file, in the place of its model.
+"""The reference's log-probabilities, computed once and kept in a file, in place of its model.
 
-A pair is known by a digest of all that the reference is given of it: the token ids of both sides,
-without padding, and where the answers start.  So it doesn't matter in which order, on which rank or
-in which epoch a pair comes up, and a pair whose log-probabilities aren't there has no digest there.
+A pair is identified by a digest of its inputs to the reference: the token ids of both sides,
+without padding, and where the answers start.  So the order, the rank and the epoch of a pair don't
+matter, and a pair without log-probabilities is found by its missing digest.
 
-A file is good for a run whose reference, as it is in memory once it is loaded, and whose set of
-pairs have the digests in its key.  Data, chat template, tokenizer and greatest length are in the
-pairs; where the weights came from doesn't matter.
+A file's key has digests of the reference, as it is in memory after loading, and of the set of
+pairs.  A run can use the file if both are equal.  The pairs include the effect of data, chat
+template, tokenizer and maximum length.  Where the weights came from doesn't matter.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ class ReferenceLogps:
     """Looks up the reference's summed log-probabilities of a batch.
 
     Args:
-        digests: of the pairs, ``(N, 16)``, bytes.
-        logps: of the chosen and the rejected answers, ``(N, 2)``.
+        digests: digests of the pairs, ``(N, 16)``, bytes.
+        logps: log-probabilities of the chosen and the rejected answers, ``(N, 2)``.
 
     Attributes:
-        unknown: what to say of a pair that was asked for and is not there; empty until then.
+        unknown: a message about a pair that was looked up and is missing; empty until then.
     """
 
     def __init__(self, digests: Tensor, logps: Tensor) -> None:
         self._rows = {bytes(digest): row for row, digest in enumerate(digests.numpy())}
-        # The last row is that of a pair which is not there.
+        # The last row is for a pair that is missing.
         self._logps = torch.cat([logps, torch.full((1, 2), torch.nan)])
         self.unknown = ""
 
@@ -69,8 +69,8 @@ class ReferenceLogps:
     ) -> tuple[Tensor, Tensor]:
         """Both sides ``(B,)`` for a batch of ids and masks ``(B, T)``, as ``DPOTrainer`` has them.
 
-        NaN for a pair that is not one of those that the log-probabilities were computed of: one
-        rank may meet it, and all have to stop.
+        NaN for a pair without precomputed log-probabilities: if one rank meets such a pair, all
+        ranks have to stop.
         """
         batch = (chosen_ids, chosen_mask, rejected_ids, rejected_mask, prompt_lengths)
         rows = [self._rows.get(digest, -1) for digest in pair_digests(*batch)]
@@ -89,15 +89,15 @@ def precompute(
 ) -> ReferenceLogps:
     """Read or compute the log-probabilities of all pairs of ``trainer``, and free its reference.
 
-    To be called on all ranks.  The first one alone reads and writes the file.  The reference's
-    place is kept by an ``Actor`` without a model.
+    Call it on all ranks; only the first one reads and writes the file.  An ``Actor`` without a
+    model stays in the reference's place.
 
     Args:
-        trainer: OpenRLHF's, ready to train.
-        strategy: OpenRLHF's.
-        folder: where the file is or will be.
-        flag: what the user named ``folder`` by.
-        shared: whether the forward pass shares prompts, which rounds otherwise.
+        trainer: OpenRLHF's trainer, ready to train.
+        strategy: OpenRLHF's strategy.
+        folder: the folder of the file.
+        flag: the flag by which the user named ``folder``.
+        shared: whether the forward pass shares prompts, which rounds differently.
 
     Raises:
         SystemExit: the folder can't be written to, or a log-probability is not finite.
@@ -115,9 +115,9 @@ def precompute(
     if strategy.is_rank_0() and os.path.exists(path):
         try:
             logps = _read(path, key, pairs.digests)
-        except Exception as error:  # whatever it is, the other ranks wait
+        except Exception as error:  # any error, because the other ranks wait
             say(f"{path} is damaged ({error}) and is recreated.")
-    # The largest: what the first rank has read, for all of them or none.
+    # The maximum gives all ranks what the first one has read: all log-probs or none.
     logps = strategy.all_reduce(logps, "max")
     how = "read from"
     if not logps.isfinite().all():
@@ -134,12 +134,12 @@ def precompute(
 
 
 class _Pairs:
-    """The pairs of all data sets, each once, in an order that depends on nothing but the pairs.
+    """The pairs of all data sets, each once, in an order that depends only on the pairs.
 
     Attributes:
-        digests: ``(N, 16)``, bytes.
-        places: of each pair, its place in the data sets, which follow each other.
-        lengths: of each pair's longer side, in tokens.
+        digests: digests of the pairs, ``(N, 16)``, bytes.
+        places: each pair's place in the concatenated data sets.
+        lengths: length of each pair's longer side, in tokens.
     """
 
     def __init__(self, loaders: Sequence[Any], strategy: Any) -> None:
@@ -147,7 +147,7 @@ class _Pairs:
         self._collate = loaders[0].collate_fn
         digests = torch.zeros(len(self.data), _DIGEST, dtype=torch.uint8)
         lengths = torch.zeros(len(self.data), dtype=torch.int64)
-        # Each rank its share, and then the largest: zero on the other ranks.
+        # Each rank fills its share.  The maximum joins them: the other ranks have zeros there.
         share = range(strategy.get_rank(), len(self.data), strategy.world_size)
         for place in _bar(share, "Reading pairs", strategy):
             batch = self.batch([place])
@@ -160,7 +160,7 @@ class _Pairs:
         self.digests, self.lengths = digests[self.places], lengths[self.places].tolist()
 
     def batch(self, places: Iterable[int]) -> tuple[Any, ...]:
-        """As ``DPOTrainer`` takes it from its data loader."""
+        """The batch as ``DPOTrainer`` takes it from its data loader."""
         *tensors, prompt_lengths = self._collate([self.data[place] for place in places])
         return (*(tensor.squeeze(1) for tensor in tensors), prompt_lengths)
 
@@ -178,7 +178,7 @@ def pair_digests(
     rejected_mask: Tensor,
     prompt_lengths: Sequence[int],
 ) -> list[bytes]:
-    """For each pair of a batch, what it is known by; arguments as for :class:`ReferenceLogps`."""
+    """The digest of each pair of a batch; arguments as for calls of :class:`ReferenceLogps`."""
     sides = [
         [ids[mask.bool()] for ids, mask in zip(all_ids.cpu(), masks.cpu(), strict=True)]
         for all_ids, masks in ((chosen_ids, chosen_mask), (rejected_ids, rejected_mask))
@@ -203,7 +203,7 @@ def _about(trainer: Any, strategy: Any, shared: bool) -> dict[str, Any]:
         "config": config,
         "attention": getattr(model.config, "_attn_implementation", None),
         "experts": getattr(model.config, "_experts_implementation", None),
-        # Liger's and 4-bit layers have names of their own, and remote code its commit.
+        # Liger's and 4-bit layers have their own class names, and remote code's names a commit.
         "layers": sorted({f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modules()}),
         "packing": trainer.packing_samples,
         **({"shared": True} if shared else {}),
@@ -218,9 +218,9 @@ def _about(trainer: Any, strategy: Any, shared: bool) -> dict[str, Any]:
 
 
 def _weights(model: Any, strategy: Any) -> list[str]:
-    """SHA-256 of the weights as they are in memory, about a second for each gigabyte.
+    """SHA-256 of the weights in memory; it takes about a second for each gigabyte.
 
-    One for all ranks, or one for each slice of the weights under tensor parallelism.
+    One for all ranks, or with tensor parallelism one for each slice of the weights.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
@@ -242,7 +242,7 @@ def _compute_and_write(
     with ExitStack() as held:
 
         def reserve() -> None:
-            """As much as the file will take: a full disk is met now, and not an hour later."""
+            """Reserve the file's size, so that a full disk fails now, and not an hour later."""
             with _writing(path, size, flag):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 reserved = held.enter_context(
@@ -262,11 +262,11 @@ def _compute_and_write(
 
 
 def _compute(trainer: Any, strategy: Any, pairs: _Pairs) -> Tensor:
-    """By OpenRLHF's own forward pass, on batches of pairs of about one length, longest first."""
+    """Use OpenRLHF's own forward pass, on batches of pairs of similar length, longest first."""
     size, sampler = trainer.train_dataloader.batch_size, trainer.train_dataloader.sampler
     order = sorted(range(len(pairs.places)), key=lambda row: -pairs.lengths[row])
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    # All ranks go through the model as often: the last round begins again at the longest.
+    # All ranks need the same number of forward passes: the last round starts over at the longest.
     rounds = range(-(-len(batches) // sampler.num_replicas))
     device = next(trainer.model.parameters()).device
     logps: Tensor = torch.full((len(order), 2), _MISSING)
@@ -330,13 +330,13 @@ def _read(path: Path, key: str, digests: Tensor) -> Tensor:
 
 
 def _free(actor: Any) -> int:
-    """Free the engine in ``actor``, and say how many bytes of weights it held on this rank."""
+    """Free the engine in ``actor``, and return the bytes of weights it held on this rank."""
     engine, actor.model = actor.model, None
     engine.destroy()
     held = 0
     for parameter in engine.parameters():
-        # Under ZeRO-3 a parameter is empty, and this rank's share is beside it.  DeepSpeed's hooks
-        # keep parameters alive after their engine, so they are emptied.
+        # With ZeRO-3 a parameter is empty, and an attribute has this rank's share.  DeepSpeed's
+        # hooks keep parameters alive after their engine is destroyed, so we empty them.
         share = getattr(parameter, "ds_tensor", None)
         for tensor in (parameter,) if share is None else (parameter, share):
             held += tensor.nbytes
@@ -352,15 +352,15 @@ def _bar(numbers: range, what: str, strategy: Any) -> Any:
 
 
 def on_rank_0(strategy: Any, do: Callable[[], None]) -> None:
-    """Have the first rank ``do`` something; where that raises, all end.
+    """Run ``do`` on the first rank; if it raises, all ranks end.
 
-    Of a ``ValueError`` the first rank says what it says; anything else it raises.
+    The first rank prints the message of a ``ValueError``, and raises any other error.
     """
     problem = None
     if strategy.is_rank_0():
         try:
             do()
-        except Exception as error:  # whatever it is, the other ranks wait
+        except Exception as error:  # any error, because the other ranks wait
             problem = error
     if strategy.all_reduce(float(problem is not None), "max"):
         if problem is not None and not isinstance(problem, ValueError):
@@ -369,7 +369,7 @@ def on_rank_0(strategy: Any, do: Callable[[], None]) -> None:
 
 
 def stop_all(strategy: Any, why: str) -> NoReturn:
-    """End this rank, as all others are about to; the first says why."""
+    """End this rank, as all other ranks do too; the first one prints why."""
     if strategy.is_rank_0():
         say(why)
         last_line.repeat(why)

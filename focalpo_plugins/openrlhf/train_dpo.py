@@ -1,5 +1,7 @@
-"""``python -m focalpo_plugins.openrlhf.train_dpo``: OpenRLHF's command with ``--loss``, where the
-autoload is off.  It takes the same flags, and the same launchers run it."""
+"""``python -m focalpo_plugins.openrlhf.train_dpo``: OpenRLHF's command with ``--loss``.
+
+It is needed only if the autoload is off.  It takes the same flags, and the same launchers run it.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""OpenRLHF's DPO trainer with another pairwise loss; the only change to it is the loss, and where
-the reference's log-probabilities come from if they are precomputed.
+"""OpenRLHF's DPO trainer with another pairwise loss.
 
-``DPOTrainer.__init__`` constructs ``DPOLoss``, a name of its module, which for the length of that
-call stands for our loss.  What it constructed is looked at, and so is at every step that our loss
-was called: an OpenRLHF that moves its loss must never train DPO under another loss's name.
+Only the loss changes, and the source of the reference's log-probabilities if they are precomputed.
+
+``DPOTrainer.__init__`` constructs ``DPOLoss``, a name of its module.  During that call the name
+refers to our loss.  Afterwards we check the class of the loss, and at every step that it was
+called: if an OpenRLHF release moves its loss, it must never train DPO under another loss's name.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from .reference import ReferenceLogps, on_rank_0, precompute, stop_all
 
 
 def install(loss: BoundLoss) -> None:
-    """Have OpenRLHF's command, whose arguments have just been parsed, construct our trainer.
+    """Make OpenRLHF's command, which has just parsed its arguments, construct our trainer.
 
     Raises:
         RuntimeError: the installed OpenRLHF constructs its trainer or its loss elsewhere.
@@ -94,14 +95,14 @@ class PairwiseDPOTrainer(DPOTrainer):
         self._margins: list[Tensor] = []
         self._batches = self._to_evaluate = 0
         self._tokens = 0, 0  # of the policy's last batch: computed, and in the padded batch
-        self._logged_batches = 0  # before those that the next log is of
+        self._logged_batches = 0  # batches before the ones that the next log covers
         record = self._loss.record(".", beta=loss_fn.beta, label_smoothing=loss_fn.label_smoothing)
         ckpt = dotted(strategy.args).ckpt
         if ckpt.load_enable and not flags.get("allow_changed"):
             _check_resumed(strategy, Path(ckpt.path), record, f"--{name}.allow_changed")
         of_host = dotted(strategy.args)
         reference = of_host.ref.model_name_or_path
-        # OpenRLHF's flag names the policy where no reference is named.
+        # If no reference is named, OpenRLHF's flag names the policy.
         same = reference in (None, of_host.model.model_name_or_path)
         self._starts_as_reference = same and not ckpt.load_enable
         _check_folders(self, strategy)
@@ -129,7 +130,7 @@ class PairwiseDPOTrainer(DPOTrainer):
             self._reference = precompute(self, strategy, folder, flag, self._sharing is not None)
 
     def _check_pairs(self, say: bool, allow: str, allowed: bool) -> None:
-        """Refuse token ids that nothing can be learnt from; on each rank, of the same rows."""
+        """Refuse token ids that can't be learnt from; each rank checks the same rows."""
 
         def rows(dataset: Any) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
             for row in pairs.places(len(dataset)):
@@ -170,8 +171,8 @@ class PairwiseDPOTrainer(DPOTrainer):
             if getattr(model.config.get_text_config(), "output_router_logits", None) is not None:
                 raise ValueError(
                     f"{key} can't be used with a mixture of experts, got {type(model).__name__}: "
-                    "OpenRLHF asks for its routers' loss, which would be of a row and not of the "
-                    f"padded batch. Remove {key}."
+                    "OpenRLHF asks for its routers' loss, which would be computed from a row "
+                    f"instead of the padded batch. Remove {key}."
                 )
             if hasattr(model.config, "vision_config"):
                 raise ValueError(
@@ -183,11 +184,11 @@ class PairwiseDPOTrainer(DPOTrainer):
     def concatenated_forward(self, model: Any, *batch: Any) -> Any:
         if self._reference is None or model is not self.ref_model:
             return self._forward(model, *batch)
-        # NaN for a pair that is not known there: every rank then stops where the margins are.
+        # NaN for an unknown pair: the check of the margins then stops every rank.
         return *self._reference(*batch), None, None
 
     def _forward(self, model: Any, *batch: Any) -> Any:
-        """OpenRLHF's own, with shared prompts where they are asked for."""
+        """OpenRLHF's own forward pass, with shared prompts if they are asked for."""
         sharing = self._sharing
         if sharing is None:
             return super().concatenated_forward(model, *batch)
@@ -213,8 +214,8 @@ class PairwiseDPOTrainer(DPOTrainer):
 
     def evaluate(self, eval_dataloader: Any, *args: Any, **kwargs: Any) -> None:
         self._mode, self._margins = "eval", []
-        # Until all ranks have as many pairs the sampler repeats some, after the last: this rank's
-        # first ones, as many as it would have without, are no repeats.
+        # The sampler repeats pairs at the end, so that all ranks have the same number.  The first
+        # ones of this rank are no repeats: as many as it would have without repeated pairs.
         sampler = eval_dataloader.sampler
         own = range(sampler.rank, len(eval_dataloader.dataset), sampler.num_replicas)
         self._to_evaluate = len(own)
@@ -225,19 +226,20 @@ class PairwiseDPOTrainer(DPOTrainer):
             self._sums.pop("eval", None)
 
     def _progress(self) -> float:
-        """Of the step that is trained, or that was trained before an evaluation: 0 at the run's
-        first and 1 at its last, however many epochs it has."""
+        """Progress at the step that is trained, or at the last one before an evaluation.
+
+        It is 0 at the run's first step and 1 at its last, for any number of epochs.
+        """
         accumulated = self.strategy.accumulated_gradient
         steps = self.epochs * len(self.train_dataloader) // accumulated
         before = (self._batches - (self._mode == "eval")) // accumulated
         return min(1.0, max(0, before) / (steps - 1)) if steps > 1 else 0.0
 
     def _record(self, margins: Tensor) -> None:
-        """Count the pairs of a batch, and stop every rank if a margin of any is not finite: before
-        the batch's gradients are computed.
+        """Count the pairs of a batch, and stop every rank if a margin on any rank is not finite.
 
-        Training repeats no pair: OpenRLHF drops those that don't fill a batch of every rank, others
-        in each epoch.
+        The stop comes before the batch's gradients are computed.  Training repeats no pair:
+        OpenRLHF drops the pairs that don't fill a batch of every rank, others in each epoch.
         """
         self._called = True
         if self._mode == "train":
@@ -263,7 +265,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         self._sums[self._mode] = sums if before is None else before + sums
 
     def _join_diagnostics(self, reduced: dict[str, float]) -> None:
-        """Add ours to the numbers that OpenRLHF has reduced and is about to log."""
+        """Add our diagnostics to the numbers that OpenRLHF has reduced and is about to log."""
         if self._mode == "eval":
             self._accuracy = reduced["acc_mean"]
         reduced.update(self._diagnostics())
@@ -278,7 +280,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         return means(self._sums[self._mode], self._loss, steps) | self._moving
 
     def _stop(self, margins: Tensor) -> None:
-        """Raise on every rank, once the reduction has told them all."""
+        """Raise on every rank, after the reduction has told all ranks about the problem."""
         ranks: list[Any] = [None] * torch.distributed.get_world_size()
         unknown = self._reference and self._reference.unknown
         mine = unknown, not_finite(margins, torch.distributed.get_rank())
@@ -295,8 +297,10 @@ class PairwiseDPOTrainer(DPOTrainer):
 
 
 class _ReducingDiagnostics:
-    """OpenRLHF's strategy; the numbers that the trainer has reduced over the ranks are what it
-    shows and logs, so that is where ours join them."""
+    """OpenRLHF's strategy, with our diagnostics among the numbers that it reduces.
+
+    The trainer shows and logs the numbers that it has reduced over the ranks.
+    """
 
     def __init__(self, strategy: Any, join: Callable[[dict[str, float]], None]) -> None:
         self._strategy = strategy
@@ -313,8 +317,10 @@ class _ReducingDiagnostics:
 
 
 def _together(strategy: Any, check: Callable[[], None]) -> None:
-    """Run ``check`` on every rank; where it raises ``ValueError`` on one, all end, and the first
-    says what was found."""
+    """Run ``check`` on every rank; if it raises ``ValueError`` on one rank, all ranks end.
+
+    The first rank prints what was found.
+    """
     problem = ""
     try:
         check()
@@ -328,8 +334,10 @@ def _together(strategy: Any, check: Callable[[], None]) -> None:
 
 
 def _check_folders(trainer: DPOTrainer, strategy: Any) -> None:
-    """Stop every rank before the first step if what is trained could not be saved; OpenRLHF writes
-    to its output folder after the last step alone.  Rank 0 looks."""
+    """Stop every rank before the first step if the trained model could not be saved.
+
+    OpenRLHF writes to its output folder only after the last step.  Rank 0 checks.
+    """
     ckpt = dotted(strategy.args).ckpt
     # -1, the default, asks for no checkpoints; OpenRLHF makes it infinity later.
     saves = ckpt.save_steps != -1 and (trainer.save_hf_ckpt or not trainer.disable_ds_ckpt)
@@ -352,8 +360,10 @@ def _save_with_record(
     *more: Any,
     **kwargs: Any,
 ) -> Any:
-    """DeepSpeed's ``save_checkpoint``, once our record is in the checkpoint's folder: a checkpoint
-    that is whole, which is when DeepSpeed names it in ``latest``, has it."""
+    """Write our record into the checkpoint's folder, then call DeepSpeed's ``save_checkpoint``.
+
+    DeepSpeed names a checkpoint in ``latest`` when it is whole, so a whole checkpoint has a record.
+    """
 
     def write() -> None:
         path = Path(folder) / tag / RECORD_FILE
@@ -372,7 +382,7 @@ def _save_with_record(
 
 
 def _check_resumed(strategy: Any, folder: Path, asked: Mapping[str, Any], allow: str) -> None:
-    """Stop every rank if the checkpoint that was loaded is of another loss; rank 0 looks."""
+    """Stop every rank if another loss trained the loaded checkpoint; rank 0 checks."""
 
     def check() -> None:
         latest = folder / "latest"

@@ -1,5 +1,7 @@
-"""TRL: ``FocalPOTrainer`` and ``FocalPOConfig`` in place of ``DPOTrainer`` and ``DPOConfig``, and
-the same for CPO, SimPO and ORPO, which load on first use."""
+"""TRL: ``FocalPOTrainer`` and ``FocalPOConfig`` in place of ``DPOTrainer`` and ``DPOConfig``.
+
+The trainers and configs for CPO, SimPO and ORPO load on first use.
+"""
 
 from typing import Any
 

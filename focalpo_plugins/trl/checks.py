@@ -1,4 +1,4 @@
-"""What TRL is, and what it is asked for, before a trainer is built: ours, or refused."""
+"""Checks of TRL, and of a trainer's arguments before the trainer is built."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .seam import check_loss_types
 def given_to(trainer: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A trainer's arguments by name.
 
-    The trainers between ours and TRL's may take more by name, and nothing by position.
+    Classes between our trainer and TRL's may take more arguments by name, but none by position.
     """
     names = list(inspect.signature(trainer.__init__).parameters)[1:]  # type: ignore[misc]
     return {**dict(zip(names, args, strict=False)), **kwargs}
@@ -41,17 +41,17 @@ def check_data(given: Mapping[str, Any]) -> None:
 
 
 def check_arguments(args: DPOConfig, key: str | None = None) -> str | None:
-    """Check TRL's arguments, and say which key asks for the fused path.
+    """Check TRL's arguments, and return the key that asks for the fused path.
 
     Args:
-        key: one that asks for it beside those of ``args``.
+        key: a key outside of ``args`` that asks for the fused path.
 
     Returns:
-        The key; None where the loss is to be TRL's plain path, or the fused one of its own that TRL
-        has from 1.14 on.
+        The key; None for TRL's plain path, or for the fused path of its own that TRL has from 1.14
+        on.
 
     Raises:
-        ValueError: they ask for what a pairwise loss can't be part of.
+        ValueError: they ask for something that a pairwise loss can't be combined with.
     """
     check_beta(args.beta)
     check_label_smoothing(args.label_smoothing)
@@ -112,14 +112,14 @@ def _check_fused_arguments(args: DPOConfig, types: Sequence[str], key: str) -> N
 def check_fused_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
     """Refuse what the fused path would leave out, as far as it is known.
 
-    Called with what a trainer is given, before it loads or prepares anything, and again with what
-    it has made of that.
+    Called with a trainer's arguments before it loads or prepares anything, and again with the parts
+    of the built trainer.
 
     Args:
-        given: a trainer's arguments by name; of them ``model``, ``peft_config``,
-            ``processing_class`` and ``compute_metrics``.
+        given: a trainer's arguments by name; only ``model``, ``peft_config``, ``processing_class``
+            and ``compute_metrics`` are read.
         args: TRL's arguments.
-        key: what asked for the fused path.
+        key: the key that asked for the fused path.
 
     Raises:
         ValueError: the fused path would compute another loss, or has nothing to return.
@@ -153,16 +153,16 @@ def check_fused_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
 
 
 def check_shared_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
-    """Refuse what shared prompts have no place for, as far as it is known.
+    """Refuse what shared prompts can't be combined with, as far as it is known.
 
     Args:
-        given: a trainer's arguments by name; of them ``model``, ``peft_config`` and
-            ``processing_class``.
+        given: a trainer's arguments by name; only ``model``, ``peft_config`` and
+            ``processing_class`` are read.
         args: TRL's arguments.
-        key: what asked for shared prompts.
+        key: the key that asked for shared prompts.
 
     Raises:
-        ValueError: they would compute something else.
+        ValueError: shared prompts would compute something else.
     """
     if isinstance(given.get("processing_class"), ProcessorMixin):
         kind = type(given["processing_class"]).__name__
@@ -189,7 +189,7 @@ def check_shared_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
     if config.is_encoder_decoder:
         _refuse_shared("an encoder", config.model_type, key, "its tokens see each other both ways")
     asks = getattr(config.get_text_config(), "output_router_logits", None)
-    # TRL's CPO and ORPO go by the model's config alone.
+    # TRL's CPO and ORPO read only the model's config.
     coefficient = asks and getattr(config, "router_aux_loss_coef", 0)
     coefficient = getattr(args, "router_aux_loss_coef", coefficient)
     if asks is not None and coefficient:
@@ -209,7 +209,7 @@ def _refuse_shared(name: str, value: Any, key: str, why: str) -> NoReturn:
 
 
 def check_adapter(config: Any, key: str) -> None:
-    """Raise ``ValueError`` for PEFT's config of an adapter that the fused path would go around."""
+    """Raise ``ValueError`` for PEFT's config of an adapter that the fused path would bypass."""
     from peft import PromptLearningConfig
 
     if isinstance(config, PromptLearningConfig):
@@ -241,7 +241,7 @@ def _check_adapters(model: Any, key: str) -> None:
 
 
 def head_of(model: Any, key: str) -> Head:
-    """Backbone and output layer of ``model``, with PEFT's adapters or without.
+    """Backbone and output layer of ``model``, which may have PEFT's adapters.
 
     Raises:
         ValueError: the fused path would compute other log-probs than the model.
@@ -253,8 +253,10 @@ def head_of(model: Any, key: str) -> Head:
 
 
 def _config_of(model: Any) -> Any:
-    """The config of a model that is given by its folder or hub name; None where transformers alone
-    can't read it, which the host then says."""
+    """A model's config, by folder or hub name; None if transformers alone can't read it.
+
+    The host then reports the error.
+    """
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError, TypeError):
@@ -262,8 +264,10 @@ def _config_of(model: Any) -> Any:
 
 
 def _has_device_map(model: Any, args: DPOConfig) -> bool:
-    """Whether a model's layers are, or will be, on GPUs of their own; transformers decides then,
-    and the built trainer is looked at."""
+    """Whether a model's layers are, or will be, spread over GPUs.
+
+    Then transformers decides, and the built trainer is checked again.
+    """
     if isinstance(model, nn.Module):
         return bool(getattr(model, "hf_device_map", None))
     asked: Any = args.model_init_kwargs or {}
@@ -274,7 +278,7 @@ def refuse(name: str, value: Any, key: str, instead: str) -> NoReturn:
     """Raise ``ValueError``: ``key``, the fused path, can't be combined with ``name``.
 
     Args:
-        instead: a second way out, beside setting ``key`` to false.
+        instead: another solution, besides setting ``key`` to false.
     """
     raise ValueError(
         f"{key} can't be combined with {name}, got {value!r}: the fused path does not compute it. "

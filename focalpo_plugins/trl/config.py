@@ -13,7 +13,7 @@ from ..options import OF_ANY_LOSS, OF_FOCALPO
 from ..registry import BoundLoss, get_loss
 
 if TYPE_CHECKING:
-    # What the fields' super() is, in its place in the list of bases.
+    # The class of super() in the fields' methods, by the order of the bases.
     from transformers import TrainingArguments as _Host
 else:
     _Host = object
@@ -25,22 +25,23 @@ def _field(default: Any, text: str) -> Any:
 
 @dataclass
 class PairwiseFields(_Host):
-    """The fields that each of TRL's configs is given; it stands before TRL's in the list of bases.
+    """Our fields of each of TRL's configs; the class comes before TRL's in the list of bases.
 
     Args:
         focalpo_gamma: focusing parameter gamma of Eq. 4, the paper's 0.05 by default.
-        focalpo_gamma_end: gamma at the last step, to which it moves over the run; None keeps it.
-        focalpo_gamma_schedule: how it moves, ``linear`` (the default) or ``cosine``;
+        focalpo_gamma_end: gamma at the last step; gamma changes to it over the run.  None keeps
+            gamma constant.
+        focalpo_gamma_schedule: how gamma changes, ``linear`` (the default) or ``cosine``;
             :func:`~focalpo_plugins.loss.gamma_at` has the formulas.
         focalpo_variant: ``correct`` (Eq. 4), ``correct_exact`` (Eq. 3) or ``incorrect``.
-        focalpo_allow_reversed: accept a gamma from which on training runs backwards.
-        focalpo_pairwise_loss: the registered loss; another package's name trains that loss, with
-            its options at their defaults.
-        focalpo_shared_prompts: compute what a pair's two sequences begin with once, and no padding:
-            the same log-probs to rounding, from fewer tokens.
+        focalpo_allow_reversed: accept a gamma with which training runs backwards.
+        focalpo_pairwise_loss: name of the registered loss; a loss of another package is trained
+            with its options' defaults.
+        focalpo_shared_prompts: compute the common start of a pair's two sequences once, and no
+            padding: the same log-probs up to rounding, from fewer tokens.
         focalpo_allow_changed: resume from a checkpoint that was trained with another loss, gamma,
-            variant, beta, label smoothing or loss type, or with a loss not ours.
-        focalpo_allow_data: train on data of which more than half can't be learnt from.
+            variant, beta, label smoothing or loss type, or with a loss that is not ours.
+        focalpo_allow_data: train on data even if more than half of it can't be learnt from.
 
     Raises:
         ValueError: a ``focalpo_*`` value is out of range.
@@ -84,12 +85,12 @@ class PairwiseFields(_Host):
 
 @dataclass
 class FocalPOConfig(PairwiseFields, DPOConfig):
-    """TRL's ``DPOConfig`` with FocalPO's knobs: those of :class:`PairwiseFields`, and these.
+    """TRL's ``DPOConfig`` with the fields of :class:`PairwiseFields` and these.
 
     Args:
         focalpo_fused: compute the loss without ever holding the logits of the batch, with or
-            without a precomputed reference; Liger's package isn't needed. A TRL from 1.14 on has
-            such a path of its own, and takes it anyway.
+            without a precomputed reference; Liger's package isn't needed. TRL has such a path of
+            its own from 1.14 on, and always takes it.
         focalpo_loss: the former name of ``focalpo_pairwise_loss``.
 
     Raises:
@@ -106,6 +107,6 @@ class FocalPOConfig(PairwiseFields, DPOConfig):
                 FutureWarning,
                 stacklevel=3,
             )
-            # Not both, so that a saved config can be loaded again.
+            # Only one of them is kept, so that a saved config can be loaded again.
             self.focalpo_pairwise_loss, self.focalpo_loss = self.focalpo_loss, None
         super().__post_init__()

@@ -19,7 +19,7 @@ from .checks import check_fused_parts, head_of
 from .shared_step import SharedStepMixin
 
 if TYPE_CHECKING:
-    # What the mixin's super() is, in its place in the list of bases.
+    # The class of super() in the mixin's methods, by the order of the bases.
     from trl import DPOTrainer as _Host
 else:
     _Host = object
@@ -31,7 +31,7 @@ _TOKENS_COMPARED = 16
 class FusedStepMixin(SharedStepMixin, _Host):
     """The fused path's part of :class:`~focalpo_plugins.trl.trainer.PairwiseLossMixin`."""
 
-    _fused_key: str | None = None  # what asked for the fused path, for messages
+    _fused_key: str | None = None  # the key that asked for the fused path, for messages
 
     if TYPE_CHECKING:  # the mixin's own
 
@@ -40,7 +40,7 @@ class FusedStepMixin(SharedStepMixin, _Host):
         def _loss_now(self) -> BoundLoss: ...
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # By identity, the models whose output layer was seen to give their logits.
+        # Ids of the models whose output layer has been checked to give their logits.
         self._compared: set[int] = set()
         super().__init__(*args, **kwargs)
         if self._fused:
@@ -50,8 +50,8 @@ class FusedStepMixin(SharedStepMixin, _Host):
     def _fused(self) -> bool:
         return self._fused_key is not None
 
-    # TRL asks itself whether to take Liger's path. It never does: ours stands in its place, and the
-    # argument of the same name still puts Liger's layers into the model.
+    # TRL reads this to decide on Liger's path. It never takes that path, because ours replaces it.
+    # The argument of the same name still puts Liger's layers into the model.
     @property
     def use_liger_kernel(self) -> bool:
         return False
@@ -61,7 +61,7 @@ class FusedStepMixin(SharedStepMixin, _Host):
         pass
 
     def _fused_step(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The loss of a batch by the fused path, with what TRL logs on Liger's."""
+        """The loss of a batch by the fused path, with the metrics that TRL logs on Liger's path."""
         ref_logps = None
         if self.precompute_ref_logps:
             ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
@@ -70,7 +70,7 @@ class FusedStepMixin(SharedStepMixin, _Host):
         result, ref_logps = self._inside(model, self._fused_loss, inputs, ref_logps)
 
         mode, metrics = self._mode(), self._metrics[self._mode()]
-        # As TRL's plain path does; gather_for_metrics drops rows that are trained.
+        # As TRL's plain path does; gather_for_metrics would drop rows that are trained.
         gather = self.accelerator.gather
         if mode == "train":
             tokens = gather(inputs["attention_mask"].sum()).sum().item()
@@ -97,8 +97,10 @@ class FusedStepMixin(SharedStepMixin, _Host):
         return loss
 
     def _inside(self, wrapper: Any, method: Callable[..., Any], inputs: Any, *more: Any) -> Any:
-        """``method(model, inputs, ...)`` in place of the forward of what ``wrapper`` wraps, so that
-        what DDP, DeepSpeed and FSDP do around a forward pass happens around it."""
+        """Call ``method(model, inputs, ...)`` in place of the forward of the model in ``wrapper``.
+
+        So DDP, DeepSpeed and FSDP do around this call what they do around a forward pass.
+        """
         model = self.accelerator.unwrap_model(wrapper)
         return _ForwardRedirection()(
             wrapper,
@@ -129,8 +131,10 @@ class FusedStepMixin(SharedStepMixin, _Host):
         return result, ref_logps
 
     def _fused_logps(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The reference's log-probs ``(2B,)``: of ``model``, with its adapters off, or its adapter
-        "ref" on, where there is no reference model."""
+        """The reference's log-probs ``(2B,)``, computed by ``model``.
+
+        If there is no reference model, its adapters are off, or its adapter "ref" is on.
+        """
         adapter: AbstractContextManager[Any]
         if self.ref_model is None and is_peft_model(model):
             adapter = use_adapter(model, "ref" if "ref" in model.peft_config else None)
@@ -184,8 +188,8 @@ class FusedStepMixin(SharedStepMixin, _Host):
 
 @contextmanager
 def gathered(*parameters: Tensor | None) -> Iterator[None]:
-    """The parameters in one piece, where DeepSpeed's ZeRO-3 has them in parts."""
-    # By identity: tied and shared ones come twice, and DeepSpeed takes each once.
+    """Inside, the parameters are in one piece, even if DeepSpeed's ZeRO-3 has them in parts."""
+    # By identity: a tied or shared parameter comes twice, and DeepSpeed accepts each only once.
     parts = {
         id(p): p
         for p in parameters

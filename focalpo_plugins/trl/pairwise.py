@@ -1,4 +1,4 @@
-"""What every TRL trainer with another pairwise loss has, whatever its margin is made of."""
+"""The part that all TRL trainers with another pairwise loss share, for any margin."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from ..registry import BoundLoss
 from .record import Record, recorded
 
 if TYPE_CHECKING:
-    # What the mixin's super() is, in its place in the list of bases.
+    # The class of super() in the mixin's methods, by the order of the bases.
     from transformers import Trainer as _Host
 
     from ..backbone import SharedPrompts
 else:
     _Host = object
 
-# What TRL's model card says of the method.
+# What TRL's model card says about the method.
 _PAPER = {
     "title": "FocalPO: Enhancing Preference Optimizing by Focusing on Correct Preference Rankings",
     "id": "2501.06645",
@@ -44,10 +44,10 @@ _PAPER = {
 
 
 class PairwiseBase(_Host):
-    """The part of a trainer that is the same for DPO's margin and for those without a reference.
+    """The part of a trainer that is the same for DPO's margin and for margins without a reference.
 
-    Stands before TRL's trainer in the list of bases, and trains nothing before :meth:`set_loss` was
-    called.
+    It comes before TRL's trainer in the list of bases, and trains nothing before :meth:`set_loss`
+    is called.
 
     Attributes:
         pairwise_loss: the loss that is trained.
@@ -59,7 +59,7 @@ class PairwiseBase(_Host):
     _allow_changed = False
     _allow_data = False
     _marker: str | None = None  # a text that the host renders beside an answer
-    _written: Mapping[str, str] = {}  # TRL's arguments, where a config has other names for them
+    _written: Mapping[str, str] = {}  # the config's names of TRL's arguments, if they differ
 
     if TYPE_CHECKING:
         _own_loss: str  # what TRL's trainer trains
@@ -69,17 +69,17 @@ class PairwiseBase(_Host):
         def _tokens_of_step(self) -> tuple[int, int]: ...
 
         def _of_host(self) -> dict[str, Any]:
-            """TRL's own values that go into the loss, and the margin that they make."""
+            """TRL's own values that go into the loss, and the name of the margin."""
 
         def _said_of_host(self) -> str:
-            """Of these, what the start-up line says, with a space at the end."""
+            """The part of these values for the start-up line, with a space at the end."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._margin_sums: dict[str, Tensor] = {}
         self._moving: dict[str, float] = {}  # of the last step or evaluation
         self._steps_recorded = 0
-        self._window: set[int] = set()  # the steps that the next log is of
+        self._window: set[int] = set()  # the steps that the next log covers
 
     def set_loss(self, loss: BoundLoss) -> None:
         """Train with ``loss`` from now on.
@@ -97,7 +97,7 @@ class PairwiseBase(_Host):
         model.add_model_tags([loss.name])
 
     def _loss_now(self) -> BoundLoss:
-        """The loss at the step that is trained, or that was trained before an evaluation."""
+        """The loss at the step that is trained, or at the last one before an evaluation."""
         loss, steps = self.pairwise_loss, self.state.max_steps
         if loss is None:
             raise RuntimeError(
@@ -108,7 +108,7 @@ class PairwiseBase(_Host):
         return loss.at(min(1.0, max(0, before) / (steps - 1)) if steps > 1 else 0.0)
 
     def _say_active(self) -> None:
-        """Say what is trained, once, on the main process; nothing refuses the run any more."""
+        """Print what is trained, once, on the main process, after all checks of the run."""
         if self.pairwise_loss is None or self._said_active:
             return
         self._said_active = True
@@ -129,11 +129,11 @@ class PairwiseBase(_Host):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """TRL's own.
+        """TRL's own training, after our checks.
 
         Raises:
             ValueError: the checkpoint to resume from was trained with another loss, or checkpoints
-                can't be written where they are asked for.
+                can't be written to the output folder.
         """
         self._all_together(lambda: self._check_before_training(resume_from_checkpoint))
         self._say_active()
@@ -146,7 +146,7 @@ class PairwiseBase(_Host):
         history, folder = self.state.log_history, str(self.args.output_dir)
         held_out = {}
         for what, name in (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
-            # The last that was logged, of whichever evaluation set.
+            # The last value that was logged, for any evaluation set.
             values = [
                 value
                 for entry in history
@@ -171,19 +171,19 @@ class PairwiseBase(_Host):
             folder = get_last_checkpoint(str(self.args.output_dir))
         if self.pairwise_loss is None or self._allow_changed or not folder:
             return
-        if Path(folder).is_dir():  # else the host says so itself
+        if Path(folder).is_dir():  # else the host reports it itself
             asked = self._record_of_loss(self.pairwise_loss)
             allow = "focalpo_allow_changed: true"
             written = {"margin": "focalpo_margin", **self._written}
             check_unchanged(recorded(Path(folder)), asked, str(folder), allow, written)
 
     def _all_together(self, check: Callable[[], None]) -> None:
-        """Run ``check`` on every rank, and raise on all where it raises on one.
+        """Run ``check`` on every rank, and raise on all ranks if it raises on one.
 
-        A rank that ended alone would leave the others waiting for it.
+        If one rank ended alone, the others would wait for it.
 
         Raises:
-            ValueError: what the first rank that found something found.
+            ValueError: the problem of the first rank that found one.
         """
         problem = ""
         try:
@@ -195,10 +195,10 @@ class PairwiseBase(_Host):
                 raise ValueError(found)
 
     def _check_step(self, recorded: int) -> None:
-        """Stop a step that our loss was not called in, once.
+        """Stop the run unless the step has called our loss exactly once.
 
         Args:
-            recorded: the steps recorded before it.
+            recorded: the number of steps recorded before this one.
         """
         if self._steps_recorded == recorded + 1:
             return
@@ -217,9 +217,10 @@ class PairwiseBase(_Host):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """The host's own; the diagnostics of its pairs join its metrics, under its own prefix.
+        """The host's own loop, with the diagnostics of its pairs added to its metrics.
 
-        So each named evaluation set has its own, and so has ``predict()``.
+        They have the loop's prefix, so each named evaluation set has its own diagnostics, and so
+        has ``predict()``.
         """
         self._say_active()
         self._margin_sums.pop("eval", None)  # of a loop that was interrupted
@@ -234,18 +235,20 @@ class PairwiseBase(_Host):
         return output
 
     def _record(self, margins: Tensor) -> None:
-        """Add the margins ``(B,)`` of this rank's pairs, and those of the others, to what is logged
-        next: in training of every row that is trained, in evaluation of each pair once."""
+        """Add the margins ``(B,)`` of this rank's pairs, and of all other ranks', to the next log.
+
+        In training every trained row is counted, in evaluation each pair is counted once.
+        """
         loss, mode, margins = self._loss_now(), self._mode(), margins.detach()
         self._moving = {f"{loss.name}/{name}": value for name, value in loss.moving().items()}
         if mode == "train":
-            # Not gather_for_metrics: transformers fetches all batches of an update ahead, and in
-            # the last update of an epoch each would be cut to what is left of the last one.
+            # Not gather_for_metrics: transformers fetches all batches of an update ahead, so in the
+            # last update of an epoch each batch would be cut to the size of the last one.
             tokens = self._tokens_of_step()
             self._window.add(self.state.global_step)
             sums = self.accelerator.reduce(margin_sums(margins, loss, tokens), "sum")
         else:
-            # It drops the rows that the sampler repeats so that the last batches are even.
+            # gather_for_metrics drops the rows that the sampler repeats to fill the last batches.
             sums = margin_sums(self.accelerator.gather_for_metrics(margins), loss)
         if not sums[MARGINS].isfinite().all():
             when = "step" if mode == "train" else "evaluation before step"
@@ -256,9 +259,9 @@ class PairwiseBase(_Host):
         self._steps_recorded += 1
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's own, which names the base model where that is a model hub's.
+        """TRL's own model card, which names the base model if that is from a model hub.
 
-        A local folder is named as text here: it is no link, and a hub refuses it as `base_model`.
+        Here a local folder is named as text: it is no link, and a hub refuses it as `base_model`.
         """
         host: Any = super()
         host.create_model_card(*args, **kwargs)
@@ -281,6 +284,6 @@ class PairwiseBase(_Host):
         super().log(logs, *args, **kwargs)
 
     def _mode(self) -> str:
-        # As TRL tells the two apart for its own metrics.
+        # TRL tells the two apart in this way for its own metrics.
         model: Any = self.model
         return "train" if model.training else "eval"

@@ -1,4 +1,4 @@
-"""What a checkpoint says that it was trained with."""
+"""The record of what a checkpoint was trained with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..guards.resume import IN_TRAINER_STATE, of_trainer_state
 
 
 class Record(TrainerCallback, ExportableState):
-    """Has transformers write what was trained into each checkpoint's trainer_state.json."""
+    """Makes transformers write what was trained into each checkpoint's trainer_state.json."""
 
     def __init__(self, record: Mapping[str, Any] | None = None) -> None:
         self.record = record
@@ -28,7 +28,7 @@ Record.__name__ = IN_TRAINER_STATE
 
 
 def recorded(checkpoint: Path) -> dict[str, Any] | None:
-    """The record in a checkpoint; None where no loss of ours has trained it.
+    """The record in a checkpoint; None if none of our losses trained it.
 
     Raises:
         ValueError: the checkpoint's state can't be read.
@@ -39,8 +39,8 @@ def recorded(checkpoint: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, LookupError, AttributeError) as error:
         raise ValueError(
             f"resume_from_checkpoint must be a whole checkpoint, got {str(checkpoint)!r}: "
-            f"{path.name} can't be read ({error}), as where a run was killed while it saved. "
+            f"{path.name} can't be read ({error}), as when a run was killed while it saved. "
             "Remove the folder, and resume from an earlier one."
         ) from None
-    # Before 0.2.0 there was no other margin, and none was written.
+    # Before 0.2.0 dpo was the only margin, and the record did not name it.
     return None if found is None else {"margin": "dpo", **found}

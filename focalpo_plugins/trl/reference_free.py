@@ -1,18 +1,19 @@
-"""TRL's trainers without a reference, with another pairwise loss of their margin.
+"""TRL's trainers without a reference, with another pairwise loss on their margin.
 
-The only change with respect to ``CPOTrainer`` and ``ORPOTrainer`` is the loss of the margin ``z``,
-which is TRL's own:
+The only change with respect to ``CPOTrainer`` and ``ORPOTrainer`` is the loss of the margin ``z``.
+The margin is TRL's own:
 
 ==========  ===============================================================  ==================
 margin      ``z``                                                            in TRL
 ==========  ===============================================================  ==================
-``cpo``     ``beta * (logp_chosen - logp_rejected)``, of sums over tokens    ``loss_type="sigmoid"``
-``simpo``   the same of means over tokens, less ``simpo_gamma``              ``loss_type="simpo"``
+``cpo``     ``beta * (logp_chosen - logp_rejected)``, sums over tokens       ``loss_type="sigmoid"``
+``simpo``   the same with means over tokens, minus ``simpo_gamma``           ``loss_type="simpo"``
 ``orpo``    log odds ratio of the means over tokens                          ``ORPOTrainer``
 ==========  ===============================================================  ==================
 
-What TRL adds to it, as ``cpo_alpha`` times the chosen answer's negative log-likelihood, stays as it
-is.  The paper leaves this open (arXiv 2501.06645, "Future Work"): nothing here is a result of it.
+Terms that TRL adds to the loss don't change, such as ``cpo_alpha`` times the chosen answer's
+negative log-likelihood.  The paper leaves this open (arXiv 2501.06645, "Future Work"): nothing here
+is a result of the paper.
 """
 
 from __future__ import annotations
@@ -35,28 +36,28 @@ from .seam import check_host, exchanged
 from .shared_step import SharedStepMixin
 
 with warnings.catch_warnings():
-    # That this part of TRL may change: check_host looks at what is there.
+    # TRL warns that this part of it may change: check_host checks the installed one.
     warnings.simplefilter("ignore")
     from trl.experimental.cpo import CPOConfig, CPOTrainer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-#: Of CPO's loss types, the margins that they are.
+#: The margin of each of CPO's loss types.
 MARGIN_OF = {"sigmoid": "cpo", "simpo": "simpo"}
 _IGNORED = -100
 
 
 class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
-    """What the trainers of both share."""
+    """The part that the trainers for CPO and ORPO share."""
 
-    _trainer: ClassVar[type]  # TRL's
-    _method: ClassVar[str]  # of it, the one that computes the loss of the margin
+    _trainer: ClassVar[type]  # TRL's trainer
+    _method: ClassVar[str]  # its method that computes the loss of the margin
 
     if TYPE_CHECKING:
         beta: float
 
     @classmethod
     def check_host(cls) -> None:
-        """Raise ``RuntimeError`` unless TRL computes its loss where it is exchanged."""
+        """Raise ``RuntimeError`` unless TRL computes its loss where we exchange it."""
         check_host(cls._trainer, cls._method)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -75,17 +76,17 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
                     self._check_pairs(each, bool(evaluation))
 
     def _check_config(self, config: Any) -> None:
-        """Raise ``ValueError`` for TRL's arguments that a pairwise loss can't be part of."""
+        """Raise ``ValueError`` if TRL's arguments can't be combined with a pairwise loss."""
         check_beta(config.beta)
         check_parallelism(config)
 
     def _said_of_host(self) -> str:
-        # AlphaPO's is 0 unless it is asked for.
+        # AlphaPO's `alpha` is 0 unless it is asked for.
         said = {name: value for name, value in self._of_host().items() if name != "alpha" or value}
         return "".join(f"{name}={value} " for name, value in said.items())
 
     def _check_pairs(self, dataset: Any, evaluation: bool) -> None:
-        """Refuse token ids that nothing can be learnt from; on each rank, of the same rows."""
+        """Refuse token ids that can't be learnt from; each rank checks the same rows."""
         pairs.check(
             _answers(dataset),
             self.processing_class,
@@ -107,7 +108,7 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
         return result
 
     def get_batch_loss_metrics(self, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        self._loss_now()  # there has to be one
+        self._loss_now()  # raises if there is no loss
         recorded = self._steps_recorded
         host: Any = super()
         with self._prompts_shared(len(batch["chosen_labels"])):
@@ -117,7 +118,7 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
 
 
 class CPOLossMixin(ReferenceFreeMixin):
-    """A TRL CPO trainer's loss, exchanged.  Stands before the trainer in the list of bases."""
+    """Exchanges a TRL CPO trainer's loss.  Comes before the trainer in the list of bases."""
 
     _own_loss, _trainer, _method = "CPO", CPOTrainer, "cpo_loss"
 
@@ -149,14 +150,16 @@ class CPOLossMixin(ReferenceFreeMixin):
         }
 
     def cpo_loss(self, *logps: Tensor) -> Any:
-        """TRL's own, which calls for a log-sigmoid of ``z`` and for one of ``-z``, and multiplies
-        the second by the label smoothing even where that is 0."""
+        """TRL's own loss, which calls one log-sigmoid of ``z`` and one of ``-z``.
+
+        It multiplies the second one by the label smoothing, even if that is 0.
+        """
         smoothing = [0.0, 0.0 if self.label_smoothing else None]
         return self._exchanged_loss(smoothing, f"loss_type {self.loss_type!r}", logps)
 
 
 class ORPOLossMixin(ReferenceFreeMixin):
-    """A TRL ORPO trainer's loss, exchanged.  Stands before the trainer in the list of bases."""
+    """Exchanges a TRL ORPO trainer's loss.  Comes before the trainer in the list of bases."""
 
     _own_loss, _trainer, _method = "ORPO", ORPOTrainer, "odds_ratio_loss"
 
@@ -164,16 +167,15 @@ class ORPOLossMixin(ReferenceFreeMixin):
         return {"margin": "orpo", "beta": self.beta}
 
     def odds_ratio_loss(self, *logps: Tensor) -> Any:
-        """TRL's own, which calls for one log-sigmoid, of the log odds ratio."""
+        """TRL's own loss, which calls one log-sigmoid of the log odds ratio."""
         return self._exchanged_loss([0.0], "ORPO", logps)
 
 
 @dataclass
 class FocalCPOConfig(PairwiseFields, CPOConfig):
-    """TRL's ``CPOConfig`` with FocalPO's knobs, those of
-    :class:`~focalpo_plugins.trl.config.PairwiseFields`.
+    """TRL's ``CPOConfig`` with the fields of :class:`~focalpo_plugins.trl.config.PairwiseFields`.
 
-    ``loss_type`` says which margin the loss is of: ``sigmoid`` CPO's, ``simpo`` SimPO's.
+    ``loss_type`` chooses the margin of the loss: ``sigmoid`` for CPO's, ``simpo`` for SimPO's.
 
     Raises:
         ValueError: a ``focalpo_*`` value is out of range.
@@ -182,8 +184,7 @@ class FocalCPOConfig(PairwiseFields, CPOConfig):
 
 @dataclass
 class FocalORPOConfig(PairwiseFields, ORPOConfig):
-    """TRL's ``ORPOConfig`` with FocalPO's knobs, those of
-    :class:`~focalpo_plugins.trl.config.PairwiseFields`.
+    """TRL's ``ORPOConfig`` with the fields of :class:`~focalpo_plugins.trl.config.PairwiseFields`.
 
     Raises:
         ValueError: a ``focalpo_*`` value is out of range.
@@ -191,7 +192,7 @@ class FocalORPOConfig(PairwiseFields, ORPOConfig):
 
 
 class _OfConfig:
-    """Takes the loss, and what goes with it, from a config of ours."""
+    """Takes the loss and its settings from one of our configs."""
 
     _config: ClassVar[Any]  # a class
 
@@ -214,7 +215,7 @@ class FocalCPOTrainer(_OfConfig, CPOLossMixin, CPOTrainer):
 
     Raises:
         TypeError: ``args`` is a plain ``CPOConfig``, which has no gamma.
-        ValueError: the config asks for something that the loss can't be composed with.
+        ValueError: the config asks for something that the loss can't be combined with.
         RuntimeError: the installed TRL computes its loss elsewhere.
     """
 
@@ -228,7 +229,7 @@ class FocalORPOTrainer(_OfConfig, ORPOLossMixin, ORPOTrainer):
 
     Raises:
         TypeError: ``args`` is a plain ``ORPOConfig``, which has no gamma.
-        ValueError: the config asks for something that the loss can't be composed with.
+        ValueError: the config asks for something that the loss can't be combined with.
         RuntimeError: the installed TRL computes its loss elsewhere.
     """
 
@@ -237,7 +238,7 @@ class FocalORPOTrainer(_OfConfig, ORPOLossMixin, ORPOTrainer):
 
 
 def _answers(dataset: Any) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
-    """Row, and token ids of prompt, chosen and rejected answer, of what TRL has tokenized."""
+    """Row, and token ids of prompt, chosen and rejected answer, of the pairs TRL has tokenized."""
     names = [
         f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "labels")
     ]

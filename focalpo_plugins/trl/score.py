@@ -1,7 +1,7 @@
 """Log-probabilities of preference pairs, with TRL's own preparation of the data.
 
-A ``DPOTrainer`` is built, of a stand-in for the model, and never trained: what it makes of the data
-set, and its collator, are what a run would have trained on.
+A ``DPOTrainer`` is built with a stand-in for the model, and never trained.  Its prepared data set
+and its collator give the batches that a run would have trained on.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _UNDERSTOOD = (
     "chosen and rejected as texts or as lists of messages (role and content), and prompt, a text "
     "or messages, unless it is the start of both"
 )
-# What Axolotl's strategies put into a prompt by templates of their own.
+# Columns that Axolotl's strategies put into a prompt with their own templates.
 _OTHER_PROMPTS = ("instruction", "input", "question", "system", "conversations")
-# Of TRL's other data forms: its test for conversations may look at them in place of the pair's.
+# Columns of TRL's other data forms: TRL's test for conversations may read them, not the pair's.
 _OTHER_FORMS = ("messages", "completion")
 _NAMED = 3  # weights in a message
 
@@ -46,9 +46,9 @@ class Source:
     """A model to load.
 
     Attributes:
-        name: folder or hub name, of an adapter where ``base`` is set.
+        name: folder or hub name of the model, or of an adapter if ``base`` is set.
         base: folder or hub name of the model that the adapter is loaded over.
-        note: what the user is told of it.
+        note: a remark for the user.
     """
 
     name: str
@@ -57,8 +57,9 @@ class Source:
 
 
 def resolve(policy: str, reference: str) -> tuple[Source, Source]:
-    """Tell adapters from whole models, and find what each adapter is loaded over: the model that
-    its own config names, or where that is not there, the reference.
+    """Tell adapters from whole models, and find the base model of each adapter.
+
+    The base is the model that the adapter's config names, or the reference if that is missing.
 
     Raises:
         ValueError: an adapter has no base.
@@ -70,7 +71,7 @@ def resolve(policy: str, reference: str) -> tuple[Source, Source]:
 def _resolve(name: str, role: str, otherwise: str | None) -> Source:
     try:
         path = find_adapter_config_file(name)
-    except (OSError, ValueError):  # no name of a hub's: loading it says so
+    except (OSError, ValueError):  # not a hub's name: the error comes when it is loaded
         path = None
     if path is None:
         return Source(name)
@@ -103,7 +104,7 @@ def _is_there(name: str) -> bool:
         return True
     try:
         AutoConfig.from_pretrained(name)
-    except Exception:  # not a hub's name, not on it, or no hub to ask
+    except Exception:  # not a hub's name, not on the hub, or no connection
         return False
     return True
 
@@ -115,20 +116,20 @@ class PairScorer:
         policy: folder or hub name of the model, or of an adapter; see :func:`resolve`.
         reference: the same of the reference model.
         data: a preference file with ``chosen`` and ``rejected``, and ``prompt`` unless it is the
-            start of both; each a text or a list of messages. A text ``prompt`` beside whole
+            start of both; each is a text or a list of messages. A text ``prompt`` beside whole
             conversations is left out, and beside answers alone it is the user's message.
         max_length: tokens that a sequence is cut to, as TRL does; None cuts nothing.
-        dtype: of the weights, ``auto`` for that which they are saved in.
+        dtype: dtype of the weights; ``auto`` for the one in which they are saved.
 
     Attributes:
-        rows: the numbers of the file's rows that TRL keeps, from 0; with ``max_length`` it drops
-            those whose prompt fills it.
-        total: rows in the file.
+        rows: the numbers of the file's rows that TRL keeps, from 0; TRL drops rows whose prompt
+            fills ``max_length``.
+        total: number of rows in the file.
         form: how the pairs were read, for the user.
 
     Raises:
-        ValueError: the file's format, its columns or a row won't do; a model can't be loaded, or
-            lacks weights, or its folder has others; the two have different vocabularies.
+        ValueError: the file's format, its columns or a row can't be used; a model can't be loaded,
+            lacks weights, or has other ones; or the two have different vocabularies.
     """
 
     def __init__(
@@ -171,11 +172,11 @@ class PairScorer:
 
     @torch.no_grad()
     def _log_probs(self, model: Any, batch: dict[str, Tensor], mask: Tensor) -> Tensor:
-        """``(2B,)``, in float64: summed over the answer's tokens, the chosen answers first."""
+        """Log-probs ``(2B,)`` in float64, summed over the answer's tokens, chosen answers first."""
         ids = batch["input_ids"].to(self._device)
         attention = batch["attention_mask"].to(self._device)
         logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1]
-        # A row at a time: the logits in float32 are the largest thing here by far.
+        # One row at a time: the logits in float32 are by far the largest tensor here.
         found = [
             row.float().log_softmax(-1).gather(-1, label[:, None]).squeeze(-1)
             for row, label in zip(logits, ids[:, 1:], strict=True)
@@ -187,7 +188,7 @@ class PairScorer:
 def _trainer(
     pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, data: str
 ) -> DPOTrainer:
-    """What TRL makes of the data doesn't depend on the model, so that it gets a tiny one."""
+    """A trainer with a tiny model: how TRL prepares the data doesn't depend on the model."""
     with TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder,
@@ -204,7 +205,7 @@ def _trainer(
                 train_dataset=pairs,
                 processing_class=tokenizer,
             )
-        except Exception as error:  # a chat template raises what it likes
+        except Exception as error:  # a chat template can raise any error
             raise ValueError(
                 f"DATA must be pairs that TRL {version('trl')} can prepare, got {data!r}: "
                 f"{_one_line(error)}"
@@ -215,7 +216,7 @@ def stand_in(vocabulary: int, name: str = "") -> LlamaForCausalLM:
     """The smallest model that a trainer can be built with, to prepare data as the trainer does."""
     config: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     config |= {"num_attention_heads": 1, "num_key_value_heads": 1}
-    # Beside its fields the class takes a name, which its type does not say.
+    # The class also takes a name, which is not among its typed fields.
     config |= {"vocab_size": vocabulary, "name_or_path": name}
     return LlamaForCausalLM(LlamaConfig(**config))
 
@@ -225,9 +226,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def _model(source: Source, role: str, dtype: str) -> Any:
-    """The model, with every weight from its files, and every weight of its files in it."""
+    """The model; its weights and the weights in its files must be the same set."""
     verbosity = transformers_logging.get_verbosity()
-    # Its table of what is missing comes as our error.
+    # Our error replaces transformers' table of missing weights.
     transformers_logging.set_verbosity_error()
     try:
         name = source.base or source.name
@@ -255,7 +256,7 @@ def _model(source: Source, role: str, dtype: str) -> Any:
         found = [f"{verb} {_listed(keys)}" for verb, keys in wrong.items() if keys]
         raise ValueError(
             f"{role} must have the weights of its {what} and no others, got {name!r}, whose files "
-            f"{' and '.join(found)}: what is lacking would be random. Give a whole model, or the "
+            f"{' and '.join(found)}: missing weights would be random. Give a whole model, or the "
             "folder of an adapter."
         )
     return model
@@ -267,8 +268,7 @@ def _listed(keys: list[str]) -> str:
 
 
 def _with_adapter(model: Any, name: str) -> tuple[Any, list[str], list[str]]:
-    """The adapter over its base; weights that the adapter's files lack, and that it has no place
-    for."""
+    """The adapter over its base, the weights its files lack, and the unexpected ones in them."""
     try:
         from peft import PeftConfig, get_peft_model
         from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
@@ -282,7 +282,7 @@ def _with_adapter(model: Any, name: str) -> tuple[Any, list[str], list[str]]:
             f"it is a {config.peft_type.value} adapter, which puts tokens of its own before a "
             "text, and only adapters on the model's layers can be scored."
         )
-    config.inference_mode = False  # what the adapter trains is what its files have to hold
+    config.inference_mode = False  # the files have to hold the weights that the adapter trains
     model = get_peft_model(model, config)
     trained = {key for key, weight in model.named_parameters() if weight.requires_grad}
     found: Any = set_peft_model_state_dict(model, load_peft_weights(name, device="cpu"))
@@ -290,7 +290,7 @@ def _with_adapter(model: Any, name: str) -> tuple[Any, list[str], list[str]]:
 
 
 def _tokenizer(policy: Source, reference: Source) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer where it has one, else the reference's; they have to agree."""
+    """The policy's tokenizer if it has one, else the reference's; their vocabularies must agree."""
     found = [each for each in (_own_tokenizer(policy), _own_tokenizer(reference)) if each]
     if not found:
         raise ValueError(f"neither {policy.name} nor {reference.name} has a tokenizer.")
@@ -307,7 +307,7 @@ def _own_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
         if name is not None:
             try:
                 return AutoTokenizer.from_pretrained(name)
-            except Exception:  # it has none: which error says so depends on its files
+            except Exception:  # it has no tokenizer: the kind of error depends on its files
                 continue
     return None
 
@@ -315,7 +315,7 @@ def _own_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
 def _pairs(data: Path) -> tuple[Dataset, str]:
     """The file's rows as TRL's DPO takes them, and how they were read.
 
-    All columns are kept, since TRL puts some besides the pair's into the prompt (``tools``).
+    All columns are kept, because TRL puts some others into the prompt too (``tools``).
     """
     loaded = _read(data)
     columns = loaded.column_names
@@ -334,7 +334,7 @@ def _pairs(data: Path) -> tuple[Dataset, str]:
     asked = next((column for column in ("prompt", "messages") if column in columns), None)
     named = ["chosen", "rejected", *([asked] if asked else [])]
     rows: list[_Row] = []
-    as_it_is = True  # for TRL to make of it what it does in training
+    as_it_is = True  # then TRL prepares the file as it does in training
     for number, row in enumerate(loaded.select_columns(named)):
         try:
             rows.append(_row(row, asked))
@@ -378,7 +378,7 @@ def _read(data: Path) -> Dataset:
         if data.suffix == ".csv":
             import pandas
 
-            # An answer of digits is a text.
+            # As str, because an answer of digits is a text.
             return Dataset.from_pandas(pandas.read_csv(data, dtype=str), preserve_index=False)
         with TemporaryDirectory() as cache:
             return load_dataset(
@@ -392,7 +392,7 @@ def _read(data: Path) -> Dataset:
 
 @dataclass
 class _Row:
-    """A pair; ``prompt`` is None where TRL is left to find it in two texts."""
+    """A pair; ``prompt`` is None if TRL has to find it in the two texts."""
 
     prompt: Any
     chosen: Any
@@ -405,13 +405,13 @@ class _Row:
 
 
 def _row(row: Mapping[str, Any], asked: str | None) -> _Row:
-    """The pair of a row, in the form that some host trains on.
+    """The pair of a row, in the form in which one of the hosts trains on it.
 
     Args:
         asked: the column beside ``chosen`` and ``rejected`` that may hold the prompt.
 
     Raises:
-        ValueError: it holds none; the message goes on from "row 3".
+        ValueError: the row holds no pair; the message continues a text such as "row 3".
     """
     chosen, rejected = (_content(side, row[side]) for side in ("chosen", "rejected"))
     texts = isinstance(chosen, str)
@@ -440,7 +440,7 @@ def _row(row: Mapping[str, Any], asked: str | None) -> _Row:
 
 
 def _content(column: str, value: Any) -> Any:
-    """A cell's text or messages, one message as a list of it."""
+    """A cell's text or messages; a single message becomes a list."""
     if value is None:
         raise ValueError(
             f"has nothing in {column} (in a CSV, an empty cell, None and NA are read as nothing)"
@@ -466,10 +466,10 @@ def _content(column: str, value: Any) -> Any:
 
 
 def _common_start(chosen: list[Any], rejected: list[Any]) -> int:
-    """Messages that two conversations begin with, of each but its last."""
+    """Number of messages that both conversations begin with, without the last one of each."""
     count = 0
     for pair in zip(chosen[:-1], rejected[:-1], strict=False):
-        # Tables have None where a message lacks what another has.
+        # In a table, a key that a message lacks is None if another message has it.
         ours, theirs = ({k: v for k, v in m.items() if v is not None} for m in pair)
         if ours != theirs:
             break

@@ -1,11 +1,11 @@
-"""Where TRL's loss is exchanged for ours.
+"""Exchanges TRL's loss for ours.
 
-``DPOTrainer._compute_loss`` has no hook for the loss, but its DPO-family branches call
-``F.logsigmoid`` on the reward margin, with ``F`` a name of the trainer's module; so do
-``CPOTrainer.cpo_loss`` and ``ORPOTrainer.odds_ratio_loss`` on theirs.  For the length of that call
-the name stands for a proxy whose ``logsigmoid`` is minus our loss.  The calls are counted, and a
-count other than the expected one stops the run: a TRL that moves its loss must never train its own
-under another loss's name.
+``DPOTrainer._compute_loss`` has no hook for the loss.  But its DPO-family branches call
+``F.logsigmoid`` on the reward margin, and ``F`` is a name of the trainer's module.
+``CPOTrainer.cpo_loss`` and ``ORPOTrainer.odds_ratio_loss`` do the same with their margins.  During
+that call the name refers to a proxy whose ``logsigmoid`` is minus our loss.  The calls are counted,
+and an unexpected count stops the run: if a TRL release moves its loss, it must never train its own
+loss under another loss's name.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from trl import DPOTrainer
 
 from ..registry import BoundLoss
 
-# For each TRL loss type that a pairwise loss can take the place of, the log-sigmoids it calls,
-# each with whether our label smoothing goes in: `robust` does its own, with a second log-sigmoid.
+# For each TRL loss type that a pairwise loss can replace, one entry for each log-sigmoid it calls:
+# whether we apply the label smoothing. `robust` applies its own, with a second log-sigmoid.
 _SEAM: Mapping[str, Sequence[bool]] = {
     "sigmoid": (True,),
     "sigmoid_norm": (True,),
@@ -53,8 +53,8 @@ def check_host(trainer: type = DPOTrainer, method: str = "_compute_loss") -> Non
     """Raise ``RuntimeError`` unless the installed TRL computes its loss where we exchange it.
 
     Args:
-        trainer: TRL's.
-        method: that of its methods which computes the loss.
+        trainer: TRL's trainer.
+        method: its method that computes the loss.
     """
     names = inspect.unwrap(getattr(trainer, method, check_host)).__code__.co_names
     if "logsigmoid" not in names or getattr(seam_module(trainer), "F", None) is not F:
@@ -67,8 +67,10 @@ def check_host(trainer: type = DPOTrainer, method: str = "_compute_loss") -> Non
 
 
 def check_loss_types(types: Sequence[str], key: str = "loss_type") -> None:
-    """Raise ``ValueError`` unless each of TRL's loss types is one that a pairwise loss can stand in
-    for, and one at least is not ``sft``."""
+    """Raise ``ValueError`` unless a pairwise loss can replace each of TRL's loss types.
+
+    At least one of them must not be ``sft``.
+    """
     for loss_type in types:
         if str(loss_type) not in _SEAM:
             why = _WHY_NOT.get(str(loss_type), "it is not known to be a log-sigmoid of the margin")
@@ -84,8 +86,10 @@ def check_loss_types(types: Sequence[str], key: str = "loss_type") -> None:
 
 
 def smoothing_of(types: Sequence[str], label_smoothing: float) -> list[float]:
-    """For each log-sigmoid that DPO's loss types call, the label smoothing that our loss sees to,
-    where TRL's own does not."""
+    """For each log-sigmoid that DPO's loss types call, the label smoothing that our loss applies.
+
+    It is 0 if TRL applies its own.
+    """
     return [label_smoothing if ours else 0.0 for loss_type in types for ours in _SEAM[loss_type]]
 
 
@@ -93,19 +97,19 @@ def smoothing_of(types: Sequence[str], label_smoothing: float) -> list[float]:
 def exchanged(
     loss: BoundLoss, smoothing: Sequence[float | None], asked: str, trainer: type = DPOTrainer
 ) -> Iterator[list[Tensor]]:
-    """``loss`` in the place of TRL's, for one call of the trainer's loss method.
+    """Replace TRL's loss by ``loss`` for one call of the trainer's loss method.
 
     Args:
-        smoothing: for each log-sigmoid that TRL is expected to call, the label smoothing that goes
-            into our loss; None where TRL multiplies what it calls for by 0, and its own stands.
-        asked: what that number follows from, for the message.
-        trainer: TRL's.
+        smoothing: for each log-sigmoid that TRL is expected to call, the label smoothing that our
+            loss applies; None if TRL multiplies the result by 0, and then TRL's own is kept.
+        asked: the setting that the number of calls follows from, for the message.
+        trainer: TRL's trainer.
 
     Returns:
-        The margins ``(B,)`` of each log-sigmoid that TRL called, once it has.
+        The margins ``(B,)`` of each log-sigmoid that TRL called; the list is filled by the call.
 
     Raises:
-        RuntimeError: TRL called another number of them.
+        RuntimeError: TRL called an unexpected number of log-sigmoids.
     """
     margins: list[Tensor] = []
 
@@ -114,7 +118,7 @@ def exchanged(
         if len(margins) > len(smoothing):
             return z  # the count below stops the run
         label_smoothing = smoothing[len(margins) - 1]
-        # 0 times a loss that is infinite, as another's may be there, would be NaN.
+        # Another package's loss may be infinite there, and 0 times infinity would be NaN.
         return F.logsigmoid(z) if label_smoothing is None else -loss(z, label_smoothing)
 
     with _logsigmoid_replaced(seam_module(trainer), logsigmoid):
@@ -129,7 +133,7 @@ def exchanged(
 
 
 def seam_module(trainer: type = DPOTrainer) -> ModuleType:
-    """Where TRL's trainer looks up the name ``F``, ours for the length of its loss method."""
+    """The module in which TRL's trainer looks up ``F``, which we replace during its loss method."""
     return sys.modules[trainer.__module__]
 
 
@@ -141,10 +145,10 @@ _SWAPPED = threading.Lock()
 def _logsigmoid_replaced(
     module: ModuleType, logsigmoid: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
-    """``module.F`` with another ``logsigmoid``, for this thread; one thread at a time.
+    """Give ``module.F`` another ``logsigmoid`` for this thread; one thread at a time.
 
     Raises:
-        RuntimeError: the name doesn't stand for ``torch.nn.functional`` as it is found.
+        RuntimeError: the name doesn't refer to ``torch.nn.functional`` beforehand.
     """
     with _SWAPPED:
         if module.F is not F:
@@ -156,7 +160,7 @@ def _logsigmoid_replaced(
         try:
             yield
         finally:
-            # The constant, not what was found: that can't be another trainer's.
+            # Restore the constant and not a saved value: it can't be another trainer's proxy.
             module.F = F  # type: ignore[attr-defined]
 
 

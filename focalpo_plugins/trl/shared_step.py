@@ -1,4 +1,4 @@
-"""Shared prompts in a TRL trainer: of every batch of pairs that policy or reference is given."""
+"""Shared prompts in a TRL trainer, for every batch of pairs that policy or reference gets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..backbone import SharedPrompts
 from .checks import check_shared_parts
 
 if TYPE_CHECKING:
-    # What the mixin's super() is, in its place in the list of bases.
+    # The class of super() in the mixin's methods, by the order of the bases.
     from transformers import Trainer as _Host
 else:
     _Host = object
@@ -22,7 +22,7 @@ class SharedStepMixin(_Host):
     """The part of a TRL trainer of pairs that shares their prompts."""
 
     ref_model: Any = None
-    _shared_key: str | None = None  # what asked for shared prompts, for messages
+    _shared_key: str | None = None  # the key that asked for shared prompts, for messages
 
     if TYPE_CHECKING:  # the mixin's own
 
@@ -31,7 +31,7 @@ class SharedStepMixin(_Host):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._sharing: SharedPrompts | None = None
         if self._shared_key is not None:
-            # Before TRL's own, which may precompute the reference.
+            # Before TRL's __init__, which may precompute the reference.
             self._sharing = SharedPrompts(self._shared_key, self._all_together)
         super().__init__(*args, **kwargs)
         if self._sharing is not None:
@@ -43,11 +43,11 @@ class SharedStepMixin(_Host):
             self._attach(self._sharing)
 
     def _ask_for_sharing(self, given: Mapping[str, Any], config: Any) -> None:
-        """Note whether a config asks for shared prompts, and refuse what they have no place for.
+        """Keep whether a config asks for shared prompts, and refuse what can't be combined.
 
         Args:
             given: the trainer's arguments by name.
-            config: of them, TRL's own.
+            config: TRL's config, one of these arguments.
         """
         if self._shared_key is None and getattr(config, "focalpo_shared_prompts", False):
             self._shared_key = "focalpo_shared_prompts"
@@ -62,7 +62,7 @@ class SharedStepMixin(_Host):
 
     @contextmanager
     def _prompts_shared(self, pairs: int) -> Iterator[None]:
-        """Inside, policy and reference share the prompts of a batch, where that is asked for."""
+        """Inside, policy and reference share the prompts of a batch, if that is asked for."""
         if self._sharing is None:
             yield
             return
@@ -71,5 +71,5 @@ class SharedStepMixin(_Host):
             yield
 
     def _tokens_of_step(self) -> tuple[int, int]:
-        """That the policy computed for the last batch, and that the padded batch has."""
+        """Tokens that the policy computed for the last batch, and tokens of the padded batch."""
         return (self._sharing.tokens, self._sharing.places) if self._sharing else (0, 0)

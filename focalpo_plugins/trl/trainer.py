@@ -1,4 +1,4 @@
-"""TRL's DPO trainer with another pairwise loss; the only change with respect to it is the loss."""
+"""TRL's DPO trainer with another pairwise loss; nothing else changes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ from .seam import check_host, exchanged, smoothing_of
 
 
 class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
-    """A TRL DPO trainer's loss, exchanged.  Stands before the trainer in the list of bases, and
-    trains nothing before :meth:`set_loss` was called."""
+    """Exchanges a TRL DPO trainer's loss.
+
+    It comes before the trainer in the list of bases, and trains nothing before :meth:`set_loss` is
+    called.
+    """
 
     _own_loss = "DPO"
     _train_data_seen = False
-    # Whether a reference that was given is kept for data that `evaluate()` is given later on.
+    # Whether a given reference is kept for data that `evaluate()` may get later.
     _keeps_reference = True
     _kept_reference: Any = None
     _reference_freed = False
@@ -66,7 +69,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        self._loss_now()  # there has to be one
+        self._loss_now()  # raises if there is no loss
         if self._fused:
             if return_outputs:
                 raise RuntimeError(
@@ -92,8 +95,10 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, *more: Any, **named: Any
     ) -> Any:
-        """The host's own, and a look at what it made; the training data come first, and before a
-        reference is precomputed.  Images are prepared later, and not looked at.
+        """The host's own preparation, and a check of its result.
+
+        The training data come first, before a reference is precomputed.  Images are prepared later,
+        and not checked.
 
         Raises:
             ValueError: most of the training data can't be learnt from.
@@ -107,7 +112,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         return prepared
 
     def _check_pairs(self, dataset: Any, tokenizer: Any, args: Any, shared: bool) -> None:
-        """Refuse token ids that nothing can be learnt from; on each rank, of the same rows."""
+        """Refuse token ids that can't be learnt from; each rank checks the same rows."""
         columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
         if isinstance(dataset, Dataset):
             rows = pairs.places(len(dataset))
@@ -118,7 +123,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
             ((row, *map(pair.get, columns)) for row, pair in zip(rows, found, strict=False)),
             tokenizer,
             key="max_length",
-            # As TRL's collator cuts, and before 1.0 its step.
+            # TRL's collator cuts to this length; before 1.0 its step did.
             limit=args.max_length,
             keep_end=getattr(args, "truncation_mode", None) == "keep_end",
             shared=shared,
@@ -130,10 +135,10 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         )
 
     def _set_reference_aside(self) -> None:
-        """Its log-probs are in the data now, and no step asks anything else of it.
+        """Take the reference out of the trainer: its log-probs are in the data now.
 
-        It is freed, or kept for data that ``evaluate()`` is given later on: in the CPU's memory, or
-        where DeepSpeed or FSDP have it in parts.
+        It is freed, or kept for data that ``evaluate()`` may get later: in the CPU's memory, or in
+        its place if DeepSpeed or FSDP has it in parts.
         """
         reference = self.accelerator.unwrap_model(self.ref_model)
         models = self.accelerator._models
@@ -191,7 +196,7 @@ class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
 
     Raises:
         TypeError: ``args`` is a plain ``DPOConfig``, which has no gamma.
-        ValueError: the config asks for something that the loss can't be composed with.
+        ValueError: the config asks for something that the loss can't be combined with.
         RuntimeError: the installed TRL computes its loss elsewhere.
     """
 
@@ -220,8 +225,10 @@ class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
 
 
 def _same_weights(policy: Any, reference: Any) -> bool:
-    """Whether both start with the same weights, as far as is known: TRL makes the reference of the
-    policy, or both were loaded from one place."""
+    """Whether both are known to start with the same weights.
+
+    So it is if TRL makes the reference from the policy, or if both were loaded from one place.
+    """
     if reference is None:
         return True
     places = [
@@ -232,7 +239,7 @@ def _same_weights(policy: Any, reference: Any) -> bool:
 
 
 def _moved(model: Any, device: Any) -> Any:
-    """``model`` on ``device``; where it was if its layers can't be moved, as 8-bit ones can't."""
+    """``model`` on ``device``; not moved if its layers can't be, such as 8-bit layers."""
     try:
         return model.to(device)
     except (ValueError, RuntimeError):

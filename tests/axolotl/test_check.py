@@ -445,7 +445,7 @@ def test_a_margin_without_a_reference(answers: dict[str, Answer], tiny: Path, da
     memory = simpo["memory_bytes"]
     assert (memory["reference"], memory["reference_before"]) == (0, memory["weights"])
     text = answers["simpo, as text"][1]
-    assert "of the margin of simpo, which has no reference: the first loss is open" in text
+    assert "margin simpo, without a reference: the first loss can't be predicted" in text
     assert "z* = -20.00: pairs with a lower margin are pushed further the wrong way" in text
     cut = json.loads(answers["simpo, cut by TRL"][1])
     expected = 1  # the empty answer, for which Axolotl takes a turn of the template

@@ -499,7 +499,7 @@ def test_a_loss_with_a_key_of_axolotls_is_refused_where_it_is_asked_for(add_loss
     add_loss("chat", lambda margins, template: -margins, options={"template": 1.0})
     other = DictDefault({"rl": "focalpo", "chat_template": "llama3"})
     assert rewritten(other)["focalpo_rl"] == "focalpo"
-    with pytest.raises(ValueError, match="^rl must be none that takes a name of Axolotl's own, got "
+    with pytest.raises(ValueError, match="^rl must be a loss that takes no name of Axolotl's own, got "
                        "'chat': the package mine brings chat_template, which Axolotl has"):  # fmt: skip
         rewritten(DictDefault({"rl": "chat"}))
 

@@ -179,7 +179,7 @@ def test_help(ends: dict):
         "--focalpo.allow_reversed",
         "Option of the loss hinge (default: 1.0)",
         "--hinge.precompute_ref",
-        "Folder of that file (default: OpenRLHF's output folder)",
+        "Folder of precompute_ref's file (default: OpenRLHF's output folder)",
     ):
         assert text in ours, output
     # No loss may be called as OpenRLHF's flags begin.

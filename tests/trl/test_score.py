@@ -187,7 +187,7 @@ WRONG_MODELS = {
     "adapter, no norm": "base_model.model.model.norm.weight",  # PEFT's own error
     "adapter, base is one": "must be an adapter of a whole model, got '{}', whose base",
     "files beside an adapter": "must have the weights of its LlamaForCausalLM and no others, got '{}', whose files lack ",
-    "without": "whose files lack 1 (model.layers.0.self_attn.q_proj.weight): what is lacking would be random",
+    "without": "whose files lack 1 (model.layers.0.self_attn.q_proj.weight): missing weights would be random",
     "with more": "whose files have besides 1 (v_head.weight): what",
     "another shape": "whose files have in another shape 1 (model.layers.0.self_attn.q_proj.weight): what",
     "half": "must be a model that can be loaded, got '{}': SafetensorError: ",

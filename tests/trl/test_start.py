@@ -69,7 +69,7 @@ def test_a_policy_that_was_changed(tokenizer, saved: str, tmp_path: Path, capsys
     said = capsys.readouterr().err
     assert said.count("warning: at the first step every margin should be 0, as the policy starts"
                       " as its reference, got ") == 1  # fmt: skip
-    assert "Look for another reference than was meant" in said
+    assert "Look for a reference other than the intended one" in said
 
 
 def test_nothing_is_said_of_another_reference_or_a_resumed_run(

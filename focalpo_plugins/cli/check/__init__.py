@@ -38,7 +38,7 @@ def run(args: Namespace) -> int:
                 longest = min(max(counts.lengths), plan.max_length or max(counts.lengths))
         except CommandError:
             raise
-        except Exception as error:  # whatever the host finds wrong, it is the user's answer
+        except Exception as error:  # every error of the host is an answer for the user
             if args.debug:
                 raise
             raise CommandError(f"{name}: {one_line(error)}") from None
@@ -57,7 +57,7 @@ def run(args: Namespace) -> int:
 
 def _plan(args: Namespace, scratch: Path, shape: Path | None) -> Plan:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # A command that reads reports to nobody.
+    # This command only reads, so it sends no telemetry.
     os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     import torch
 
@@ -112,14 +112,14 @@ def _shape(name: str | None, scratch: Path) -> Path | None:
 
 @contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """What hosts print goes to stderr: stdout is for the answer, which may be JSON."""
+    """Send what hosts print to stderr: stdout is for the answer, which may be JSON."""
     python_level, saved = sys.stdout, os.dup(1)
     python_level.flush()
     os.dup2(2, 1)
     try:
         yield
     finally:
-        sys.stdout = python_level  # Axolotl puts a tee in its place
+        sys.stdout = python_level  # Axolotl replaces it by a tee
         sys.stdout.flush()
         os.dup2(saved, 1)
         os.close(saved)

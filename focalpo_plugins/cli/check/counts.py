@@ -35,12 +35,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class TokensPerStep:
-    """Tokens that a step computes of the policy, on average, on all ranks.
+    """Tokens that the policy computes in a step, on average, on all ranks.
 
     Attributes:
-        padded: each batch filled up to its longest sequence, as the hosts do it.
-        unpadded: those of the sequences alone.
-        shared: those with what a pair's sequences begin with counted once.
+        padded: with each batch padded to its longest sequence, as the hosts do it.
+        unpadded: without padding.
+        shared: without padding, with the common start of a pair's sequences counted once.
     """
 
     padded: float
@@ -49,7 +49,7 @@ class TokensPerStep:
 
 
 def tokens_per_step(plan: Plan, counts: Counts) -> TokensPerStep:
-    """Of pairs in an order drawn once, since the hosts draw another in each epoch."""
+    """Estimated from one random order of the pairs: the hosts draw a new one in each epoch."""
     longer = random.Random(0).sample(counts.longer, len(counts.longer))
     size = plan.micro_batch
     batches = [longer[start : start + size] for start in range(0, len(longer), size)]
@@ -99,20 +99,20 @@ def count(plan: Plan, number: int) -> tuple[Counts, Pair]:
 
 
 def template_start(tokenizer: Any) -> int | None:
-    """The first token that the chat template writes; None without a template that can be tried."""
+    """The first token that the chat template writes; None if there is no template or it fails."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
         turn = {"role": "user", "content": "a"}
         written = tokenizer.apply_chat_template([turn], tokenize=False)
-    except Exception:  # it asks for a system turn, or for more
+    except Exception:  # the template needs a system turn, or more
         return None
     ids = tokenizer(written, add_special_tokens=False)["input_ids"]
     return ids[0] if ids else None
 
 
 def in_common(chosen: list[int], rejected: list[int]) -> int:
-    """How many tokens both begin with."""
+    """The number of tokens that both sequences begin with."""
     both = zip(chosen, rejected, strict=False)
     return next(
         (place for place, (one, other) in enumerate(both) if one != other),

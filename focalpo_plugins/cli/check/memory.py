@@ -1,4 +1,4 @@
-"""What a model's state takes on a rank, computed from its config alone."""
+"""The memory of a model's state on a rank, computed from its config alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...plan import Plan
 
 GIB = 2**30
-#: What NF4 with double quantisation takes: 4 bits, and 0.127 for its scales (QLoRA, section 3).
+#: A weight in NF4 with double quantisation: 4 bits, and 0.127 for the scales (QLoRA, section 3).
 _NF4_BYTES = (4 + 0.127) / 8
 
 FORMULA = (
@@ -19,10 +19,10 @@ LEFT_OUT = "activations, DeepSpeed's buffers, CUDA's context, fragmentation"
 
 @dataclass
 class Estimate:
-    """Bytes on one rank, by what they are for.
+    """Bytes on one rank, by purpose.
 
-    ``reference`` is what is held while training, ``reference_before`` what is held in its place
-    before the first step alone.
+    ``reference`` is held while training.  ``reference_before`` is held only before the first step,
+    in place of ``reference``.
     """
 
     parameters: int
@@ -40,8 +40,7 @@ class Estimate:
 
 
 def estimate(plan: Plan, length: int) -> Estimate | None:
-    """The estimate for sequences of ``length`` tokens, or None where the state's sharding isn't
-    known."""
+    """The estimate for sequences of ``length`` tokens; None if the state's sharding is unknown."""
     state = plan.state
     if state.zero_stage is None:
         return None
@@ -69,12 +68,12 @@ def estimate(plan: Plan, length: int) -> Estimate | None:
         optimizer=trained * state.optimizer_bytes / share[2] * here["optimizer"],
         reference=0.0 if state.reference_freed else reference,
         reference_before=reference if state.reference_freed else 0.0,
-        logits=logits * 4.0,  # their log-probabilities are taken in float32
+        logits=logits * 4.0,  # their log-probabilities are computed in float32
     )
 
 
 def _count(plan: Plan) -> tuple[int, int, int]:
-    """Parameters, those that are trained, and those of the linear layers but the output's."""
+    """Numbers of parameters: all, trained, and in the linear layers except the output layer."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -21,7 +21,7 @@ def print_text(
     memory: Estimate | None,
     number: int,
 ) -> None:
-    """Print the answer; without ``counts`` and ``shown``, of which no data was read, the rest."""
+    """Print the answer; if ``counts`` and ``shown`` are None, print only what needs no data."""
 
     def line(title: str, text: str) -> None:
         print(f"{title:<9}{text}")
@@ -37,7 +37,7 @@ def print_text(
     line("loss", f"{described}, beta={plan.beta:g}, label smoothing {plan.label_smoothing:g}")
     first = plan.first_loss()
     if first is None:
-        line("", f"of the margin of {plan.margin}, which has no reference: the first loss is open")
+        line("", f"margin {plan.margin}, without a reference: the first loss can't be predicted")
     else:
         line("", f"predicted first loss {first:.4f} (DPO: 0.6931)")
     if star > -math.inf and first is None:
@@ -144,7 +144,7 @@ def _size(number: float) -> str:
 
 
 def _rendered(tokenizer: Any, sequence: Tokens) -> str:
-    """Token by token, a bar between them and brackets around runs that are masked."""
+    """The tokens as text, with a bar between tokens and brackets around masked runs."""
     runs: list[tuple[bool, list[str]]] = []
     for text, trained in zip(_texts(tokenizer, sequence.ids), sequence.trained, strict=True):
         if not runs or runs[-1][0] != trained:
@@ -173,7 +173,7 @@ def as_json(
     memory: Estimate | None,
     warnings: list[str],
 ) -> dict[str, Any]:
-    """The answer; what is of data is left out where none was read."""
+    """The answer; everything about data is left out if none was read."""
     star = plan.reversal()
     answer = {
         "run": name,

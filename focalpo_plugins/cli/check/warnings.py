@@ -1,4 +1,4 @@
-"""What is likely to go wrong in a run that the host would start."""
+"""Warnings about a run: what is likely to go wrong, although the host would start it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MUCH_CUT = 0.1  # share of pairs
 
 
 def warnings(plan: Plan, counts: Counts | None) -> list[str]:
-    """A sentence each, the host's own traps last; of data only where it was read."""
+    """The warnings, a sentence each, the host's own last; about data only if it was read."""
     found = []
     if plan.loss is None:
         found.append(
@@ -28,7 +28,7 @@ def warnings(plan: Plan, counts: Counts | None) -> list[str]:
             "fp16: summed log-probabilities and their gradients leave its range easily. Use bf16."
         )
     star = plan.reversal()
-    nats = plan.margin == "dpo"  # what z*/beta is in
+    nats = plan.margin == "dpo"  # only then is z*/beta in nats
     if nats and star > -math.inf and (-star / plan.beta < _FEW_NATS or -star < _NEAR_MARGIN):
         found.append(
             f"beta {plan.beta:g} is large for this gamma: z* = {star:.2f} is reached where the "
