@@ -11,9 +11,9 @@ log-softmax.  So the logits are computed a part at a time and thrown away:
    ``W``.  Each row of the weight's gradient is written once, so it is rounded once.
 
 Step 3 is only for a trained ``W``.  If one group holds all tokens, step 3 continues with the
-softmax of step 1.  For a frozen ``W`` (adapters) step 1 also computes the gradient of each log-prob, before
-``c`` is known, and nothing is computed twice.  Everything is computed in the forward pass, because
-DeepSpeed's ZeRO-3 has ``W`` in one piece only there.
+softmax of step 1.  For a frozen ``W`` (adapters) step 1 also computes the gradient of each
+log-prob, before ``c`` is known, and nothing is computed twice.  Everything is computed in the
+forward pass, because DeepSpeed's ZeRO-3 has ``W`` in one piece only there.
 
 Tokens without a label (prompts and padding) are left out before the first product.
 """
