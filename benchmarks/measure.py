@@ -29,16 +29,17 @@ def check_tiny() -> None:
         raise SystemExit("the model and data are not there: python examples/make_tiny.py")
 
 
-def larger_model(folder: Path) -> Path:
-    """A random Llama of 25 million parameters for the tiny model's tokens: there the forward of a
-    reference is more than the host's overhead."""
+def larger_model(folder: Path, tokens: Path | None = None) -> Path:
+    """A random Llama of 25 million parameters for the tokens of the tiny model, or of the model at
+    ``tokens``: there the forward of a reference is more than the host's overhead."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
-    config = AutoConfig.from_pretrained(TINY / "model", **shape)
+    tokens = tokens or TINY / "model"
+    config = AutoConfig.from_pretrained(tokens, **shape)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TINY / "model").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokens).save_pretrained(folder)
     return folder
 
 

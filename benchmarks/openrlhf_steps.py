@@ -105,7 +105,7 @@ def child(flags: list[str], turns: Turns, folder: Path) -> None:
 
 
 def in_turns(
-    model: Path, sides: list[list[str]], steps: int, pairs: int = PAIRS
+    model: Path, sides: list[list[str]], steps: int, pairs: int = PAIRS, data: Path | None = None
 ) -> list[dict[str, Any]]:
     fork = multiprocessing.get_context("fork")
     batons = fork.Semaphore(1), fork.Semaphore(0)
@@ -117,9 +117,9 @@ def in_turns(
             folder.mkdir()
             common: dict[str, Any] = {
                 "--model.model_name_or_path": model,
-                "--data.dataset": TINY / "train.jsonl",
+                "--data.dataset": data or TINY / "train.jsonl",
                 "--data.max_samples": (WARM_UP + steps + 3) * pairs,
-                "--data.max_len": 128,
+                "--data.max_len": 1024 if data else 128,
                 "--ds.attn_implementation": "eager",
                 "--train.micro_batch_size": pairs,
                 "--train.batch_size": pairs,
@@ -142,13 +142,23 @@ def in_turns(
         return found
 
 
-def measure(rounds: int) -> Iterator[Result]:
+def measure(
+    rounds: int, *, pairs: Path | None = None, tokenizer: Path | None = None
+) -> Iterator[Result]:
     check_tiny()
     focalpo = ["--loss", "focalpo"]
 
-    def both(case: str, model: Path, ours: list[str], theirs: list[str], steps: int,
-             against: str, pairs: int = PAIRS) -> Iterator[Result]:  # fmt: skip
-        a, b = in_turns(model, [ours, theirs], steps, pairs)
+    def both(
+        case: str,
+        model: Path,
+        ours: list[str],
+        theirs: list[str],
+        steps: int,
+        against: str,
+        size: int = PAIRS,
+        data: Path | None = None,
+    ) -> Iterator[Result]:
+        a, b = in_turns(model, [ours, theirs], steps, size, data)
         times = [[1e3 * s for s in side["seconds"]] for side in (a, b)]
         yield compare("openrlhf", case, "step time", "ms", *times, against=against)
         peaks = [[side["MiB"]] for side in (a, b)]
@@ -161,8 +171,11 @@ def measure(rounds: int) -> Iterator[Result]:
         cache = [*focalpo, "--focalpo.precompute_ref", "--focalpo.precompute_dir", f"{folder}/ref"]
         case = f"openrlhf: precompute_ref, 25 M, {PAIRS} pairs"
         yield from both(case, model, cache, focalpo, max(4, rounds // 4), "without the flag")
-        shared = [*focalpo, "--focalpo.shared_prompts"]
-        for pairs in (4, 8):
-            case = f"openrlhf: shared_prompts, 25 M, {pairs} pairs"
+        shared, dpo = [*focalpo, "--focalpo.shared_prompts"], ["--loss", "dpo"]
+        data = pairs.resolve() if pairs else None
+        if tokenizer is not None:
+            model = larger_model(Path(folder) / "other", tokenizer)
+        for size in (4, 8):
+            case = f"openrlhf: {data.name if data else 'tiny data'}, shared, 25 M, {size} pairs"
             steps = max(4, rounds // 2)
-            yield from both(case, model, shared, ["--loss", "dpo"], steps, "--loss dpo", pairs)
+            yield from both(case, model, shared, dpo, steps, "--loss dpo", size, data)

@@ -5,7 +5,7 @@ start    `import torch` with and without our autoload, `import focalpo_plugins`
 trl      whole training steps, FocalPO against DPO, in TRL
 axolotl  the same in Axolotl
 shared   loss and gradients of a batch with shared prompts, against TRL's own DPO: of the tiny data
-         or of --pairs FILE, and of pairs of fixed lengths
+         or of --pairs FILE, and of pairs of fixed lengths; in axolotl and openrlhf whole steps
 fused    the loss part with a vocabulary of 128,256, against TRL's plain and its Liger path
 openrlhf whole steps in OpenRLHF, and --focalpo.precompute_ref against its own way
 
@@ -81,7 +81,9 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--rounds", type=int, help="of each comparison (default: each one's own)")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"))
-    parser.add_argument("--pairs", type=Path, help="JSON lines of conversations, for `shared`")
+    parser.add_argument(
+        "--pairs", type=Path, help="JSON lines of conversations, for shared prompts"
+    )
     parser.add_argument("--tokenizer", type=Path, help="a model's folder, for --pairs")
     args = parser.parse_args()
     for name in args.names:
@@ -98,7 +100,7 @@ def main() -> int:
             continue
         print(f"\n{name:<44} {'':<18} {'ours':>11} {'theirs':>11} {'':<5} {'ratio':>7} [95 %]")
         options = {"host": host} if module == "steps" else {}
-        if name == "shared":
+        if name in ("shared", "axolotl", "openrlhf"):
             options |= {"pairs": args.pairs, "tokenizer": args.tokenizer}
         for result in import_module(module).measure(args.rounds or rounds, **options):
             results.append(result)

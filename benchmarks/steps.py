@@ -81,9 +81,15 @@ def trl_trainers(folder: Path) -> Trainers:
     return found
 
 
-def axolotl_trainers(folder: Path, pairs: int = 16, shared: bool = False) -> Trainers:
+def axolotl_trainers(
+    folder: Path,
+    pairs: int = 16,
+    shared: bool = False,
+    data: Path | None = None,
+    tokens: Path | None = None,
+) -> Trainers:
     """DPO's and FocalPO's; with ``shared`` FocalPO's fused and with shared prompts, on a larger
-    model."""
+    model, and on the pairs of ``data`` if there are any."""
     import yaml
 
     sys.argv = ["axolotl"]  # a process that the autoload is meant for
@@ -101,7 +107,10 @@ def axolotl_trainers(folder: Path, pairs: int = 16, shared: bool = False) -> Tra
     example |= {"micro_batch_size": pairs, "gradient_accumulation_steps": 1}
     if shared:
         example |= {"focalpo_fused": True, "focalpo_shared_prompts": True}
-        example["base_model"] = str(larger_model(folder / "model"))
+        example["base_model"] = str(larger_model(folder / "model", tokens))
+        if data is not None:
+            example["datasets"][0]["path"] = str(data.resolve())
+            example["sequence_len"] = 1024
     found = {}
     # DPO first: the second configuration brings its own trainer.
     for name in ("dpo", "focalpo"):
@@ -153,7 +162,9 @@ def peak(trainer: Any) -> float:
     return peak_bytes(trainer.train) / 2**20
 
 
-def measure(rounds: int, *, host: str) -> Iterator[Result]:
+def measure(
+    rounds: int, *, host: str, pairs: Path | None = None, tokenizer: Path | None = None
+) -> Iterator[Result]:
     check_tiny()
     make: Callable[[Path], Trainers] = {"trl": trl_trainers, "axolotl": axolotl_trainers}[host]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
@@ -169,18 +180,22 @@ def measure(rounds: int, *, host: str) -> Iterator[Result]:
         most = peaks["focalpo"], peaks["dpo"]
         yield compare(host, case, "peak memory", "MiB", *most, against=classes["dpo"])
     if host == "axolotl":
-        for pairs in (4, 8):
-            yield from measure_shared(max(4, rounds // 4), pairs)
+        tokens = tokenizer.resolve() if tokenizer else None
+        for size in (4, 8):
+            yield from measure_shared(max(4, rounds // 4), size, pairs, tokens)
 
 
-def measure_shared(rounds: int, pairs: int) -> Iterator[Result]:
+def measure_shared(
+    rounds: int, pairs: int, data: Path | None, tokens: Path | None
+) -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         quiet = io.StringIO()
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            trainers = axolotl_trainers(Path(folder), pairs, shared=True)
+            trainers = axolotl_trainers(Path(folder), pairs, True, data, tokens)
             theirs, ours = in_turns(trainers, rounds)
             peaks = {name: [peak(trainer)] for name, trainer in trainers.items()}
-        case, own = f"axolotl: shared + fused, 25 M, {pairs} pairs", type(trainers["dpo"]).__name__
+        own, name = type(trainers["dpo"]).__name__, data.name if data else "tiny data"
+        case = f"axolotl: {name}, shared + fused, 25 M, {pairs} pairs"
         yield compare("axolotl", case, "step time", "ms", ours, theirs, own)
         most = peaks["focalpo"], peaks["dpo"]
         yield compare("axolotl", case, "peak memory", "MiB", *most, against=own)
