@@ -118,13 +118,15 @@ def _mismatch(cfg: Any, key: str, dataset: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _fitting(seen: Look, cfg: Any) -> dict[str, str]:
+def _fitting(seen: Look, cfg: Any) -> dict[str, Any]:
     """The keys, with their values, by which Axolotl reads rows of this format; none if no type
     does."""
     types = _OF_ORPO if cfg.get(MARGIN) == "orpo" else _TYPES
     if seen.format not in types:
         return {}
-    fitting = {"type": types[seen.format]}
+    fitting: dict[str, Any] = {"type": types[seen.format]}
+    if seen.format == TEXTS:
+        fitting["skip_prepare_dataset"] = True  # what would be prepared has to have a prompt
     if fitting["type"] == _TEMPLATE and seen.prompt != "messages":
         fitting["field_messages"] = str(seen.prompt)
     if fitting["type"] != "passthrough" and not cfg.get("chat_template"):
@@ -133,7 +135,10 @@ def _fitting(seen: Look, cfg: Any) -> dict[str, str]:
 
 
 def _advice(seen: Look, cfg: Any) -> str:
-    said = " and ".join(f"{name}: {value}" for name, value in _fitting(seen, cfg).items())
+    fitting = _fitting(seen, cfg)
+    said = " and ".join(
+        f"{name}: {str(v).lower() if v is True else v}" for name, v in fitting.items()
+    )
     if not said:
         return "type: chat_template.argilla, once they are made whole conversations"
     plain = ", or type: passthrough for a model without a chat template"

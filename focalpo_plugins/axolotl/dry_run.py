@@ -239,8 +239,11 @@ def _load_cfg(config: Path, gpus: int, scratch: Path, shape: Path | None) -> tup
 def _check_listed(config: Path, off: str) -> None:
     """Refuse a config that asks for one of our losses if nothing would load the plugin."""
     written = yaml.safe_load(config.read_text(encoding="utf-8"))
+    rl = written.get("rl") if isinstance(written, dict) else None
+    if not isinstance(rl, str) or rl not in losses():
+        return
     listed = written.get("plugins") or []
-    if written.get("rl") in losses() and not any("FocalPOPlugin" in str(name) for name in listed):
+    if not any("FocalPOPlugin" in str(name) for name in listed):
         raise ValueError(
             f"plugins must list {PLUGIN} where {off}=0 turns the autoload off, got {listed!r}. "
             f"Add the lines `plugins:` and `  - {PLUGIN}`, or unset {off}."

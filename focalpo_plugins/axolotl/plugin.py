@@ -112,7 +112,7 @@ def rewritten(cfg: Any) -> Any:
     of_host = [rl.value for rl in RLType]
     known = [*of_host, *losses()]
     name, trainer = cfg.get("rl"), cfg.get("trainer_cls")
-    ours = name in losses() or cfg.get(REQUESTED) is not None
+    ours = (isinstance(name, str) and name in losses()) or cfg.get(REQUESTED) is not None
     written = copy.deepcopy(cfg)  # validation puts its own objects into the config
     last_line.install(lambda error: data.explain(written, error) if ours else None)
     flags.check_arrived(cfg)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ FAILS = [
     ("a prompt beside whole conversations", {"type": "passthrough"}),
     ("messages, and one message an answer", {"type": ARGILLA}),
     ("two texts without a prompt", {"type": TEMPLATE}),
+    ("two texts without a prompt", {"type": "passthrough"}),  # for its top-level key
 ]
 # Released sizes: parameters of the models that the recipes train.
 PARAMETERS = {"llama-3-8b": 8_030_261_248, "mistral-7b": 7_241_732_096, "qwen3-8b": 8_190_735_360}
@@ -57,7 +57,9 @@ def answers(once: Axolotl) -> dict[Any, Answer]:
 
     words: dict[Any, list] = {}
     for number, (name, (row, of_data, _)) in enumerate(FORMATS.items()):
-        words[name] = ["--json", config(f"good{number}", varied(row), dataset=of_data)]
+        more = {"skip_prepare_dataset": True} if of_data["type"] == "passthrough" else {}
+        made = config(f"good{number}", varied(row), dataset=of_data, **more)
+        words[name] = ["--json", made]
     for number, (name, of_data) in enumerate(FAILS):
         rows = varied(FORMATS[name][0])
         words[name, number] = [config(f"bad{number}", rows, dataset=of_data)]
@@ -103,6 +105,7 @@ def test_each_format_is_named_with_what_reads_it(answers: dict, name: str):
     assert code == 0, errors[-3000:]
     found = json.loads(output)
     of_data = " and ".join(f"{key}: {value}" for key, value in FORMATS[name][1].items())
+    of_data += " and skip_prepare_dataset: true" * (of_data == "type: passthrough")
     plain = ", or type: passthrough for a model without a chat template"
     (said, *_) = found["formats"]
     assert said.startswith("datasets[0] has ")
@@ -201,18 +204,21 @@ def test_no_model_config(answers: dict, case: str, why: str):
     assert said.endswith(why)
 
 
-def test_without_autoload_the_missing_line_is_named(once: Axolotl):
-    """And with it the config is read."""
-    missing, there = once.config(), once.config(plugins=["focalpo_plugins.axolotl.FocalPOPlugin"])
-    off = product(("FOCALPO_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"), (missing, there))
-    for variable, config in off:
-        with ManyFocalpo(cwd=once.folder, **{variable: "0"}, **NO_WORKERS) as focalpo:
+@pytest.mark.parametrize("off", ["FOCALPO_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
+def test_without_autoload_the_missing_line_is_named(once: Axolotl, off: str):
+    """And with it the config is read; one of the two ways to turn it off is enough to see that."""
+    configs = [once.config()]
+    if off == "FOCALPO_AUTOLOAD":
+        configs.append(once.config(plugins=["focalpo_plugins.axolotl.FocalPOPlugin"]))
+    with ManyFocalpo(*MODULES[:1], cwd=once.folder, **{off: "0"}, **NO_WORKERS) as focalpo:
+        code, _, errors = focalpo("check", configs[0])
+        last = errors.splitlines()[-1]
+        assert code == 2
+        assert "plugins must list focalpo_plugins.axolotl.FocalPOPlugin where " in last
+        assert f"{off}=0 turns the autoload off, got []. Add the lines `plugins:`" in last
+        for config in configs[1:]:
             code, _, errors = focalpo("check", config)
-        assert code == (2 if config == missing else 0), errors[-3000:]
-        if config == missing:
-            last = errors.splitlines()[-1]
-            assert "plugins must list focalpo_plugins.axolotl.FocalPOPlugin where " in last
-            assert f"{variable}=0 turns the autoload off, got []. Add the lines `plugins:`" in last
+            assert code == 0, errors[-3000:]
 
 
 @pytest.mark.parametrize("case", ["data", "refusal"])

@@ -183,13 +183,13 @@ def ends(setting: dict[str, Path]) -> dict[str, tuple[int, str, str]]:
 
 # Folder of the model, and what is said of it.
 WRONG_MODELS = {
-    "adapter, renamed": "must have the weights of its adapter and no others, got '{}', whose files lack 1 (base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight) and have besides 1 (base_model.model.elsewhere.lora_A.default.weight): what",
+    "adapter, renamed": "must have the weights of its adapter and no others, got '{}', whose files lack 1 (base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight) and have besides 1 (base_model.model.elsewhere.lora_A.default.weight): missing",
     "adapter, no norm": "base_model.model.model.norm.weight",  # PEFT's own error
     "adapter, base is one": "must be an adapter of a whole model, got '{}', whose base",
     "files beside an adapter": "must have the weights of its LlamaForCausalLM and no others, got '{}', whose files lack ",
     "without": "whose files lack 1 (model.layers.0.self_attn.q_proj.weight): missing weights would be random",
-    "with more": "whose files have besides 1 (v_head.weight): what",
-    "another shape": "whose files have in another shape 1 (model.layers.0.self_attn.q_proj.weight): what",
+    "with more": "whose files have besides 1 (v_head.weight): missing",
+    "another shape": "whose files have in another shape 1 (model.layers.0.self_attn.q_proj.weight): missing",
     "half": "must be a model that can be loaded, got '{}': SafetensorError: ",
 }  # fmt: skip
 
