@@ -67,22 +67,21 @@ def _commands():
 
 
 def _show_last_line():
-    """Make the outermost process of a run print why the run failed, as its last line.
+    """Have the outermost process of a run print, as its last line, why the run failed.
 
-    The processes that it starts inherit the name of the file, and so does a command that replaces
-    this process.
+    The processes that it starts inherit the variable, and so does a command that replaces this one.
     """
     process = str(os.getpid())
-    path = os.environ.get(_LAST_LINE)
-    if path is None:
-        from tempfile import gettempdir
-
-        name = f"focalpo_plugins-{process}-{os.urandom(8).hex()}"
-        path = os.environ[_LAST_LINE] = os.path.join(gettempdir(), name)
-    elif os.path.basename(path).split("-")[1:2] != [process]:
+    name = os.environ.get(_LAST_LINE)
+    if name is None:
+        name = os.environ[_LAST_LINE] = f"focalpo_plugins-{process}-{os.urandom(8).hex()}"
+    elif name.split("-")[1:2] != [process]:
         return
 
     def show():
+        from tempfile import gettempdir
+
+        path = os.path.join(gettempdir(), name)
         if str(os.getpid()) != process or not os.path.exists(path):  # a fork, or nothing failed
             return
         with open(path, encoding="utf-8") as file:

@@ -141,7 +141,9 @@ def test_a_common_start_that_became_the_prompt_is_never_refused(capsys):
     pair: Pair = ([BOS, 5, 7], [EOS], [8, EOS])
     check([pair] * 3, shared=True)
     said = capsys.readouterr().err
-    assert said.startswith("focalpo_plugins: warning: 3 of 3 pairs have an answer that the other")
+    assert said.startswith(
+        "focalpo_plugins: warning: 3 of 3 pairs have one answer that is the start"
+    )
     assert said.count("\n") == 1 and "column prompt" in said and "empty" not in said
     with pytest.raises(ValueError, match="got 3 of 3 pairs have a chosen answer equal to"):
         check([([BOS, 5], [EOS], [EOS])] * 3, shared=True)

@@ -422,11 +422,13 @@ print(list(events), read, [type(finder).__name__ for finder in sys.meta_path][:1
 @pytest.mark.parametrize("host", [False, True])
 def test_the_autoload_opens_nothing(tmp_path: Path, host: bool):
     """Python's audit events, which opening, connecting, starting and importing raise: none, in a
-    process that is no host and in one that is Axolotl's.  Of the environment it reads one name."""
+    process that is no host and in one that is Axolotl's.  Of the environment it reads one name, and
+    one more where a run's last line is to be shown."""
     script = tmp_path / ("axolotl" if host else "train.py")
     script.write_text(AUTOLOAD)
     run = run_python(str(script))
-    assert run.stdout.startswith("[] ['FOCALPO_AUTOLOAD'] "), run.stdout + run.stderr
+    names = ["FOCALPO_AUTOLOAD", *["FOCALPO_LAST_LINE"] * host]
+    assert run.stdout.startswith(f"[] {names} "), run.stdout + run.stderr
     assert ("_Awaiting" in run.stdout) is host
     assert not run.stderr
 

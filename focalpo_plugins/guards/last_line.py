@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from tempfile import gettempdir
 from types import TracebackType
 from typing import Any
 
@@ -38,8 +39,9 @@ def install(explain: Callable[[BaseException], str | None]) -> None:
         before(kind, error, trace)
         with suppress(Exception):  # an error while explaining a failure must not hide it
             reason = str(error) if _is_ours(error) else explain(error)
-            if reason is not None:
-                _leave(reason)
+            name = os.environ.get(VARIABLE)
+            if reason is not None and (name is None or not _leave(name, reason)):
+                say(reason)
 
     sys.excepthook = hook
 
@@ -62,21 +64,25 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def repeat(reason: str) -> None:
-    """Make this process's launcher print the reason at its end; without one, do nothing."""
-    path = os.environ.get(VARIABLE)
-    if path is not None and f"-{os.getpid()}-" not in os.path.basename(path):
-        _leave(reason)
+    """Have the launcher of this process say it again once it ends; without one, nothing is done."""
+    name = os.environ.get(VARIABLE)
+    if name is not None and f"-{os.getpid()}-" not in name:
+        _leave(name, reason)
 
 
-def _leave(reason: str) -> None:
-    """Write the reason to the file that the outermost process reads; print it if there is none.
+def _leave(name: str, reason: str) -> bool:
+    """Write the reason where the outermost process looks for it; whether it can be.
 
-    If several ranks fail, the first reason is kept.
+    Of several ranks the first one's reason is kept.
     """
-    reason = " ".join(reason.split())
-    path = os.environ.get(VARIABLE)
-    if path is None:
-        say(reason)
-        return
-    with suppress(OSError), open(path, "x", encoding="utf-8") as file:
-        file.write(reason)
+    path = os.path.join(gettempdir(), os.path.basename(name))
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(" ".join(reason.split()))
+    except FileExistsError:
+        return True
+    except OSError:
+        with suppress(OSError):
+            os.remove(path)  # a part of it would mislead
+        return False
+    return True

@@ -146,7 +146,8 @@ DISK_FAULTS = SUPPORT / "disk_faults"
 
 @pytest.mark.releases
 def test_a_full_disk(train, tmp_path: Path):
-    """Two ranks stop with one line, and no checkpoint looks like one."""
+    """Two ranks stop with one line, and no checkpoint looks like one.  The launcher can't repeat it:
+    there is no space for that either."""
     run = train(
         *(*OURS, *ZERO3, "--ckpt.save_steps", "2"),
         ranks=2,
