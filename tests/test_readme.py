@@ -90,6 +90,7 @@ def test_the_first_page():
     commands = [line for line in lines[:20] if line.startswith("    python3 -m venv ")]
     assert ["axolotl train" in line for line in commands] == [True, False]
     assert commands[1].endswith("/nox")
+    assert '".[plots]"' in commands[0], "a run's last line names focalpo report, which draws"
     # Of RESULTS.md the rows of the first table of each model.
     results = (EXAMPLES / "RESULTS.md").read_text().split("\n| method | WR |")[1:]
     rows = [dict(re.findall(r"^\| (DPO|SimPO|FocalPO) \|(.*)", each, re.M)[:3]) for each in results]

@@ -76,7 +76,7 @@ def plan(config: Path, gpus: int, scratch: Path, shape: Path | None = None) -> P
             reason = None
         if reason is None:
             raise
-        raise ValueError(f"{one_line(error)}. {reason}") from error
+        raise ValueError(f"{one_line(error).rstrip('.')}. {reason}") from error
 
 
 def _plan(config: Path, gpus: int, scratch: Path, shape: Path | None) -> Plan:

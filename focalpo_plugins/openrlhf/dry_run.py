@@ -64,7 +64,7 @@ def _explained(of_host: Any) -> Iterator[None]:
         reason = explain(of_host, error) or hub.explain(error, hub_names(of_host))
         if reason is None:
             raise
-        raise ValueError(f"{one_line(error)}. {reason}") from error
+        raise ValueError(f"{one_line(error).rstrip('.')}. {reason}") from error
 
 
 def _plan(of_host: Any, gpus: int, shape: Path | None) -> Plan:
