@@ -12,6 +12,7 @@ FAILS = """
 import sys
 from focalpo_plugins.guards import last_line
 from focalpo_plugins.loss import check_beta
+last_line.install(lambda error: "of the config before")
 last_line.install(lambda error: "it has no %r" % error.args[0] if type(error) is KeyError else None)
 print("began", flush=True)
 {}

@@ -20,25 +20,26 @@ from .messages import say
 
 #: The variable that names the file; ``_focalpo_plugins_autoload`` sets it.
 VARIABLE = "FOCALPO_LAST_LINE"
-_installed = False
+_explain: Callable[[BaseException], str | None] | None = None
 
 
 def install(explain: Callable[[BaseException], str | None]) -> None:
     """Print the reason after the traceback of an exception that ends this process.
 
     The reason is the message of an error that this package raised, or else what ``explain`` returns
-    for the exception.  If that is None, nothing is added.
+    for the exception.  If that is None, nothing is added.  A later call replaces ``explain``: a
+    sweep loads one config after the other.
     """
-    global _installed
-    if _installed:
+    global _explain
+    installed, _explain = _explain is not None, explain
+    if installed:
         return
-    _installed = True
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         before(kind, error, trace)
         with suppress(Exception):  # an error while explaining a failure must not hide it
-            reason = str(error) if _is_ours(error) else explain(error)
+            reason = str(error) if _is_ours(error) or _explain is None else _explain(error)
             name = os.environ.get(VARIABLE)
             if reason is not None and (name is None or not _leave(name, reason)):
                 say(reason)
@@ -64,16 +65,16 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def repeat(reason: str) -> None:
-    """Have the launcher of this process say it again once it ends; without one, nothing is done."""
+    """Make this process's launcher print the reason at its end; without a launcher, do nothing."""
     name = os.environ.get(VARIABLE)
     if name is not None and f"-{os.getpid()}-" not in name:
         _leave(name, reason)
 
 
 def _leave(name: str, reason: str) -> bool:
-    """Write the reason where the outermost process looks for it; whether it can be.
+    """Write the reason to the file that the outermost process reads; False if it can't be written.
 
-    Of several ranks the first one's reason is kept.
+    If several ranks fail, the first reason is kept.
     """
     path = os.path.join(gettempdir(), os.path.basename(name))
     try:
