@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,10 @@ def explain(cfg: Any, error: BaseException) -> str | None:
 
 def described(cfg: Any) -> list[str]:
     """A line for each dataset: its rows, their format, and the ``type`` that reads it."""
-    lines = []
-    for key, dataset in _listed(cfg):
-        seen = _look(cfg, dataset)
-        if seen is None:
-            continue
-        read_by = "" if seen.format is None else f": {seen.format}, for {_advice(seen, cfg)}"
-        lines.append(f"{key} has {seen.words}{read_by}")
-    return lines
+    looks = ((key, _look(cfg, dataset, 1)) for key, dataset in _listed(cfg))
+    return [
+        seen.line(key, f"{seen.format}, for {_advice(seen, cfg)}") for key, seen in looks if seen
+    ]
 
 
 def hub_names(cfg: Any) -> dict[str, str]:
@@ -76,13 +73,13 @@ def _listed(cfg: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 yield f"{key}[{number}]", dataset
 
 
-def _look(cfg: Any, dataset: Mapping[str, Any]) -> Look | None:
+def _look(cfg: Any, dataset: Mapping[str, Any], rows: int | None = None) -> Look | None:
     names = {
         name: dataset.get(f"field_{field}") for name, field in
         (("chosen", "chosen"), ("rejected", "rejected"), ("prompt", "messages"))
     }  # fmt: skip
     try:
-        return look(_rows(cfg, dataset), **{k: v for k, v in names.items() if v})
+        return look(islice(_rows(cfg, dataset), rows), **{k: v for k, v in names.items() if v})
     except Exception:  # the rows can't be read: the host reports it
         return None
 
@@ -102,20 +99,15 @@ def _mismatch(cfg: Any, key: str, dataset: Mapping[str, Any]) -> str | None:
     seen = _look(cfg, dataset)
     if seen is None:
         return None
-    kind = dataset.get("type")
-    file = f"{key}.path {str(dataset.get('path'))!r}: "
-    first = f"its first row has {seen.words}, and type is {kind}"
-    if seen.problem is not None:
-        return f"{file}{first}: {seen.problem}. docs/data.md lists the formats."
+    start = (
+        f"{key}.path {str(dataset.get('path'))!r}: its first row has {seen.words}, and type is "
+        f"{dataset.get('type')}"
+    )
     fitting = _fitting(seen, cfg)
-    if not fitting or any(
-        dataset.get(name) != value and cfg.get(name) != value for name, value in fitting.items()
-    ):
-        advice = f"these are {seen.format}: set {_advice(seen, cfg)}"
-        return f"{file}{first}: {advice}. docs/data.md lists the formats."
-    if seen.odd is not None:
-        return f"{file}{first}, which fits; {seen.odd}. Mend that row, or remove it."
-    return None
+    fits = bool(fitting) and all(
+        value in (dataset.get(name), cfg.get(name)) for name, value in fitting.items()
+    )
+    return seen.mismatch(start, fits, f"set {_advice(seen, cfg)}")
 
 
 def _fitting(seen: Look, cfg: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from ..guards import hub
-from ..guards.messages import one_line
+from ..guards.messages import explained
 from ..plan import ModelState, Pair, Plan, Tokens
 from ..registry import losses
 from . import PLUGIN, REQUESTED
@@ -66,17 +66,13 @@ def plan(config: Path, gpus: int, scratch: Path, shape: Path | None = None) -> P
         ValueError: the config can't train pairs, or its data or its files on a hub can't be read.
             Axolotl's other errors pass through unchanged.
     """
-    try:
+
+    def reason(error: Exception) -> str | None:
+        written = yaml.safe_load(config.read_text(encoding="utf-8"))
+        return explain(written, error) or hub.explain(error, hub_names(written))
+
+    with explained(reason):
         return _plan(config, gpus, scratch, shape)
-    except Exception as error:
-        try:
-            written = yaml.safe_load(config.read_text(encoding="utf-8"))
-            reason = explain(written, error) or hub.explain(error, hub_names(written))
-        except Exception:  # the host's own error says more
-            reason = None
-        if reason is None:
-            raise
-        raise ValueError(f"{one_line(error).rstrip('.')}. {reason}") from error
 
 
 def _plan(config: Path, gpus: int, scratch: Path, shape: Path | None) -> Plan:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 
 def say(what: str) -> None:
@@ -29,6 +29,24 @@ def one_line(error: BaseException) -> str:
         return "; ".join(found)
     message = " ".join(str(error).split())
     return message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"
+
+
+@contextmanager
+def explained(explain: Callable[[Exception], str | None]) -> Iterator[None]:
+    """Add to a host's error raised inside what ``explain`` returns for it, if it returns anything.
+
+    Raises:
+        ValueError: the host's message and the explanation.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = None
+        with suppress(Exception):  # then the host's own error says more
+            reason = explain(error)
+        if reason is None:
+            raise
+        raise ValueError(f"{one_line(error).rstrip('.')}. {reason}") from error
 
 
 @contextmanager

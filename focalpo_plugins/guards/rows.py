@@ -38,6 +38,26 @@ class Look:
     problem: str | None
     odd: str | None
 
+    def line(self, name: str, read_by: str) -> str:
+        """One line on the rows of ``name``; ``read_by`` names what reads them."""
+        return f"{name} has {self.words}" + ("" if self.format is None else f": {read_by}")
+
+    def mismatch(self, start: str, fits: bool, advice: str, verb: str = "fits") -> str | None:
+        """Why rows could not be read, after ``start``; None if all rows fit.
+
+        Args:
+            fits: whether the type or the flags in use read rows of this format.
+            advice: what does.
+            verb: ``fit`` if ``start`` ends with the names of several flags.
+        """
+        if self.problem is not None:
+            return f"{start}: {self.problem}. docs/data.md lists the formats."
+        if not fits:
+            return f"{start}: these are {self.format}: {advice}. docs/data.md lists the formats."
+        if self.odd is not None:
+            return f"{start}, which {verb}; {self.odd}. Mend that row, or remove it."
+        return None
+
 
 def look(
     rows: Iterable[Mapping[str, Any]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,6 @@ from ..guards.last_line import modules_of
 from ..guards.rows import (
     CONVERSATIONS,
     MESSAGES,
-    ONE_MESSAGE,
     PROMPT_BESIDE,
     STRINGS,
     TEXTS,
@@ -46,14 +46,10 @@ def explain(args: Any, error: BaseException) -> str | None:
 
 def described(args: Any) -> list[str]:
     """A line for each dataset: its rows, their format, and the flags that read it."""
-    lines = []
-    for path in _paths(args):
-        seen = _look(args, path)
-        if seen is None:
-            continue
-        read_by = "" if seen.format is None else f": {seen.format}, {_advice(args, seen)}"
-        lines.append(f"{path} has {seen.words}{read_by}")
-    return lines
+    looks = ((path, _look(args, path, 1)) for path in _paths(args))
+    return [
+        seen.line(path, f"{seen.format}, {_advice(args, seen)}") for path, seen in looks if seen
+    ]
 
 
 def hub_names(args: Any) -> dict[str, str]:
@@ -69,10 +65,11 @@ def _paths(args: Any) -> list[str]:
     return [path.strip() for path in str(dotted(args).data.dataset).split(",")]
 
 
-def _look(args: Any, path: str) -> Look | None:
+def _look(args: Any, path: str, rows: int | None = None) -> Look | None:
     data = dotted(args).data
     try:
-        return look(_rows(args, path), data.chosen_key, data.rejected_key, data.prompt_key)
+        found = islice(_rows(args, path), rows)
+        return look(found, data.chosen_key, data.rejected_key, data.prompt_key)
     except Exception:  # the rows can't be read: the host reports it
         return None
 
@@ -100,16 +97,9 @@ def _mismatch(args: Any, path: str) -> str | None:
         f"--{spelled('data.dataset', vars(args))} {path!r}: its first row has {seen.words}, and "
         f"the flags are {' '.join(given) or 'neither ' + template + ' nor ' + key}"
     )
-    if seen.problem is not None:
-        return f"{start}: {seen.problem}. docs/data.md lists the formats."
-    wanted = _FLAGS.get(str(seen.format))
     as_given = bool(data.apply_chat_template), bool(data.prompt_key)
-    if wanted != as_given or (wanted[1] and data.prompt_key != seen.prompt):
-        advice = _advice(args, seen)
-        return f"{start}: these are {seen.format}: {advice}. docs/data.md lists the formats."
-    if seen.odd is not None:
-        return f"{start}, which fit; {seen.odd}. Mend that row, or remove it."
-    return None
+    fits = _FLAGS.get(str(seen.format)) == as_given and data.prompt_key in (None, "", seen.prompt)
+    return seen.mismatch(start, fits, _advice(args, seen), "fit")
 
 
 def _template(args: Any) -> str:
@@ -119,9 +109,9 @@ def _template(args: Any) -> str:
 def _advice(args: Any, seen: Look) -> str:
     """The flags that read rows of this format."""
     key = f"--{spelled('data.prompt_key', vars(args))}"
-    if seen.format == ONE_MESSAGE:
+    if seen.format not in _FLAGS:  # one message an answer, or none that a host reads
         return f"put each answer into a list, and give {_template(args)} {key} {seen.prompt}"
-    template, prompt = _FLAGS[str(seen.format)]
+    template, prompt = _FLAGS[seen.format]
     flags = [_template(args)] * template + [f"{key} {seen.prompt}"] * prompt
     without = " and ".join([_template(args)] * (not template) + [key] * (not prompt))
     said = f"give {' '.join(flags)}" if flags else ""

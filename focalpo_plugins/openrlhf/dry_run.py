@@ -6,19 +6,19 @@ tokenizer with the same calls as the rest of the command.
 
 from __future__ import annotations
 
+import functools
 import os
 import runpy
 import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..guards import hub
-from ..guards.messages import one_line
+from ..guards.messages import explained
 from ..plan import ModelState, Pair, Plan, Tokens
 from ..registry import get_loss
 from . import COMMAND, cpu
@@ -51,20 +51,12 @@ def plan(argv: Sequence[str], gpus: int, shape: Path | None = None) -> Plan:
         RuntimeError: the installed OpenRLHF starts its training in another way.
     """
     of_host = _flags(argv)
-    with _explained(of_host):
+    with explained(functools.partial(_reason, of_host)):
         return _plan(of_host, gpus, shape)
 
 
-@contextmanager
-def _explained(of_host: Any) -> Iterator[None]:
-    """Add to the host's error what it means, if that is known."""
-    try:
-        yield
-    except Exception as error:
-        reason = explain(of_host, error) or hub.explain(error, hub_names(of_host))
-        if reason is None:
-            raise
-        raise ValueError(f"{one_line(error).rstrip('.')}. {reason}") from error
+def _reason(of_host: Any, error: Exception) -> str | None:
+    return explain(of_host, error) or hub.explain(error, hub_names(of_host))
 
 
 def _plan(of_host: Any, gpus: int, shape: Path | None) -> Plan:
@@ -228,7 +220,9 @@ def _pairs(of_host: Any, trained: Any, whole: Any, max_length: int) -> Iterator[
             "lists."
         )
     for place, original in enumerate(kept):
-        with _explained(of_host):  # OpenRLHF joins prompt and answer here
+        with explained(
+            functools.partial(_reason, of_host)
+        ):  # OpenRLHF joins prompt and answer here
             chosen, _, rejected, _, prompt_length = trained[place]
         uncut = whole[original]
         cut = chosen.numel() < uncut[0].numel() or rejected.numel() < uncut[2].numel()
