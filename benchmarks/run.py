@@ -88,7 +88,7 @@ def main() -> int:
     args = parser.parse_args()
     for name in args.names:
         if name not in BENCHMARKS:
-            parser.error(f"NAME must be of {', '.join(BENCHMARKS)}, got {name!r}")
+            parser.error(f"NAME must be one of {', '.join(BENCHMARKS)}, got {name!r}")
     here = machine()
     print(", ".join(f"{key} {value}" for key, value in here.items()), flush=True)
     results: list[Result] = []

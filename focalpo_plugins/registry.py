@@ -323,7 +323,7 @@ def _check(loss: PairwiseLoss, others: Mapping[str, PairwiseLoss]) -> None:
     for option in loss.help:
         if option not in loss.options:
             raise ValueError(
-                f"help of {loss.name} must be of its options, got {option!r}"
+                f"help of {loss.name} must name its options, got {option!r}"
                 f"{did_you_mean(option, loss.options)}"
             )
     if loss.at is not None:

@@ -169,7 +169,7 @@ def test_files(tmp_path, case: str):
         check_file(file, "data")
     start = f"data must be JSON lines, got {str(file)!r}, of which line {line} can't be used: "
     assert str(refused.value).startswith(start + why)
-    assert str(refused.value).endswith(". Mend that line, or remove it.")
+    assert str(refused.value).endswith(". Fix that line, or remove it.")
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_files_refused_as_a_whole(tmp_path, content: bytes, why: str):
 def test_an_entry_without_a_column(tmp_path, content: str, place: str):
     (tmp_path / "p.jsonl").write_text(content)
     check_file(tmp_path / "p.jsonl", "data", ["a"])
-    why = re.escape(f"{place} can't be used: it has no 'b', got a, c. Mend")
+    why = re.escape(f"{place} can't be used: it has no 'b', got a, c. Fix")
     with pytest.raises(ValueError, match=why):
         check_file(tmp_path / "p.jsonl", "data", ["a", "b"])
 

@@ -270,7 +270,7 @@ REFUSED: dict[str, tuple[tuple, dict[str, Any], str]] = {
     ),
     "help": (
         ("mine", loss), {"options": {"at": 1}, "help": {"att": "Where"}},
-        "help of mine must be of its options, got 'att'; did you mean 'at'?",
+        "help of mine must name its options, got 'att'; did you mean 'at'?",
     ),
     "a part there isn't": (("mine", loss), {"grad": loss}, "unexpected keyword argument 'grad'"),
 }  # fmt: skip

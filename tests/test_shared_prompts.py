@@ -80,7 +80,7 @@ def test_padding_before_a_sequence_is_refused():
 
 @pytest.mark.parametrize("lengths", [[2, 2], [1, 1, 1]])
 def test_lengths_that_do_not_fit_are_refused(lengths: list[int]):
-    with pytest.raises(ValueError, match="must be of pairs and add up to 3 tokens, got "):
+    with pytest.raises(ValueError, match="must hold pairs whose lengths add up to 3 tokens, got "):
         layout_of_packed(torch.tensor([[1, 2, 3]]), lengths)
 
 

@@ -179,7 +179,7 @@ def layout_of_packed(ids: Tensor, lengths: Sequence[int]) -> Layout:
     """
     if sum(lengths) != ids.shape[1] or len(lengths) % 2:
         raise ValueError(
-            f"the lengths of a packed batch must be of pairs and add up to {ids.shape[1]} tokens, "
+            f"the packed batch must hold pairs whose lengths add up to {ids.shape[1]} tokens, "
             f"got {list(lengths)}. Switch packing or shared prompts off."
         )
     count = len(lengths) // 2

@@ -44,7 +44,7 @@ def check_file(path: Path, name: str, columns: Sequence[str] = ()) -> None:
         ) from None
     except ValueError as error:
         raise ValueError(
-            f"{name} must be JSON lines, got {str(path)!r}, of which {error}. Mend that line, or "
+            f"{name} must be JSON lines, got {str(path)!r}, of which {error}. Fix that line, or "
             "remove it."
         ) from None
     if not entries:

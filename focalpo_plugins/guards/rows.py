@@ -55,7 +55,7 @@ class Look:
         if not fits:
             return f"{start}: these are {self.format}: {advice}. docs/data.md lists the formats."
         if self.odd is not None:
-            return f"{start}, which {verb}; {self.odd}. Mend that row, or remove it."
+            return f"{start}, which {verb}; {self.odd}. Fix that row, or remove it."
         return None
 
 

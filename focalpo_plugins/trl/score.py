@@ -345,7 +345,7 @@ def _pairs(data: Path) -> tuple[Dataset, str]:
         except ValueError as error:
             raise ValueError(
                 f"DATA must hold a pair in each row, got {str(data)!r}, where row {number} (the "
-                f"first is 0) {error}. Mend that row, or remove it."
+                f"first is 0) {error}. Fix that row, or remove it."
             ) from None
         as_it_is = as_it_is and rows[-1] == _seen_by_trl(row)
     texts = rows[0].texts

@@ -75,7 +75,7 @@ def check_loss_types(types: Sequence[str], key: str = "loss_type") -> None:
         if str(loss_type) not in _SEAM:
             why = _WHY_NOT.get(str(loss_type), "it is not known to be a log-sigmoid of the margin")
             raise ValueError(
-                f"{key} must be of {', '.join(_SEAM)}, got {loss_type!r}: {why}. Remove it; "
+                f"{key} must be one of {', '.join(_SEAM)}, got {loss_type!r}: {why}. Remove it; "
                 "'sigmoid' is the default."
             )
     if not any(_SEAM[str(loss_type)] for loss_type in types):

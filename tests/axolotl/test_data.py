@@ -127,7 +127,7 @@ def test_a_type_that_fails(answers: dict, name: str, number: int):
 def test_a_row_that_differs(answers: dict):
     said = error_of(answers["odd"])
     assert "and type is chat_template.default, which fits; row 2 has chosen (text)" in said
-    assert said.endswith("prompt (nothing). Mend that row, or remove it.")
+    assert said.endswith("prompt (nothing). Fix that row, or remove it.")
 
 
 @shares_answers

@@ -151,7 +151,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "loss type hinge": (
         {"dpo_loss_type": ["hinge"]},
-        "dpo_loss_type must be of sigmoid, sigmoid_norm, robust, sft, got 'hinge': it has no",
+        "dpo_loss_type must be one of sigmoid, sigmoid_norm, robust, sft, got 'hinge': it has no",
     ),
     "loss type nca": (
         {"dpo_loss_type": ["nca_pair"]},

@@ -62,15 +62,15 @@ REFUSED: dict[str, tuple[Callable[[list[dict]], str], str]] = {
         f"every pair was dropped as longer than {MAX_LEN}=128. Look at the file, or raise {MAX_LEN}.",
     ),
     "an empty file": (lambda rows: "", "dataset must hold a pair, got "),
-    "the first line cut": (lambda rows: lines(rows)[9:], "of which line 1 can't be used: Expecting value. Mend"),
+    "the first line cut": (lambda rows: lines(rows)[9:], "of which line 1 can't be used: Expecting value. Fix"),
     "malformed JSON": (lambda rows: lines(rows)[:-40], "of which line 16 can't be used: Unterminated string"),
     "no column chosen": (
         lambda rows: lines([rows[0], *({"rejected": row["rejected"]} for row in rows)]),
-        "of which line 2 can't be used: it has no 'chosen', got rejected. Mend that line",
+        "of which line 2 can't be used: it has no 'chosen', got rejected. Fix that line",
     ),
     "no column rejected": (
         lambda rows: lines({"chosen": row["chosen"]} for row in rows),
-        "of which line 1 can't be used: it has no 'rejected', got chosen. Mend that line",
+        "of which line 1 can't be used: it has no 'rejected', got chosen. Fix that line",
     ),
 }  # fmt: skip
 

@@ -110,7 +110,7 @@ def test_flags_that_fail(answers: dict, name: str, number: int):
 
 def test_a_row_that_differs(answers: dict):
     said = error_of(answers["odd"])
-    assert said.endswith("which fit; row 1 has chosen (text), rejected (nothing). Mend that row, or "
+    assert said.endswith("which fit; row 1 has chosen (text), rejected (nothing). Fix that row, or "
                          "remove it.")  # fmt: skip
 
 

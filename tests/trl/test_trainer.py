@@ -750,7 +750,7 @@ def test_the_same_batch_however_it_is_split(tokenizer, tmp_path):
         ({"loss_type": ["apo_down"]}, "got 'apo_down': it has no log-sigmoid"),
         (
             {"loss_type": ["sigmoid", "hinge"]},
-            "loss_type must be of sigmoid, sigmoid_norm, robust, sft, got 'hinge'",
+            "loss_type must be one of sigmoid, sigmoid_norm, robust, sft, got 'hinge'",
         ),
         ({"loss_type": ["sft"]}, "there is no preference loss in it"),
         (
