@@ -37,7 +37,7 @@ def render(tokenizer, messages: list[dict[str, str]], empty_system: bool) -> tup
     return prompt, completion
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="the tokenizer's name or folder")
     parser.add_argument("data", help="a data set's name, or a .jsonl file")
@@ -48,7 +48,7 @@ def main() -> None:
         help="put an empty system turn before a conversation without one, as Zephyr's recipe did",
     )
     parser.add_argument("--out", type=Path, required=True, help="the JSONL file to write")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     if args.data.endswith(".jsonl"):
         pairs = load_dataset("json", data_files=args.data, split="train")

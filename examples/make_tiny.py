@@ -9,6 +9,8 @@ that it writes both kinds and preference training has something left to teach it
 The same seed gives the same data everywhere, and the same weights on the same machine and torch.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json
@@ -20,15 +22,16 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+# torch, tokenizers and transformers are imported where they are used: it takes seconds, and most
+# calls find that there is nothing to do.
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 # Read when torch is loaded. Threads that wait for each other then sleep: on busy cores they would
 # spin for longer than they compute.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-
-import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TRAIN_PAIRS, TEST_PAIRS = 2400, 304
 SWAPPED = 0.08  # share of pairs with the labels the wrong way round, as careless annotators leave
@@ -207,6 +210,9 @@ def make_pairs(seed: int) -> tuple[list[dict], list[dict]]:
 def make_tokenizer(pairs: list[dict]) -> PreTrainedTokenizerFast:
     """Byte-level BPE; a run of newlines stays one piece, so that the prompt's tokens do not change
     when an answer follows it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     pieces = Regex(r" ?[A-Za-z]+|[0-9]|\n+| ?[^\sA-Za-z0-9]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -246,6 +252,10 @@ def make_model(
     tokenizer: PreTrainedTokenizerFast, pairs: list[dict], seed: int
 ) -> tuple[LlamaForCausalLM, float]:
     """A small Llama fine-tuned on both answers of every pair, and its last mean loss."""
+    import torch
+    from tqdm import tqdm
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -357,6 +367,8 @@ def main() -> None:
             return
         if not args.force:
             parser.error(f"{out} is incomplete or has other settings; --force builds it again")
+
+    import torch
 
     torch.set_num_threads(THREADS)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -47,6 +47,8 @@ NO_WIDTH = 1e-9  # of an axis
 # Evaluation during training would cost time and change nothing: every model is scored at its end.
 NOT_IN_A_STUDY = ("test_datasets", "val_set_size", "eval_steps", "evals_per_epoch", "eval_strategy")
 OWN_KEYS = ("rl", "seed", "base_model", "datasets", "output_dir", "save_steps")
+# The one process on a CPU needs no launcher, which takes as long to start as Axolotl itself.
+LAUNCHER = () if torch.cuda.is_available() else ("--launcher", "python")
 
 
 class StudyError(Exception):
@@ -318,7 +320,7 @@ def train_and_score(
         }
         path = folder / "config.yml"
         path.write_text(yaml.safe_dump({**config, **own}, sort_keys=False), encoding="utf-8")
-        command(["axolotl", "train", str(path)], folder / "train.log", bar, cores)
+        command(["axolotl", "train", str(path), *LAUNCHER], folder / "train.log", bar, cores)
         (folder / "unfinished").rename(model)  # a folder of this name is a finished run
     if not (folder / "scores" / "summary.json").is_file():
         words = ["focalpo", "score", str(model), str(held_out), "--ref", config["base_model"]]

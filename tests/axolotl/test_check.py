@@ -163,9 +163,7 @@ def answers(
         "no file": [once.folder / "no.yml"],
         "no yaml": [broken],
     }
-    # A data set's worker processes would be forked off a fork of a process that has threads.
-    no_workers = {"AXOLOTL_DATASET_NUM_PROC": "0"}
-    with ManyFocalpo(*MODULES, cwd=once.folder, **no_workers) as focalpo:
+    with ManyFocalpo(*MODULES, cwd=once.folder) as focalpo:
         return {name: focalpo("check", *map(str, words)) for name, words in cases.items()}
 
 

@@ -30,8 +30,6 @@ FAILS = [
 ]
 # Released sizes: parameters of the models that the recipes train.
 PARAMETERS = {"llama-3-8b": 8_030_261_248, "mistral-7b": 7_241_732_096, "qwen3-8b": 8_190_735_360}
-# A data set's worker processes would be forked off a fork of a process that has threads.
-NO_WORKERS = {"AXOLOTL_DATASET_NUM_PROC": "0"}
 Answer = tuple[int, str, str]
 
 
@@ -88,7 +86,7 @@ def answers(once: Axolotl) -> dict[Any, Answer]:
     words["file"] = ["--json", "--model-config", once.tiny / "model" / "config.json", hub]
     words["no shape"] = ["--model-config", "llama-4", hub]
     words["no model"] = ["--model-config", once.tiny / "model" / "tokenizer.json", hub]
-    with ManyFocalpo(*MODULES, cwd=once.folder, **NO_WORKERS) as focalpo:
+    with ManyFocalpo(*MODULES, cwd=once.folder) as focalpo:
         return {name: focalpo("check", *map(str, argv)) for name, argv in words.items()}
 
 
@@ -210,7 +208,7 @@ def test_without_autoload_the_missing_line_is_named(once: Axolotl, off: str):
     configs = [once.config()]
     if off == "FOCALPO_AUTOLOAD":
         configs.append(once.config(plugins=["focalpo_plugins.axolotl.FocalPOPlugin"]))
-    with ManyFocalpo(*MODULES[:1], cwd=once.folder, **{off: "0"}, **NO_WORKERS) as focalpo:
+    with ManyFocalpo(*MODULES[:1], cwd=once.folder, **{off: "0"}) as focalpo:
         code, _, errors = focalpo("check", configs[0])
         last = errors.splitlines()[-1]
         assert code == 2

@@ -33,8 +33,9 @@ SPLIT = ("loss", "grad_norm", "rewards/margins", "focalpo/p", "focalpo/weight", 
 @pytest.fixture(scope="session")
 def plain(once: Axolotl) -> Run:
     """Six steps with evaluation and two checkpoints, without a `plugins:` line, by Axolotl's default
-    launcher."""
-    return once.train("--launcher", "accelerate", eval_steps=3)
+    launcher, with worker processes for the data as by default."""
+    workers = {"AXOLOTL_DATASET_NUM_PROC": "2"}
+    return once.train("--launcher", "accelerate", variables=workers, eval_steps=3)
 
 
 @pytest.fixture(scope="session")

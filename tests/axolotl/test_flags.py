@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 from harness import PLUGIN, Axolotl, Server, axolotl_environment
 
+# One worker starts the command's process, once.
+shares_command = pytest.mark.xdist_group("command")
+
 
 @pytest.fixture(scope="module")
 def command(hinge_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -63,6 +66,7 @@ PASSED_ON: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
+@shares_command
 @pytest.mark.releases
 @pytest.mark.parametrize("case", PASSED_ON)
 def test_passed_on_to_the_launcher(command: Server, axolotl: Axolotl, case: str):
@@ -78,6 +82,7 @@ def test_passed_on_to_the_launcher(command: Server, axolotl: Axolotl, case: str)
     )
 
 
+@shares_command
 def test_passed_on_in_a_sweep(command: Server, axolotl: Axolotl):
     """Each run of the sweep gets them."""
     sweep = axolotl.folder / "sweep.yaml"
@@ -145,6 +150,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 }  # fmt: skip
 
 
+@shares_command
 @pytest.mark.releases
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(command: Server, axolotl: Axolotl, case: str):
@@ -156,6 +162,7 @@ def test_refused(command: Server, axolotl: Axolotl, case: str):
     assert "?." not in output.partition("Error:")[2]
 
 
+@shares_command
 def test_strict_takes_what_the_yaml_has(command: Server, axolotl: Axolotl):
     """Axolotl drops the other options there without a word."""
     strict = axolotl.config(strict=True, focalpo_gamma=None)
@@ -167,6 +174,7 @@ def test_strict_takes_what_the_yaml_has(command: Server, axolotl: Axolotl):
     assert "focalpo_gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 7.0" in output
 
 
+@shares_command
 def test_help_lists_them(command: Server, axolotl: Axolotl):
     code, output = outcome(command, axolotl.config(), ["train", "--help"])
     assert code == 0

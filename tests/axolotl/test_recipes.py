@@ -29,7 +29,7 @@ from formats import (
     rows,
     zephyr_prompt,
 )
-from harness import EXAMPLES, ON_CPU, Axolotl, Run, axolotl_environment, zero3_on_cpu
+from harness import EXAMPLES, ON_CPU, Axolotl, Run, axolotl_environment, loaded, zero3_on_cpu
 from transformers import AutoTokenizer
 
 YAMLS = [
@@ -484,8 +484,8 @@ def places(pairs: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
             if f"{model}_kto" in RECIPES:
                 flags = ["--empty-system"] * ("--empty-system" in header(f"{model}_kto"))
                 out = folder / "kto" / data.name
-                script = [sys.executable, EXAMPLES / "make_kto_data.py", folder / model, data]
-                subprocess.run([*script, *flags, "--out", out], check=True)
+                words = [folder / model, data, *flags, "--out", out]
+                loaded(EXAMPLES / "make_kto_data.py").main([*map(str, words)])
     return folder
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import one_batch
 import pytest
-from harness import Server, at_once, free_port
+from harness import SUPPORT, Server, at_once, free_port
 from openrlhf_flags import of_host
 
 COMMAND = "openrlhf.cli.train_dpo"
@@ -108,7 +108,7 @@ def environment(path: Sequence[Path | str] = (), **variables: str) -> dict[str, 
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     env["PATH"] = str(Path(sys.executable).parent) + os.pathsep + env["PATH"]
-    env |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": os.pathsep.join(map(str, [*path, SUPPORT])), "OMP_NUM_THREADS": "1"}
     env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**env, **variables}
 

@@ -145,6 +145,9 @@ def axolotl_environment(**variables: str) -> dict[str, str]:
     env |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}",
         "AXOLOTL_DO_NOT_TRACK": "1",
+        # Its worker processes take longer to start than some hundred rows; and they can't be forked
+        # off a fork of a process that has threads.
+        "AXOLOTL_DATASET_NUM_PROC": "0",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",  # the same sums in the same order, run after run
         "TOKENIZERS_PARALLELISM": "false",
@@ -186,9 +189,7 @@ class Server:
 @functools.cache
 def axolotl_server() -> Server:
     """One for this test process, started when it is first asked for."""
-    # A data set's worker processes would be forked off a fork of a process that has threads.
-    environment = axolotl_environment(AXOLOTL_DATASET_NUM_PROC="0")
-    return Server("axolotl_server.py", env=environment, stderr=subprocess.DEVNULL)
+    return Server("axolotl_server.py", env=axolotl_environment(), stderr=subprocess.DEVNULL)
 
 
 class Axolotl:
@@ -242,11 +243,13 @@ class Axolotl:
         self, command: str, config: Path, *more: str, ranks: int = 1, **variables: str
     ) -> Run:
         """The command on the config, in a process forked off a waiting one; or, where ``more`` names
-        a launcher or ``variables`` are read at import, in one of its own from the start."""
+        a launcher that starts another or ``variables`` are read at import, in one of its own from
+        the start."""
         folder = Path(yaml.safe_load(config.read_text())["output_dir"])
         argv = [command, str(config), *more]
-        own = "--launcher" in more or set(variables) - READ_LATE
-        if command in ("train", "evaluate") and "--launcher" not in more:
+        launcher = more[more.index("--launcher") + 1] if "--launcher" in more else None
+        own = launcher not in (None, "python") or set(variables) - READ_LATE
+        if command in ("train", "evaluate") and launcher is None:
             argv += ["--launcher", "python"]  # one process less to start
         if own:
             try:
@@ -316,7 +319,7 @@ class ManyFocalpo(Server):
         env = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
         env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         env |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
-        env |= {"PYTHONPATH": str(SUPPORT), **variables}
+        env |= {"AXOLOTL_DATASET_NUM_PROC": "0", "PYTHONPATH": str(SUPPORT), **variables}
         super().__init__("many_focalpo.py", *modules, env=env, cwd=cwd)
 
     def __call__(self, *argv: str | Path) -> tuple[int, str, str]:

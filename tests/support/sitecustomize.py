@@ -1,10 +1,12 @@
-"""In every process of Axolotl's that the tests start.
+"""In every process of a host's that the tests start.
 
-Axolotl 0.16 asks for CUDA's capability and expects a RuntimeError where there is none; torch 2.13
+Half of the time of most is what they import, a sixth of which the garbage collector takes, and finds
+nothing.  Axolotl 0.16 asks for CUDA's capability and expects a RuntimeError where there is none; torch 2.13
 raises an AssertionError.  And TRL imports trackio to write a model card, whether it tracks the run
 or not, which is half of what a short run computes: here it finds that no run is tracked.
 """
 
+import gc
 import sys
 from contextvars import ContextVar
 from importlib.abc import MetaPathFinder
@@ -44,6 +46,7 @@ class Finder(MetaPathFinder):
         return spec
 
 
+gc.set_threshold(100_000, 20, 20)
 sys.meta_path.insert(0, Finder())
 if find_spec("trackio"):
     sys.modules["trackio"] = tracks_nothing()
