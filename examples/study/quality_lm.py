@@ -353,20 +353,25 @@ def draw(rows: Sequence[dict[str, Any]], title: str) -> Any:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     of = [row for row in rows if row["loss"] != row["base"]]
     for place, row in enumerate(of):
         left.errorbar(row["difference"], place, xerr=row["difference_95"], color="#0072B2",
                       marker="o", label="mean, 95 % over seeds" * (place == 0))  # fmt: skip
         left.plot(row["each_seed"], [place + 0.2] * len(row["each_seed"]), "|", color="#555555",
                   markersize=9, label="one seed" * (place == 0))  # fmt: skip
-    left.set_yticks(range(len(of)), [row["loss"] for row in of])
+    # In numbers as well: one loss that breaks its models sets the scale.
+    gaps = [f"{row['difference']:+.2f} ± {row['difference_95']:.2f}" for row in of]
+    names = [f"{row['loss']}\n{gap}" for row, gap in zip(of, gaps, strict=True)]
+    left.set_yticks(range(len(of)), names, fontsize=9)
     left.invert_yaxis()
     left.axvline(0, color="#888888", linewidth=1)
     left.set_xlabel("share right less the base's (points)")
     left.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 1.12), ncols=2)
     for row in rows:
-        right.plot(row["kl"], row["right"], "o", label=row["loss"])
+        # The other rows have the ten colours that there are.
+        color = "#000000" if row["loss"] == "reference" else None
+        right.plot(row["kl"], row["right"], "o", color=color, label=row["loss"])
     # A broken model is a hundred nats away, and the others would all read as 0.
     right.set_xscale("symlog", linthresh=1)
     right.xaxis.set_major_formatter("{x:g}")
