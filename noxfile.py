@@ -37,7 +37,6 @@ EVERY_RELEASE = "releases and not fused"
 # More than the cores, two: some always wait, for a launcher or for another rank.
 THREE_AT_A_TIME = ("-n", "3", "--dist", "loadgroup")
 FOUR_AT_A_TIME = ("-n", "4", "--dist", "loadgroup")
-FOUR_FILES_AT_A_TIME = ("-n", "4", "--dist", "loadfile")
 # The files with the longest groups are first, so that no worker has one left at the end.
 OF_AXOLOTL = [
     *(f"tests/axolotl/test_{name}.py" for name in ("recipes", "e2e", "plugin", "study", "check")),
@@ -146,7 +145,7 @@ def openrlhf(session: nox.Session) -> None:
     """The adapter of OpenRLHF, with the real OpenRLHF."""
     install_openrlhf(session)
     check_types(session, "openrlhf")
-    test(session, ["tests/openrlhf"], *FOUR_FILES_AT_A_TIME)
+    test(session, ["tests/openrlhf"], *FOUR_AT_A_TIME)
 
 
 @nox.session
@@ -201,7 +200,7 @@ def openrlhf_releases(session: nox.Session, release: str, deepspeed: str) -> Non
     """The same tests in other releases of OpenRLHF."""
     with environment(session):
         install_openrlhf(session, f"openrlhf=={release}", f"deepspeed=={deepspeed}")
-        test(session, ["tests/openrlhf"], "-m", EVERY_RELEASE, *FOUR_FILES_AT_A_TIME)
+        test(session, ["tests/openrlhf"], "-m", EVERY_RELEASE, *FOUR_AT_A_TIME)
 
 
 @nox.session

@@ -263,16 +263,21 @@ def commands(
 def train_many(
     tiny: Path, few: Path, forked: Callable, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., dict[str, Run]]:
-    """``train_many({name: flags, ...}, *path)`` trains one after the other on one rank, in processes
-    forked off one that has everything imported."""
+    """``train_many({name: flags, ...}, *path)`` trains one after the other, in processes forked off
+    one that has everything imported, and ``modules`` as well."""
 
-    def run(runs: dict[str, Sequence[str]], *path: Path | str) -> dict[str, Run]:
+    def run(
+        runs: dict[str, Sequence[str]],
+        *path: Path | str,
+        ranks: int = 1,
+        modules: Sequence[str] = (),
+    ) -> dict[str, Run]:
         folders = [tmp_path_factory.mktemp("run") for _ in runs]
         calls = [
-            ([*tiny_flags(tiny, few, folder), *flags], folder, 1)
+            ([*tiny_flags(tiny, few, folder), *flags], folder, ranks)
             for folder, flags in zip(folders, runs.values(), strict=True)
         ]
-        ends = zip(runs, forked(calls, *path), folders, strict=True)
+        ends = zip(runs, forked(calls, *path, modules=modules), folders, strict=True)
         return {name: Run(*end, folder) for name, end, folder in ends}
 
     return run

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from openrlhf_flags import of_host
 
+pytestmark = pytest.mark.xdist_group("bad data")
+
 OURS = ["--loss", "focalpo"]
 (MAX_LEN,) = of_host(["--data.max_len"])
 DOUBLED = (

@@ -14,6 +14,8 @@ import torch
 from harness import ManyFocalpo
 from tokenizers import Tokenizer
 
+pytestmark = pytest.mark.xdist_group("check")
+
 MODULES = ("focalpo_plugins.cli.check", "focalpo_plugins.openrlhf.dry_run", "peft", "tqdm")
 
 # Of 11 pairs, two at a time: five batches an epoch, two to a step, in three epochs.

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.xdist_group("counting")
+
 NAMES = ("p", "margin_correct", "margin_incorrect")
 
 

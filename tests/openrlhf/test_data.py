@@ -12,6 +12,9 @@ from harness import ManyFocalpo
 from openrlhf_flags import of_host
 from row_formats import APPLY, FORMATS, KEY
 
+# One worker makes what several tests look at, once.
+shares_answers = pytest.mark.xdist_group("data")
+
 MODULES = ("focalpo_plugins.cli.check", "focalpo_plugins.openrlhf.dry_run", "peft", "tqdm")
 OURS = ["--loss", "focalpo"]
 GOOD = {name: flags for name, (_, _, flags) in FORMATS.items() if flags is not None}
@@ -86,6 +89,7 @@ def advice(name: str) -> str:
     )
 
 
+@shares_answers
 @pytest.mark.parametrize("name", GOOD)
 def test_each_format_is_named_with_what_reads_it(answers: dict, name: str):
     code, output, errors = answers[name]
@@ -97,6 +101,7 @@ def test_each_format_is_named_with_what_reads_it(answers: dict, name: str):
     assert len(warned) == (APPLY not in GOOD[name])
 
 
+@shares_answers
 @pytest.mark.parametrize(("name", "number"), [(name, i) for i, (name, _) in enumerate(FAILS)])
 def test_flags_that_fail(answers: dict, name: str, number: int):
     """The host's error, then the file, its first row, the flags in use and those that fit."""
@@ -108,12 +113,14 @@ def test_flags_that_fail(answers: dict, name: str, number: int):
     assert f", and the flags are {in_use}: these are {name}: {advice(name)}" in said
 
 
+@shares_answers
 def test_a_row_that_differs(answers: dict):
     said = error_of(answers["odd"])
     assert said.endswith("which fit; row 1 has chosen (text), rejected (nothing). Fix that row, or "
                          "remove it.")  # fmt: skip
 
 
+@shares_answers
 def test_what_comes_from_a_hub(answers: dict):
     said = error_of(answers["hub"])
     (flag,) = of_host(["--model.model_name_or_path"])
@@ -121,6 +128,7 @@ def test_what_comes_from_a_hub(answers: dict):
     assert "Llama 3" not in said and "`focalpo check --model-config`" in said
 
 
+@shares_answers
 def test_the_memory_without_the_model(answers: dict):
     code, output, errors = answers["shape"]
     assert code == 0, errors[-3000:]

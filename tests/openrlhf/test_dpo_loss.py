@@ -10,7 +10,7 @@ import torch
 
 from focalpo_plugins.openrlhf import PairwiseDPOLoss
 
-pytestmark = pytest.mark.releases
+pytestmark = [pytest.mark.releases, pytest.mark.xdist_group("in one process")]
 
 LN2, LN3 = math.log(2), math.log(3)
 

@@ -12,6 +12,9 @@ import pytest
 from formats import PAIRS
 from harness import EXAMPLES, launched
 
+# One worker makes what several tests look at, once.
+shares_lines = pytest.mark.xdist_group("examples")
+
 SCRIPTS = sorted((EXAMPLES / "openrlhf").glob("*.sh"))
 COMMAND = "openrlhf.cli.train_dpo"
 # The last of two wins: a model that no machine has, and what flash-attn is refused for on a CPU.
@@ -36,12 +39,14 @@ def uncommented(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]
     return found
 
 
+@shares_lines
 def test_scripts_are_there(lines: dict):
     assert list(lines) == [
         "llama3_focalpo.sh", "llama3_focalpo_lora.sh", "mistral_focalpo.sh", "tiny_focalpo.sh"
     ]  # fmt: skip
 
 
+@shares_lines
 def test_openrlhf_takes_every_flag(lines: dict, uncommented: dict, commands: Callable):
     """It gets as far as looking for the model; a flag it doesn't know would end it with 2."""
     argvs = []
@@ -63,6 +68,7 @@ def test_openrlhf_takes_every_flag(lines: dict, uncommented: dict, commands: Cal
         assert "openrlhf/models/actor.py" in output
 
 
+@shares_lines
 @pytest.mark.parametrize(
     "script, model, rate",
     [
@@ -91,6 +97,7 @@ def value(line: list[str], flag: str) -> str:
     return line[line.index(flag) + 1]
 
 
+@shares_lines
 @pytest.mark.parametrize(
     "script", [path for path in SCRIPTS if "tiny" not in path.name], ids=lambda path: path.name
 )
@@ -103,6 +110,7 @@ def test_the_steps_of_the_header(lines: dict, script: Path):
     assert ("Meta Llama 3 Community License" in top) == script.name.startswith("llama3")
 
 
+@shares_lines
 def test_each_run_keeps_its_own_checkpoints(lines: dict):
     """OpenRLHF's default folder is one for all runs, and a run would go on from another's."""
     folders = set()
@@ -114,6 +122,7 @@ def test_each_run_keeps_its_own_checkpoints(lines: dict):
     assert len(folders) == 3
 
 
+@shares_lines
 def test_lora_is_the_handbooks(lines: dict):
     line = lines["llama3_focalpo_lora.sh"]
     assert (value(line, "--ds.lora.rank"), value(line, "--ds.lora.alpha")) == ("128", "128")

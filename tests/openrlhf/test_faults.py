@@ -14,6 +14,9 @@ import pytest
 from harness import SUPPORT, with_nan
 from openrlhf_flags import of_host
 
+# One worker makes what several tests look at, once.
+shares_run = pytest.mark.xdist_group("never killed")
+
 OURS = ("--loss", "focalpo")
 # Ten steps, a checkpoint after the third, the sixth and the ninth.
 TWO_EPOCHS = ("--ckpt.save_steps", "3", "--train.max_epochs", "2", "--lr_scheduler", "constant")
@@ -37,6 +40,7 @@ def never_killed(train: Callable) -> Callable:
     return run
 
 
+@shares_run
 @pytest.mark.releases
 def test_a_checkpoint_says_what_it_was_trained_with(never_killed):
     assert json.loads((never_killed(False).folder / RECORD).read_text()) == {
@@ -48,6 +52,7 @@ def test_a_checkpoint_says_what_it_was_trained_with(never_killed):
     }
 
 
+@shares_run
 @pytest.mark.parametrize(
     "alone, ranks", [(False, "1"), (False, "0,1"), (True, "0")], ids=["one", "all", "LoRA"]
 )
@@ -70,6 +75,7 @@ def test_killed_and_started_again(train, never_killed, tmp_path: Path, alone: bo
         assert {tag: values[tag] for tag in TAGS} == {tag: whole[step][tag] for tag in TAGS}, step
 
 
+@shares_run
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -98,6 +104,7 @@ def test_a_checkpoint_of_another_loss(train, never_killed, tmp_path: Path, flags
         assert sorted(allowed.steps("train/")) == [10]
 
 
+@shares_run
 @pytest.mark.releases
 def test_two_ranks_refuse_a_checkpoint_of_the_hosts_dpo(train, never_killed, tmp_path: Path):
     """What a checkpoint without our record is; rank 0 alone looks and says so, and both stop."""
@@ -214,6 +221,7 @@ def test_killed_before_the_record_is_there(train, tmp_path: Path):
     assert not list((tmp_path / "checkpoints").rglob("focalpo_plugins.json"))
 
 
+@shares_run
 @pytest.mark.parametrize("content", ["", '{"loss": "foc', "[]"])
 def test_a_damaged_record(train_many, never_killed, tmp_path: Path, content: str):
     shutil.copytree(never_killed(True).folder / "checkpoints", tmp_path / "checkpoints")

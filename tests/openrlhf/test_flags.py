@@ -14,6 +14,8 @@ from openrlhf_flags import of_host
 from focalpo_plugins.registry import RESERVED_NAMES
 
 pytestmark = pytest.mark.releases
+# One worker makes what several tests look at, once.
+shares_ends = pytest.mark.xdist_group("flags")
 
 # A model that no machine has: a command line that is accepted gets as far as looking for it, here.
 MODEL = "nobody/no-such-model"
@@ -146,6 +148,7 @@ def name(argv: object) -> str | None:
     return " ".join(argv) or "nothing" if isinstance(argv, list) else ""
 
 
+@shares_ends
 @pytest.mark.parametrize("argv, message", REFUSED, ids=name)
 def test_refused(ends: dict, argv: list[str], message: str):
     """With argparse's exit code and form, and before the model is looked for."""
@@ -156,6 +159,7 @@ def test_refused(ends: dict, argv: list[str], message: str):
     assert LOOKS_FOR_MODEL not in output
 
 
+@shares_ends
 @pytest.mark.parametrize("argv", LET_THROUGH, ids=name)
 def test_let_through(ends: dict, argv: list[str]):
     """The one thing wrong with it is the model, which is looked for after everything is parsed."""
@@ -165,6 +169,7 @@ def test_let_through(ends: dict, argv: list[str]):
     assert "usage:" not in output
 
 
+@shares_ends
 def test_help(ends: dict):
     code, output = ends[("--help",)]
     assert code == 0

@@ -11,6 +11,8 @@ import torch
 from focalpo_plugins import focalpo_loss
 from focalpo_plugins.openrlhf import PairwiseDPOLoss
 
+pytestmark = pytest.mark.xdist_group("in one process")
+
 
 @pytest.fixture(scope="module")
 def actors(openrlhf: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> list:

@@ -18,6 +18,10 @@ import pytest
 import torch
 from harness import SUPPORT
 
+# One worker makes what several tests look at, once.
+shares_runs = pytest.mark.xdist_group("on two ranks")
+shares_turn = pytest.mark.xdist_group("in turn")
+
 OURS = ("--loss", "focalpo")
 PRECOMPUTE = (*OURS, "--focalpo.precompute_ref")
 ROUNDING = 0.01
@@ -69,22 +73,18 @@ def on_two_ranks(data: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def runs(train: Callable, on_two_ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+def runs(train_many: Callable, on_two_ranks) -> tuple:
     """OpenRLHF's own way, and with the log-probabilities precomputed, with a checkpoint at step 3."""
-    flags = (*PRECOMPUTE, "--ckpt.save_steps", "3")
-    return tuple(
-        finished(
-            train(
-                *on_two_ranks, *more, ranks=2, module="counted_forwards",
-                path=[SUPPORT], folder=(folder := tmp_path_factory.mktemp("run")), COUNTED=str(folder),
-            )
-        )
-        for more in (OURS, flags)
+    flags = {"own": OURS, "precomputed": (*PRECOMPUTE, "--ckpt.save_steps", "3")}
+    found = train_many(
+        {name: (*on_two_ranks, *more) for name, more in flags.items()},
+        ranks=2, modules=["counted_forwards"],
     )  # fmt: skip
+    return tuple(map(finished, found.values()))
 
 
 def counted(folder: Path) -> list[dict[str, int]]:
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads((folder / f"counted{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,7 @@ def same_policy(train: Callable, on_two_ranks, variants) -> tuple:
     return tuple(finished(train(*flags, *stays, *more, ranks=2)) for more in (OURS, PRECOMPUTE))
 
 
+@shares_turn
 def test_same_losses(same_policy):
     """Every number that is logged, in training and in evaluation, at every step."""
     own, precomputed = (run.steps() for run in same_policy)
@@ -111,6 +112,7 @@ def test_same_losses(same_policy):
     assert max(rewards) - min(rewards) > 10 * ROUNDING
 
 
+@shares_runs
 def test_no_forward_of_the_reference(runs):
     """A rank's epoch is ten batches of two, of its twenty pairs, and its evaluation three: of six
     pairs, as 11 are filled up to 12.  OpenRLHF's own way runs the reference at each; ours once on
@@ -122,6 +124,7 @@ def test_no_forward_of_the_reference(runs):
         assert precomputed["without"] == 13 + evaluated
 
 
+@shares_runs
 def test_the_reference_is_freed(runs):
     """By the first step what is held is less by all that the reference was: half of its weights of
     two bytes, at least, on each of two ranks."""
@@ -140,6 +143,7 @@ def test_the_reference_is_freed(runs):
     assert "precomputed" not in runs[0].stderr and "Reference log-probs" not in runs[0].stderr
 
 
+@shares_runs
 def test_resume_on_nodes_that_share_no_folder(
     runs, ranks_apart: Callable, on_two_ranks, few: Path, tmp_path: Path
 ):
@@ -154,7 +158,7 @@ def test_resume_on_nodes_that_share_no_folder(
     folders = (whole.folder / "out", few / "train.jsonl" / "no folder")
     first, second = ranks_apart(
         tmp_path, *((*flags, str(folder)) for folder in folders),
-        module="counted_forwards", path=[SUPPORT], COUNTED=str(tmp_path),
+        module="counted_forwards", path=[SUPPORT],
     )  # fmt: skip
     finished(first), finished(second)
     assert said(first.stderr).startswith("51 pairs read from ")
@@ -244,6 +248,7 @@ def in_turn(
     return {name: finished(run) for name, run in found.items()}, shared
 
 
+@shares_turn
 def test_same_losses_with_an_adapter(in_turn):
     """Its dropout draws the same numbers, and the epochs, which drop different pairs, are whole."""
     own, first = (in_turn[0][name].steps() for name in ("own way", "first"))
@@ -254,6 +259,7 @@ def test_same_losses_with_an_adapter(in_turn):
     assert own[6]["train/chosen_reward"] != own[1]["train/chosen_reward"]
 
 
+@shares_turn
 def test_read_again_to_the_last_bit(in_turn):
     first, second = (in_turn[0][name] for name in ("first", "second"))
     assert said(first.stderr).startswith("27 pairs computed and kept in ")
@@ -265,6 +271,7 @@ def test_read_again_to_the_last_bit(in_turn):
     assert adapters[0] == adapters[1]
 
 
+@shares_turn
 @pytest.mark.parametrize("name", ("another loss", "weights elsewhere"))
 def test_read(in_turn, name: str):
     assert said(in_turn[0][name].stderr).startswith("27 pairs read from ")
@@ -273,6 +280,7 @@ def test_read(in_turn, name: str):
 OTHERS = ("weights", "data", "template", "max_len", "attention")
 
 
+@shares_turn
 def test_computed_again(in_turn):
     """One file for each thing that was changed, and one for all else."""
     runs, shared = in_turn
@@ -316,6 +324,7 @@ def in_trouble(train_many: Callable, variants, flags, in_turn, tmp_path_factory)
     return found, folders, whole
 
 
+@shares_turn
 @pytest.mark.parametrize(
     ("name", "why"),
     [
@@ -345,6 +354,7 @@ def stopped(run) -> str:
     return run.said("focalpo_plugins:")[-1]
 
 
+@shares_turn
 def test_a_folder_that_cannot_be_written_to(in_trouble):
     runs, folders, _ = in_trouble
     line = stopped(runs["no folder"])
@@ -354,6 +364,7 @@ def test_a_folder_that_cannot_be_written_to(in_trouble):
     assert "Reference log-probs" not in runs["no folder"].stderr
 
 
+@shares_turn
 def test_a_full_disk_and_a_kill(train: Callable, flags, in_turn, tmp_path: Path):
     """Neither leaves a file that is taken for one; the run after them computes it again."""
     whole = file_of(in_turn[0]["first"])
@@ -373,6 +384,7 @@ def test_a_full_disk_and_a_kill(train: Callable, flags, in_turn, tmp_path: Path)
     assert torch.equal(logps(tmp_path / "cache" / whole.name), logps(whole))
 
 
+@shares_turn
 def test_a_log_probability_that_is_not_finite(in_trouble, variants):
     """NaN in the embedding of a token that one pair alone has, counted from 0."""
     runs, folders, _ = in_trouble
@@ -406,6 +418,7 @@ def lookup(openrlhf: SimpleNamespace):
     return ReferenceLogps(torch.tensor(digests, dtype=torch.uint8), values)
 
 
+@pytest.mark.xdist_group("in one process")
 def test_found_in_any_order_and_padding(lookup):
     chosen, rejected = lookup(*batch([KNOWN[2], KNOWN[0]]))
     assert (chosen.tolist(), rejected.tolist()) == ([-5.0, -1.0], [-6.0, -2.0])
@@ -413,6 +426,7 @@ def test_found_in_any_order_and_padding(lookup):
     assert (chosen.tolist(), rejected.tolist()) == ([-3.0], [-4.0])
 
 
+@pytest.mark.xdist_group("in one process")
 @pytest.mark.parametrize(
     "pair",
     [
@@ -447,6 +461,7 @@ def test_pairs_that_one_rank_alone_does_not_know(watched: Callable):
     assert not run.steps("train/")
 
 
+@shares_turn
 def test_a_name_that_is_taken(train: Callable, flags, in_turn, tmp_path: Path):
     """A folder has the file's name, which rank 0 finds out once all is computed: both ranks end.
     The name is that of a run on one rank, with another ZeRO stage."""

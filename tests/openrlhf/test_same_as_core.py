@@ -16,6 +16,8 @@ import torch
 from focalpo_plugins import focalpo_loss
 from focalpo_plugins.openrlhf import PairwiseDPOLoss
 
+pytestmark = pytest.mark.xdist_group("in one process")
+
 BETA = 0.5
 OPTIONS = [
     {"gamma": 0.05},

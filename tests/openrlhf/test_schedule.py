@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("schedule")
+
 # Two epochs of 40 pairs in batches of 8 are ten steps; at rest every margin is 0.
 RESTING = ("--adam.lr", "1e-12", "--train.max_epochs", "2", "--loss", "focalpo")
 MOVING = ("--focalpo.gamma", "0.45", "--focalpo.gamma_end", "0.0")

@@ -19,12 +19,16 @@ import torch
 
 from focalpo_plugins.backbone import SharedPrompts
 
+# One worker makes what several tests look at, once.
+shares_runs = pytest.mark.xdist_group("shared")
+
 OURS = ("--loss", "focalpo")
 SHARED = (*OURS, "--focalpo.shared_prompts")
 TAGS = ("train/loss", "train/chosen_reward", "train/reject_reward", "train/focalpo/p")
 LORA = ("--ds.lora.rank", "4", "--ds.lora.alpha", "16")
 
 
+@pytest.mark.xdist_group("in one process")
 def test_log_probs_and_gradients_in_float64(
     openrlhf: SimpleNamespace, forward_only: Any, tmp_path: Path
 ):
@@ -98,6 +102,7 @@ def same(ours, plain, near: float = 0.1) -> None:
         assert found[5][tag] == pytest.approx(expected[5][tag], abs=near)
 
 
+@shares_runs
 @pytest.mark.releases
 @pytest.mark.parametrize("name", ["shared", "precomputed", "sdpa"])
 def test_the_same_numbers(runs, name: str):
@@ -106,6 +111,7 @@ def test_the_same_numbers(runs, name: str):
     assert max(losses) - min(losses) > 0.1
 
 
+@shares_runs
 @pytest.mark.releases
 def test_what_is_said_and_logged(runs):
     (line,) = runs["shared"].said("focalpo_plugins: active")
@@ -120,6 +126,7 @@ def test_what_is_said_and_logged(runs):
     assert not any("tokens" in tag for tag in runs["plain"].steps("train/focalpo/")[1])
 
 
+@shares_runs
 def test_plain_and_shared_reference_have_files_of_their_own(
     train_many: Callable, stays, tmp_path: Path
 ):
@@ -153,6 +160,7 @@ def test_an_adapter_under_checkpointing(train_many: Callable):
     assert losses[-1] != losses[0]
 
 
+@shares_runs
 def test_the_first_step_is_looked_at_where_both_are_the_same(train_many: Callable, runs):
     """Another reference is none of its business."""
     assert not runs["plain"].said("first step")
@@ -160,6 +168,7 @@ def test_the_first_step_is_looked_at_where_both_are_the_same(train_many: Callabl
     assert len(run.said("first step: policy and reference agree, largest margin 0.")) == 1
 
 
+@shares_runs
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -11,6 +11,8 @@ import torch
 from formats import llama3_prompt, make_llama3, make_zephyr, rows, zephyr_prompt
 from harness import EXAMPLES, launched
 
+pytestmark = pytest.mark.xdist_group("in one process")
+
 FORMATS = {
     "llama3": (make_llama3, llama3_prompt, "<|eot_id|>"),
     "mistral": (make_zephyr, zephyr_prompt, "</s>"),

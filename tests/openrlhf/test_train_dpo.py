@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from harness import SUPPORT, run_python
 
+# One worker makes what several tests look at, once.
+shares_runs = pytest.mark.xdist_group("three launchers")
+
 FIRST = 2**-0.05 * math.log(2)  # 0.66953: every margin is 0 before the first step
 OURS = ("--loss", "focalpo")
 NAMES = {"p", "weight", "reversed", "margin_correct", "margin_incorrect"}
@@ -66,12 +69,14 @@ def dpo(train: Callable):
 IN_EVERY_RELEASE = [pytest.param("zero3", marks=pytest.mark.releases), "checkpointed"]
 
 
+@shares_runs
 @pytest.mark.parametrize("run", IN_EVERY_RELEASE)
 def test_first_loss(request, run: str):
     steps = request.getfixturevalue(run).steps("train/")
     assert steps[1]["loss"] == pytest.approx(FIRST, abs=1e-5)
 
 
+@shares_runs
 @pytest.mark.parametrize("run", IN_EVERY_RELEASE)
 def test_says_once_that_it_is_active(request, run: str):
     versions = " ".join(
@@ -85,12 +90,14 @@ def test_says_once_that_it_is_active(request, run: str):
     assert request.getfixturevalue(run).said("focalpo_plugins: active") == [line]
 
 
+@shares_runs
 @pytest.mark.releases
 def test_warns_once_of_the_cpu(zero3, dpo):
     for run in (zero3, dpo):
         assert len(run.said("focalpo_plugins: CPU mode.")) == 1
 
 
+@shares_runs
 @pytest.mark.releases
 def test_learns(zero3):
     """From the first epoch to the last of the same 40 pairs, 3 of them with swapped labels."""
@@ -99,6 +106,7 @@ def test_learns(zero3):
     assert last > max(0.65, first + 0.3)
 
 
+@shares_runs
 def test_diagnostics_of_the_first_step(zero3, checkpointed):
     """p is 1/2 and the weight 2^-0.05 (1 - 0.05 ln 2) = 0.93246; no pair is ranked right yet."""
     for run in (zero3, checkpointed):
@@ -109,6 +117,7 @@ def test_diagnostics_of_the_first_step(zero3, checkpointed):
         assert first["margin_incorrect"] == first["reversed"] == 0
 
 
+@shares_runs
 @pytest.mark.releases
 def test_diagnostics_are_of_all_ranks(zero3):
     """OpenRLHF logs mean rewards and the share ranked right, reduced over its ranks: the mean margin
@@ -126,6 +135,7 @@ def test_diagnostics_are_of_all_ranks(zero3):
     assert mixed, "no step had pairs ranked right and pairs ranked wrong"
 
 
+@shares_runs
 def test_diagnostics_are_of_all_accumulated_batches(zero3, checkpointed):
     """The same pairs, once as two batches of four and once as four batches of two: the diagnostics
     of a step are the same, to what bf16 makes of differently padded batches."""
@@ -135,6 +145,7 @@ def test_diagnostics_are_of_all_accumulated_batches(zero3, checkpointed):
     assert len({round(whole[step]["p"], 2) for step in range(1, 6)}) > 1
 
 
+@shares_runs
 @pytest.mark.releases
 def test_the_same_batch_however_it_is_split(train_many: Callable, zero3):
     """Eight pairs at once, as two batches of four, and as four on each of two ranks: the same losses,
@@ -156,6 +167,7 @@ def test_the_same_batch_however_it_is_split(train_many: Callable, zero3):
                 assert ours[name] == pytest.approx(theirs[name], abs=0.005), (step, name)
 
 
+@shares_runs
 def test_diagnostics_in_evaluation_and_progress_bar(zero3):
     evaluated = zero3.steps("eval/")
     assert sorted(evaluated) == [5, 10, 15, 20]
@@ -166,6 +178,7 @@ def test_diagnostics_in_evaluation_and_progress_bar(zero3):
     assert any("Eval stage" in bar for bar in bars) and any("Train step" in bar for bar in bars)
 
 
+@shares_runs
 @pytest.mark.releases
 def test_saved_model_loads(zero3, tiny: Path):
     import torch
@@ -194,6 +207,7 @@ def same(ours, others, *, less: str = "") -> None:
     assert weights[0] == weights[1]
 
 
+@shares_runs
 @pytest.mark.releases
 def test_gamma_zero_is_dpo(train: Callable, dpo, tmp_path: Path):
     """In a process, moreover, in which torch is imported before OpenRLHF's command is known."""
@@ -203,6 +217,7 @@ def test_gamma_zero_is_dpo(train: Callable, dpo, tmp_path: Path):
     same(gamma_0, dpo, less="focalpo/")
 
 
+@shares_runs
 @pytest.mark.releases
 def test_dpo_is_untouched(train: Callable, dpo):
     without_us = finished(
@@ -212,6 +227,7 @@ def test_dpo_is_untouched(train: Callable, dpo):
     assert not dpo.said("focalpo_plugins: active")
 
 
+@shares_runs
 def test_stop_and_resume(train: Callable, checkpointed, tmp_path: Path):
     """From the checkpoint of step 3, in the middle of an epoch, to the same end.
 

@@ -1,7 +1,8 @@
-"""OpenRLHF's command with our flags, which leaves in the folder $COUNTED, one file for each rank:
+"""Counts what OpenRLHF's training computes, and leaves it in the folder of a run, one file a rank:
 
 how many times a whole model was gone through, with and without gradients, and how many bytes of
-weights the process held when the first step of training began.
+weights the process held when the first step of training began.  As a program it is OpenRLHF's
+command with our flags.
 """
 
 import gc
@@ -12,9 +13,14 @@ from pathlib import Path
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from focalpo_plugins.openrlhf import cpu
 from focalpo_plugins.openrlhf.train_dpo import main
 
+cpu.stand_in()
+from openrlhf.trainer.dpo_trainer import DPOTrainer  # noqa: E402
+
 found = {"with gradients": 0, "without": 0, "held": 0}
+fit = DPOTrainer.fit
 
 
 def held():
@@ -33,6 +39,12 @@ def count(module, inputs):
         found["with gradients" if trains else "without"] += 1
 
 
+def counted_fit(self, *arguments, **more):
+    fit(self, *arguments, **more)
+    Path(f"counted{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
 register_module_forward_pre_hook(count)
-main()
-Path(os.environ["COUNTED"], f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+DPOTrainer.fit = counted_fit
+if __name__ == "__main__":
+    main()
