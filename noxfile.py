@@ -36,7 +36,7 @@ PAGES = ("mkdocs-material==9.8.2", "mkdocstrings[python]==1.0.8", "latex2mathml"
 EVERY_RELEASE = "releases and not fused"
 # More than the cores, two: some always wait, for a launcher or for another rank.
 THREE_AT_A_TIME = ("-n", "3", "--dist", "loadgroup")
-FOUR_AT_A_TIME = ("-n", "4", "--dist", "loadgroup")
+FIVE_AT_A_TIME = ("-n", "5", "--dist", "loadgroup")
 # The files with the longest groups are first, so that no worker has one left at the end.
 OF_AXOLOTL = [
     *(f"tests/axolotl/test_{name}.py" for name in ("recipes", "e2e", "plugin", "study", "check")),
@@ -137,7 +137,7 @@ def axolotl(session: nox.Session) -> None:
     """The adapters of TRL and Axolotl, with the real Axolotl."""
     install_axolotl(session)
     check_types(session, "trl", "axolotl", "cli")
-    test(session, [*OF_AXOLOTL, "tests/trl"], *FOUR_AT_A_TIME)
+    test(session, [*OF_AXOLOTL, "tests/trl"], *FIVE_AT_A_TIME)
 
 
 @nox.session
@@ -145,7 +145,7 @@ def openrlhf(session: nox.Session) -> None:
     """The adapter of OpenRLHF, with the real OpenRLHF."""
     install_openrlhf(session)
     check_types(session, "openrlhf")
-    test(session, ["tests/openrlhf"], *FOUR_AT_A_TIME)
+    test(session, ["tests/openrlhf"], *FIVE_AT_A_TIME)
 
 
 @nox.session
@@ -178,7 +178,7 @@ def trl_releases(session: nox.Session, release: str) -> None:
         if release == "0.28.0":
             session.run("python", str(Path("tests/support/refused_trl.py").resolve()))
         else:
-            test(session, ["tests/trl"], "-m", EVERY_RELEASE, *FOUR_AT_A_TIME)
+            test(session, ["tests/trl"], "-m", EVERY_RELEASE, *FIVE_AT_A_TIME)
 
 
 @nox.session(tags=["compat"])
@@ -191,7 +191,7 @@ def axolotl_releases(session: nox.Session, release: str) -> None:
         install[release](session, f"axolotl=={release}")
         session.install("matplotlib")
         beside_the_host(session)
-        test(session, [*OF_AXOLOTL, "tests/trl"], "-m", EVERY_RELEASE, *FOUR_AT_A_TIME)
+        test(session, [*OF_AXOLOTL, "tests/trl"], "-m", EVERY_RELEASE, *FIVE_AT_A_TIME)
 
 
 @nox.session(tags=["compat"])
@@ -200,7 +200,7 @@ def openrlhf_releases(session: nox.Session, release: str, deepspeed: str) -> Non
     """The same tests in other releases of OpenRLHF."""
     with environment(session):
         install_openrlhf(session, f"openrlhf=={release}", f"deepspeed=={deepspeed}")
-        test(session, ["tests/openrlhf"], "-m", EVERY_RELEASE, *FOUR_AT_A_TIME)
+        test(session, ["tests/openrlhf"], "-m", EVERY_RELEASE, *FIVE_AT_A_TIME)
 
 
 @nox.session
