@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from filelock import FileLock
 from harness import EXAMPLES, SUPPORT
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+gc.set_threshold(100_000, 20, 20)  # as in support/sitecustomize.py, for what the tests import
 
 
 @pytest.fixture(scope="session")

@@ -359,6 +359,7 @@ def test_torch_transforms(variant: str, gamma: float):
     assert (meta.shape, meta.dtype) == ((4, 3), torch.bfloat16)
 
 
+@pytest.mark.xdist_group("compiled")  # to start the compiler takes longer than to use it
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("gamma", (0, 0.05))
 def test_compiles_whole(variant: str, gamma: float):

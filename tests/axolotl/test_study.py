@@ -238,8 +238,8 @@ def test_errors(
     monkeypatch.chdir(tmp_path)
     try:
         code = module.main([*words, "--out", "out"])
-    except SystemExit as exit:  # by argparse
-        code = exit.code
+    except SystemExit as ended:  # by argparse
+        code = ended.code
     assert code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "runs").exists()

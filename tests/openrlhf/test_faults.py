@@ -233,17 +233,16 @@ def test_a_damaged_record(train_many, never_killed, tmp_path: Path, content: str
     assert not run.steps("train/")
 
 
-def test_half_a_package(train_many, commands, package_copy: Path):
+def test_half_a_package(train_many, package_copy: Path):
     """With a syntax error in one module and another gone, OpenRLHF's own loss is trained as before,
     and `--loss` is no flag."""
     (package_copy / "focalpo_plugins" / "loss.py").write_text("def focalpo_loss(:\n")
     (package_copy / "focalpo_plugins" / "registry.py").unlink()
-    run = train_many({"dpo": ()}, package_copy)["dpo"]
-    assert run.returncode == 0, run.output
-    assert run.steps("train/")[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert len(run.said("focalpo_plugins: no --loss (")) == 1
-    ((code, output),) = commands([["--loss", "focalpo"]], package_copy)
-    assert code == 2 and "unrecognized arguments: --loss focalpo" in output
+    dpo, ours = train_many({"dpo": (), "ours": OURS}, package_copy).values()
+    assert dpo.returncode == 0, dpo.output
+    assert dpo.steps("train/")[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert len(dpo.said("focalpo_plugins: no --loss (")) == 1
+    assert ours.returncode == 2 and "unrecognized arguments: --loss focalpo" in ours.output
 
 
 def test_a_third_party_that_raises_at_import(train_many, broken_third_party: Path):
