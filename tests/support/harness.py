@@ -115,9 +115,11 @@ def with_nan(model: Path, pairs: Path, folder: Path) -> None:
 
 
 def free_port() -> str:
-    """One below those that the system gives out itself, as it may do before this one is used."""
+    """One below those that the system gives out itself, as it may do before this one is used; and
+    of this test process's own, since another's would draw it in the meantime now and then."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 12
     while True:
-        port = 20_000 + secrets.randbelow(12_000)
+        port = 20_000 + 1000 * worker + secrets.randbelow(1000)
         with socket.socket() as server, contextlib.suppress(OSError):
             server.bind(("127.0.0.1", port))
             return str(port)
