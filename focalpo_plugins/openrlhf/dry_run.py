@@ -6,13 +6,13 @@ tokenizer with the same calls as the rest of the command.
 
 from __future__ import annotations
 
-import functools
 import os
 import runpy
 import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,12 +51,15 @@ def plan(argv: Sequence[str], gpus: int, shape: Path | None = None) -> Plan:
         RuntimeError: the installed OpenRLHF starts its training in another way.
     """
     of_host = _flags(argv)
-    with explained(functools.partial(_reason, of_host)):
+    with _explained(of_host):
         return _plan(of_host, gpus, shape)
 
 
-def _reason(of_host: Any, error: Exception) -> str | None:
-    return explain(of_host, error) or hub.explain(error, hub_names(of_host))
+def _explained(of_host: Any) -> AbstractContextManager[None]:
+    """Adds to OpenRLHF's error what it means, if that is known."""
+    return explained(
+        lambda error: explain(of_host, error) or hub.explain(error, hub_names(of_host))
+    )
 
 
 def _plan(of_host: Any, gpus: int, shape: Path | None) -> Plan:
@@ -220,9 +223,7 @@ def _pairs(of_host: Any, trained: Any, whole: Any, max_length: int) -> Iterator[
             "lists."
         )
     for place, original in enumerate(kept):
-        with explained(
-            functools.partial(_reason, of_host)
-        ):  # OpenRLHF joins prompt and answer here
+        with _explained(of_host):  # OpenRLHF joins prompt and answer here
             chosen, _, rejected, _, prompt_length = trained[place]
         uncut = whole[original]
         cut = chosen.numel() < uncut[0].numel() or rejected.numel() < uncut[2].numel()

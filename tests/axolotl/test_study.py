@@ -241,5 +241,7 @@ def test_errors(
     except SystemExit as ended:  # by argparse
         code = ended.code
     assert code == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
     assert not (tmp_path / "out" / "runs").exists()

@@ -1,9 +1,9 @@
 """In every process of a host's that the tests start.
 
 Half of the time of most is what they import, a sixth of which the garbage collector takes, and finds
-nothing.  Axolotl 0.16 asks for CUDA's capability and expects a RuntimeError where there is none; torch 2.13
-raises an AssertionError.  And TRL imports trackio to write a model card, whether it tracks the run
-or not, which is half of what a short run computes: here it finds that no run is tracked.
+nothing.  Axolotl 0.16 asks for CUDA's capability and expects a RuntimeError where there is none;
+torch 2.13 raises an AssertionError.  And TRL imports trackio to write a model card, whether it tracks
+the run or not, which is half of what a short run computes: here it finds that no run is tracked.
 """
 
 import gc
