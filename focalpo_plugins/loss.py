@@ -316,7 +316,10 @@ class _FocalPOFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(margins: Tensor, gamma: float, variant: str) -> Tensor:
-        return _value(_at_least_float32(margins), gamma, variant).to(margins.dtype)
+        losses = _value(_at_least_float32(margins), gamma, variant)
+        # torch 2.11 compiles a gradient of 0 where the last operation gives its own input back: a
+        # cast that changes nothing, or one in place.
+        return losses if losses.dtype == margins.dtype else losses.to(margins.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float, str], output: Tensor) -> None:
@@ -341,7 +344,7 @@ def _value(z: Tensor, gamma: float, variant: str) -> Tensor:
     """The loss, in the dtype of ``z``."""
     log_p = F.logsigmoid(z)
     if variant == "correct":
-        return (gamma * log_p).exp_().mul_(log_p).neg_()  # in place: fewer tensors take less time
+        return (gamma * log_p).exp_() * log_p.neg_()  # in place: fewer tensors take less time
     s = _exponent(gamma, variant)
     log_q = F.logsigmoid(-z)
     # For z >= 0, -log p = (1 - p)(1 + t) log1p(t)/t with t = exp(-z): (1 - p)**s and 1 - p share
