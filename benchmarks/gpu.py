@@ -1,61 +1,100 @@
-"""Shared prompts and the fused loss on a GPU: `python benchmarks/gpu.py`.
+"""FocalPO on a GPU, checked and measured: `python benchmarks/gpu.py`.
 
-1. The attention kernel with variable lengths against torch's attention segment by segment, values
+1. The loss, eager and compiled, values and gradients, against float64 on the CPU.
+2. The attention kernel with variable lengths against torch's attention segment by segment, values
    and gradients, in bfloat16.
-2. A step's loss and gradients, by four ways: plain, as the hosts compute DPO; fused; shared; both.
-   The model has Llama-3-8B's shape, random weights, as many layers as fit, and a random LoRA
-   adapter, which is off in the reference.
+3. Loss and gradients of a step: TRL's DPOTrainer against FocalPOTrainer, plain, fused, with shared
+   prompts, and with both. Llama-3-8B's shape, random weights, a LoRA adapter whose copy is the
+   reference, bf16 and gradient checkpointing, which are TRL's defaults.
 
-Needs torch, transformers and peft, and no host. Times are CUDA events' of steps in turns, memory is
-the allocator's peak. It prints a Markdown table that names the card. `--device cpu --tiny` tries it
-on a small model.
+Needs TRL and peft. Times are CUDA events' of steps in turns, memory is the allocator's peak without
+the weights. It prints Markdown tables that name the card, and ends with an error where a difference
+is larger than rounding. `--device cpu --tiny` tries it on a small model.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
 import platform
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from measure import CUDA, peak_bytes, seconds
 from torch import Tensor
 
-from focalpo_plugins import focalpo_loss
-from focalpo_plugins.backbone import SharedPrompts
-from focalpo_plugins.compute.fused_loss import IGNORED, fused_logps, fused_pairwise_loss
+from focalpo_plugins import VARIANTS, focalpo_loss
 from focalpo_plugins.compute.shared_prompts import (
     kernel_for,
     layout_of_batch,
     shared_attention,
 )
 
-BETA = 0.1
-WAYS = {"plain": (False, False), "fused": (False, True), "shared": (True, False)}
-WAYS["shared + fused"] = (True, True)
-# Prompt, answers, pairs a batch.
-CASES = ((256, 256, 4), (1024, 256, 4), (1024, 1024, 2))
+OWN = "DPOTrainer"
+FUSED, SHARED = {"focalpo_fused": True}, {"focalpo_shared_prompts": True}
+WAYS: dict[str, dict[str, bool] | None] = {OWN: None, "FocalPOTrainer": {}, "fused": FUSED}
+WAYS |= {"shared": SHARED, "shared + fused": FUSED | SHARED}
+# Prompt, the longest answer, pairs a batch; in tokens.
+CASES = ((128, 512, 8), (1024, 512, 4), (1024, 1024, 2), (2048, 256, 2))
 TINY_CASES = ((8, 8, 2), (16, 4, 1))
+# How much the ways may differ: losses, and gradients as a share of their norm.
+OF_LOSSES, OF_GRADIENTS = {True: 1e-5, False: 0.02}, {True: 1e-3, False: 0.1}
 
 
-def batch(prompt: int, answer: int, pairs: int, vocabulary: int, device: str) -> dict[str, Tensor]:
-    """Pairs whose answers have from half to all of a length, padded behind."""
+def rows(prompt: int, answer: int, pairs: int, vocabulary: int) -> list[dict[str, list[int]]]:
+    """Pairs whose answers have from half to all of a length, as token ids."""
     drawn = torch.Generator().manual_seed(0)
-    lengths = torch.randint(max(1, answer // 2), answer + 1, (2 * pairs,), generator=drawn)
-    ids = torch.randint(6, vocabulary, (2 * pairs, prompt + answer), generator=drawn)
-    ids[pairs:, :prompt] = ids[:pairs, :prompt]
-    place = torch.arange(prompt + answer)
-    mask = (place < prompt + lengths[:, None]).long()
-    labels = torch.full_like(ids, IGNORED)
-    learned = (mask[:, 1:] == 1) & (place[1:] >= prompt)
-    labels[:, :-1] = torch.where(learned, ids[:, 1:], IGNORED)
-    found = {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
-    return {name: tensor.to(device) for name, tensor in found.items()}
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(6, vocabulary, (count,), generator=drawn).tolist()
+
+    def length() -> int:
+        return int(torch.randint(max(1, answer // 2), answer + 1, (), generator=drawn))
+
+    return [
+        {"prompt_ids": ids(prompt), "chosen_ids": ids(length()), "rejected_ids": ids(length())}
+        for _ in range(pairs)
+    ]
+
+
+def check_loss(device: str) -> str:
+    """Values and gradients at 20,001 margins, in units of what rounding explains."""
+    worst = 0.0
+    for variant in VARIANTS:
+        for gamma in (0.0, 0.05, 0.9):
+            for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+                given = torch.linspace(-100, 100, 20_001, dtype=torch.float64).to(dtype)
+                exact = given.double().requires_grad_()
+                truth = focalpo_loss(exact, gamma, variant)
+                truths = truth, *torch.autograd.grad(truth.sum(), exact)
+                limits = torch.finfo(dtype)
+                arithmetic = min(torch.finfo(torch.float32).eps, limits.eps)
+                condition = 4 * (1 + (1 + gamma) * (exact.detach().abs() + 0.7)) * arithmetic
+                condition += limits.eps
+                # The gradient is a difference: gamma times the loss bounds what cancels.
+                scales = [truths[0].abs(), truths[1].abs() + gamma * truths[0].abs()]
+                function = partial(focalpo_loss, gamma=gamma, variant=variant)
+                functions = [function]
+                if gamma == 0.05 and dtype in (torch.bfloat16, torch.float32):
+                    functions.append(torch.compile(function, dynamic=False))
+                for function in functions:
+                    z = given.to(device).requires_grad_()
+                    losses = function(z)
+                    found = losses, *torch.autograd.grad(losses.sum(), z)
+                    for ours, theirs, scale in zip(found, truths, scales, strict=True):
+                        off = (ours.cpu().double() - theirs.clamp(limits.min, limits.max)).abs()
+                        worst = max(worst, (off / (condition * scale + limits.tiny)).max().item())
+    if not worst <= 1:
+        raise SystemExit(f"the loss differs from float64 by {worst:.3g} of what rounding explains")
+    return f"loss: within {worst:.2g} of what rounding explains, eager and compiled, four dtypes"
 
 
 def check_kernel(device: str, tiny: bool) -> str:
@@ -63,22 +102,27 @@ def check_kernel(device: str, tiny: bool) -> str:
     name, kernel = kernel_for(torch.device(device))
     if kernel is None:
         return f"{name}: nothing to compare it with"
-    prompt, answer, pairs = TINY_CASES[0] if tiny else CASES[1]
-    given = batch(prompt, answer, pairs, 1000, device)
-    layout = layout_of_batch(given["input_ids"], given["attention_mask"])
+    pairs = rows(*(TINY_CASES[0] if tiny else (1024, 512, 4)), 1000)
+    sequences = [pair["prompt_ids"] + pair[f"{side}_ids"]
+                 for side in ("chosen", "rejected") for pair in pairs]  # fmt: skip
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
+    lengths = torch.tensor([len(s) for s in sequences])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    layout = layout_of_batch(ids.to(device), mask.long().to(device))
     worst = 0.0
     for window in (None, 64):
-        torch.manual_seed(0)
-        shapes = ((1, heads, layout.tokens, 128) for heads in (32, 8, 8))
-        tensors = [torch.randn(s, device=device, dtype=torch.bfloat16) for s in shapes]
-        tensors = [tensor.requires_grad_() for tensor in tensors]
-        found = []
-        for each in (kernel, None):
-            out = shared_attention(*tensors, layout, window=window, kernel=each)
-            found.append([out, *torch.autograd.grad(out.float().square().sum(), tensors)])
-        for ours, theirs in zip(*found, strict=True):
-            off = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
-            worst = max(worst, off.item())
+        for heads, size in ((8, 128), (32, 64), (8, 256)):
+            torch.manual_seed(0)
+            shapes = ((1, count, layout.tokens, size) for count in (heads, 8, 8))
+            tensors = [torch.randn(s, device=device, dtype=torch.bfloat16) for s in shapes]
+            tensors = [tensor.requires_grad_() for tensor in tensors]
+            found = []
+            for each in (kernel, None):
+                out = shared_attention(*tensors, layout, window=window, kernel=each)
+                found.append([out, *torch.autograd.grad(out.float().square().sum(), tensors)])
+            for ours, theirs in zip(*found, strict=True):
+                off = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
+                worst = max(worst, off.item())
     if not worst < 0.02:
         raise SystemExit(
             f"{name} differs from SDPA by segments by {worst:.3g} of the largest value"
@@ -87,8 +131,9 @@ def check_kernel(device: str, tiny: bool) -> str:
 
 
 def make_model(device: str, tiny: bool) -> Any:
+    """A random LoRA adapter on a random Llama."""
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     shape: dict[str, Any] = {
         "vocab_size": 128_256,
@@ -104,82 +149,128 @@ def make_model(device: str, tiny: bool) -> Any:
         free = torch.cuda.mem_get_info()[0]
         shape["num_hidden_layers"] = max(1, min(32, int((free / 2 - 2.1e9) / 0.44e9)))
     torch.manual_seed(0)
+    config = LlamaConfig(**shape, max_position_embeddings=4096)
     with torch.device(device):
-        network = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa"))
-    network = network.to(torch.float32 if tiny else torch.bfloat16)
-    # Not zero, so that margins aren't and the ways have something to agree on.
-    adapter = LoraConfig(
-        r=16, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+        network = AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch.float32 if tiny else torch.bfloat16,
+            attn_implementation="sdpa",
+        )
+    return get_peft_model(network, LoraConfig(r=16, target_modules="all-linear"))
+
+
+def make_trainers(network: Any, folder: str, device: str, tiny: bool) -> dict[str, Any]:
+    """One for each way, all around the same model."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    from focalpo_plugins import FocalPOConfig, FocalPOTrainer
+
+    known = {word: number for number, word in enumerate(("<pad>", "<eos>", "<unk>", "b", "c"))}
+    words = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
-    return get_peft_model(network, adapter)
+    # The trainers want some data; what they are given to compute are the batches of the cases.
+    pairs = Dataset.from_list([{"prompt": "a ", "chosen": "b", "rejected": "c"}])
+    found = {}
+    for name, keys in WAYS.items():
+        if "ref" in network.peft_config:
+            network.delete_adapter("ref")  # of the trainer before; the next one copies it again
+        trainer, config = (
+            (DPOTrainer, DPOConfig) if keys is None else (FocalPOTrainer, FocalPOConfig)
+        )
+        arguments = config(
+            folder, max_length=None, report_to="none", use_cpu=device == "cpu",
+            bf16=device == "cuda", **(keys or {}),
+        )  # fmt: skip
+        found[name] = trainer(
+            network, args=arguments, train_dataset=pairs, processing_class=tokenizer
+        )
+    # What training does when it starts.
+    network.gradient_checkpointing_enable({"use_reentrant": False})
+    network.train()
+    # A policy that has moved away from its reference, so that the margins are not zero.
+    torch.manual_seed(1)
+    for weights, tensor in network.named_parameters():
+        if "lora_B.default" in weights:
+            torch.nn.init.normal_(tensor, std=0.1 if tiny else 1e-3)
+    return found
 
 
-def logps(network: Any, given: dict[str, Tensor]) -> Tensor:
-    """Log-probs summed over each sequence's labels ``(2B,)``, from all logits."""
-    logits = network(
-        input_ids=given["input_ids"], attention_mask=given["attention_mask"], use_cache=False
-    ).logits
-    labels = given["labels"]
-    tokens = logits.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None]).squeeze(-1)
-    return torch.where(labels == IGNORED, 0.0, tokens).sum(1, dtype=torch.float32)
-
-
-def step(
-    network: Any, sharing: SharedPrompts, given: dict[str, Tensor], shared: bool, fused: bool
-) -> float:
+def step(trainer: Any, batch: dict[str, Tensor]) -> float:
     """Loss and gradients of one batch; the loss."""
-    head = network.get_output_embeddings().weight
-    backbone = network.base_model.model.base_model
-
-    def states() -> Tensor:
-        found: Tensor = backbone(
-            input_ids=given["input_ids"], attention_mask=given["attention_mask"], use_cache=False
-        ).last_hidden_state
-        return found
-
-    with sharing.of(len(given["input_ids"]) // 2) if shared else nullcontext():
-        with torch.no_grad(), network.disable_adapter():
-            reference = (
-                fused_logps(states(), head, given["labels"]) if fused else logps(network, given)
-            )
-        if fused:
-            args = (states(), head, given["labels"], reference, focalpo_loss)
-            loss = fused_pairwise_loss(*args, beta=BETA).loss
-        else:
-            chosen, rejected = (logps(network, given) - reference).chunk(2)
-            loss = focalpo_loss(BETA * (chosen - rejected)).mean()
+    network = trainer.model
+    with trainer.compute_loss_context_manager():
+        loss = trainer.compute_loss(network, dict(batch))
     loss.backward()
+    return float(loss.detach())
+
+
+def gradients(network: Any) -> Tensor:
+    found = [w.grad.flatten().float() for w in network.parameters() if w.grad is not None]
     network.zero_grad(set_to_none=True)
-    return loss.item()
+    return torch.cat(found)
+
+
+def compare_ways(
+    trainers: dict[str, Any], given: dict[str, Tensor], tiny: bool
+) -> tuple[str, bool]:
+    """Our ways' losses and gradients against those of plain FocalPOTrainer."""
+    losses, found = {}, {}
+    for name, trainer in trainers.items():
+        losses[name] = step(trainer, given)
+        found[name] = gradients(trainer.model)
+    del losses[OWN], found[OWN]
+    first = next(iter(found.values()))
+    apart = max(losses.values()) - min(losses.values())
+    off = max(((each - first).norm() / first.norm()).item() for each in found.values())
+    shown = f"loss {losses['FocalPOTrainer']:.4f} ± {apart:.1g}, gradients ± {off:.1g}"
+    return shown, apart < OF_LOSSES[tiny] and off < OF_GRADIENTS[tiny]
 
 
 def measure(device: str, tiny: bool, rounds: int) -> Iterator[str]:
     network = make_model(device, tiny)
-    sharing = SharedPrompts("shared", lambda check: check())
-    sharing.attach(network.base_model.model)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        trainers = make_trainers(network, folder, device, tiny)
     layers = network.config.num_hidden_layers
-    yield f"{layers} layers, {sum(w.numel() for w in network.parameters()) / 1e9:.3g} B weights\n"
-    yield "| prompt, answers, pairs | " + " | ".join(WAYS) + " |"
-    yield "| --- |" + " --- |" * len(WAYS)
+    weights = sum(w.numel() for w in network.parameters()) / 1e9
+    yield f"{layers} layers, {weights:.3g} B weights; ours over {OWN}'s, time and memory\n"
+    yield "| prompt, answers, pairs | " + " | ".join(WAYS) + " | our ways agree |"
+    yield "| --- |" + " --- |" * len(WAYS) + " --- |"
+    differ = []
     for prompt, answer, pairs in TINY_CASES if tiny else CASES:
-        given = batch(prompt, answer, pairs, network.config.vocab_size, device)
-        losses, cells = [], []
+        listed = rows(prompt, answer, pairs, network.config.vocab_size)
+        given = trainers[OWN].data_collator(listed)
+        given = {name: tensor.to(device) for name, tensor in given.items()}
+        shown, agree = compare_ways(trainers, given, tiny)
+        differ += [] if agree else [shown]
         runs: dict[str, Callable[[], float]] = {
-            name: partial(step, network, sharing, given, *way) for name, way in WAYS.items()
+            name: partial(step, trainer, given) for name, trainer in trainers.items()
         }
         times: dict[str, list[float]] = {name: [] for name in WAYS}
-        for run in runs.values():
-            losses.append(run())
-        if max(losses) - min(losses) > (1e-5 if tiny else 0.05):  # what bf16 rounds of margins
-            raise SystemExit(f"the ways differ: {dict(zip(WAYS, losses, strict=True))}")
         for number in range(rounds):
             for name in list(runs)[:: 1 if number % 2 else -1]:
                 times[name].append(1e3 * seconds(runs[name]))
-        plain = statistics.median(times["plain"])
+                network.zero_grad(set_to_none=True)
+        middle = {name: statistics.median(found) for name, found in times.items()}
+        peaks = {}
         for name, run in runs.items():
-            middle, peak = statistics.median(times[name]), peak_bytes(run) / 2**30
-            cells.append(f"{middle:.0f} ms ({middle / plain:.2f}), {peak:.2f} GiB")
-        yield f"| {prompt}, {answer}, {pairs} | " + " | ".join(cells) + " |"
+            peaks[name] = peak_bytes(run) / 2**30
+            network.zero_grad(set_to_none=True)
+        cells = [f"{middle[OWN]:.0f} ms, {peaks[OWN]:.2f} GiB"]
+        cells += [f"{middle[name] / middle[OWN]:.2f}, {peaks[name] / peaks[OWN]:.2f}"
+                  for name in WAYS if name != OWN]  # fmt: skip
+        yield f"| {prompt}, {answer}, {pairs} | " + " | ".join([*cells, shown]) + " |"
+    if differ:
+        raise SystemExit(f"our ways differ by more than rounding: {'; '.join(differ)}")
 
 
 def main() -> int:
@@ -192,8 +283,11 @@ def main() -> int:
     args = parser.parse_args()
     if args.device == "cuda" and not CUDA:
         parser.error("--device must be cpu where torch finds no CUDA, got cuda")
+    os.environ["HF_HUB_OFFLINE"] = "1"
     card = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    print(f"{card}, torch {torch.__version__}", flush=True)
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
+    print(f"{card}, {packages}", flush=True)
+    print(check_loss(args.device), flush=True)
     print(check_kernel(args.device, args.tiny), flush=True)
     for line in measure(args.device, args.tiny, args.rounds):
         print(line, flush=True)

@@ -47,6 +47,8 @@ _REPLACED = {"input_ids", "attention_mask", "position_ids", "cache_position"}
 # A row with this share of the padded batch's tokens, or more, is no faster: forming it takes about
 # 5 % of the time of a batch that saves nothing.
 _NOT_WORTH_IT = 0.95
+# The kernels' limit, in channels of a head; they compute in 16 bits alone.
+_WIDEST_HEAD = 256
 #: Largest relative difference of hidden states that rounding explains: in float32 and above, and
 #: below float32.
 _ROUNDING = (1e-3, 0.1)
@@ -371,13 +373,16 @@ def _shared(
     layout.calls += 1
     device = query.device
     _, kernel = kernel_for(device)
-    if kernel is not None and query.dtype == torch.float32:
-        # The kernels need 16 bits, but norms in float32 give float32 queries, and autocast doesn't
-        # cast a kernel's inputs.  A model entirely in float32 gets torch's attention.
-        narrow = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if narrow else value.dtype
-        query, key_states, value = (x.to(dtype) for x in (query, key_states, value))
-        kernel = None if dtype == torch.float32 else kernel
+    if kernel is not None:
+        dtype = query.dtype
+        if dtype == torch.float32:
+            # Norms in float32 give float32 queries, and autocast doesn't cast a kernel's inputs.
+            narrow = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if narrow else value.dtype
+            query, key_states, value = (x.to(dtype) for x in (query, key_states, value))
+        # A model entirely in float32 gets torch's attention, which takes any dtype and head.
+        if dtype.itemsize > 2 or query.shape[-1] > _WIDEST_HEAD:
+            kernel = None
     out = shared_attention(
         query,
         key_states,

@@ -359,8 +359,9 @@ def _slope(z: Tensor, gamma: float, variant: str) -> Tensor:
         log_p = F.logsigmoid(z)
         scaled = _scaled(log_p, gamma)
         factor = torch.exp(scaled)
-        # -(1 - p) p^gamma (1 + gamma log p), with 1 - p = -expm1(log p) to the last digits.
-        return torch.expm1(log_p) * torch.addcmul(factor, factor, scaled)
+        # -(1 - p) p^gamma (1 + gamma log p). Not expm1(log p) for p - 1: compiled for a CPU, it is
+        # 0 from a margin of 17 on.
+        return -torch.sigmoid(-z) * torch.addcmul(factor, factor, scaled)
     s = _exponent(gamma, variant)
     return -torch.exp((s + 1) * F.logsigmoid(-z)) * (1 + s * _entropy_ratio(z))
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from focalpo_plugins.compute import shared_prompts
 from focalpo_plugins.compute.shared_prompts import (
     Layout,
     Pair,
@@ -16,6 +20,7 @@ from focalpo_plugins.compute.shared_prompts import (
     layout_of_batch,
     layout_of_packed,
     shared_attention,
+    torch_varlen,
 )
 
 
@@ -156,6 +161,77 @@ def test_attention(starts, own, window, groups: int, varlen: bool):
     gradients = [torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (found, expected)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+    raise AssertionError("it has no scale and no window")
+
+
+def of_torch_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)
+):
+    """It says nothing of fewer heads of keys than of queries."""
+    assert query.shape[1] == key.shape[1] == value.shape[1]
+    left, right = window_size
+    assert right == 0, "causal"
+    segments = Segments(torch.arange(len(key)), cu_seq_q, cu_seq_k, max_q, max_k)
+    return slow_varlen(query, key, value, segments, scale, None if left < 0 else left + 1, 0.0)
+
+
+def of_torch_2_12(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1),
+    enable_gqa=False,
+):  # fmt: skip
+    groups = query.shape[1] // key.shape[1]
+    assert enable_gqa == (groups > 1)
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    ends = cu_seq_q, cu_seq_k, max_q, max_k
+    return of_torch_2_11(query, key, value, *ends, scale=scale, window_size=window_size)
+
+
+@pytest.fixture
+def torch_has(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
+    """Gives torch the kernel of another release; its signature decides how it is called."""
+
+    def put(kernel: Any) -> None:
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+        shared_prompts._parameters_of_varlen_attn.cache_clear()
+        kernel_for.cache_clear()
+
+    yield put
+    shared_prompts._parameters_of_varlen_attn.cache_clear()
+    kernel_for.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", [of_torch_2_11, of_torch_2_12])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_torchs_kernel_in_each_release(torch_has, kernel: Any, window: int | None, groups: int):
+    """The arguments that each release takes; benchmarks/gpu.py runs the kernel itself."""
+    torch_has(kernel)
+    sequences = [[7, 8, 1, 2, 3], [5, 6], [7, 8, 4], [9]]
+    layout = layout_of_batch(*batch(*sequences))
+    torch.manual_seed(0)
+    shapes = ((1, heads, layout.tokens, 4) for heads in (2 * groups, 2, 2))
+    q, k, v = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    expected = by_sequence(q, k, v, layout, [len(s) for s in sequences], window)
+    found = shared_attention(q, k, v, layout, window=window, kernel=torch_varlen)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "capability, kernel, name",
+    [
+        ((8, 0), of_torch_2_12, "torch varlen_attn"),
+        ((9, 0), of_torch_2_11, "torch varlen_attn"),
+        ((9, 0), of_torch_2_10, "SDPA by segments"),
+        ((7, 5), of_torch_2_12, "SDPA by segments"),
+    ],
+)
+def test_the_kernel_of_a_gpu(torch_has, monkeypatch, capability, kernel: Any, name: str):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    torch_has(kernel)
+    assert kernel_for(torch.device("cuda"))[0] == name
 
 
 def test_states_go_back_with_their_gradients():

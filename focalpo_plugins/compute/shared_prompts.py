@@ -18,7 +18,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -280,15 +282,17 @@ def shared_attention(
     return torch.cat(parts, 2).transpose(1, 2)
 
 
+@cache
 def kernel_for(device: torch.device) -> tuple[str, Kernel | None]:
     """Name, for messages, and kernel for tensors on ``device``.
 
-    It is flash-attn if that is installed, else torch's own, else attention segment by segment.
+    It is flash-attn if that is installed, else torch's own from 2.11 on, else attention segment by
+    segment. Both kernels need a GPU of compute capability 8.0, as of an A100, or above.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         if find_spec("flash_attn") is not None:
             return "flash_attn_varlen_func", flash_attn
-        if find_spec("torch.nn.attention.varlen") is not None:
+        if "window_size" in _parameters_of_varlen_attn():
             return "torch varlen_attn", torch_varlen
     return "SDPA by segments", None
 
@@ -326,23 +330,30 @@ def torch_varlen(
     window: int | None,
     dropout: float,
 ) -> Tensor:
-    """torch's own kernel, from torch 2.10 on, as a :data:`Kernel`; it has no dropout."""
+    """torch's own kernel, from torch 2.11 on, as a :data:`Kernel`; it has no dropout."""
     if dropout:
         raise ValueError(
             f"attention dropout must be 0 for torch's varlen_attn, got {dropout}. Install "
             "flash-attn, or set attention_dropout to 0."
         )
     attend: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    out: Tensor = attend(
-        q,
-        k,
-        v,
-        *segments[1:],
-        scale=scale,
-        window_size=_left_and_right(window),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    groups, grouped = q.shape[1] // k.shape[1], {}
+    if groups > 1 and "enable_gqa" in _parameters_of_varlen_attn():
+        grouped["enable_gqa"] = True
+    elif groups > 1:  # torch 2.11
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    window_size = _left_and_right(window)
+    out: Tensor = attend(q, k, v, *segments[1:], scale=scale, window_size=window_size, **grouped)
     return out
+
+
+@cache
+def _parameters_of_varlen_attn() -> frozenset[str]:
+    """Names of the parameters of torch's kernel; none before torch 2.10, which has no kernel."""
+    if find_spec("torch.nn.attention.varlen") is None:
+        return frozenset()
+    kernel = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    return frozenset(signature(kernel).parameters)
 
 
 def _left_and_right(window: int | None) -> tuple[int, int]:
