@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import Axolotl
+from harness import Axolotl, ManyFocalpo
+
+# What `focalpo check` imports of Axolotl, and with it.
+MODULES = ("axolotl.cli.config", "axolotl.common.datasets", "axolotl.utils.trainer")
+MODULES += ("axolotl.core.builders", "focalpo_plugins.axolotl.trainer", "peft", "tqdm")
 
 
 @pytest.fixture
@@ -17,3 +22,9 @@ def axolotl(tiny: Path, tmp_path: Path) -> Axolotl:
 def once(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Axolotl:
     """For runs that several tests look at."""
     return Axolotl(tiny, tmp_path_factory.mktemp("once"))
+
+
+@pytest.fixture(scope="session")
+def focalpo(once: Axolotl) -> Iterator[ManyFocalpo]:
+    with ManyFocalpo(*MODULES, cwd=once.folder) as many:
+        yield many

@@ -25,8 +25,6 @@ from focalpo_plugins.registry import get_loss
 
 shares_answers = pytest.mark.xdist_group("answers")  # one worker makes the runs, once
 
-MODULES = ("axolotl.cli.config", "axolotl.common.datasets", "axolotl.utils.trainer")
-MODULES += ("axolotl.core.builders", "focalpo_plugins.axolotl.trainer", "peft", "tqdm")
 
 # Of 12 pairs, four at a time and two accumulated: three batches and two steps an epoch, and
 # ceil(12 * 2.5 / 8) steps in two epochs and a half, as Axolotl counts them.
@@ -108,7 +106,12 @@ def capped(without_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def answers(
-    once: Axolotl, data: Path, without_weights: Path, doubling: Path, capped: Path
+    once: Axolotl,
+    focalpo: ManyFocalpo,
+    data: Path,
+    without_weights: Path,
+    doubling: Path,
+    capped: Path,
 ) -> dict[str, Answer]:
     zero3 = once.folder / "zero3.json"
     zero3.write_text(
@@ -163,8 +166,7 @@ def answers(
         "no file": [once.folder / "no.yml"],
         "no yaml": [broken],
     }
-    with ManyFocalpo(*MODULES, cwd=once.folder) as focalpo:
-        return {name: focalpo("check", *map(str, words)) for name, words in cases.items()}
+    return {name: focalpo("check", *map(str, words)) for name, words in cases.items()}
 
 
 def parameters(tiny: Path) -> int:

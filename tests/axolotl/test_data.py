@@ -14,8 +14,6 @@ from focalpo_plugins.cli.check.shapes import SHAPES
 
 shares_answers = pytest.mark.xdist_group("data answers")  # one worker makes the runs, once
 
-MODULES = ("axolotl.cli.config", "axolotl.common.datasets", "axolotl.utils.trainer")
-MODULES += ("axolotl.core.builders", "focalpo_plugins.axolotl.trainer", "peft", "tqdm")
 STRINGS = FORMATS["strings"][0]
 # What each type fails on; the others read a row in their own way.
 FAILS = [
@@ -45,7 +43,7 @@ def varied(row: dict) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def answers(once: Axolotl) -> dict[Any, Answer]:
+def answers(once: Axolotl, focalpo: ManyFocalpo) -> dict[Any, Answer]:
     def config(name: str, rows: list[dict], **changes: Any) -> Path:
         of_data = changes.pop("dataset")
         data = {"path": written(once.folder, name, rows), "ds_type": "json", "split": "train"}
@@ -86,8 +84,7 @@ def answers(once: Axolotl) -> dict[Any, Answer]:
     words["file"] = ["--json", "--model-config", once.tiny / "model" / "config.json", hub]
     words["no shape"] = ["--model-config", "llama-4", hub]
     words["no model"] = ["--model-config", once.tiny / "model" / "tokenizer.json", hub]
-    with ManyFocalpo(*MODULES, cwd=once.folder) as focalpo:
-        return {name: focalpo("check", *map(str, argv)) for name, argv in words.items()}
+    return {name: focalpo("check", *map(str, argv)) for name, argv in words.items()}
 
 
 def error_of(answer: Answer) -> str:
@@ -208,7 +205,7 @@ def test_without_autoload_the_missing_line_is_named(once: Axolotl, off: str):
     configs = [once.config()]
     if off == "FOCALPO_AUTOLOAD":
         configs.append(once.config(plugins=["focalpo_plugins.axolotl.FocalPOPlugin"]))
-    with ManyFocalpo(*MODULES[:1], cwd=once.folder, **{off: "0"}) as focalpo:
+    with ManyFocalpo("axolotl.cli.config", cwd=once.folder, **{off: "0"}) as focalpo:
         code, _, errors = focalpo("check", configs[0])
         last = errors.splitlines()[-1]
         assert code == 2

@@ -16,7 +16,7 @@ from typing import Any
 
 import one_batch
 import pytest
-from harness import SUPPORT, Server, at_once, free_port
+from harness import SUPPORT, ManyFocalpo, Server, at_once, free_port
 from openrlhf_flags import of_host
 
 COMMAND = "openrlhf.cli.train_dpo"
@@ -141,6 +141,15 @@ def forked() -> Iterator[Callable[..., list[tuple[int, str, str]]]]:
                 ]
 
         yield run
+
+
+@pytest.fixture(scope="session")
+def focalpo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ManyFocalpo]:
+    """With what `focalpo check` imports of OpenRLHF, and with it."""
+    modules = ("focalpo_plugins.cli.check", "focalpo_plugins.openrlhf.dry_run", "peft", "tqdm")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    with ManyFocalpo(*modules, cwd=tmp_path_factory.mktemp("focalpo"), **alone) as many:
+        yield many
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 
 pytestmark = pytest.mark.xdist_group("check")
 
-MODULES = ("focalpo_plugins.cli.check", "focalpo_plugins.openrlhf.dry_run", "peft", "tqdm")
 
 # Of 11 pairs, two at a time: five batches an epoch, two to a step, in three epochs.
 STEPS = ("--train.batch_size", "4", "--train.max_epochs", "3")
@@ -49,7 +48,10 @@ def rows(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, li
 
 @pytest.fixture(scope="module")
 def answers(
-    tiny: Path, rows: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory
+    tiny: Path,
+    focalpo: ManyFocalpo,
+    rows: tuple[Path, Any],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Answer]:
     folder = tmp_path_factory.mktemp("check")
     shutil.copytree(tiny / "model", folder / "model")
@@ -83,9 +85,7 @@ def answers(
         "no data": ["check", "--", "--model.model_name_or_path", str(folder / "model")],
         "nothing": ["check"],
     }  # fmt: skip
-    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    with ManyFocalpo(*MODULES, cwd=folder, **environment) as focalpo:
-        return {name: focalpo(*words) for name, words in cases.items()}
+    return {name: focalpo(*words) for name, words in cases.items()}
 
 
 def parameters(tiny: Path) -> int:

@@ -15,7 +15,6 @@ from row_formats import APPLY, FORMATS, KEY
 # One worker makes what several tests look at, once.
 shares_answers = pytest.mark.xdist_group("data")
 
-MODULES = ("focalpo_plugins.cli.check", "focalpo_plugins.openrlhf.dry_run", "peft", "tqdm")
 OURS = ["--loss", "focalpo"]
 GOOD = {name: flags for name, (_, _, flags) in FORMATS.items() if flags is not None}
 FAILS = [
@@ -38,7 +37,9 @@ def written(folder: Path, name: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Answer]:
+def answers(
+    tiny: Path, focalpo: ManyFocalpo, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Any, Answer]:
     folder = tmp_path_factory.mktemp("data")
 
     def argv(data: Path, flags: list[str], *before: str, model: str = "") -> list[str]:
@@ -65,9 +66,7 @@ def answers(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, A
     words["hub"] = argv(hub, [], model="mistralai/Mistral-7B-v0.1")
     shape = ("--json", "--model-config", "mistral-7b")
     words["shape"] = argv(hub, [], *shape, model="mistralai/Mistral-7B-v0.1")
-    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    with ManyFocalpo(*MODULES, cwd=folder, **environment) as focalpo:
-        return {name: focalpo(*argv) for name, argv in words.items()}
+    return {name: focalpo(*argv) for name, argv in words.items()}
 
 
 def error_of(answer: Answer) -> str:

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -74,11 +75,42 @@ def on_ranks(
 
 
 def serve(modules: Iterable[str], answer: Callable[[Any], Any]) -> None:
-    """Import ``modules``, and answer each JSON line of stdin with one, as harness.Server asks."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # nothing else may be mistaken for an answer
+    """Import ``modules``, and then answer each JSON line of each client with one, as harness.Server
+    asks; each client has a process of its own, forked off this one.  It ends with the last client."""
+    listener = socket.socket(fileno=int(os.environ.pop("FORKS_LISTENER")))
     for module in modules:
         import_module(module)
     gc.freeze()  # no child has to look through all that was imported
-    for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+    clients: set[int] = set()
+    last = False
+    while True:
+        listener.settimeout(0.1 if clients or last else None)
+        try:
+            client = listener.accept()[0]
+        except TimeoutError:
+            clients -= {child for child in clients if os.waitpid(child, os.WNOHANG)[0]}
+            if not clients and last:
+                return
+            if not clients:
+                # Whoever comes now starts another; somebody may have come just before.
+                os.unlink(listener.getsockname())
+                last = True
+            continue
+        child = os.fork()
+        if not child:
+            listener.close()
+            _answer(client, answer)
+            os._exit(0)
+        client.close()
+        clients.add(child)
+
+
+def _answer(client: socket.socket, answer: Callable[[Any], Any]) -> None:
+    client.setblocking(True)
+    with client.makefile("rw") as lines:
+        client.close()
+        start = json.loads(lines.readline())
+        os.chdir(start["cwd"])
+        os.environ.update(start["env"])
+        for line in lines:
+            print(json.dumps(answer(json.loads(line))), file=lines, flush=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
+import hashlib
 import json
 import os
 import secrets
@@ -11,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -161,31 +164,73 @@ def axolotl_environment(**variables: str) -> dict[str, str]:
     return {**env, **variables}
 
 
-class Server:
-    """A script of this folder that answers a JSON line with a JSON line; it ends with its stdin."""
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """No other test process is in here."""
+    folder = os.open(SUPPORT, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
-    def __init__(self, script: str, *arguments: str, **process: Any) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(SUPPORT / script), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            **process,
+
+class Server:
+    """A script of this folder that answers a JSON line with a JSON line.  One that was started alike
+    is shared by the test processes of a run: to import a host takes longer than most tests."""
+
+    def __init__(
+        self,
+        script: str,
+        *arguments: str,
+        env: dict[str, str],
+        cwd: Path | None = None,
+        **process: Any,
+    ) -> None:
+        self.script = script
+        command = [sys.executable, str(SUPPORT / script), *arguments]
+        of_run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+        of_worker = {k: v for k, v in os.environ.items() if k == "PYTEST_XDIST_WORKER"}
+        env = {k: v for k, v in env.items() if not k.startswith("PYTEST_")}
+        name = hashlib.sha256(json.dumps([of_run, command, sorted(env.items())]).encode())
+        path = Path(tempfile.gettempdir()) / f"forks-{name.hexdigest()[:16]}"
+        client = socket.socket(socket.AF_UNIX)
+        with _alone():
+            try:
+                client.connect(str(path))
+            except (FileNotFoundError, ConnectionRefusedError):
+                path.unlink(missing_ok=True)
+                with socket.socket(socket.AF_UNIX) as listener:
+                    listener.bind(str(path))
+                    listener.listen()
+                    self.process = subprocess.Popen(
+                        command,
+                        env=env | {"FORKS_LISTENER": str(listener.fileno())},
+                        pass_fds=[listener.fileno()],
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL,
+                        **process,
+                    )
+                client.connect(str(path))
+        self.lines = client.makefile("rw")
+        client.close()
+        print(
+            json.dumps({"cwd": str(cwd or Path.cwd()), "env": of_worker}),
+            file=self.lines,
+            flush=True,
         )
 
     def __call__(self, asked: Any) -> tuple:
-        print(json.dumps(asked), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        assert answer, f"{self.process.args[1]} died; its error, if it is shown, is above"
+        print(json.dumps(asked), file=self.lines, flush=True)
+        answer = self.lines.readline()
+        assert answer, f"{self.script} died; its error, if it is shown, is above"
         return tuple(json.loads(answer))
 
     def __enter__(self) -> Server:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+        self.lines.close()
 
 
 @functools.cache

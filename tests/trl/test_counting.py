@@ -265,7 +265,7 @@ NAMES = [
 ]
 
 
-@pytest.mark.xdist_group("two_ranks")
+@pytest.mark.xdist_group("forked")
 @pytest.mark.parametrize("path", NAMES)
 def test_each_pair_once_on_two_ranks(two_ranks, path):
     """A rank that would run out of pairs is given the first again, which are then trained again: of
@@ -278,7 +278,7 @@ def test_each_pair_once_on_two_ranks(two_ranks, path):
             assert means == pytest.approx(expected_means, rel=1e-4, abs=1e-6), size
 
 
-@pytest.mark.xdist_group("two_ranks")
+@pytest.mark.xdist_group("forked")
 @pytest.mark.parametrize("path", NAMES)
 def test_all_ranks_stop(two_ranks, path):
     """Whichever of the two has the pair, in training and in evaluation, with the same words."""

@@ -20,7 +20,6 @@ import torch
 import trl
 from accelerate import ParallelismConfig
 from datasets import Dataset
-from harness import SUPPORT, run_python
 from peft import LoraConfig
 from tiny_trl import (
     FUSED,
@@ -28,11 +27,13 @@ from tiny_trl import (
     PAIRS,
     SGD,
     batch,
+    launched_on_two_ranks,
     loss_and_grads,
     margins_of,
     model,
     on_disk,
     on_two_ranks,
+    run_forked,
     trainer,
     without_triton,
 )
@@ -636,11 +637,12 @@ t.trainer(t.FocalPOTrainer, words, folder, use_liger_kernel=True)
 
 
 @pytest.mark.fused
+@pytest.mark.xdist_group("forked")
 def test_fused_needs_no_liger(tmp_path):
-    run = run_python("-c", WITHOUT_LIGER, str(tmp_path / "out"), path=SUPPORT)
-    assert "trained 3" in run.stdout, run.stderr
+    _, stdout, stderr = run_forked(WITHOUT_LIGER, tmp_path)
+    assert "trained 3" in stdout, stderr
     assert (
-        run.stderr.strip()
+        stderr.strip()
         .splitlines()[-1]
         .startswith(
             "ValueError: use_liger_kernel needs the package liger-kernel, which is not installed."
@@ -666,6 +668,7 @@ torch.save(weights, folder / f"rank{host.args.process_index}.pt")
 
 
 @pytest.mark.fused
+@pytest.mark.xdist_group("forked")
 def test_fused_and_shared_on_two_ranks(tokenizer, tmp_path):
     """Under DDP the ranks average their gradients on these paths too: after three steps both have
     the weights of the plain path's run.  SGD, because Adam makes as large a step of a gradient that is
@@ -719,7 +722,7 @@ def test_the_same_batch_however_it_is_split(tokenizer, tmp_path):
     whole, halves = (steps(FocalPOTrainer, *n, focalpo_gamma=0.5) for n in ((4, 1), (2, 2)))
     of_dpo = [steps(DPOTrainer, *n)[0]["grad_norm"] for n in ((4, 1), (2, 2))]
     factor = of_dpo[1] / of_dpo[0]
-    said = on_two_ranks(SPLIT, tmp_path).splitlines()
+    said = launched_on_two_ranks(SPLIT, tmp_path).splitlines()
     log = json.loads(next(line for line in said if line.startswith("[{")))
     ranks = [entry for entry in log if "loss" in entry]
     names = [n for n in whole[0] if n.startswith("focalpo/")]
@@ -1002,18 +1005,20 @@ print("trained", [entry["loss"] for entry in host.state.log_history if "loss" in
         ),
     ],
 )
+@pytest.mark.xdist_group("forked")
 def test_a_trl_that_moves_the_branch_is_stopped_at_the_first_step(
     edited_trl, tmp_path, new, stops_at
 ):
     copy = edited_trl("-F.logsigmoid(self.beta * delta_score)\n", new + "\n")
-    run = run_python("-c", SCRIPT, str(tmp_path / "out"), path=f"{copy}:{SUPPORT}")
-    assert run.returncode != 0
-    assert "trained" not in run.stdout
-    (message,) = [line for line in run.stderr.splitlines() if line.startswith("RuntimeError: ")]
+    code, stdout, stderr = run_forked(SCRIPT, tmp_path, path=copy)
+    assert code != 0
+    assert "trained" not in stdout
+    (message,) = [line for line in stderr.splitlines() if line.startswith("RuntimeError: ")]
     assert f"trl {trl.__version__} {stops_at}" in message
     assert "focalpo_plugins 0.2.0 expects 1" in message
 
 
+@pytest.mark.xdist_group("forked")
 def test_a_trl_that_goes_around_the_seam_is_stopped_at_the_first_step(edited_trl, tmp_path):
     """Another way to a loss than the two that are known: neither our log-sigmoid nor our fused loss
     is asked."""
@@ -1021,21 +1026,21 @@ def test_a_trl_that_goes_around_the_seam_is_stopped_at_the_first_step(edited_trl
         "            return self._compute_loss(model, inputs, return_outputs)\n",
         "            return model(input_ids=inputs['input_ids']).logits.mean()\n",
     )
-    run = run_python("-c", SCRIPT, str(tmp_path / "out"), path=f"{copy}:{SUPPORT}")
-    assert run.returncode != 0
-    assert "trained" not in run.stdout
-    assert (
-        f"trl {trl.__version__} computed the loss in a way that focalpo_plugins 0.2.0" in run.stderr
-    )
+    code, stdout, stderr = run_forked(SCRIPT, tmp_path, path=copy)
+    assert code != 0
+    assert "trained" not in stdout
+    assert f"trl {trl.__version__} computed the loss in a way that focalpo_plugins 0.2.0" in stderr
 
 
+@pytest.mark.xdist_group("forked")
 def test_a_trl_without_the_seam_is_refused_before_training(edited_trl, tmp_path):
     """As TRL 0.28 and older do, the loss is computed in another method."""
     copy = edited_trl("    def _compute_loss(self, ", "    def _computes_loss(self, ")
-    run = run_python("-c", SCRIPT, str(tmp_path / "out"), path=f"{copy}:{SUPPORT}")
-    assert run.returncode != 0
-    assert "does not know where trl" in run.stderr.strip().splitlines()[-1]
-    assert "0%" not in run.stderr  # no progress bar: nothing was trained
+    code, stdout, stderr = run_forked(SCRIPT, tmp_path, path=copy)
+    assert code != 0
+    assert "does not know where trl" in stderr.strip().splitlines()[-1]
+    assert "trained" not in stdout
+    assert "0%" not in stderr  # no progress bar: nothing was trained
 
 
 def test_loss_value_is_the_cores(tokenizer, tmp_path):
@@ -1188,6 +1193,7 @@ for start in (without_a_folder, from_dpo, *[other_logits] * (sys.argv[2] == "fus
 """
 
 
+@pytest.mark.xdist_group("forked")
 def test_what_one_rank_finds_ends_all(tmp_path):
     """A folder that rank 0 alone writes to; a checkpoint that rank 0 alone sees; on the fused path,
     where this TRL leaves it to us, an output layer whose check fails on rank 1 alone."""

@@ -1,0 +1,32 @@
+"""Run Python scripts as asked, with every rank forked off this process, which has imported what
+takes long.
+
+The modules named on the command line are imported first; a script may import others of the name of
+those that are not.
+"""
+
+import runpy
+import sys
+import tempfile
+
+from forks import on_ranks, serve, world
+
+
+def end_of(asked):
+    """Exit code, stdout and stderr."""
+
+    def command():
+        sys.path[:0] = asked["path"]
+        sys.argv = asked["argv"]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    ranks = world(asked["ranks"]) if asked["ranks"] > 1 else [{}]
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        code = on_ranks(command, asked["cwd"], ranks, stdout, stderr)
+        for output in (stdout, stderr):
+            output.seek(0)
+        return [code, stdout.read(), stderr.read()]
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1:], end_of)
