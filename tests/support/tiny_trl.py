@@ -204,7 +204,7 @@ def _waiting() -> Server:
     """It has imported what TRL imports, but not TRL, of which a script may import its own copy."""
     dropped = ("FOCALPO_", "PYTHONPATH")
     env = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
-    names = ("accelerate", "datasets", "peft", "torch.utils.tensorboard", "transformers.trainer")
+    names = ("accelerate", "datasets", "peft", "transformers.trainer")
     models = [
         f"transformers.models.{name}.modeling_{name}" for name in ("llama", "gemma2", "mixtral")
     ]

@@ -349,6 +349,21 @@ def test_fused_trains_as_the_plain_path(tokenizer, tmp_path, feature):
         assert host.ref_model is None
 
 
+@pytest.mark.parametrize("key", [None, pytest.param("focalpo_fused", marks=pytest.mark.fused)])
+def test_a_compiled_model_trains_as_it_is(tokenizer, tmp_path, key: str | None):
+    """`torch_compile` compiles the model; our part of the step is computed as without it."""
+    ours = {key: True} if key else {}
+
+    def losses(**arguments: Any) -> list[float]:
+        host = trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_gamma=0.5, **ours, **arguments)
+        host.train()
+        return [entry["loss"] for entry in host.state.log_history if "loss" in entry]
+
+    compiled = losses(torch_compile=True, torch_compile_backend="aot_eager")
+    assert compiled == pytest.approx(losses(), rel=1e-5)
+    assert len(set(compiled)) == 3
+
+
 @pytest.mark.fused
 def test_gamma_zero_fused_is_the_hosts_plain_dpo(tokenizer, tmp_path):
     histories = []
