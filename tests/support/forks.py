@@ -84,7 +84,7 @@ def serve(modules: Iterable[str], answer: Callable[[Any], Any]) -> None:
     clients: set[int] = set()
     last = False
     while True:
-        listener.settimeout(0.1 if clients or last else None)
+        listener.settimeout(0.1 if clients or last else 60)  # seconds
         try:
             client = listener.accept()[0]
         except TimeoutError:

@@ -1,8 +1,7 @@
-"""Run Python scripts as asked, with every rank forked off this process, which has imported what
-takes long.
+"""Run Python scripts as asked, with every rank forked off this process.
 
-The modules named on the command line are imported first; a script may import others of the name of
-those that are not.
+The modules named on the command line are imported before.  A script imports all others itself, from
+the folders that are asked for before any other.
 """
 
 import runpy
