@@ -28,7 +28,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from measure import CUDA, peak_bytes, seconds
+from measure import CUDA, peak_bytes, seconds, what_a_trainer_needs
 from torch import Tensor
 
 from focalpo_plugins import VARIANTS, focalpo_loss
@@ -163,21 +163,11 @@ def make_model(device: str, tiny: bool) -> Any:
 
 def make_trainers(network: Any, folder: str, device: str, tiny: bool) -> dict[str, Any]:
     """One for each way, all around the same model."""
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
 
     from focalpo_plugins import FocalPOConfig, FocalPOTrainer
 
-    known = {word: number for number, word in enumerate(("<pad>", "<eos>", "<unk>", "b", "c"))}
-    words = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    # The trainers want some data; what they are given to compute are the batches of the cases.
-    pairs = Dataset.from_list([{"prompt": "a ", "chosen": "b", "rejected": "c"}])
+    needed = what_a_trainer_needs()
     found = {}
     for name, keys in WAYS.items():
         if "ref" in network.peft_config:
@@ -189,9 +179,7 @@ def make_trainers(network: Any, folder: str, device: str, tiny: bool) -> dict[st
             folder, max_length=None, report_to="none", use_cpu=device == "cpu",
             bf16=device == "cuda", **(keys or {}),
         )  # fmt: skip
-        found[name] = trainer(
-            network, args=arguments, train_dataset=pairs, processing_class=tokenizer
-        )
+        found[name] = trainer(network, args=arguments, **needed)
     # What training does when it starts.
     network.gradient_checkpointing_enable({"use_reentrant": False})
     network.train()

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import CUDA, DEVICE, Result, compare, in_turns, peak_bytes, seconds
+from measure import (
+    CUDA,
+    DEVICE,
+    Result,
+    compare,
+    in_turns,
+    peak_bytes,
+    seconds,
+    what_a_trainer_needs,
+)
 
 VOCABULARY = 128_256
 HIDDEN, DTYPE = (1024, torch.bfloat16) if CUDA else (64, torch.float32)
@@ -26,21 +35,11 @@ LAYERS = ("rope", "rms_norm", "swiglu", "cross_entropy", "fused_linear_cross_ent
 
 def trainers(folder: Path, *, frozen: bool) -> dict[str, Any]:
     """By name, each with its own copies of policy and reference."""
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
     from trl import DPOConfig, DPOTrainer
 
     from focalpo_plugins import FocalPOConfig, FocalPOTrainer
 
-    known = {word: number for number, word in enumerate(("<pad>", "<eos>", "<unk>", "b", "c"))}
-    words = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    # The trainers want some data; what they are given to compute are the batches below.
-    pairs = Dataset.from_list([{"prompt": "a ", "chosen": "b", "rejected": "c"}])
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
@@ -72,8 +71,7 @@ def trainers(folder: Path, *, frozen: bool) -> dict[str, Any]:
                 gradient_checkpointing=False,
                 **more,
             ),
-            train_dataset=pairs,
-            processing_class=tokenizer,
+            **what_a_trainer_needs(),
         )
     if not hasattr(found["liger"], "liger_loss"):
         del found["liger"]  # a TRL with its own fused path

@@ -43,6 +43,22 @@ def larger_model(folder: Path, tokens: Path | None = None) -> Path:
     return folder
 
 
+def what_a_trainer_needs() -> dict[str, Any]:
+    """A tokenizer of five tokens, and one pair: its batches are given to the trainer otherwise."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = {word: number for number, word in enumerate(("<pad>", "<eos>", "<unk>", "b", "c"))}
+    words = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    pairs = Dataset.from_list([{"prompt": "a ", "chosen": "b", "rejected": "c"}])
+    return {"train_dataset": pairs, "processing_class": tokenizer}
+
+
 @dataclass
 class Result:
     """One row: ``ratio`` is ours over theirs, between ``low`` and ``high`` with 95 %."""

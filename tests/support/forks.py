@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
@@ -72,6 +73,15 @@ def on_ranks(
 
     children = [fork(lambda own=own: run(own), stdout, stderr) for own in variables]
     return max((wait(child) for child in children), key=abs)
+
+
+def captured(run: Callable[[IO, IO], int]) -> list[Any]:
+    """Exit code, stdout and stderr of ``run(stdout, stderr)``."""
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        code = run(stdout, stderr)
+        for output in (stdout, stderr):
+            output.seek(0)
+        return [code, stdout.read(), stderr.read()]
 
 
 def serve(modules: Iterable[str], answer: Callable[[Any], Any]) -> None:

@@ -5,9 +5,8 @@ The modules named on the command line are imported after it.
 
 import functools
 import sys
-import tempfile
 
-from forks import on_ranks, serve, world
+from forks import captured, on_ranks, serve, world
 
 from focalpo_plugins.openrlhf import cpu
 from focalpo_plugins.openrlhf.train_dpo import main
@@ -20,11 +19,9 @@ def end_of(asked):
         sys.argv = ["train_dpo.py", *asked["argv"]]
         main()
 
-    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        code = on_ranks(command, asked["cwd"], world(asked["ranks"]), stdout, stderr)
-        for output in (stdout, stderr):
-            output.seek(0)
-        return [code, stdout.read(), stderr.read()]
+    return captured(
+        lambda *outputs: on_ranks(command, asked["cwd"], world(asked["ranks"]), *outputs)
+    )
 
 
 cpu.stand_in()

@@ -6,9 +6,8 @@ the folders that are asked for before any other.
 
 import runpy
 import sys
-import tempfile
 
-from forks import on_ranks, serve, world
+from forks import captured, on_ranks, serve, world
 
 
 def end_of(asked):
@@ -20,11 +19,7 @@ def end_of(asked):
         runpy.run_path(sys.argv[0], run_name="__main__")
 
     ranks = world(asked["ranks"]) if asked["ranks"] > 1 else [{}]
-    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        code = on_ranks(command, asked["cwd"], ranks, stdout, stderr)
-        for output in (stdout, stderr):
-            output.seek(0)
-        return [code, stdout.read(), stderr.read()]
+    return captured(lambda *outputs: on_ranks(command, asked["cwd"], ranks, *outputs))
 
 
 if __name__ == "__main__":
