@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from typing import Any
 
 import torch
@@ -69,30 +70,29 @@ def rows(prompt: int, answer: int, pairs: int, vocabulary: int) -> list[dict[str
 def check_loss(device: str) -> str:
     """Values and gradients at 20,001 margins, in units of what rounding explains."""
     worst = 0.0
-    for variant in VARIANTS:
-        for gamma in (0.0, 0.05, 0.9):
-            for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-                given = torch.linspace(-100, 100, 20_001, dtype=torch.float64).to(dtype)
-                exact = given.double().requires_grad_()
-                truth = focalpo_loss(exact, gamma, variant)
-                truths = truth, *torch.autograd.grad(truth.sum(), exact)
-                limits = torch.finfo(dtype)
-                arithmetic = min(torch.finfo(torch.float32).eps, limits.eps)
-                condition = 4 * (1 + (1 + gamma) * (exact.detach().abs() + 0.7)) * arithmetic
-                condition += limits.eps
-                # The gradient is a difference: gamma times the loss bounds what cancels.
-                scales = [truths[0].abs(), truths[1].abs() + gamma * truths[0].abs()]
-                function = partial(focalpo_loss, gamma=gamma, variant=variant)
-                functions = [function]
-                if device == "cuda" and gamma == 0.05 and dtype in (torch.bfloat16, torch.float32):
-                    functions.append(torch.compile(function, dynamic=False))
-                for function in functions:
-                    z = given.to(device).requires_grad_()
-                    losses = function(z)
-                    found = losses, *torch.autograd.grad(losses.sum(), z)
-                    for ours, theirs, scale in zip(found, truths, scales, strict=True):
-                        off = (ours.cpu().double() - theirs.clamp(limits.min, limits.max)).abs()
-                        worst = max(worst, (off / (condition * scale + limits.tiny)).max().item())
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    for variant, gamma, dtype in product(VARIANTS, (0.0, 0.05, 0.9), dtypes):
+        given = torch.linspace(-100, 100, 20_001, dtype=torch.float64).to(dtype)
+        exact = given.double().requires_grad_()
+        truth = focalpo_loss(exact, gamma, variant)
+        truths = truth, *torch.autograd.grad(truth.sum(), exact)
+        limits = torch.finfo(dtype)
+        arithmetic = min(torch.finfo(torch.float32).eps, limits.eps)
+        condition = 4 * (1 + (1 + gamma) * (exact.detach().abs() + 0.7)) * arithmetic
+        condition += limits.eps
+        # The gradient is a difference: gamma times the loss bounds what cancels.
+        scales = [truths[0].abs(), truths[1].abs() + gamma * truths[0].abs()]
+        function = partial(focalpo_loss, gamma=gamma, variant=variant)
+        functions = [function]
+        if device == "cuda" and gamma == 0.05 and dtype in (torch.bfloat16, torch.float32):
+            functions.append(torch.compile(function, dynamic=False))
+        for function in functions:
+            z = given.to(device).requires_grad_()
+            losses = function(z)
+            found = losses, *torch.autograd.grad(losses.sum(), z)
+            for ours, theirs, scale in zip(found, truths, scales, strict=True):
+                off = (ours.cpu().double() - theirs.clamp(limits.min, limits.max)).abs()
+                worst = max(worst, (off / (condition * scale + limits.tiny)).max().item())
     if not worst <= 1:
         raise SystemExit(f"the loss differs from float64 by {worst:.3g} of what rounding explains")
     how = "eager and compiled" if device == "cuda" else "eager"
@@ -112,19 +112,18 @@ def check_kernel(device: str, tiny: bool) -> str:
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     layout = layout_of_batch(ids.to(device), mask.long().to(device))
     worst = 0.0
-    for window in (None, 64):
-        for heads, size in ((8, 128), (32, 64), (8, 256)):
-            torch.manual_seed(0)
-            shapes = ((1, count, layout.tokens, size) for count in (heads, 8, 8))
-            tensors = [torch.randn(s, device=device, dtype=torch.bfloat16) for s in shapes]
-            tensors = [tensor.requires_grad_() for tensor in tensors]
-            found = []
-            for each in (kernel, None):
-                out = shared_attention(*tensors, layout, window=window, kernel=each)
-                found.append([out, *torch.autograd.grad(out.float().square().sum(), tensors)])
-            for ours, theirs in zip(*found, strict=True):
-                off = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
-                worst = max(worst, off.item())
+    for window, (heads, size) in product((None, 64), ((8, 128), (32, 64), (8, 256))):
+        torch.manual_seed(0)
+        shapes = ((1, count, layout.tokens, size) for count in (heads, 8, 8))
+        tensors = [torch.randn(s, device=device, dtype=torch.bfloat16) for s in shapes]
+        tensors = [tensor.requires_grad_() for tensor in tensors]
+        found = []
+        for each in (kernel, None):
+            out = shared_attention(*tensors, layout, window=window, kernel=each)
+            found.append([out, *torch.autograd.grad(out.float().square().sum(), tensors)])
+        for ours, theirs in zip(*found, strict=True):
+            off = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
+            worst = max(worst, off.item())
     if not worst < 0.02:
         raise SystemExit(
             f"{name} differs from SDPA by segments by {worst:.3g} of the largest value"
