@@ -51,6 +51,8 @@ class ModelState:
         logits_at_once: the largest number of logits that a fused loss holds; None if all logits of
             a micro-batch are held.
         reference_freed: whether the reference is held before the first step only.
+        adapter_bytes: bytes of an adapter's weight; None if it is ``weight_bytes``.
+        in_float32: parts of the names of modules that are held in float32, in the reference too.
     """
 
     config: Any
@@ -63,6 +65,8 @@ class ModelState:
     offloaded: frozenset[str] = frozenset()
     logits_at_once: int | None = None
     reference_freed: bool = False
+    adapter_bytes: int | None = None
+    in_float32: tuple[str, ...] = ()
 
 
 @dataclass

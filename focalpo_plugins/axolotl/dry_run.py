@@ -332,11 +332,15 @@ def _state(cfg: Any) -> ModelState:
                 offloaded.add(what)
     elif cfg.fsdp or cfg.fsdp_config:
         zero_stage = None
-    states = 2.0 if "8bit" in str(cfg.optimizer) else 2.0 * (4 if master else weight_bytes)
-    lora = None
+    lora, adapter_bytes = None, weight_bytes
     model_config = load_model_config(cfg)
     if cfg.adapter:
         lora = _lora(cfg, model_config)
+        # PEFT makes them float32; TRL makes those of a quantised model bf16, and DeepSpeed all.
+        quantised = cfg.load_in_4bit or cfg.load_in_8bit
+        if cfg.peft_autocast_adapter_dtype is not False and not (quantised or cfg.deepspeed):
+            adapter_bytes = 4
+    states = 2.0 if "8bit" in str(cfg.optimizer) else 2.0 * (4 if master else adapter_bytes)
     return ModelState(
         config=model_config,
         lora=lora,
@@ -349,7 +353,22 @@ def _state(cfg: Any) -> ModelState:
         # Axolotl loads a reference for SimPO as well, and releases it.
         reference_freed=cfg.rl == "simpo",
         offloaded=frozenset(offloaded),
+        adapter_bytes=adapter_bytes,
+        in_float32=() if weight_bytes == 4 else _in_float32(cfg, model_config),
     )
+
+
+def _in_float32(cfg: Any, model_config: Any) -> tuple[str, ...]:
+    """What Axolotl loads in float32 and leaves so: the embeddings, norms and the output layer of a
+    model that is trained whole, unless its attention or a sharded run needs one dtype."""
+    from axolotl.loaders.utils import get_linear_embedding_layers
+
+    # Before 0.17 each attention has a key of its own.
+    of_one_dtype = cfg.attn_needs_dtype_cast or cfg.flash_attention or cfg.flex_attention
+    of_one_dtype = of_one_dtype or cfg.cut_cross_entropy
+    if cfg.adapter or cfg.deepspeed or cfg.fsdp or cfg.fsdp_config or of_one_dtype:
+        return ()
+    return (*get_linear_embedding_layers(model_config.model_type), "norm")
 
 
 def _lora(cfg: Any, model_config: Any) -> Any:

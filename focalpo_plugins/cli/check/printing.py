@@ -126,7 +126,10 @@ def _print_memory(plan: Plan, memory: Estimate | None, line: Any) -> None:
         line("", f"reference {_size(memory.reference_before)} besides, before the first step alone")
     if state.offloaded:
         line("", f"held by the CPU: {', '.join(sorted(state.offloaded))}")
-    line("", f"{memory.parameters:,} parameters, {memory.trained:,} trained, {plan.precision}")
+    wider = ", embeddings, norms and output layer fp32" if state.in_float32 else ""
+    line(
+        "", f"{memory.parameters:,} parameters, {memory.trained:,} trained, {plan.precision}{wider}"
+    )
     if state.logits_at_once is not None:
         line("", f"logits at most {_size(memory.logits)} besides: the loss takes them in parts")
     elif memory.logits:
