@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -231,6 +233,35 @@ def test_torchs_kernel_in_each_release(torch_has, kernel: Any, window: int | Non
 def test_the_kernel_of_a_gpu(torch_has, monkeypatch, capability, kernel: Any, name: str):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     torch_has(kernel)
+    assert kernel_for(torch.device("cuda"))[0] == name
+
+
+@pytest.mark.parametrize(
+    "kernels, name",
+    [
+        ("varlen_fwd = None", "flash_attn_varlen_func"),
+        ("", "torch varlen_attn"),  # its Python part alone
+        ("raise ImportError('undefined symbol: of another torch')", "torch varlen_attn"),
+        (None, "torch varlen_attn"),  # version 4 has neither this module nor the function
+    ],
+)
+@pytest.mark.parametrize("named", ["flash_attn_gpu", "flash_attn_cuda"])
+def test_a_flash_attn_without_its_kernels(
+    torch_has, monkeypatch, tmp_path: Path, kernels: str | None, name: str, named: str
+):
+    """Such a package is imported without an error, and would fail in the first step."""
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").touch()
+    if kernels is not None:
+        (tmp_path / "flash_attn_2_cuda.py").write_text(kernels)
+        interface = tmp_path / "flash_attn" / "flash_attn_interface.py"
+        interface.write_text(f"import flash_attn_2_cuda as {named}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn_2_cuda"):
+        monkeypatch.setitem(sys.modules, module, None)  # which is undone
+        del sys.modules[module]
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    torch_has(of_torch_2_12)
     assert kernel_for(torch.device("cuda"))[0] == name
 
 

@@ -286,15 +286,26 @@ def shared_attention(
 def kernel_for(device: torch.device) -> tuple[str, Kernel | None]:
     """Name, for messages, and kernel for tensors on ``device``.
 
-    It is flash-attn if that is installed, else torch's own from 2.11 on, else attention segment by
-    segment. Both kernels need a GPU of compute capability 8.0, as of an A100, or above.
+    It is flash-attn's if that was built for this torch, else torch's own from 2.11 on, else
+    attention segment by segment. Both need compute capability 8.0 (an A100's) or above.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        if find_spec("flash_attn") is not None:
+        if _flash_attn_works():
             return "flash_attn_varlen_func", flash_attn
         if "window_size" in _parameters_of_varlen_attn():
             return "torch varlen_attn", torch_varlen
     return "SDPA by segments", None
+
+
+def _flash_attn_works() -> bool:
+    """False also where flash-attn is installed without its kernels, for another torch, or as a
+    release with other functions, as version 4 is."""
+    try:
+        interface = importlib.import_module("flash_attn.flash_attn_interface")
+    except (ImportError, OSError):
+        return False
+    names = ("flash_attn_gpu", "flash_attn_cuda")  # the second before 2.7
+    return any(hasattr(getattr(interface, name, None), "varlen_fwd") for name in names)
 
 
 def flash_attn(
