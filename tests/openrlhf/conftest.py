@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import one_batch
 import pytest
 from harness import SUPPORT, ManyFocalpo, Server, at_once, free_port
 from openrlhf_flags import of_host
@@ -41,6 +40,8 @@ def openrlhf() -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def forward_only(openrlhf: SimpleNamespace) -> Any:
     """OpenRLHF's trainer, with just what it computes log-probabilities from."""
+    import one_batch  # here: xdist's main process runs no test, and would import torch all the same
+
     trainer = object.__new__(openrlhf.DPOTrainer)
     trainer.tokenizer = SimpleNamespace(pad_token_id=one_batch.PAD)
     trainer.strategy = SimpleNamespace(ring_attn_group=None)

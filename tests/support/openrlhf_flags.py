@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from focalpo_plugins.openrlhf.names import FLAT
-
 # Flags that the tests give, and the package doesn't read, by their names before OpenRLHF 0.10.2.
 OF_TESTS = {
     "adam.lr": "learning_rate",
@@ -27,6 +25,8 @@ OF_TESTS = {
 def of_host(words: Sequence[str]) -> list[str]:
     """Words of a command line, or of what is said about one, with the flags as the installed
     OpenRLHF spells them; the tests have its newer names."""
+    from focalpo_plugins.openrlhf.names import FLAT  # with torch, which the main process needs not
+
     source = Path(find_spec("openrlhf").origin).parent / "cli" / "train_dpo.py"
     if '"--model.beta"' in source.read_text():
         return list(words)
