@@ -4,9 +4,12 @@ Half of the time of most is what they import, a sixth of which the garbage colle
 nothing.  Axolotl 0.16 asks for CUDA's capability and expects a RuntimeError where there is none;
 torch 2.13 raises an AssertionError.  And TRL imports trackio to write a model card, whether it tracks
 the run or not, which is half of what a short run computes: here it finds that no run is tracked.
+DeepSpeed asks py-cpuinfo four times what the processor can do, which takes it a second each: here it
+finds what Linux says.
 """
 
 import gc
+import platform
 import sys
 from contextvars import ContextVar
 from importlib.abc import MetaPathFinder
@@ -20,6 +23,16 @@ def tracks_nothing():
     trackio.__spec__ = ModuleSpec("trackio", None)
     trackio.context_vars = SimpleNamespace(current_run=ContextVar("current_run", default=None))
     return trackio
+
+
+def cpuinfo():
+    with open("/proc/cpuinfo") as file:
+        said = dict(map(str.strip, line.split(":", 1)) for line in file if ":" in line)
+    found = {"arch": "X86_64", "vendor_id_raw": said["vendor_id"], "flags": said["flags"].split()}
+    module = ModuleType("cpuinfo")
+    module.__spec__ = ModuleSpec("cpuinfo", None)
+    module.get_cpu_info = lambda: found
+    return module
 
 
 class Finder(MetaPathFinder):
@@ -50,3 +63,5 @@ gc.set_threshold(100_000, 20, 20)
 sys.meta_path.insert(0, Finder())
 if find_spec("trackio"):
     sys.modules["trackio"] = tracks_nothing()
+if find_spec("cpuinfo") and (platform.system(), platform.machine()) == ("Linux", "x86_64"):
+    sys.modules["cpuinfo"] = cpuinfo()
