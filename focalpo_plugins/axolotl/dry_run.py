@@ -363,7 +363,7 @@ def _in_float32(cfg: Any, model_config: Any) -> tuple[str, ...]:
     model that is trained whole, unless its attention or a sharded run needs one dtype."""
     from axolotl.loaders.utils import get_linear_embedding_layers
 
-    # Before 0.17 each attention has a key of its own.
+    # Earlier releases have a key for each attention.
     of_one_dtype = cfg.attn_needs_dtype_cast or cfg.flash_attention or cfg.flex_attention
     of_one_dtype = of_one_dtype or cfg.cut_cross_entropy
     if cfg.adapter or cfg.deepspeed or cfg.fsdp or cfg.fsdp_config or of_one_dtype:

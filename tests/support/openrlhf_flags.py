@@ -25,7 +25,7 @@ OF_TESTS = {
 def of_host(words: Sequence[str]) -> list[str]:
     """Words of a command line, or of what is said about one, with the flags as the installed
     OpenRLHF spells them; the tests have its newer names."""
-    from focalpo_plugins.openrlhf.names import FLAT  # with torch, which the main process needs not
+    from focalpo_plugins.openrlhf.names import FLAT  # imports torch: not in the main process
 
     source = Path(find_spec("openrlhf").origin).parent / "cli" / "train_dpo.py"
     if '"--model.beta"' in source.read_text():
