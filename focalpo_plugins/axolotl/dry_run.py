@@ -354,19 +354,19 @@ def _state(cfg: Any) -> ModelState:
         reference_freed=cfg.rl == "simpo",
         offloaded=frozenset(offloaded),
         adapter_bytes=adapter_bytes,
-        in_float32=() if weight_bytes == 4 else _in_float32(cfg, model_config),
+        in_float32=_in_float32(cfg, model_config),
     )
 
 
 def _in_float32(cfg: Any, model_config: Any) -> tuple[str, ...]:
-    """What Axolotl loads in float32 and leaves so: the embeddings, norms and the output layer of a
-    model that is trained whole, unless its attention or a sharded run needs one dtype."""
+    """What Axolotl holds in float32 beside narrower weights: the embeddings, norms and output layer
+    of a model that is trained whole, unless its attention or a sharded run needs one dtype."""
     from axolotl.loaders.utils import get_linear_embedding_layers
 
-    # Earlier releases have a key for each attention.
-    of_one_dtype = cfg.attn_needs_dtype_cast or cfg.flash_attention or cfg.flex_attention
-    of_one_dtype = of_one_dtype or cfg.cut_cross_entropy
-    if cfg.adapter or cfg.deepspeed or cfg.fsdp or cfg.fsdp_config or of_one_dtype:
+    of_one_dtype = cfg.torch_dtype == torch.float32 or cfg.adapter or cfg.cut_cross_entropy
+    of_one_dtype = of_one_dtype or cfg.deepspeed or cfg.fsdp or cfg.fsdp_config
+    # The last two are of earlier releases, which have a key for each attention.
+    if of_one_dtype or cfg.attn_needs_dtype_cast or cfg.flash_attention or cfg.flex_attention:
         return ()
     return (*get_linear_embedding_layers(model_config.model_type), "norm")
 
