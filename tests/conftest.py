@@ -19,6 +19,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 gc.set_threshold(100_000, 20, 20)  # as in support/sitecustomize.py, for what the tests import
 
 
+def pytest_runtest_setup() -> None:
+    """What a test draws at random does not depend on the tests that its worker ran before."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny assets, built once; the builder does nothing where they are there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,20 +12,33 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from harness import EXAMPLES, axolotl_environment, loaded
+from harness import EXAMPLES, ManyFocalpo, Server, axolotl_environment, axolotl_server, loaded
 
 SCRIPT = EXAMPLES / "study" / "study.py"
 ARGUMENTS = ("--gamma", "1", "--exact", "--incorrect", "--seeds", "5", "--set", "max_steps=2")
 
+# A command that a server runs, in a process forked off one that has imported what it needs.
+COMMAND = """#!{python} -S
+import json, os, socket, sys
+client = socket.socket(socket.AF_UNIX)
+client.connect({path!r})
+lines = client.makefile("rw")
+start = {{"cwd": os.getcwd(), "env": {{}}}}
+asked = {{"argv": sys.argv[1:], "cwd": os.getcwd(), "env": {{}}, "ranks": 1}}
+print(json.dumps(start), json.dumps({asked}), sep="\\n", file=lines, flush=True)
+code, *outputs = json.loads(lines.readline())
+print(*outputs)
+sys.exit(code)
+"""
+
 
 def study(*words: str, folder: Path) -> subprocess.CompletedProcess:
     """The command, in a folder where the YAML's paths lead to the tiny assets."""
-    if not (folder / "examples").exists():
-        (folder / "examples").symlink_to(EXAMPLES)
+    env = axolotl_environment()
     return subprocess.run(
         [sys.executable, str(SCRIPT), *words],
         cwd=folder,
-        env=axolotl_environment(),
+        env=env | {"PATH": f"{folder / 'bin'}{os.pathsep}{env['PATH']}"},
         capture_output=True,
         text=True,
     )
@@ -41,10 +55,20 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory) -> Path:
+def done(tmp_path_factory: pytest.TempPathFactory, focalpo: ManyFocalpo) -> Path:
     """DPO and FocalPO with gamma 1, two steps on one seed.  The first attempt finds a run of another
     gamma's folder occupied by a file, so it stops after DPO, and the second goes on from there."""
     folder = tmp_path_factory.mktemp("study")
+    (folder / "examples").symlink_to(EXAMPLES)
+    (folder / "bin").mkdir()
+    commands: dict[str, tuple[Server, str]] = {
+        "axolotl": (axolotl_server(), "asked"),
+        "focalpo": (focalpo, "sys.argv[1:]"),
+    }
+    for name, (server, asked) in commands.items():
+        path = folder / "bin" / name
+        path.write_text(COMMAND.format(python=sys.executable, path=str(server.path), asked=asked))
+        path.chmod(0o755)
     blocked = folder / "out" / "runs" / "correct_1"
     blocked.parent.mkdir(parents=True)
     blocked.write_text("in the way")

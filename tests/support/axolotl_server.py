@@ -31,4 +31,10 @@ def end_of(asked):
 
 if __name__ == "__main__":  # processes that data sets are written with import this file
     sys.argv = ["axolotl"]  # as the console script has it: a process that our autoload is meant for
-    serve(MODULES, end_of)
+    for module in MODULES:
+        import_module(module)
+    from deepspeed.accelerator import get_accelerator
+
+    # It would be looked for in every rank that is forked.
+    get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+    serve((), end_of)

@@ -86,10 +86,13 @@ def captured(run: Callable[[IO, IO], int]) -> list[Any]:
 
 def serve(modules: Iterable[str], answer: Callable[[Any], Any]) -> None:
     """Import ``modules``, and then answer each JSON line of each client with one, as harness.Server
-    asks; each client has a process of its own, forked off this one.  It ends with the last client."""
-    listener = socket.socket(fileno=int(os.environ.pop("FORKS_LISTENER")))
+    asks; each client has a process of its own, forked off this one.  It ends with the last client; and
+    where it is started without a socket, with the imports, whose bytecode is there then."""
     for module in modules:
         import_module(module)
+    if "FORKS_LISTENER" not in os.environ:
+        return
+    listener = socket.socket(fileno=int(os.environ.pop("FORKS_LISTENER")))
     gc.freeze()  # no child has to look through all that was imported
     clients: set[int] = set()
     last = False

@@ -193,15 +193,15 @@ class Server:
         of_worker = {k: v for k, v in os.environ.items() if k == "PYTEST_XDIST_WORKER"}
         env = {k: v for k, v in env.items() if not k.startswith("PYTEST_")}
         name = hashlib.sha256(json.dumps([of_run, command, sorted(env.items())]).encode())
-        path = Path(tempfile.gettempdir()) / f"forks-{name.hexdigest()[:16]}"
+        self.path = Path(tempfile.gettempdir()) / f"forks-{name.hexdigest()[:16]}"
         client = socket.socket(socket.AF_UNIX)
         with _alone():
             try:
-                client.connect(str(path))
+                client.connect(str(self.path))
             except (FileNotFoundError, ConnectionRefusedError):
-                path.unlink(missing_ok=True)
+                self.path.unlink(missing_ok=True)
                 with socket.socket(socket.AF_UNIX) as listener:
-                    listener.bind(str(path))
+                    listener.bind(str(self.path))
                     listener.listen()
                     self.process = subprocess.Popen(
                         command,
@@ -211,7 +211,7 @@ class Server:
                         stdout=subprocess.DEVNULL,
                         **process,
                     )
-                client.connect(str(path))
+                client.connect(str(self.path))
         self.lines = client.makefile("rw")
         client.close()
         print(

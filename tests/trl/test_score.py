@@ -50,12 +50,12 @@ def save_adapter(base: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], modules_to_save=["norm"])
     lora.base_model_name_or_path = str(base)
+    torch.manual_seed(1)
     model = get_peft_model(model, lora)
-    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:
-                weight += 0.02 * torch.randn(weight.shape, generator=generator)
+                weight += 0.05 * torch.randn(weight.shape)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     shutil.copy(base / "config.json", folder)
