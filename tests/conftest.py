@@ -19,6 +19,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 gc.set_threshold(100_000, 20, 20)  # as in support/sitecustomize.py, for what the tests import
 
 
+def pytest_collection_finish() -> None:
+    """Trainers collect garbage, half a second each time in all that the tests have imported."""
+    gc.freeze()
+
+
 def pytest_runtest_setup() -> None:
     """What a test draws at random does not depend on the tests that its worker ran before."""
     if "torch" in sys.modules:

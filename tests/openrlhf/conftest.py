@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import subprocess
@@ -32,6 +33,7 @@ def openrlhf() -> SimpleNamespace:
     from openrlhf.models import Actor, DPOLoss
     from openrlhf.trainer.dpo_trainer import DPOTrainer
 
+    gc.freeze()  # as tests/conftest.py does
     return SimpleNamespace(
         Actor=Actor, DPOLoss=DPOLoss, DPOTrainer=DPOTrainer, RewardDataset=RewardDataset
     )
