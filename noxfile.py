@@ -35,9 +35,9 @@ FLASH_ATTN, DEEPSPEED = "flash-attn==2.8.3", "deepspeed==0.19.6"
 PAGES = ("mkdocs-material==9.8.2", "mkdocstrings[python]==1.0.8", "latex2mathml", "ruff")
 # The tests that hold in each release of a host.
 EVERY_RELEASE = "releases and not fused"
-# More than the cores, two: some always wait, for a launcher or for another rank.
+# More than the cores, two: some always wait, for a launcher or for another rank; but each of them
+# imports the host.
 THREE_AT_A_TIME = ("-n", "3", "--dist", "loadgroup")
-FIVE_AT_A_TIME = ("-n", "5", "--dist", "loadgroup")
 # The files with the longest groups are first, so that no worker has one left at the end.
 OF_AXOLOTL = [
     *(f"tests/axolotl/test_{name}.py" for name in ("recipes", "e2e", "plugin", "study", "check")),
@@ -137,7 +137,7 @@ def test_core(session: nox.Session) -> None:
 def axolotl(session: nox.Session) -> None:
     """The adapters of TRL and Axolotl, with the real Axolotl."""
     install_axolotl(session, "trl", "axolotl", "cli")
-    test(session, [*OF_AXOLOTL, "tests/trl"], *FIVE_AT_A_TIME)
+    test(session, [*OF_AXOLOTL, "tests/trl"], *THREE_AT_A_TIME)
 
 
 @nox.session
@@ -146,7 +146,7 @@ def openrlhf(session: nox.Session) -> None:
     install_openrlhf(session)
     with meanwhile(session, "openrlhf_server"):
         check_types(session, "openrlhf")
-    test(session, ["tests/openrlhf"], *FIVE_AT_A_TIME)
+    test(session, ["tests/openrlhf"], *THREE_AT_A_TIME)
 
 
 @nox.session
@@ -179,7 +179,7 @@ def trl_releases(session: nox.Session, release: str) -> None:
         if release == "0.28.0":
             session.run("python", str(Path("tests/support/refused_trl.py").resolve()))
         else:
-            test(session, ["tests/trl"], "-m", EVERY_RELEASE, *FIVE_AT_A_TIME)
+            test(session, ["tests/trl"], "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
 
 
 @nox.session(tags=["compat"])
@@ -193,7 +193,7 @@ def axolotl_releases(session: nox.Session, release: str) -> None:
         session.install("matplotlib")
         with meanwhile(session, "axolotl_server"):
             beside_the_host(session)
-        test(session, [*OF_AXOLOTL, "tests/trl"], "-m", EVERY_RELEASE, *FIVE_AT_A_TIME)
+        test(session, [*OF_AXOLOTL, "tests/trl"], "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
 
 
 @nox.session(tags=["compat"])
@@ -202,7 +202,7 @@ def openrlhf_releases(session: nox.Session, release: str, deepspeed: str) -> Non
     """The same tests in other releases of OpenRLHF."""
     with environment(session):
         install_openrlhf(session, f"openrlhf=={release}", f"deepspeed=={deepspeed}")
-        test(session, ["tests/openrlhf"], "-m", EVERY_RELEASE, *FIVE_AT_A_TIME)
+        test(session, ["tests/openrlhf"], "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
 
 
 @nox.session
@@ -318,8 +318,9 @@ def install_openrlhf(
     no_cuda = {"FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE", "FLASH_ATTENTION_FORCE_BUILD": "TRUE"}
     session.install(FLASH_ATTN, "--no-build-isolation", env=no_cuda)
     session.install(deepspeed, "--no-build-isolation", env={"DS_BUILD_OPS": "0"})
-    session.install(openrlhf)
-    beside_the_host(session)
+    with meanwhile(session, "deepspeed_operators", "FusedAdamBuilder", "ShareMemCommBuilder"):
+        session.install(openrlhf)
+        beside_the_host(session)
 
 
 def beside_the_host(session: nox.Session) -> None:
@@ -331,22 +332,22 @@ def beside_the_host(session: nox.Session) -> None:
     changed = {line.replace("==", " ").split()[0] for line in packages(session) ^ before}
     if not changed <= {"focalpo_plugins", "focalpo-plugins", "pluggy"}:
         session.error(f"installing focalpo_plugins changed the host's environment: {changed}")
-    session.env["TORCH_EXTENSIONS_DIR"] = str(Path(session.virtualenv.location) / "extensions")
     session.run("python", "examples/make_tiny.py")
 
 
 @contextmanager
-def meanwhile(session: nox.Session, server: str) -> Iterator[None]:
-    """Import what the tests' server does, on the core that pip and a small model leave idle.
+def meanwhile(session: nox.Session, script: str, *words: str) -> Iterator[None]:
+    """Run a script of tests/support on the core that pip, mypy and a small model leave idle.
 
-    All test processes would write the bytecode at once, and wait for DeepSpeed's operators.
+    What it imports has its bytecode then, and what it compiles is there: else each of the tests'
+    processes would do the one, and wait for the other.
     """
     support = Path("tests/support").resolve()
+    command = ("python", str(support / f"{script}.py"), *words)
     env = {"PYTHONPATH": str(support), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    session.env["TORCH_EXTENSIONS_DIR"] = str(Path(session.virtualenv.location) / "extensions")
     with ThreadPoolExecutor() as pool:
-        done = pool.submit(
-            session.run, "python", str(support / f"{server}.py"), env=env, silent=True
-        )
+        done = pool.submit(session.run, *command, env=env, silent=True)
         yield
         done.result()
 

@@ -33,8 +33,7 @@ if __name__ == "__main__":  # processes that data sets are written with import t
     sys.argv = ["axolotl"]  # as the console script has it: a process that our autoload is meant for
     for module in MODULES:
         import_module(module)
-    from deepspeed.accelerator import get_accelerator
+    import deepspeed_operators  # after Axolotl, which imports DeepSpeed in its own order
 
-    # It would be looked for in every rank that is forked.
-    get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+    deepspeed_operators.load("ShareMemCommBuilder")  # it would be looked for in every rank
     serve((), end_of)

@@ -25,7 +25,7 @@ def end_of(asked):
 
 
 cpu.stand_in()
-from deepspeed.accelerator import get_accelerator  # noqa: E402
+import deepspeed_operators  # noqa: E402
 from openrlhf.datasets import RewardDataset  # noqa: E402
 
 # It would fork eight processes off each rank, for a handful of rows.
@@ -33,6 +33,5 @@ RewardDataset.__init__ = functools.partialmethod(RewardDataset.__init__, num_pro
 
 host = ("openrlhf.datasets", "openrlhf.trainer.dpo_trainer", "openrlhf.utils.deepspeed")
 # Each would be looked for, and the CPU asked what it can do, in every process that is forked.
-for builder in ("FusedAdamBuilder", "ShareMemCommBuilder"):
-    get_accelerator().create_op_builder(builder).load()
+deepspeed_operators.load("FusedAdamBuilder", "ShareMemCommBuilder")
 serve((*host, *sys.argv[1:]), end_of)
