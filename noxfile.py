@@ -344,7 +344,8 @@ def meanwhile(session: nox.Session, script: str, *words: str) -> Iterator[None]:
     """
     support = Path("tests/support").resolve()
     command = ("python", str(support / f"{script}.py"), *words)
-    env = {"PYTHONPATH": str(support), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {"PYTHONPATH": str(support), "CUDA_VISIBLE_DEVICES": ""}
+    env |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
     session.env["TORCH_EXTENSIONS_DIR"] = str(Path(session.virtualenv.location) / "extensions")
     with ThreadPoolExecutor() as pool:
         done = pool.submit(session.run, *command, env=env, silent=True)
