@@ -7,6 +7,7 @@ loading, optimizer and logging.  The model is small on purpose: it hides nothing
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import sys
@@ -31,23 +32,35 @@ class Turns(TrainerCallback):
     def __init__(self, mine: threading.Semaphore, other: threading.Semaphore) -> None:
         self.mine, self.other = mine, other
         self.began: float | None = None
+        self.sets_aside = False
         self.seconds: list[float] = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.take_over()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         # A step lasts until the next one begins: its logging comes after its on_step_end.
-        self.hand_over()
-        self.mine.acquire()
+        if self.began is not None:
+            self.hand_over()
+            self.take_over()
         self.began = time.perf_counter()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.hand_over()
 
+    def take_over(self) -> None:
+        self.mine.acquire()
+        if self.sets_aside:
+            gc.freeze()
+
     def hand_over(self) -> None:
-        if self.began is not None:
-            if CUDA:
-                torch.cuda.synchronize()
-            self.seconds.append(time.perf_counter() - self.began)
-            self.other.release()
+        if CUDA:
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.began)
+        # What a trainer sets aside for its garbage collections, the other has to look at.
+        self.sets_aside = gc.get_freeze_count() > 0
+        gc.unfreeze()
+        self.other.release()
 
 
 def trl_trainers(folder: Path) -> Trainers:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from datasets import Dataset
 from pyarrow.compute import list_slice
+from transformers import TrainerCallback
 
 from ..registry import BoundLoss
 from ..trl import PairwiseLossMixin
@@ -70,6 +72,23 @@ class OfConfig:
         self.tag_names = [*self.tag_names, loss.name]
 
 
+class _SetAside(TrainerCallback):
+    """Sets all objects aside when training begins, for collections of garbage to pass over."""
+
+    done = False
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        if gc.get_freeze_count():  # the user's own: unfreezing ours later would end theirs
+            return
+        gc.collect()
+        gc.freeze()
+        self.done = True
+
+    def undo(self) -> None:
+        if self.done:
+            gc.unfreeze()
+
+
 class AxolotlPairwiseTrainer(OfConfig, PairwiseLossMixin, _OneBosTrainer):
     """Named in ``trainer_cls`` by the plugin; trains the loss that Axolotl's config asks for."""
 
@@ -85,6 +104,20 @@ class AxolotlPairwiseTrainer(OfConfig, PairwiseLossMixin, _OneBosTrainer):
 
     def _read(self, cfg: Any, given: dict[str, Any]) -> None:
         self._fused_key = fused_key(cfg)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Axolotl's training, which before 0.21 collects garbage after every micro-batch.
+
+        Each collection looks at all objects of the process, most of a million.  Those from before the
+        first step are set aside until the last: they are no garbage.
+        """
+        set_aside = _SetAside()
+        self.add_callback(set_aside)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            set_aside.undo()
+            self.remove_callback(set_aside)
 
 
 def _any_doubled(dataset: Dataset, bos: int) -> bool:

@@ -6,6 +6,7 @@ is, so that the autoload is armed in it as in ``axolotl train``.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -557,6 +558,19 @@ def test_our_trainer_trains_no_loss_of_the_hosts(monkeypatch, cfg):
         RuntimeError, match="^AxolotlPairwiseTrainer must be built by Axolotl for a"
     ):
         AxolotlPairwiseTrainer()
+
+
+def test_what_the_user_set_aside_stays_so():
+    """As tests/conftest.py has, for these processes."""
+    from focalpo_plugins.axolotl.trainer import _SetAside
+
+    before = gc.get_freeze_count()
+    assert before > 0
+    ours = _SetAside()
+    ours.on_train_begin()
+    assert gc.get_freeze_count() == before
+    ours.undo()
+    assert gc.get_freeze_count() == before
 
 
 def test_broken_plug_in_does_not_stop_rl_dpo(once: Axolotl, package_copy: Path):

@@ -110,6 +110,24 @@ class Forwards(BasePlugin):
         trainer.add_callback(Count())
 
 
+class Garbage(BasePlugin):
+    """Writes beside the model how many objects a collection of garbage looks at in each step."""
+
+    def post_trainer_create(self, cfg, trainer):
+        from transformers import TrainerCallback
+
+        looked_at = []
+
+        class Count(TrainerCallback):
+            def on_step_end(self, *args, **kwargs):
+                looked_at.append(len(gc.get_objects()))
+
+            def on_train_end(self, *args, **kwargs):
+                (Path(cfg.output_dir) / "garbage.json").write_text(json.dumps(looked_at))
+
+        trainer.add_callback(Count())
+
+
 class RayOnCPU(BasePlugin):
     """Takes Axolotl's demand for GPUs out of what it asks Ray for."""
 
