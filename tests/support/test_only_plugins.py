@@ -4,6 +4,7 @@ import gc
 import json
 import os
 from pathlib import Path
+from weakref import WeakSet
 
 from axolotl.integrations.base import BasePlugin
 
@@ -84,10 +85,23 @@ class Forwards(BasePlugin):
     """Writes beside the model, for every step, how often a backbone ran forward and how many of them
     there are, whoever holds them."""
 
+    def register(self, cfg):
+        from transformers import LlamaModel
+
+        self.alive = WeakSet()
+
+        def new(of, *args, **kwargs):
+            model = object.__new__(of)
+            self.alive.add(model)
+            return model
+
+        LlamaModel.__new__ = new  # which copies are made by as well
+
     def post_trainer_create(self, cfg, trainer):
         import torch
         from transformers import LlamaModel, TrainerCallback
 
+        alive = self.alive
         seen = {"forwards": [], "backbones": [], "reference": trainer.ref_model is not None}
         ran = []
         torch.nn.modules.module.register_module_forward_pre_hook(
@@ -97,7 +111,6 @@ class Forwards(BasePlugin):
         class Count(TrainerCallback):
             def on_step_begin(self, *args, **kwargs):
                 gc.collect()
-                alive = [thing for thing in gc.get_objects() if type(thing) is LlamaModel]
                 seen["backbones"].append(len(alive))
                 ran.clear()
 
