@@ -108,8 +108,8 @@ class AxolotlPairwiseTrainer(OfConfig, PairwiseLossMixin, _OneBosTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Axolotl's training, which before 0.21 collects garbage after every micro-batch.
 
-        Each collection looks at all objects of the process, most of a million.  Those from before the
-        first step are set aside until the last: they are no garbage.
+        Each collection looks at all objects of the process, and Axolotl's imports make hundreds of
+        thousands.  What is there before the first step is set aside until training ends.
         """
         set_aside = _SetAside()
         self.add_callback(set_aside)
