@@ -1,12 +1,12 @@
 """In every process of a host's that the tests start.
 
 Half of the time of most is what they import, a sixth of which the garbage collector takes, and finds
-nothing.  Axolotl collects garbage before every step, half a second each time in all that was imported:
-the first time sets that aside.  Axolotl 0.16 asks for CUDA's capability and expects a RuntimeError where there is none;
-torch 2.13 raises an AssertionError.  And TRL imports trackio to write a model card, whether it tracks
-the run or not, which is half of what a short run computes: here it finds that no run is tracked.
-DeepSpeed asks py-cpuinfo four times what the processor can do, which takes it a second each: here it
-finds what Linux says.
+nothing.  Axolotl before 0.21 collects garbage after every micro-batch, half a second each time in all
+that was imported; the first time sets that aside.  Axolotl 0.16 asks for CUDA's capability and expects
+a RuntimeError where there is none; torch 2.13 raises an AssertionError.  And TRL imports trackio to
+write a model card, whether it tracks the run or not, which is half of what a short run computes: here
+it finds that no run is tracked.  DeepSpeed asks py-cpuinfo four times what the processor can do, which
+takes it a second each: here it finds what Linux says.
 """
 
 import gc
