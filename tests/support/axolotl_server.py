@@ -31,9 +31,4 @@ def end_of(asked):
 
 if __name__ == "__main__":  # processes that data sets are written with import this file
     sys.argv = ["axolotl"]  # as the console script has it: a process that our autoload is meant for
-    for module in MODULES:
-        import_module(module)
-    import deepspeed_operators  # after Axolotl, which imports DeepSpeed in its own order
-
-    deepspeed_operators.load("ShareMemCommBuilder")  # it would be looked for in every rank
-    serve((), end_of)
+    serve(MODULES, end_of, operators=("ShareMemCommBuilder",))

@@ -84,12 +84,17 @@ def captured(run: Callable[[IO, IO], int]) -> list[Any]:
         return [code, stdout.read(), stderr.read()]
 
 
-def serve(modules: Iterable[str], answer: Callable[[Any], Any]) -> None:
-    """Import ``modules``, and then answer each JSON line of each client with one, as harness.Server
-    asks; each client has a process of its own, forked off this one.  It ends with the last client; and
-    where it is started without a socket, with the imports, whose bytecode is there then."""
+def serve(
+    modules: Iterable[str], answer: Callable[[Any], Any], operators: Sequence[str] = ()
+) -> None:
+    """Import ``modules``, load DeepSpeed's ``operators``, which each forked rank would look for, and
+    then answer each JSON line of each client with one, as harness.Server asks; each client has a process
+    of its own, forked off this one.  It ends with the last client; and where it is started without a
+    socket, with the imports, whose bytecode is there then."""
     for module in modules:
         import_module(module)
+    if operators:
+        import_module("deepspeed_operators").load(*operators)
     if "FORKS_LISTENER" not in os.environ:
         return
     listener = socket.socket(fileno=int(os.environ.pop("FORKS_LISTENER")))

@@ -25,13 +25,11 @@ def end_of(asked):
 
 
 cpu.stand_in()
-import deepspeed_operators  # noqa: E402
 from openrlhf.datasets import RewardDataset  # noqa: E402
 
 # It would fork eight processes off each rank, for a handful of rows.
 RewardDataset.__init__ = functools.partialmethod(RewardDataset.__init__, num_processors=None)
 
 host = ("openrlhf.datasets", "openrlhf.trainer.dpo_trainer", "openrlhf.utils.deepspeed")
-# Each would be looked for, and the CPU asked what it can do, in every process that is forked.
-deepspeed_operators.load("FusedAdamBuilder", "ShareMemCommBuilder")
-serve((*host, *sys.argv[1:]), end_of)
+operators = ("FusedAdamBuilder", "ShareMemCommBuilder")
+serve((*host, *sys.argv[1:]), end_of, operators)
