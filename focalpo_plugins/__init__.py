@@ -11,6 +11,7 @@
 ``FocalCPOTrainer``                 the same for ``CPOTrainer`` (CPO, SimPO); ``FocalCPOConfig``
 ``FocalORPOTrainer``                the same for ``ORPOTrainer``; ``FocalORPOConfig``
 ``hookimpl``                        marks the hook with which a package adds a loss of its own
+``FocalPOError``                    the base class of the errors of this package
 ``VARIANTS``, ``SCHEDULES``         the names of the factors, and of the schedules of gamma
 ==================================  ==============================================================
 
@@ -26,6 +27,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .errors import FocalPOError
     from .hookspecs import hookimpl
     from .loss import (
         SCHEDULES,
@@ -50,6 +52,7 @@ _MODULE_OF = {
     "FocalORPOConfig": ".trl.reference_free",
     "FocalORPOTrainer": ".trl.reference_free",
     "FocalPOConfig": ".trl",
+    "FocalPOError": ".errors",
     "FocalPOLoss": ".loss",
     "FocalPOTrainer": ".trl",
     "SCHEDULES": ".loss",
@@ -69,6 +72,7 @@ __all__ = [
     "FocalORPOConfig",
     "FocalORPOTrainer",
     "FocalPOConfig",
+    "FocalPOError",
     "FocalPOLoss",
     "FocalPOTrainer",
     "focalpo_loss",

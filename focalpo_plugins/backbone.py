@@ -30,6 +30,7 @@ from .compute.shared_prompts import (
     layout_of_packed,
     shared_attention,
 )
+from .errors import InvalidValue, RunError
 
 # The keyword that passes a layout through a model.
 _KEYWORD = "focalpo_layout"
@@ -91,7 +92,7 @@ class SharedPrompts:
         if backbone in self._attached:
             return
         if backbone is model:
-            raise ValueError(
+            raise InvalidValue(
                 f"{self.key} needs a model that is a backbone and an output layer, got "
                 f"{type(model).__name__}. Set {self.key} to false."
             )
@@ -128,7 +129,7 @@ class SharedPrompts:
         finally:
             self._pairs, self._lengths, self._layout, self._acted = around
         if not acted:
-            raise RuntimeError(
+            raise RunError(
                 f"{self.key}: a step did not run the model's backbone on its batch of pairs, so "
                 f"their prompts were not shared. Set {self.key} to false."
             )
@@ -164,13 +165,13 @@ class SharedPrompts:
             return None
         layers = backbone.config.get_text_config().num_hidden_layers
         if layout.calls - self._calls != layers:
-            raise ValueError(
+            raise InvalidValue(
                 f"{self.key} can't be used with {type(backbone).__name__}, got "
                 f"{layout.calls - self._calls} of its {layers} layers that asked for the attention "
                 f"of transformers: another one was put in its place. Set {self.key} to false."
             )
         if not isinstance(getattr(output, "last_hidden_state", None), Tensor):
-            raise ValueError(
+            raise InvalidValue(
                 f"{self.key} needs a backbone that gives its last hidden states, got "
                 f"{type(output).__name__} of {type(backbone).__name__}. Set {self.key} to false."
             )
@@ -186,7 +187,7 @@ class SharedPrompts:
             wanted = name.startswith("output_") and value
             if by_token or wanted or name == "past_key_values" and value is not None:
                 shown = tuple(value.shape) if isinstance(value, Tensor) else value
-                raise ValueError(
+                raise InvalidValue(
                     f"{self.key} can't be combined with a model that is given {name}, got "
                     f"{shown!r}. Set {self.key} to false."
                 )
@@ -196,7 +197,7 @@ class SharedPrompts:
             if self._lengths is not None:
                 self._layout = ids, layout_of_packed(ids, self._lengths)
             elif not isinstance(mask, Tensor) or mask.shape != ids.shape:
-                raise ValueError(
+                raise InvalidValue(
                     f"{self.key} needs an attention mask of the batch's shape {tuple(ids.shape)}, "
                     f"got {getattr(mask, 'shape', mask)}. Set {self.key} to false."
                 )
@@ -247,7 +248,7 @@ class SharedPrompts:
         off = off[real.bool() & plain.isfinite().all(-1)]
         furthest = off.max().item() if len(off) else 0.0
         if not furthest <= _ROUNDING[narrow]:
-            raise ValueError(
+            raise InvalidValue(
                 f"{self.key} can't be used with {type(backbone).__name__}, got hidden states that "
                 f"differ by {furthest:.3g} of their size from those of its own attention, beyond "
                 f"{plain.dtype}'s rounding. Set {self.key} to false."
@@ -281,12 +282,12 @@ def check_layers(config: Any, key: str, attention: str | None = None) -> None:
     text = config.get_text_config()
     kinds = sorted({*(getattr(text, "layer_types", None) or _LAYERS)} - _LAYERS)
     if kinds:
-        raise ValueError(
+        raise InvalidValue(
             f"{key} needs layers of full or sliding attention, got {', '.join(kinds)} in a model "
             f"of type {text.model_type}: they mix tokens in another way. Set {key} to false."
         )
     if attention is not None and attention not in ("eager", _EAGER, *_OF_TRANSFORMERS):
-        raise ValueError(
+        raise InvalidValue(
             f"{key} needs attn_implementation to be one of eager, {', '.join(_OF_TRANSFORMERS)}, "
             f"got {attention!r}. Set one of these, or {key} to false."
         )
@@ -301,7 +302,7 @@ def follow_layouts(model: Any, key: str) -> None:
     before = model.config.get_text_config()._attn_implementation
     check_layers(model.config, key, str(before))
     if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(
+        raise InvalidValue(
             f"{key} needs a model whose attention can be exchanged, got {type(model).__name__}, "
             f"which computes its own. Set {key} to false."
         )
@@ -361,12 +362,12 @@ def _shared(
     for name, given in others.items():
         if name not in _NO_CHANGE and given is not None and given is not False:
             shown = tuple(given.shape) if isinstance(given, Tensor) else given
-            raise ValueError(
+            raise InvalidValue(
                 f"{key} can't be combined with attention that is given {name}, as that of "
                 f"{type(module).__name__} is, got {shown!r}. Set {key} to false."
             )
     if is_causal is False:
-        raise ValueError(
+        raise InvalidValue(
             f"{key} needs causal attention, got is_causal=False in {type(module).__name__}. Set "
             f"{key} to false."
         )

@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import InvalidType, InvalidValue
+
 VARIANTS = ("correct", "correct_exact", "incorrect")
 #: How gamma goes from one value to another over a run, for :func:`gamma_at`.
 SCHEDULES = ("constant", "linear", "cosine")
@@ -181,20 +183,20 @@ def gamma_at(
             ``gamma_schedule`` contradict each other.
     """
     if not _is_number(progress) or not 0 <= progress <= 1:
-        raise ValueError(f"progress must be from 0 to 1, got {progress!r}.")
+        raise InvalidValue(f"progress must be from 0 to 1, got {progress!r}.")
     moves = gamma_end is not None
     schedule = gamma_schedule or ("linear" if moves else "constant")
     if schedule not in SCHEDULES:
-        raise ValueError(
+        raise InvalidValue(
             f"gamma_schedule must be one of {', '.join(SCHEDULES)}, got {gamma_schedule!r}."
         )
     if moves and schedule == "constant":
-        raise ValueError(
+        raise InvalidValue(
             f"gamma_schedule must be linear or cosine with gamma_end, got {gamma_schedule!r} with "
             f"gamma_end={gamma_end!r}: set it to linear, or remove gamma_end."
         )
     if not moves and schedule != "constant":
-        raise ValueError(
+        raise InvalidValue(
             f"gamma_schedule {gamma_schedule!r} needs a gamma_end to go to, got none: give "
             "gamma_end, or remove gamma_schedule."
         )
@@ -215,19 +217,19 @@ def check_gamma(
         name: the name of ``gamma`` in the message.
     """
     if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}.")
+        raise InvalidValue(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}.")
     if not _is_number(gamma) or gamma < 0:
-        raise ValueError(
+        raise InvalidValue(
             f"{name} must be a finite number of at least 0, got {gamma!r}: the paper uses 0.05."
         )
     if variant == "correct" and gamma >= REVERSAL_GAMMA and not allow_reversed:
-        raise ValueError(
+        raise InvalidValue(
             f"{name} must be below 1/ln 2 = {REVERSAL_GAMMA:.4f} for variant 'correct', got "
             f"{gamma!r}: from there on training runs backwards from the first step. The paper uses "
             "0.05; allow_reversed=True accepts it all the same."
         )
     if variant == "correct_exact" and gamma >= 1 and not allow_reversed:
-        raise ValueError(
+        raise InvalidValue(
             f"{name} must be below 1 for variant 'correct_exact', got {gamma!r}: from 1 on the "
             "loss no longer falls as the margin grows. The paper uses 0.05; allow_reversed=True "
             "accepts it all the same."
@@ -237,7 +239,7 @@ def check_gamma(
 def check_beta(beta: float) -> None:
     """Raise ``ValueError`` unless ``beta``, the scale of the implicit reward, is above 0."""
     if not _is_number(beta) or beta <= 0:
-        raise ValueError(
+        raise InvalidValue(
             f"beta must be a finite number above 0, got {beta!r}: the paper uses 0.01."
         )
 
@@ -245,7 +247,7 @@ def check_beta(beta: float) -> None:
 def check_label_smoothing(label_smoothing: float) -> None:
     """Raise ``ValueError`` unless ``label_smoothing`` is at least 0 and below 0.5."""
     if not _is_number(label_smoothing) or not 0 <= label_smoothing < 0.5:
-        raise ValueError(
+        raise InvalidValue(
             f"label_smoothing must be at least 0 and below 0.5, got {label_smoothing!r}: it is the "
             "share of labels taken to be flipped, and from 0.5 on the labels say nothing."
         )
@@ -408,7 +410,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def _check_margins(margins: Tensor) -> None:
     if not isinstance(margins, Tensor) or not margins.is_floating_point():
         got = margins.dtype if isinstance(margins, Tensor) else type(margins).__name__
-        raise TypeError(
+        raise InvalidType(
             f"margins must be a floating-point tensor, got {got}: convert with .float()."
         )
 

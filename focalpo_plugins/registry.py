@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import hookspecs
+from .errors import InvalidValue
 from .guards.messages import did_you_mean
 from .hookspecs import Register
 from .loss import (
@@ -78,7 +79,7 @@ class PairwiseLoss:
         """
         for option, value in options.items():
             if option not in self.options:
-                raise ValueError(
+                raise InvalidValue(
                     f"{option} is no option of the loss {self.name!r}"
                     f"{did_you_mean(option, self.options)}"
                 )
@@ -194,7 +195,7 @@ def get_loss(name: str) -> PairwiseLoss:
     """
     failed = _add_installed()
     if name not in _losses:
-        raise ValueError(
+        raise InvalidValue(
             f"loss must be one of {', '.join(_losses)}, got {name!r}{did_you_mean(name, _losses)}"
             + "".join(
                 f" The package {package} failed to register: {why}." for package, why in failed
@@ -228,7 +229,7 @@ def add(package: str, plugin: Any) -> None:
         others = [other for name, other in manager.list_name_plugin() if name != package]
         manager.subset_hook_caller("register_losses", others)(register=register)
         if not own:
-            raise ValueError("it registers no loss; is its register_losses marked @hookimpl?")
+            raise InvalidValue("it registers no loss; is its register_losses marked @hookimpl?")
     except BaseException:
         manager.unregister(name=package)
         raise
@@ -299,9 +300,9 @@ def _check(loss: PairwiseLoss, others: Mapping[str, PairwiseLoss]) -> None:
     """Refuse a loss that breaks a rule of :class:`Register`."""
     _check_word("name", loss.name, RESERVED_NAMES)
     if loss.name != loss.name.lower():
-        raise ValueError(f"name must be an identifier in lower case, got {loss.name!r}")
+        raise InvalidValue(f"name must be an identifier in lower case, got {loss.name!r}")
     if loss.name in others:
-        raise ValueError(
+        raise InvalidValue(
             f"name must be new, got {loss.name!r}, which is registered already by the package "
             f"{others[loss.name].package}"
         )
@@ -316,13 +317,13 @@ def _check(loss: PairwiseLoss, others: Mapping[str, PairwiseLoss]) -> None:
         _check_json(f"the default of {loss.name}'s option {option}", default)
         key = f"{loss.name}_{option}"
         if key in taken:
-            raise ValueError(
+            raise InvalidValue(
                 f"an option of {loss.name} must make a key that is new, got {option!r}: {key} "
                 f"belongs to the loss {taken[key]}"
             )
     for option in loss.help:
         if option not in loss.options:
-            raise ValueError(
+            raise InvalidValue(
                 f"help of {loss.name} must name its options, got {option!r}"
                 f"{did_you_mean(option, loss.options)}"
             )
@@ -331,7 +332,7 @@ def _check(loss: PairwiseLoss, others: Mapping[str, PairwiseLoss]) -> None:
         for progress in (0.0, 0.5, 1.0):
             found = loss.at(progress, **loss.options)
             if not isinstance(found, Mapping):
-                raise ValueError(
+                raise InvalidValue(
                     f"at of {loss.name} must give options by name, got {found!r}: a dict such as "
                     "{'slope': 1.0}"
                 )
@@ -353,7 +354,7 @@ def _check_call(loss: PairwiseLoss, part: str, first: str, options: Mapping[str,
         signature.bind(*positional, **options)
     except TypeError as error:
         called = ", ".join([*positional, *(f"{option}=..." for option in options)])
-        raise ValueError(
+        raise InvalidValue(
             f"{part} of {loss.name} can't be called as {part}({called}): {error}"
         ) from None
 
@@ -361,11 +362,11 @@ def _check_call(loss: PairwiseLoss, part: str, first: str, options: Mapping[str,
 def _check_word(what: str, word: object, reserved: Iterable[str]) -> None:
     if not isinstance(word, str) or not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9]*(_[a-zA-Z0-9]+)*", word):
         kind = "an identifier in lower case" if what == "name" else "an identifier"
-        raise ValueError(
+        raise InvalidValue(
             f"{what} must be {kind}, without outer or double underscores, got {word!r}"
         )
     if word in reserved:
-        raise ValueError(
+        raise InvalidValue(
             f"{what} must be none that a host uses, got {word!r}; they are "
             f"{', '.join(sorted(reserved))}"
         )
@@ -375,7 +376,7 @@ def _check_json(what: str, value: object) -> None:
     try:
         json.dumps(value)
     except (TypeError, ValueError):
-        raise ValueError(
+        raise InvalidValue(
             f"{what} must be a value that JSON can hold, got {value!r}: a checkpoint says what it "
             "was trained with"
         ) from None

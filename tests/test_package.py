@@ -32,25 +32,30 @@ OF_HOST = {
     "backbone": {"transformers"},  # under each of them
     "cli": {"transformers", "peft"},  # to count a model's parameters, whoever trains it
 }
-CORE = {"loss", "hookspecs", "options", "registry", "diagnostics", "plan", "guards", "compute"}
+CORE = {
+    "errors", "loss", "hookspecs", "options", "registry", "diagnostics", "plan", "guards", "compute"
+}  # fmt: skip
 ARROWS: dict[str, set[str]] = {
-    "loss": set(),
+    "errors": set(),
+    "loss": {"errors"},
     "hookspecs": set(),
-    "guards": set(),
-    "compute": set(),
-    "backbone": {"compute"},
+    "guards": {"errors"},
+    "compute": {"errors"},
+    "backbone": {"errors", "compute"},
     "options": {"loss"},
-    "registry": {"loss", "hookspecs", "options", "guards"},
+    "registry": {"errors", "loss", "hookspecs", "options", "guards"},
     "diagnostics": {"registry"},
     "plan": {"registry"},
-    "trl": {"loss", "options", "registry", "diagnostics", "guards", "compute", "backbone"},
-    "axolotl": {"loss", "options", "registry", "plan", "guards", "compute", "trl"},
-    "openrlhf": {
-        "loss", "options", "registry", "diagnostics", "plan", "guards", "backbone"
+    "trl": {
+        "errors", "loss", "options", "registry", "diagnostics", "guards", "compute", "backbone"
     },
-    "cli": {"loss", "plan", "guards", "trl", "axolotl", "openrlhf"},
+    "axolotl": {"errors", "loss", "options", "registry", "plan", "guards", "compute", "trl"},
+    "openrlhf": {
+        "errors", "loss", "options", "registry", "diagnostics", "plan", "guards", "backbone"
+    },
+    "cli": {"errors", "loss", "plan", "guards", "trl", "axolotl", "openrlhf"},
     "__main__": {"cli"},
-    "__init__": {"loss", "hookspecs", "trl"},
+    "__init__": {"errors", "loss", "hookspecs", "trl"},
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 
+from ..errors import InvalidValue
 from ..guards import hub
 from ..guards.messages import explained
 from ..plan import ModelState, Pair, Plan, Tokens
@@ -80,7 +81,7 @@ def _plan(config: Path, gpus: int, scratch: Path, shape: Path | None) -> Plan:
     rl = getattr(cfg.rl, "value", cfg.rl)
     ours = cfg.get(REQUESTED) is not None
     if rl not in ("dpo", "ipo") and not ours:
-        raise ValueError(
+        raise InvalidValue(
             f"rl must be focalpo, or another loss of preference pairs, got {rl!r}: there is "
             "nothing here that could be checked. Set rl: focalpo."
         )
@@ -147,7 +148,7 @@ def _plan(config: Path, gpus: int, scratch: Path, shape: Path | None) -> Plan:
         split_off = len(held_out) if held_out is not None and not cfg.test_datasets else 0
         rows = len(whole) - split_off
     if len(train) == 0:
-        raise ValueError(
+        raise InvalidValue(
             f"datasets must hold a pair that fits into sequence_len, got {rows} pairs, and "
             f"none fits into {cfg.sequence_len}. Raise sequence_len."
         )
@@ -240,7 +241,7 @@ def _check_listed(config: Path, off: str) -> None:
         return
     listed = written.get("plugins") or []
     if not any("FocalPOPlugin" in str(name) for name in listed):
-        raise ValueError(
+        raise InvalidValue(
             f"plugins must list {PLUGIN} where {off}=0 turns the autoload off, got {listed!r}. "
             f"Add the lines `plugins:` and `  - {PLUGIN}`, or unset {off}."
         )

@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import click
 
+from ..errors import InvalidValue
 from . import REQUESTED, TRAINERS
 
 _KINDS = {int: int, float: float, str: str}
@@ -47,7 +48,7 @@ def check_arrived(cfg: Any) -> None:
     if context is not None and _takes_keys(context.command):
         for word in context.args:
             if _key(word).startswith(("focalpo", f"{cfg.get('rl')}_")):
-                raise ValueError(
+                raise InvalidValue(
                     f"{word} is no option that Axolotl's command knows, got it beside a config: it "
                     f"would be dropped. Write {_key(word)} in the YAML; options of ours need the "
                     "autoload."
@@ -55,7 +56,7 @@ def check_arrived(cfg: Any) -> None:
     if cfg.get("strict") and cfg.get("trainer_cls") not in TRAINERS:
         for word in sys.argv[1:]:
             if word.startswith("--") and _key(word) in _keys() and cfg.get(_key(word)) is None:
-                raise ValueError(
+                raise InvalidValue(
                     f"{word} would be dropped under strict: true, which takes from the command "
                     f"line what the YAML has. Write {_key(word)} in the YAML, or remove strict."
                 )

@@ -20,6 +20,7 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.enums import RLType
 
+from ..errors import InvalidValue, RunError
 from ..guards import last_line
 from ..guards.jsonl import check_file
 from ..guards.messages import did_you_mean, named
@@ -71,7 +72,7 @@ class FocalPOPlugin(BasePlugin):
         for name, plugin in PluginManager.get_instance().plugins.items():
             trainer = plugin.get_trainer_cls(cfg)
             if trainer is not None:
-                raise ValueError(
+                raise InvalidValue(
                     f"plugins holds {name}, whose trainer {trainer.__name__} would run instead of "
                     f"the one that trains rl: {cfg[REQUESTED]}. Remove one of the two."
                 )
@@ -87,13 +88,13 @@ class FocalPOPlugin(BasePlugin):
             return
         module, _, needed = MARGINS[margin(cfg)][1].rpartition(".")
         if not isinstance(trainer, getattr(import_module(module), needed)):
-            raise RuntimeError(
+            raise RunError(
                 f"Axolotl built {type(trainer).__name__} where rl: {loss.name} needs {needed}: it "
                 "would have trained another loss. Remove what replaces the trainer (trainer_cls, "
                 "another plugin)."
             )
         if trainer.pairwise_loss != loss:
-            raise RuntimeError(
+            raise RunError(
                 f"Axolotl built a trainer of {trainer.pairwise_loss} where {loss} was asked for."
             )
         # Axolotl adds the data to the model card only for its own trainer class.
@@ -118,14 +119,14 @@ def rewritten(cfg: Any) -> Any:
     flags.check_arrived(cfg)
     if name is not None and name not in known:
         near = did_you_mean(str(name), known)
-        raise ValueError(f"rl must be one of {', '.join(known)}, got {name!r}{near}")
+        raise InvalidValue(f"rl must be one of {', '.join(known)}, got {name!r}{near}")
     of_margins = {rl for rl, _ in MARGINS.values()}
     if name in of_margins and trainer in TRAINERS and requested_loss(cfg) is not None:
         _use_plugin(cfg)
         return cfg
     _check_keys(cfg, name)
     if trainer is not None and (trainer in TRAINERS or name in losses()):
-        raise ValueError(
+        raise InvalidValue(
             f"trainer_cls must be unset, got {trainer!r} under rl: {name}: a loss of ours "
             "brings its trainer. Remove trainer_cls and set rl: focalpo."
         )
@@ -183,7 +184,7 @@ def _check_names(loss: PairwiseLoss, of_host: list[str]) -> None:
     if loss.name in of_host:
         taken.insert(0, f"rl: {loss.name}")
     if taken:
-        raise ValueError(
+        raise InvalidValue(
             f"rl must be a loss that takes no name of Axolotl's own, got {loss.name!r}: the "
             f"package {loss.package} brings {', '.join(taken)}, which Axolotl has itself. The "
             "package has to rename it."
@@ -203,16 +204,16 @@ def _check_keys(cfg: Any, rl: Any) -> None:
         # Without the `no` and dashes of a command-line option that Axolotl's parser didn't see.
         word = re.sub(r"\W", "_", str(key).lower()).removeprefix("no").strip("_")
         if key == REQUESTED and cfg.get("trainer_cls") in TRAINERS:
-            raise ValueError(
+            raise InvalidValue(
                 f"{REQUESTED} must go with rl: {MARGINS[margin(cfg)][0]}, got {cfg[key]!r} under "
                 f"rl: {rl}: this config was loaded before, as rl: {cfg[key]}. Load the config as "
                 "it was written."
             )
         if key not in of_loss and f"{word}_".startswith(("focalpo_", f"{of_any}_")):
             near = did_you_mean(word, of_loss)
-            raise ValueError(f"{key} is no key of focalpo_plugins, got {cfg[key]!r}{near}")
+            raise InvalidValue(f"{key} is no key of focalpo_plugins, got {cfg[key]!r}{near}")
         if key in of_loss and cfg[key] is not None and of_loss[key] != rl:
-            raise ValueError(
+            raise InvalidValue(
                 f"{key} belongs to rl: {of_loss[key]}, got {cfg[key]!r} under rl: {rl}. Set "
                 f"rl: {of_loss[key]}, or remove {key}."
             )
@@ -223,7 +224,7 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
 
     chosen = cfg.get(MARGIN)
     if chosen not in (None, *MARGINS):
-        raise ValueError(
+        raise InvalidValue(
             f"{MARGIN} must be one of {', '.join(MARGINS)}, got {chosen!r}"
             f"{did_you_mean(str(chosen), MARGINS)}"
         )
@@ -237,7 +238,7 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
 
     of_trl = cfg.get("trl") or {}
     if not isinstance(of_trl, dict):
-        raise ValueError(f"trl must be a mapping such as {{beta: 0.1}}, got {of_trl!r}.")
+        raise InvalidValue(f"trl must be a mapping such as {{beta: 0.1}}, got {of_trl!r}.")
     _check_margin(cfg, margin(cfg))
     betas = {"rl_": cfg.get("rl_beta"), "trl.": of_trl.get("beta")}
     for prefix, beta in betas.items():
@@ -245,7 +246,7 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
             with named(prefix):
                 check_beta(_as_number(beta))
     if None not in betas.values() and len({_as_number(beta) for beta in betas.values()}) > 1:
-        raise ValueError(
+        raise InvalidValue(
             f"rl_beta must equal trl.beta, got {betas['rl_']!r} and {betas['trl.']!r}: Axolotl "
             "trains with trl.beta. Remove one of them."
         )
@@ -259,15 +260,15 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
             check_label_smoothing(_as_number(smoothing))
     for key in SWITCHES:
         if cfg.get(key) not in (None, True, False):
-            raise ValueError(f"{key} must be true or false, got {cfg[key]!r}.")
+            raise InvalidValue(f"{key} must be true or false, got {cfg[key]!r}.")
     if cfg.get("dpo_use_liger_kernel") and find_spec("liger_kernel") is None:
-        raise ValueError(
+        raise InvalidValue(
             "dpo_use_liger_kernel needs the package liger-kernel, which is not installed. Install "
             f"it, or set {FUSED} in its place, which needs nothing."
         )
     for key in ("context_parallel_size", "sequence_parallel_degree"):
         if cfg.get(key) not in (None, 0, 1):
-            raise ValueError(
+            raise InvalidValue(
                 f"{key} must be 1 under rl: {loss.name}, got {cfg[key]!r}: Axolotl gives each rank "
                 "a part of a sequence and its logits, and a margin is of whole sequences. Remove "
                 f"it; {FUSED} and ZeRO-3 save memory too."
@@ -297,14 +298,14 @@ def _check_margin(cfg: Any, chosen: str) -> None:
     """Refuse keys that contradict the chosen margin."""
     for key, margins in _OF_MARGIN.items():
         if cfg.get(key) is not None and chosen not in margins:
-            raise ValueError(
+            raise InvalidValue(
                 f"{key} belongs to {MARGIN}: {' or '.join(margins)}, got {cfg[key]!r} with "
                 f"{MARGIN}: {chosen}. Set {MARGIN}, or remove {key}."
             )
     if chosen == "dpo":
         return
     if chosen == "simpo" and not isinstance(_as_number(cfg.get("simpo_gamma")), float):
-        raise ValueError(
+        raise InvalidValue(
             f"simpo_gamma must be a number with {MARGIN}: simpo, got {cfg.get('simpo_gamma')!r}: "
             "the target margin, 0.3 (Llama-3) and 0.8 (Mistral) times rl_beta in its authors' "
             "recipes. Set it."
@@ -314,12 +315,12 @@ def _check_margin(cfg: Any, chosen: str) -> None:
         try:
             check_beta(_as_number(weight))
         except ValueError:
-            raise ValueError(
+            raise InvalidValue(
                 f"orpo_alpha must be a finite number above 0, got {weight!r}: ORPO's lambda, 0.1 "
                 "in its authors' recipe."
             ) from None
         if cfg.get("rl_beta") is not None or (cfg.get("trl") or {}).get("beta") is not None:
-            raise ValueError(
+            raise InvalidValue(
                 f"orpo_alpha must be given alone, got {weight!r} beside rl_beta or trl.beta: both "
                 "are ORPO's lambda, and Axolotl would take the other. Remove one of the two."
             )
@@ -331,7 +332,7 @@ def _check_margin(cfg: Any, chosen: str) -> None:
                 if key == FUSED
                 else "it is of DPO's trainer and its reference, which that margin doesn't have"
             )
-            raise ValueError(
+            raise InvalidValue(
                 f"{key} can't be combined with {MARGIN}: {chosen}, got {cfg[key]!r}: {why}. Remove "
                 f"{key}."
             )
@@ -342,7 +343,7 @@ def _check_fused(cfg: Any, fused: str) -> None:
     others = {"dpo_use_weighting": (None, False), "tensor_parallel_size": (None, 1)}
     for key, fine in {**alone, **others}.items():
         if cfg.get(key) not in fine:
-            raise ValueError(
+            raise InvalidValue(
                 f"{fused} can't be combined with {key}, got {cfg[key]!r}: the fused path does not "
                 f"compute it. Set {fused} to false, or remove {key}."
             )
@@ -361,7 +362,7 @@ def _check_shared(cfg: Any) -> None:
     others["tensor_parallel_size"] = None if size == 1 else size
     for key, value in others.items():
         if value:
-            raise ValueError(
+            raise InvalidValue(
                 f"{SHARED} can't be combined with {key}, got {value!r}: it has to know how each "
                 f"layer's tokens see each other. Set {SHARED} to false, or remove {key}."
             )

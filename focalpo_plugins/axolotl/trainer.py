@@ -11,6 +11,7 @@ from datasets import Dataset
 from pyarrow.compute import list_slice
 from transformers import TrainerCallback
 
+from ..errors import RunError
 from ..registry import BoundLoss
 from ..trl import PairwiseLossMixin
 from . import ALLOW_CHANGED, ALLOW_DATA, SHARED
@@ -48,7 +49,7 @@ class OfConfig:
         cfg = FocalPOPlugin.building
         loss = None if cfg is None else requested_loss(cfg)
         if loss is None:
-            raise RuntimeError(
+            raise RunError(
                 f"{type(self).__name__} must be built by Axolotl for a config that asks for a loss "
                 f"of ours, got {'none' if cfg is None else 'another'}. Load one with rl: focalpo."
             )

@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
+from ..errors import FocalPOError
 from ..guards.folders import write_whole
 
 _DATA_HELP = "preference file (.jsonl, .json, .parquet, .csv) with chosen, rejected and prompt"
 
 
-class CommandError(Exception):
+class CommandError(FocalPOError):
     """An error in the command line or in a file that it names, in one line for the user."""
 
 

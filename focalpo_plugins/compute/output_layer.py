@@ -11,6 +11,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InvalidValue
+
 # Gemma 2's final_logit_softcapping, Cohere's logit_scale, Granite's logits_scaling, ...
 _CHANGES_LOGITS = re.compile(
     r"(?!.*(attn|attention|router)).*logit.*(cap|scal).*|lm_head_multiplier"
@@ -62,7 +64,7 @@ def head_of(model: Any, key: str) -> Head:
         and type(weight) in (Tensor, nn.Parameter)
     )
     if not plain:
-        raise ValueError(
+        raise InvalidValue(
             f"{key} needs a model that is a backbone and one linear output layer, got "
             f"{type(model).__name__} with {type(layer).__name__}. Set {key} to false."
         )
@@ -75,7 +77,7 @@ def check_config(config: Any, key: str) -> None:
     for name, value in text.to_dict().items():
         changes = isinstance(value, int | float) and value not in (0, 1)
         if changes and _CHANGES_LOGITS.fullmatch(name):
-            raise ValueError(
+            raise InvalidValue(
                 f"{key} can't be combined with a model whose {name} is set, got {value!r}: the "
                 f"fused path takes the output layer's logits as they are. Set {key} to false."
             )
@@ -114,7 +116,7 @@ def check_logits(
     off = (logits - expected).abs().masked_fill(same, 0).max().item()
     largest = expected.abs().nan_to_num(0, 0).max().item()
     if not off <= _TOLERANCE * largest:
-        raise ValueError(
+        raise InvalidValue(
             f"{key} can't be used with {type(head.model).__name__}, got logits that differ by "
             f"{off:.3g} from those of its output layer: the model changes them afterwards. Set "
             f"{key} to false."

@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import InvalidValue
+
 
 class Pair(NamedTuple):
     """The place of one pair in the row: ``offset``, then the number of tokens of each part."""
@@ -160,7 +162,7 @@ def layout_of_batch(ids: Tensor, mask: Tensor) -> Layout:
     # The only place that waits for the device.
     table = torch.stack([common, *lengths.chunk(2), *in_front.all(1).chunk(2)], 1).tolist()
     if not all(row[3] and row[4] for row in table):
-        raise ValueError(
+        raise InvalidValue(
             "shared prompts need batches that are padded behind each sequence, got another mask. "
             "Use the host's own collator, or switch shared prompts off."
         )
@@ -180,7 +182,7 @@ def layout_of_packed(ids: Tensor, lengths: Sequence[int]) -> Layout:
         ValueError: the lengths don't add up to the row's length.
     """
     if sum(lengths) != ids.shape[1] or len(lengths) % 2:
-        raise ValueError(
+        raise InvalidValue(
             f"the packed batch must hold pairs whose lengths add up to {ids.shape[1]} tokens, "
             f"got {list(lengths)}. Switch packing or shared prompts off."
         )
@@ -343,7 +345,7 @@ def torch_varlen(
 ) -> Tensor:
     """torch's own kernel, from torch 2.11 on, as a :data:`Kernel`; it has no dropout."""
     if dropout:
-        raise ValueError(
+        raise InvalidValue(
             f"attention dropout must be 0 for torch's varlen_attn, got {dropout}. Install "
             "flash-attn, or set attention_dropout to 0."
         )

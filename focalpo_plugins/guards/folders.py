@@ -8,6 +8,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from ..errors import InvalidValue
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a whole file, or leave the old one unchanged if anything fails.
@@ -43,7 +45,7 @@ def check_folder(path: Path, name: str) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise ValueError(
+        raise InvalidValue(
             f"{name} must be a folder that can be written to, got {str(path)!r}: "
             f"{error.strerror}. Name another, or change its permissions."
         ) from None

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import InvalidValue
+
 #: The suffixes of the files that are checked.
 SUFFIXES = (".json", ".jsonl")
 
@@ -39,16 +41,16 @@ def check_file(path: Path, name: str, columns: Sequence[str] = ()) -> None:
                     got = ", ".join(row) or "nothing"
                     raise ValueError(f"{place} can't be used: it has no {column!r}, got {got}")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise InvalidValue(
             f"{name} must be in UTF-8, got {str(path)!r} ({error}). Write it again in UTF-8."
         ) from None
     except ValueError as error:
-        raise ValueError(
+        raise InvalidValue(
             f"{name} must be JSON lines, got {str(path)!r}, of which {error}. Fix that line, or "
             "remove it."
         ) from None
     if not entries:
-        raise ValueError(f"{name} must hold a pair, got {str(path)!r}, which is empty.")
+        raise InvalidValue(f"{name} must hold a pair, got {str(path)!r}, which is empty.")
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:

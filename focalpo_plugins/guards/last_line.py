@@ -16,6 +16,7 @@ from tempfile import gettempdir
 from types import TracebackType
 from typing import Any
 
+from ..errors import FocalPOError
 from .messages import say
 
 #: The variable that names the file; ``_focalpo_plugins_autoload`` sets it.
@@ -39,7 +40,8 @@ def install(explain: Callable[[BaseException], str | None]) -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         before(kind, error, trace)
         with suppress(Exception):  # an error while explaining a failure must not hide it
-            reason = str(error) if _is_ours(error) or _explain is None else _explain(error)
+            ours = isinstance(error, FocalPOError) or _explain is None
+            reason = str(error) if ours else _explain(error)
             name = os.environ.get(VARIABLE)
             if reason is not None and (name is None or not _leave(name, reason)):
                 say(reason)
@@ -54,14 +56,6 @@ def modules_of(error: BaseException) -> Iterator[tuple[str, str]]:
         frame: Any = trace.tb_frame
         yield str(frame.f_globals.get("__name__")), frame.f_code.co_name
         trace = trace.tb_next
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether this package raised the error as a message for the user."""
-    if not isinstance(error, ValueError | RuntimeError):
-        return False
-    *_, (module, _) = [("", ""), *modules_of(error)]
-    return module.split(".")[0] == "focalpo_plugins"
 
 
 def repeat(reason: str) -> None:

@@ -7,6 +7,8 @@ from typing import NoReturn
 
 from torch import Tensor
 
+from ..errors import NotFinite
+
 
 def not_finite(margins: Tensor, rank: int) -> str:
     """Text on a rank's reward margins ``(B,)`` that are NaN or infinite; empty if none is."""
@@ -25,7 +27,7 @@ def stop(loss: str, when: str, where: Sequence[str]) -> NoReturn:
     Raises:
         FloatingPointError: always; the loss of such a pair, and all weights after it, would be NaN.
     """
-    raise FloatingPointError(
+    raise NotFinite(
         f"{loss}: reward margins are not finite, {when}: {'; '.join(where)}. The host's "
         "log-probabilities of the policy or of the reference are NaN or infinite there. Look at "
         "those pairs and at the weights; lower the learning rate, or train in bf16 or fp32 if it "

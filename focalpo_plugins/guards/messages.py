@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
+from ..errors import FocalPOError, InvalidValue
+
 
 def say(what: str) -> None:
     """Write one line to stderr, in one write.
@@ -19,7 +21,7 @@ def say(what: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's message in one line, with the error's type unless it is a ValueError."""
+    """The error's message in one line, with the error's type unless it is ours or a ValueError."""
     errors = getattr(error, "errors", None)
     if callable(errors):  # pydantic's list of errors
         found = [
@@ -28,7 +30,8 @@ def one_line(error: BaseException) -> str:
         ]
         return "; ".join(found)
     message = " ".join(str(error).split())
-    return message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"
+    plain = isinstance(error, FocalPOError | ValueError)
+    return message if plain else f"{type(error).__name__}: {message}"
 
 
 @contextmanager
@@ -46,7 +49,7 @@ def explained(explain: Callable[[Exception], str | None]) -> Iterator[None]:
             reason = explain(error)
         if reason is None:
             raise
-        raise ValueError(f"{one_line(error).rstrip('.')}. {reason}") from error
+        raise InvalidValue(f"{one_line(error).rstrip('.')}. {reason}") from error
 
 
 @contextmanager
@@ -65,7 +68,7 @@ def named(prefix: str, options: Iterable[str] = (), true: str = "=True") -> Iter
         message = str(error)
         for option in options:
             message = message.replace(f"{option}=True", f"{prefix}{option}{true}")
-        raise ValueError(f"{prefix}{message}") from None
+        raise InvalidValue(f"{prefix}{message}") from None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

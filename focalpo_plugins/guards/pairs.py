@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from ..errors import InvalidValue
 from . import messages
 
 #: Number of pairs that are checked, spread evenly over the data.  These show a fault of most pairs
@@ -141,7 +142,7 @@ def check(
             rows[name] += 1
             first.setdefault(name, (row, [*prompt, *answers[0]]))
     if not looked_at and not evaluation:
-        raise ValueError(
+        raise InvalidValue(
             "the training data must hold a pair, got none: the file is empty, or every pair was "
             f"dropped as longer than {key}={limit}. Look at the file, or raise {key}."
         )
@@ -159,7 +160,7 @@ def check(
             f"of the tokenized data, {tokenizer.decode(tokens[:_SHOWN])!r}"
         )
         if refused:
-            raise ValueError(f"the training data can't be learnt from, got {message}")
+            raise InvalidValue(f"the training data can't be learnt from, got {message}")
         if say:
             messages.say(f"warning: {message}")
 

@@ -6,6 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..errors import InvalidValue
+from .messages import say
+
 #: The name under which transformers keeps our record in a checkpoint's trainer_state.json.
 IN_TRAINER_STATE = "_Record"
 #: The file that holds the record, if a checkpoint has no such state.
@@ -45,7 +48,7 @@ def check_unchanged(
     """
     rest = f"give the values it was trained with, start without resuming, or give {allow}."
     if recorded is None:
-        raise ValueError(
+        raise InvalidValue(
             f"the checkpoint {checkpoint} does not say that it was trained with a loss of "
             f"focalpo_plugins, got loss={asked['loss']!r} to go on with. Resume it with the loss "
             f"that began it, start without resuming, or give {allow}."
@@ -56,9 +59,27 @@ def check_unchanged(
         if not _same(recorded.get(key), asked.get(key))
     ]
     if changed:
-        raise ValueError(
+        raise InvalidValue(
             f"{'; '.join(changed)}: resuming would change the loss of the checkpoint {checkpoint}; "
             f"{rest}"
+        )
+
+
+def warn_of_another_length(before: int | None, now: int, moving: str) -> None:
+    """Warn if a run whose loss changes over its steps resumes with another number of steps.
+
+    Call it on one rank only.
+
+    Args:
+        before: optimizer steps of the run that saved the checkpoint; None if that isn't known.
+        now: optimizer steps of this run.
+        moving: the names of the options that change, as the user writes them.
+    """
+    if before not in (None, now):
+        say(
+            f"warning: {moving} changes over the run, and the checkpoint's run had {before} steps, "
+            f"got {now} for this one: the value jumps at the first resumed step. Give the number "
+            "of steps that the checkpoint's run had to continue it as it was."
         )
 
 

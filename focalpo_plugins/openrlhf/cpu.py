@@ -15,6 +15,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from ..errors import InvalidValue
+
 #: Whether this process runs in CPU mode.
 active = False
 
@@ -62,14 +64,14 @@ def check(namespace: SimpleNamespace | Any) -> None:
     for name, what in (("ds.packing_samples", "flash-attn"), ("ds.use_liger_kernel", "Triton")):
         flag = spelled(name, values)
         if values.get(flag):
-            raise ValueError(
+            raise InvalidValue(
                 f"--{flag} must be left out without CUDA, got it on a CPU: it needs the compiled "
                 f"kernels of {what}. Remove it, or run on a CUDA machine."
             )
     flag = spelled("ds.attn_implementation", values)
     attention = values.get(flag, "eager")
     if "flash" in attention:
-        raise ValueError(
+        raise InvalidValue(
             f"--{flag} must be eager or sdpa without CUDA, got {attention!r} on a CPU: it needs "
             f"the compiled flash-attn. Give --{flag} eager, or run on a CUDA machine."
         )

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..errors import InvalidValue, RunError
 from ..guards import hub
 from ..guards.messages import explained
 from ..plan import ModelState, Pair, Plan, Tokens
@@ -67,7 +68,7 @@ def _plan(of_host: Any, gpus: int, shape: Path | None) -> Plan:
     if not args.model.model_name_or_path or not args.data.dataset:
         missing = "model.model_name_or_path" if args.data.dataset else "data.dataset"
         missing = spelled(missing, vars(of_host)) if args is not of_host else missing
-        raise ValueError(f"--{missing} must be given: there is nothing to train on.")
+        raise InvalidValue(f"--{missing} must be given: there is nothing to train on.")
     import torch
 
     loss, precomputed = None, False
@@ -134,7 +135,7 @@ def _plan(of_host: Any, gpus: int, shape: Path | None) -> Plan:
 
     trained, whole = dataset(args.data.max_len), dataset(_NO_LIMIT)
     if len(trained) == 0:
-        raise ValueError(
+        raise InvalidValue(
             f"--data.max_len must leave room for an answer, got {args.data.max_len}: no prompt of "
             f"the {len(rows)} pairs fits. Raise it."
         )
@@ -186,7 +187,7 @@ def _flags(argv: Sequence[str]) -> Any:
         raise _Parsed(flags)
 
     def refuse(self: ArgumentParser, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise InvalidValue(message)
 
     before = sys.argv, cpu.active, ArgumentParser.error, utils.get_strategy
     # The launcher and its flags may come before the command's own.
@@ -201,12 +202,12 @@ def _flags(argv: Sequence[str]) -> Any:
     except _Parsed as parsed:
         return parsed.flags
     except SystemExit as error:
-        raise ValueError(
+        raise InvalidValue(
             f"OpenRLHF's command ended before it trained, with exit code {error.code}."
         ) from None
     finally:
         sys.argv, cpu.active, ArgumentParser.error, utils.get_strategy = before  # type: ignore[method-assign]
-    raise RuntimeError(
+    raise RunError(
         f"openrlhf {version('openrlhf')} starts its training in a way that focalpo_plugins "
         f"{version('focalpo_plugins')} does not know. Use a release that the README lists."
     )
@@ -217,7 +218,7 @@ def _pairs(of_host: Any, trained: Any, whole: Any, max_length: int) -> Iterator[
     # OpenRLHF keeps a prompt that leaves two tokens for the answer.
     kept = [place for place, length in enumerate(whole.extras) if length < max_length - 2]
     if len(kept) != len(trained):
-        raise RuntimeError(
+        raise RunError(
             f"openrlhf {version('openrlhf')} dropped {len(whole) - len(trained)} of {len(whole)} "
             f"pairs where {len(whole) - len(kept)} were expected. Use a release that the README "
             "lists."

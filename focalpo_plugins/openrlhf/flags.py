@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..errors import InvalidValue
 from ..guards import last_line
 from ..guards.jsonl import check_file
 from ..guards.messages import did_you_mean, named
@@ -198,7 +199,7 @@ def _check(parser: ArgumentParser, namespace: Namespace) -> BoundLoss | None:
         cpu.check(namespace)
         for flag, (loss, _) in _flags().items():
             if flag in values and loss.name != name:
-                raise ValueError(
+                raise InvalidValue(
                     f"--{flag} is a flag of --loss {loss.name}, got {values[flag]!r} with --loss "
                     f"{name}. Give --loss {loss.name}, or remove --{flag}."
                 )
@@ -240,7 +241,7 @@ def _check_precompute(values: dict[str, Any], loss: PairwiseLoss) -> None:
     if values.get(ref):
         values.setdefault(folder, values[spelled("ckpt.output_dir", values)])
     elif folder in values:
-        raise ValueError(
+        raise InvalidValue(
             f"--{folder} goes with --{ref}, got {values[folder]!r} alone. Give --{ref} as well, or "
             f"remove --{folder}."
         )
@@ -251,13 +252,13 @@ def _check_shared(values: dict[str, Any], asked: str) -> None:
     for name in ("ds.ring_attn_size", "ds.tensor_parallel_size"):
         flag = spelled(name, values)
         if values.get(flag, 1) != 1:
-            raise ValueError(
+            raise InvalidValue(
                 f"{asked} can't be combined with --{flag}, got {values[flag]!r}: each rank has a "
                 f"part of a sequence or of its heads. Remove one of the two."
             )
     for flag in ("ds.deepcompile", "deepcompile"):
         if values.get(flag):
-            raise ValueError(
+            raise InvalidValue(
                 f"{asked} can't be combined with --{flag}, got both: each batch would be a graph "
                 "of its own. Remove one of the two."
             )
@@ -271,7 +272,7 @@ def _check_host_flags(values: dict[str, Any], name: str) -> None:
     }
     for flag in flags.values():
         if flag not in values:
-            raise ValueError(
+            raise InvalidValue(
                 f"{versions()}: OpenRLHF has no flag --{flag}, which goes into the loss {name}. "
                 "Use an openrlhf release that the README lists."
             )
@@ -279,7 +280,7 @@ def _check_host_flags(values: dict[str, Any], name: str) -> None:
         with named(f"--{flags[option].removesuffix(option)}"):
             check(values[flags[option]])
     if values[flags["ipo_enable"]]:
-        raise ValueError(
+        raise InvalidValue(
             f"--{flags['ipo_enable']} must be left out with --loss {name}, got both: IPO is a loss "
             "of its own. Remove one of the two."
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import InvalidValue
 from ..loss import check_beta, check_label_smoothing, label_smoothed
 from ..registry import get_loss
 
@@ -51,7 +52,7 @@ class PairwiseDPOLoss(nn.Module):
         check_beta(beta)
         check_label_smoothing(label_smoothing)
         if ipo:
-            raise ValueError(
+            raise InvalidValue(
                 f"ipo must be false with the loss {loss!r}, got {ipo!r}: IPO is a loss of its own. "
                 "Choose one of the two."
             )

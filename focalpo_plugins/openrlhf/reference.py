@@ -33,9 +33,11 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
+from ..errors import InvalidValue
 from ..guards import last_line
 from ..guards.folders import write_whole
 from ..guards.messages import say
+from ..guards.ranks import together
 
 _DIGEST = 16  # bytes
 _MISSING = -torch.inf
@@ -307,12 +309,12 @@ def _writing(path: Path, size: int, flag: str) -> Iterator[None]:
     try:
         yield
     except IsADirectoryError as error:
-        raise ValueError(
+        raise InvalidValue(
             f"{flag} must be a folder where a file can have the name {path.name}, got "
             f"{str(path.parent)!r}: {error}. Remove what has that name, or name another folder."
         ) from None
     except OSError as error:
-        raise ValueError(
+        raise InvalidValue(
             f"{flag} must be a folder with room for {size / 2**20:.1f} MiB that can be written to, "
             f"got {str(path.parent)!r}: {error}. Name another."
         ) from None
@@ -352,20 +354,25 @@ def _bar(numbers: range, what: str, strategy: Any) -> Any:
 
 
 def on_rank_0(strategy: Any, do: Callable[[], None]) -> None:
-    """Run ``do`` on the first rank; if it raises, all ranks end.
+    """Run ``do`` on the first rank; if it raises, all ranks end."""
+    on_all_ranks(strategy, do if strategy.is_rank_0() else lambda: None)
 
-    The first rank prints the message of a ``ValueError``, and raises any other error.
+
+def on_all_ranks(strategy: Any, check: Callable[[], None]) -> None:
+    """Run ``check`` on every rank; if it raises on one rank, all ranks end.
+
+    The first rank prints the message of an error of ours.  Any other error is raised.
     """
-    problem = None
-    if strategy.is_rank_0():
-        try:
-            do()
-        except Exception as error:  # any error, because the other ranks wait
-            problem = error
-    if strategy.all_reduce(float(problem is not None), "max"):
-        if problem is not None and not isinstance(problem, ValueError):
-            raise problem
-        stop_all(strategy, str(problem))
+
+    def gather(mine: Any) -> list[Any]:
+        found: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, mine)
+        return found
+
+    try:
+        together(check, gather)
+    except InvalidValue as error:
+        stop_all(strategy, str(error))
 
 
 def stop_all(strategy: Any, why: str) -> NoReturn:

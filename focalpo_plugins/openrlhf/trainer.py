@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..backbone import SharedPrompts
 from ..diagnostics import MARGINS, margin_sums, means
+from ..errors import InvalidValue, RunError
 from ..guards import pairs
 from ..guards.end import say_done
 from ..guards.folders import check_folder, write_whole
@@ -37,7 +38,7 @@ from ..guards.start import check_first_margins
 from ..registry import BoundLoss
 from .loss import PairwiseDPOLoss
 from .names import dotted, given_options, spelled, versions
-from .reference import ReferenceLogps, on_rank_0, precompute, stop_all
+from .reference import ReferenceLogps, on_all_ranks, on_rank_0, precompute
 
 
 def install(loss: BoundLoss) -> None:
@@ -108,8 +109,8 @@ class PairwiseDPOTrainer(DPOTrainer):
         _check_folders(self, strategy)
         if flags.get("shared_prompts"):
             key = f"--{name}.shared_prompts"
-            self._sharing = SharedPrompts(key, functools.partial(_together, strategy))
-            _together(strategy, lambda: self._attach(key))
+            self._sharing = SharedPrompts(key, functools.partial(on_all_ranks, strategy))
+            on_all_ranks(strategy, lambda: self._attach(key))
         self.strategy = _ReducingDiagnostics(strategy, self._join_diagnostics)
         # Not around the strategy's save_ckpt, which first deletes the oldest of too many folders.
         engine = model.model
@@ -169,13 +170,13 @@ class PairwiseDPOTrainer(DPOTrainer):
             if isinstance(model, PeftModel):
                 model = model.base_model.model
             if getattr(model.config.get_text_config(), "output_router_logits", None) is not None:
-                raise ValueError(
+                raise InvalidValue(
                     f"{key} can't be used with a mixture of experts, got {type(model).__name__}: "
                     "OpenRLHF asks for its routers' loss, which would be computed from a row "
                     f"instead of the padded batch. Remove {key}."
                 )
             if hasattr(model.config, "vision_config"):
-                raise ValueError(
+                raise InvalidValue(
                     f"{key} can't be used with a vision model, got {type(model).__name__}: images "
                     f"are no tokens of a pair. Remove {key}."
                 )
@@ -287,7 +288,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         torch.distributed.all_gather_object(ranks, mine)
         for rank, (unknown, _) in enumerate(ranks):
             if unknown:
-                raise RuntimeError(f"focalpo_plugins: on rank {rank}, {unknown}")
+                raise RunError(f"focalpo_plugins: on rank {rank}, {unknown}")
         accumulated = self.strategy.accumulated_gradient
         if self._mode == "train":
             when = f"step {self._batches // accumulated + 1}"
@@ -314,23 +315,6 @@ class _ReducingDiagnostics:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._strategy, name)
-
-
-def _together(strategy: Any, check: Callable[[], None]) -> None:
-    """Run ``check`` on every rank; if it raises ``ValueError`` on one rank, all ranks end.
-
-    The first rank prints what was found.
-    """
-    problem = ""
-    try:
-        check()
-    except ValueError as error:
-        problem = str(error)
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, problem)
-    for problem in found:
-        if problem:
-            stop_all(strategy, problem)
 
 
 def _check_folders(trainer: DPOTrainer, strategy: Any) -> None:
@@ -371,7 +355,7 @@ def _save_with_record(
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(record))
         except OSError as error:
-            raise ValueError(
+            raise InvalidValue(
                 "the folder of checkpoints must have room and be one that can be written to, got "
                 f"{folder!r}: {error}. Make room, or name another; the last checkpoint that is "
                 "whole can be resumed."
@@ -407,7 +391,7 @@ def _read_record(path: Path) -> dict[str, Any]:
             raise ValueError(f"got {record!r}")
         return record
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise InvalidValue(
             f"{path} must say what the checkpoint was trained with, and can't be read ({error}). "
             "Resume an earlier checkpoint, which the file latest beside it names."
         ) from None
@@ -425,7 +409,7 @@ def _dpo_loss_replaced(replacement: Callable[..., PairwiseDPOLoss]) -> Iterator[
 
 def _moved(loss: BoundLoss | str, why: str) -> RuntimeError:
     name = loss if isinstance(loss, str) else loss.name
-    return RuntimeError(
+    return RunError(
         f"{versions()}: {why}, unlike in the releases that are known; this run would have trained "
         f"another loss under the name {name}. Use an openrlhf release that the README lists."
     )

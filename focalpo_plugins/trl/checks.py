@@ -17,6 +17,7 @@ from trl import DPOConfig, DPOTrainer
 from ..backbone import check_layers
 from ..compute import output_layer
 from ..compute.output_layer import Head, check_config
+from ..errors import InvalidValue
 from ..loss import check_beta, check_label_smoothing
 from .seam import check_loss_types
 
@@ -34,7 +35,7 @@ def check_data(given: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` for training data without a pair."""
     train_dataset = given.get("train_dataset")
     if train_dataset is not None and next(iter(train_dataset), None) is None:
-        raise ValueError(
+        raise InvalidValue(
             "train_dataset must hold a pair, got none: it was empty, or every pair of it was "
             "dropped as too long. Look at the data, or raise Axolotl's sequence_len."
         )
@@ -60,7 +61,7 @@ def check_arguments(args: DPOConfig, key: str | None = None) -> str | None:
     check_loss_types(types)
     divergence = str(getattr(args.f_divergence_type, "value", args.f_divergence_type))
     if divergence != "reverse_kl":
-        raise ValueError(
+        raise InvalidValue(
             f"f_divergence_type must be reverse_kl, got {divergence!r}: with another divergence "
             "the log-sigmoid's argument is no difference of log-ratios. Remove it."
         )
@@ -71,12 +72,12 @@ def check_arguments(args: DPOConfig, key: str | None = None) -> str | None:
     if key is None:
         return None
     if hasattr(DPOTrainer, "_truncate_inputs"):
-        raise ValueError(
+        raise InvalidValue(
             f"{key} needs trl 1.0 or a later one, got trl {version('trl')}: it cuts sequences in "
             f"the step itself. Install a later one, or remove {key}."
         )
     if args.use_liger_kernel and find_spec("liger_kernel") is None:
-        raise ValueError(
+        raise InvalidValue(
             "use_liger_kernel needs the package liger-kernel, which is not installed. Install it, "
             "or set focalpo_fused in its place, which needs nothing."
         )
@@ -91,7 +92,7 @@ def check_parallelism(args: TrainingArguments) -> None:
     for name in ("cp_size", "sp_size"):
         size = getattr(config, name, 1)
         if size not in (None, 1):
-            raise ValueError(
+            raise InvalidValue(
                 f"parallelism_config.{name} must be 1, got {size!r}: each rank then has a part of "
                 "a sequence and its logits, and a margin is of whole sequences. Remove it; "
                 "focalpo_fused and ZeRO-3 save memory too."
@@ -132,7 +133,7 @@ def check_fused_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
         refuse("a vision model", kind, key, "")
     model = given.get("model")
     if args.n_gpu > 1 and not _has_device_map(model, args):
-        raise ValueError(
+        raise InvalidValue(
             f"{key} can't be combined with torch's DataParallel, got one process for {args.n_gpu} "
             "GPUs: each GPU would compute the whole batch. Start a process for each GPU, with "
             f"`torchrun --nproc_per_node {args.n_gpu}` or `accelerate launch`, or set "
@@ -203,7 +204,7 @@ def check_shared_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
 
 
 def _refuse_shared(name: str, value: Any, key: str, why: str) -> NoReturn:
-    raise ValueError(
+    raise InvalidValue(
         f"{key} can't be combined with {name}, got {value!r}: {why}. Set {key} to false."
     )
 
@@ -213,7 +214,7 @@ def check_adapter(config: Any, key: str) -> None:
     from peft import PromptLearningConfig
 
     if isinstance(config, PromptLearningConfig):
-        raise ValueError(
+        raise InvalidValue(
             f"{key} can't be combined with prompt learning, got {type(config).__name__}: the "
             f"fused path goes around the model that adds the prompt. Set {key} to false, or train "
             "another adapter, such as LoRA."
@@ -224,7 +225,7 @@ def check_adapter(config: Any, key: str) -> None:
 
 
 def _refuse_adapted_head(key: str) -> NoReturn:
-    raise ValueError(
+    raise InvalidValue(
         f"{key} can't be combined with an adapter on the output layer, got 'lm_head' among the "
         f"adapter's target modules: the fused path would not train it. Set {key} to false, or "
         "remove it from them."
@@ -280,7 +281,7 @@ def refuse(name: str, value: Any, key: str, instead: str) -> NoReturn:
     Args:
         instead: another solution, besides setting ``key`` to false.
     """
-    raise ValueError(
+    raise InvalidValue(
         f"{key} can't be combined with {name}, got {value!r}: the fused path does not compute it. "
         f"Set {key} to false{f', or {instead}' * bool(instead)}."
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import DPOConfig
 
+from ..errors import InvalidValue
 from ..guards.messages import named
 from ..options import OF_ANY_LOSS, OF_FOCALPO
 from ..registry import BoundLoss, get_loss
@@ -76,7 +77,7 @@ class PairwiseFields(_Host):
                 return loss.bind(**options)
             for name, default in defaults.items():
                 if options[name] != default:
-                    raise ValueError(
+                    raise InvalidValue(
                         f"{name} is an option of focalpo alone, got {options[name]!r} with "
                         f"focalpo_pairwise_loss={loss.name!r}: remove it."
                     )

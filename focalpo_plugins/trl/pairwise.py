@@ -13,10 +13,12 @@ from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..diagnostics import MARGINS, margin_sums, means
+from ..errors import RunError
 from ..guards.end import say_done
 from ..guards.folders import check_folder
 from ..guards.margins import not_finite, stop
 from ..guards.messages import say
+from ..guards.ranks import together
 from ..guards.resume import check_unchanged
 from ..registry import BoundLoss
 from .record import Record, recorded
@@ -100,7 +102,7 @@ class PairwiseBase(_Host):
         """The loss at the step that is trained, or at the last one before an evaluation."""
         loss, steps = self.pairwise_loss, self.state.max_steps
         if loss is None:
-            raise RuntimeError(
+            raise RunError(
                 f"{type(self).__name__} has no pairwise loss yet, and would train "
                 f"{self._own_loss}: call set_loss() before training."
             )
@@ -178,21 +180,8 @@ class PairwiseBase(_Host):
             check_unchanged(recorded(Path(folder)), asked, str(folder), allow, written)
 
     def _all_together(self, check: Callable[[], None]) -> None:
-        """Run ``check`` on every rank, and raise on all ranks if it raises on one.
-
-        If one rank ended alone, the others would wait for it.
-
-        Raises:
-            ValueError: the problem of the first rank that found one.
-        """
-        problem = ""
-        try:
-            check()
-        except ValueError as error:
-            problem = str(error)
-        for found in gather_object([problem]):
-            if found:
-                raise ValueError(found)
+        """Run ``check`` on every rank, and raise on all ranks if it raises on one."""
+        together(check, lambda mine: gather_object([mine]))
 
     def _check_step(self, recorded: int) -> None:
         """Stop the run unless the step has called our loss exactly once.
@@ -203,7 +192,7 @@ class PairwiseBase(_Host):
         if self._steps_recorded == recorded + 1:
             return
         loss = self.pairwise_loss
-        raise RuntimeError(
+        raise RunError(
             f"trl {version('trl')} computed the loss in a way that focalpo_plugins "
             f"{version('focalpo_plugins')} does not know, and this step would not have trained "
             f"{loss and loss.name}. Use a trl release that the README lists."

@@ -10,6 +10,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
+from ..errors import InvalidValue
 from ..guards.resume import IN_TRAINER_STATE, of_trainer_state
 
 
@@ -37,7 +38,7 @@ def recorded(checkpoint: Path) -> dict[str, Any] | None:
     try:
         found = of_trainer_state(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, LookupError, AttributeError) as error:
-        raise ValueError(
+        raise InvalidValue(
             f"resume_from_checkpoint must be a whole checkpoint, got {str(checkpoint)!r}: "
             f"{path.name} can't be read ({error}), as when a run was killed while it saved. "
             "Remove the folder, and resume from an earlier one."

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from datasets import Dataset
 from torch import Tensor
 
+from ..errors import InvalidType, InvalidValue
 from ..guards import pairs
 from ..loss import check_beta, check_label_smoothing
 from .checks import check_data, check_parallelism, given_to
@@ -132,7 +133,7 @@ class CPOLossMixin(ReferenceFreeMixin):
     def _check_config(self, config: Any) -> None:
         super()._check_config(config)
         if config.loss_type not in MARGIN_OF:
-            raise ValueError(
+            raise InvalidValue(
                 f"loss_type must be one of {', '.join(MARGIN_OF)}, got {config.loss_type!r}: it "
                 "has no log-sigmoid of the margin, which the loss could take the place of."
             )
@@ -199,7 +200,7 @@ class _OfConfig:
     def __init__(self, model: Any = None, args: Any = None, *more: Any, **kwargs: Any) -> None:
         if not isinstance(args, self._config):
             needed = self._config.__name__
-            raise TypeError(
+            raise InvalidType(
                 f"args must be a {needed}, got {type(args).__name__}: {needed} takes the same "
                 "arguments, and those that begin with focalpo_ besides."
             )

@@ -29,6 +29,8 @@ from transformers import logging as transformers_logging
 from transformers.utils import find_adapter_config_file
 from trl import DPOConfig, DPOTrainer, extract_prompt
 
+from ..errors import InvalidValue
+
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _UNDERSTOOD = (
     "chosen and rejected as texts or as lists of messages (role and content), and prompt, a text "
@@ -78,19 +80,19 @@ def _resolve(name: str, role: str, otherwise: str | None) -> Source:
     try:
         named = json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(
+        raise InvalidValue(
             f"{role} must be a model or an adapter, got {name!r}, whose adapter_config.json can't "
             "be read or names no base_model_name_or_path."
         ) from None
     if named and _is_there(named):
         if find_adapter_config_file(named) is not None:
-            raise ValueError(
+            raise InvalidValue(
                 f"{role} must be an adapter of a whole model, got {name!r}, whose base {named!r} "
                 "is an adapter itself. Merge that one into its model first."
             )
         return Source(name, named, f"{role} is an adapter, loaded over {named}, which it names")
     if otherwise is None:
-        raise ValueError(
+        raise InvalidValue(
             f"{role} must be a model, or an adapter whose base is there, got {name!r}, an adapter "
             f"of {named!r}, which is not. Change base_model_name_or_path in its "
             "adapter_config.json, or give a whole model as --ref."
@@ -206,7 +208,7 @@ def _trainer(
                 processing_class=tokenizer,
             )
         except Exception as error:  # a chat template can raise any error
-            raise ValueError(
+            raise InvalidValue(
                 f"DATA must be pairs that TRL {version('trl')} can prepare, got {data!r}: "
                 f"{_one_line(error)}"
             ) from error
@@ -247,14 +249,14 @@ def _model(source: Source, role: str, dtype: str) -> Any:
             model, wrong["lack"], wrong["have besides"] = _with_adapter(model, name)
     except Exception as error:  # broken files raise errors of many kinds
         why = str(error).splitlines()[0] if isinstance(error, OSError) else _one_line(error)
-        raise ValueError(
+        raise InvalidValue(
             f"{role} must be a model that can be loaded, got {source.name!r}: {why}"
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     if any(wrong.values()):
         found = [f"{verb} {_listed(keys)}" for verb, keys in wrong.items() if keys]
-        raise ValueError(
+        raise InvalidValue(
             f"{role} must have the weights of its {what} and no others, got {name!r}, whose files "
             f"{' and '.join(found)}: missing weights would be random. Give a whole model, or the "
             "folder of an adapter."
@@ -273,12 +275,12 @@ def _with_adapter(model: Any, name: str) -> tuple[Any, list[str], list[str]]:
         from peft import PeftConfig, get_peft_model
         from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
     except ImportError:
-        raise ValueError(
+        raise InvalidValue(
             "it is an adapter, which needs peft, and that is not installed: pip install peft."
         ) from None
     config = PeftConfig.from_pretrained(name)
     if config.is_prompt_learning:
-        raise ValueError(
+        raise InvalidValue(
             f"it is a {config.peft_type.value} adapter, which puts tokens of its own before a "
             "text, and only adapters on the model's layers can be scored."
         )
@@ -293,9 +295,9 @@ def _tokenizer(policy: Source, reference: Source) -> PreTrainedTokenizerBase:
     """The policy's tokenizer if it has one, else the reference's; their vocabularies must agree."""
     found = [each for each in (_own_tokenizer(policy), _own_tokenizer(reference)) if each]
     if not found:
-        raise ValueError(f"neither {policy.name} nor {reference.name} has a tokenizer.")
+        raise InvalidValue(f"neither {policy.name} nor {reference.name} has a tokenizer.")
     if len(found) == 2 and found[0].get_vocab() != found[1].get_vocab():
-        raise ValueError(
+        raise InvalidValue(
             f"MODEL and --ref must have one vocabulary, got {policy.name!r} and "
             f"{reference.name!r}, which differ: a reward compares the two on the same tokens."
         )
@@ -320,14 +322,14 @@ def _pairs(data: Path) -> tuple[Dataset, str]:
     loaded = _read(data)
     columns = loaded.column_names
     if {"chosen", "rejected"} - set(columns) or len(loaded) == 0:
-        raise ValueError(
+        raise InvalidValue(
             f"DATA must have rows with chosen and rejected, got {str(data)!r} with {len(loaded)} "
             f"rows of {', '.join(columns) or 'nothing'}. Rename its columns; read are "
             f"{_UNDERSTOOD}."
         )
     for column in ("image", "images"):
         if column in columns:
-            raise ValueError(
+            raise InvalidValue(
                 f"DATA must be pairs of texts, got {str(data)!r} with the column {column}: what a "
                 "model of images makes of a pair can't be scored."
             )
@@ -339,11 +341,11 @@ def _pairs(data: Path) -> tuple[Dataset, str]:
         try:
             rows.append(_row(row, asked))
             if rows[-1].texts != rows[0].texts:
-                raise ValueError(
+                raise InvalidValue(
                     "has texts where row 0 has messages, or messages where it has texts"
                 )
         except ValueError as error:
-            raise ValueError(
+            raise InvalidValue(
                 f"DATA must hold a pair in each row, got {str(data)!r}, where row {number} (the "
                 f"first is 0) {error}. Fix that row, or remove it."
             ) from None
@@ -351,7 +353,7 @@ def _pairs(data: Path) -> tuple[Dataset, str]:
     texts = rows[0].texts
     other = [column for column in _OTHER_PROMPTS if column in columns]
     if texts and asked is None and other:
-        raise ValueError(
+        raise InvalidValue(
             f"DATA must have a prompt, got {str(data)!r} with {other[0]} in place of it, which "
             "Axolotl puts into a template of its own: write what it makes of a row into prompt, "
             f"chosen and rejected. Read are {_UNDERSTOOD}."
@@ -371,7 +373,7 @@ def _pairs(data: Path) -> tuple[Dataset, str]:
 
 def _read(data: Path) -> Dataset:
     if data.suffix not in _FORMATS:
-        raise ValueError(
+        raise InvalidValue(
             f"DATA must end in {', '.join(_FORMATS)}, got {str(data)!r}: convert it to one of them."
         )
     try:
@@ -387,7 +389,7 @@ def _read(data: Path) -> Dataset:
             )  # fmt: skip
     except Exception as error:  # the readers raise errors of many kinds
         why = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"DATA must be a preference file, got {str(data)!r}: {why}") from None
+        raise InvalidValue(f"DATA must be a preference file, got {str(data)!r}: {why}") from None
 
 
 @dataclass
@@ -416,7 +418,7 @@ def _row(row: Mapping[str, Any], asked: str | None) -> _Row:
     chosen, rejected = (_content(side, row[side]) for side in ("chosen", "rejected"))
     texts = isinstance(chosen, str)
     if texts != isinstance(rejected, str):
-        raise ValueError("has a text as one answer and messages as the other")
+        raise InvalidValue("has a text as one answer and messages as the other")
     whole = 0 if texts else _common_start(chosen, rejected)
     if whole and not (asked == "prompt" and isinstance(row[asked], list)):
         note = "the prompt is their common start, and the column prompt is not used"
@@ -424,9 +426,9 @@ def _row(row: Mapping[str, Any], asked: str | None) -> _Row:
         return _Row(chosen[:whole], chosen[whole:], rejected[whole:], note)
     if asked is None:
         if not texts:
-            raise ValueError("has no prompt: its two conversations begin with different messages")
+            raise InvalidValue("has no prompt: its two conversations begin with different messages")
         if not (chosen and rejected):
-            raise ValueError("has an empty text as an answer, and no prompt")
+            raise InvalidValue("has an empty text as an answer, and no prompt")
         return _Row(None, chosen, rejected)
     prompt = _content(asked, row[asked])
     if texts and asked == "prompt" and isinstance(prompt, str):
@@ -442,16 +444,16 @@ def _row(row: Mapping[str, Any], asked: str | None) -> _Row:
 def _content(column: str, value: Any) -> Any:
     """A cell's text or messages; a single message becomes a list."""
     if value is None:
-        raise ValueError(
+        raise InvalidValue(
             f"has nothing in {column} (in a CSV, an empty cell, None and NA are read as nothing)"
         )
     if isinstance(value, str):
         return value
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list):
-        raise ValueError(f"has {value!r} in {column}, which is no text and no list of messages")
+        raise InvalidValue(f"has {value!r} in {column}, which is no text and no list of messages")
     if not messages:
-        raise ValueError(f"has no message in {column}")
+        raise InvalidValue(f"has no message in {column}")
     for message in messages:
         held = (
             []
@@ -459,7 +461,7 @@ def _content(column: str, value: Any) -> Any:
             else [k for k, v in message.items() if v is not None]
         )
         if "role" not in held or len(held) < 2:
-            raise ValueError(
+            raise InvalidValue(
                 f"has {message!r} in {column}, which is no message with a role and a content"
             )
     return messages

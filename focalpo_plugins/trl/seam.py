@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from trl import DPOTrainer
 
+from ..errors import InvalidValue, RunError
 from ..registry import BoundLoss
 
 # For each TRL loss type that a pairwise loss can replace, one entry for each log-sigmoid it calls:
@@ -59,7 +60,7 @@ def check_host(trainer: type = DPOTrainer, method: str = "_compute_loss") -> Non
     names = inspect.unwrap(getattr(trainer, method, check_host)).__code__.co_names
     if "logsigmoid" not in names or getattr(seam_module(trainer), "F", None) is not F:
         what = trainer.__name__.removesuffix("Trainer")
-        raise RuntimeError(
+        raise RunError(
             f"focalpo_plugins {version('focalpo_plugins')} does not know where trl "
             f"{version('trl')} computes its {what} loss: it must call F.logsigmoid in "
             f"{trainer.__name__}.{method}, as trl 0.29 to 1.16 do. Install one of these."
@@ -74,12 +75,12 @@ def check_loss_types(types: Sequence[str], key: str = "loss_type") -> None:
     for loss_type in types:
         if str(loss_type) not in _SEAM:
             why = _WHY_NOT.get(str(loss_type), "it is not known to be a log-sigmoid of the margin")
-            raise ValueError(
+            raise InvalidValue(
                 f"{key} must be one of {', '.join(_SEAM)}, got {loss_type!r}: {why}. Remove it; "
                 "'sigmoid' is the default."
             )
     if not any(_SEAM[str(loss_type)] for loss_type in types):
-        raise ValueError(
+        raise InvalidValue(
             f"{key} must hold one of sigmoid, sigmoid_norm, robust, got {list(types)}: there is no "
             "preference loss in it. Put 'sigmoid' beside 'sft'."
         )
@@ -124,7 +125,7 @@ def exchanged(
     with _logsigmoid_replaced(seam_module(trainer), logsigmoid):
         yield margins
     if len(margins) != len(smoothing):
-        raise RuntimeError(
+        raise RunError(
             f"trl {version('trl')} called logsigmoid {len(margins)} times for {asked}, where "
             f"focalpo_plugins {version('focalpo_plugins')} expects {len(smoothing)}: its loss has "
             f"moved, and this step would not have trained {loss.name}. Use a trl release that the "
@@ -152,7 +153,7 @@ def _logsigmoid_replaced(
     """
     with _SWAPPED:
         if module.F is not F:
-            raise RuntimeError(
+            raise RunError(
                 f"{module.__name__}.F must be torch.nn.functional, got {module.F!r}: another "
                 "package has exchanged it, and would compute another loss. Remove that package."
             )

@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl import DPOTrainer
 
+from ..errors import InvalidType, InvalidValue, RunError
 from ..guards import pairs
 from ..guards.start import check_first_margins
 from .checks import check_arguments, check_data, check_fused_parts, given_to
@@ -72,7 +73,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         self._loss_now()  # raises if there is no loss
         if self._fused:
             if return_outputs:
-                raise RuntimeError(
+                raise RunError(
                     f"{self._fused_key} has no outputs to return, as predict() asks for: the "
                     f"logits are never there as a whole. Set {self._fused_key} to false."
                 )
@@ -167,7 +168,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         new_data = not isinstance(eval_dataset, str | None)
         if new_data and self._reference_freed:
-            raise ValueError(
+            raise InvalidValue(
                 f"eval_dataset must be given to {type(self).__name__}, got one in evaluate(): with "
                 "precompute_ref_log_probs the reference is freed once the trainer is built. Build "
                 "the trainer with it, or set precompute_ref_log_probs to false."
@@ -212,7 +213,7 @@ class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
             args = FocalPOConfig(f"{Path(name).name}-FocalPO")
         if not isinstance(args, FocalPOConfig):
-            raise TypeError(
+            raise InvalidType(
                 f"args must be a FocalPOConfig, got {type(args).__name__}: FocalPOConfig takes the "
                 "same arguments, and focalpo_gamma and focalpo_variant besides."
             )
