@@ -11,14 +11,18 @@ its second forward pass.  These functions wrap transformers' own, which run if t
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakMethod, finalize, ref
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -30,7 +34,7 @@ from .compute.shared_prompts import (
     layout_of_packed,
     shared_attention,
 )
-from .errors import InvalidValue, RunError
+from .errors import FocalPOError, InvalidValue, RunError
 
 # The keyword that passes a layout through a model.
 _KEYWORD = "focalpo_layout"
@@ -55,6 +59,40 @@ _WIDEST_HEAD = 256
 _ROUNDING = (1e-3, 0.1)
 
 
+class _Hook:
+    """A hook that keeps nobody alive, and acts on one module.
+
+    A model's copy copies its hooks, but the copy belongs to no trainer.
+    """
+
+    def __init__(self, method: Callable[..., Any], module: nn.Module) -> None:
+        self._method = WeakMethod(method)
+        self._module = ref(module)
+
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
+        method = self._method()
+        return method(module, *given) if method and module is self._module() else None
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return self
+
+
+class _Attached:
+    """Whose hooks a backbone has now."""
+
+    def __init__(self, owner: SharedPrompts, handles: list[RemovableHandle]) -> None:
+        self.owner = ref(owner)
+        self.remove = finalize(owner, _remove, handles)
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+_attached: WeakKeyDictionary[nn.Module, _Attached] = WeakKeyDictionary()
+
+
 class SharedPrompts:
     """The hooks of one trainer, on its policy and its reference.
 
@@ -71,8 +109,8 @@ class SharedPrompts:
         self.key = key
         self.tokens = self.places = 0
         self._together = together
-        self._attached: WeakSet[nn.Module] = WeakSet()
-        self._compared: WeakSet[nn.Module] = WeakSet()
+        # For each backbone that was compared: sequences longer than this may show more.
+        self._compared: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
         self._pairs: int | None = None
         self._lengths: Sequence[int] | None = None
         self._layout: tuple[Tensor, Layout] | None = None
@@ -82,6 +120,8 @@ class SharedPrompts:
     def attach(self, model: Any) -> None:
         """Make ``model`` share prompts; a second call does nothing.
 
+        Hooks that another trainer has on it are removed.
+
         Args:
             model: a model without wrappers and adapters' models.
 
@@ -89,7 +129,8 @@ class SharedPrompts:
             ValueError: its attention can't share prompts, or would compute something else.
         """
         backbone = model.base_model
-        if backbone in self._attached:
+        before = _attached.get(backbone)
+        if before is not None and before.owner() is self:
             return
         if backbone is model:
             raise InvalidValue(
@@ -97,16 +138,18 @@ class SharedPrompts:
                 f"{type(model).__name__}. Set {self.key} to false."
             )
         follow_layouts(model, self.key)
-        backbone.register_forward_pre_hook(self._before, with_kwargs=True)
-        backbone.register_forward_hook(self._after, with_kwargs=True)
-        self._attached.add(backbone)
+        if before is not None:
+            before.remove()
+        ours = _Hook(self._before, backbone), _Hook(self._after, backbone)
+        handles: list[RemovableHandle] = [
+            backbone.register_forward_pre_hook(ours[0], with_kwargs=True),
+            backbone.register_forward_hook(ours[1], with_kwargs=True),
+        ]
+        _attached[backbone] = _Attached(self, handles)
 
     def describe(self, device: torch.device) -> str:
         """Text for the start-up line: prompts are shared, and by which attention on ``device``."""
         return f"prompts=shared attention={kernel_for(device)[0]!r} "
-
-    def __deepcopy__(self, memo: Any) -> SharedPrompts:
-        return self  # a model's copy copies its hooks, which would copy the trainer too
 
     @contextmanager
     def of(self, pairs: int, lengths: Sequence[int] | None = None) -> Iterator[None]:
@@ -146,12 +189,14 @@ class SharedPrompts:
             return None  # for example, a check on a few tokens
         self._refuse_other_inputs(ids, args, kwargs)
         layout = self._layout_of(ids, mask)
-        if backbone not in self._compared:
+        longest = _of_all_ranks(layout.longest, ids.device)
+        if longest > self._compared.get(backbone, 0):
             self._together(lambda: self._compare(backbone, ids, mask, kwargs))
-            self._compared.add(backbone)
+            self._compared[backbone] = _next_limit(backbone, longest)
         self._acted += 1
         self._calls = layout.calls
         saves = layout.tokens < _NOT_WORTH_IT * layout.tokens_before
+        saves &= not _depends_on_padding(backbone, layout, ids, kwargs)
         if not self.tokens:
             self.places = layout.tokens_before
             self.tokens = layout.tokens if saves else self.places
@@ -166,9 +211,10 @@ class SharedPrompts:
         layers = backbone.config.get_text_config().num_hidden_layers
         if layout.calls - self._calls != layers:
             raise InvalidValue(
-                f"{self.key} can't be used with {type(backbone).__name__}, got "
-                f"{layout.calls - self._calls} of its {layers} layers that asked for the attention "
-                f"of transformers: another one was put in its place. Set {self.key} to false."
+                f"{self.key} needs {layers} calls of transformers' attention, one for each layer "
+                f"of {type(backbone).__name__}, got {layout.calls - self._calls}: the model's "
+                "layers attend in another way, or another attention was put in its place. Set "
+                f"{self.key} to false."
             )
         if not isinstance(getattr(output, "last_hidden_state", None), Tensor):
             raise InvalidValue(
@@ -205,47 +251,28 @@ class SharedPrompts:
                 self._layout = ids, layout_of_batch(ids, mask)
         return self._layout[1]
 
-    @torch.no_grad()
     def _compare(
         self, backbone: nn.Module, ids: Tensor, mask: Any, kwargs: Mapping[str, Any]
     ) -> None:
-        """Compare the first pair's hidden states with those of the model's own attention."""
+        """Compare the longest pair's hidden states with those of the model's own attention."""
         pairs, self._pairs = self._pairs, None
         assert pairs is not None
-        modes = {module: module.training for module in backbone.modules()}
-        for module in modes:
-            # Except bitsandbytes' 4-bit layers: on a CPU they repack their weights in eval mode,
-            # and every gradient after that is wrong.
-            four_bit = hasattr(getattr(module, "weight", None), "quant_state")
-            module.training = four_bit and module.training
         own = {name: value for name, value in kwargs.items() if name not in _REPLACED}
+        given, layout = _longest_pair(ids, mask, pairs, self._lengths)
         try:
-            if self._lengths is None:
-                rows = torch.tensor([0, pairs], device=ids.device)
-                few, real = ids[rows], mask[rows]
-                layout = layout_of_batch(few, real)
-                whole = backbone(**{**own, "input_ids": few, "attention_mask": real})
-            else:
-                first, second = self._lengths[0], self._lengths[pairs]
-                begin = sum(self._lengths[:pairs])
-                few = torch.cat([ids[:, :first], ids[:, begin : begin + second]], 1)
-                real = torch.ones_like(few)
-                layout = layout_of_packed(few, [first, second])
-                places = torch.cat([torch.arange(first), torch.arange(second)]).to(ids.device)
-                whole = backbone(
-                    **{**own, "input_ids": few, "attention_mask": None},
-                    position_ids=places[None],
-                )
-            row = backbone(**_inputs(kwargs, layout)).last_hidden_state
+            with _without_traces(backbone):
+                plain = backbone(**{**own, **given}).last_hidden_state
+                shared = layout.states_of_batch(self._of_row(backbone, kwargs, layout))
+                self._refuse_noise(backbone, given["input_ids"])
         finally:
-            for module, mode in modes.items():
-                module.training = mode
             self._pairs = pairs
-        plain, shared = whole.last_hidden_state, layout.states_of_batch(row)
         narrow = plain.dtype.itemsize < 4 or torch.is_autocast_enabled(ids.device.type)
         off = (shared - plain).float().norm(dim=-1) / plain.float().norm(dim=-1)
         # If the model's own states are not finite, the check of the margins stops the step.
-        off = off[real.bool() & plain.isfinite().all(-1)]
+        real = plain.isfinite().all(-1)
+        if given["attention_mask"] is not None:
+            real &= given["attention_mask"].bool()
+        off = off[real]
         furthest = off.max().item() if len(off) else 0.0
         if not furthest <= _ROUNDING[narrow]:
             raise InvalidValue(
@@ -253,6 +280,138 @@ class SharedPrompts:
                 f"differ by {furthest:.3g} of their size from those of its own attention, beyond "
                 f"{plain.dtype}'s rounding. Set {self.key} to false."
             )
+
+    def _of_row(self, backbone: nn.Module, kwargs: Mapping[str, Any], layout: Layout) -> Tensor:
+        """The row's last hidden states; the model has just computed the same pair by itself."""
+        try:
+            states: Tensor = backbone(**_inputs(kwargs, layout)).last_hidden_state
+        except (FocalPOError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if isinstance(error, RuntimeError) and "allocate memory" in str(error):
+                raise  # of a CPU
+            raise InvalidValue(
+                f"{self.key} can't be used with {type(backbone).__name__}, which fails on a row of "
+                f"shared prompts, got {type(error).__name__}: {error}. Set {self.key} to false."
+            ) from error
+        return states
+
+    def _refuse_noise(self, backbone: Any, ids: Tensor) -> None:
+        """Refuse embeddings that a hook changes in training, as NEFTune's does.
+
+        NEFTune's noise depends on the shape of the batch.
+        """
+        embeddings = backbone.get_input_embeddings()
+        if not (embeddings._forward_hooks or embeddings._forward_pre_hooks):
+            return
+        mode, quiet = embeddings.training, embeddings(ids)
+        embeddings.training = True
+        try:
+            noisy = embeddings(ids)
+        finally:
+            embeddings.training = mode
+        if not torch.equal(quiet, noisy):
+            raise InvalidValue(
+                f"{self.key} can't be combined with noise on the embeddings, such as NEFTune's, "
+                f"got a hook on {type(embeddings).__name__} that acts in training: it would read "
+                f"the row's shape in place of the batch's. Remove it, or set {self.key} to false."
+            )
+
+
+def _of_all_ranks(length: int, device: torch.device) -> int:
+    """The largest ``length`` of all ranks, so that all of them compare in the same step."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return length
+    largest = torch.tensor(length, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest.item())
+
+
+def _next_limit(backbone: Any, longest: int) -> float:
+    """The length up to which sequences show no more than those of length ``longest`` did.
+
+    A window shows only in longer sequences.  Its name in a config is the model's own, so every
+    number of the config may be one.
+    """
+    numbers = _numbers(backbone.config.to_dict())
+    return min((number for number in numbers if number >= longest), default=math.inf)
+
+
+def _numbers(values: Any) -> Iterator[int]:
+    """The whole numbers in a config, and in what it nests."""
+    if isinstance(values, Mapping):
+        values = list(values.values())
+    if isinstance(values, list | tuple):
+        yield from chain.from_iterable(map(_numbers, values))
+    elif isinstance(values, int) and not isinstance(values, bool):
+        yield values
+
+
+def _depends_on_padding(
+    backbone: Any, layout: Layout, ids: Tensor, kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether the model computes its frequencies from a length that the row doesn't have.
+
+    Dynamic and long RoPE take the last position, which is of the padding if a batch is padded to
+    more than its longest sequence.
+    """
+    positions = kwargs.get("position_ids")
+    last = ids.shape[1] if positions is None else int(positions.max()) + 1
+    return last != layout.longest and _rope_by_length(backbone.config.to_dict())
+
+
+def _rope_by_length(values: Mapping[str, Any]) -> bool:
+    return any(
+        _rope_by_length(value)
+        if isinstance(value, Mapping)
+        else name in ("rope_type", "type") and ("dynamic" in str(value) or value == "longrope")
+        for name, value in values.items()
+    )
+
+
+def _longest_pair(
+    ids: Tensor, mask: Any, pairs: int, lengths: Sequence[int] | None
+) -> tuple[dict[str, Any], Layout]:
+    """The pair with the longest sequence: inputs of the backbone, and their layout."""
+    if lengths is None:
+        longest = mask.sum(1)
+        pair = int(torch.maximum(*longest.chunk(2)).argmax())
+        rows = torch.tensor([pair, pairs + pair], device=ids.device)
+        width = int(longest[rows].max())
+        few, real = ids[rows, :width], mask[rows, :width]
+        return {"input_ids": few, "attention_mask": real}, layout_of_batch(few, real)
+    sides = list(zip(lengths[:pairs], lengths[pairs:], strict=True))
+    pair = max(range(pairs), key=lambda i: max(sides[i]))
+    begins = sum(lengths[:pair]), sum(lengths[: pairs + pair])
+    places = [torch.arange(length) for length in sides[pair]]
+    taken = [begin + place for begin, place in zip(begins, places, strict=True)]
+    few = ids[:, torch.cat(taken).to(ids.device)]
+    given = {
+        "input_ids": few,
+        "attention_mask": None,
+        "position_ids": torch.cat(places)[None].to(ids.device),
+    }
+    return given, layout_of_packed(few, sides[pair])
+
+
+@contextmanager
+def _without_traces(backbone: nn.Module) -> Iterator[None]:
+    """Inside, a forward pass has no gradient and no dropout, and leaves nothing behind."""
+    modes = {module: module.training for module in backbone.modules()}
+    for module in modes:
+        # Except bitsandbytes' 4-bit layers: on a CPU they repack their weights in eval mode, and
+        # every gradient after that is wrong.
+        four_bit = hasattr(getattr(module, "weight", None), "quant_state")
+        module.training = four_bit and module.training
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        # Before 2.11 torch gives autocast's copies of the weights, made without a gradient, to the
+        # forward pass around this one.
+        torch.clear_autocast_cache()
 
 
 def _inputs(kwargs: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
@@ -371,6 +530,12 @@ def _shared(
             f"{key} needs causal attention, got is_causal=False in {type(module).__name__}. Set "
             f"{key} to false."
         )
+    if sliding_window is None and _has_window(module):
+        raise InvalidValue(
+            f"{key} needs attention that is given its window, got none in {type(module).__name__}, "
+            "although the model's config has one: it would come from the mask, which the row does "
+            f"without. Set {key} to false."
+        )
     layout.calls += 1
     device = query.device
     _, kernel = kernel_for(device)
@@ -395,3 +560,13 @@ def _shared(
         kernel=kernel,
     )
     return out.contiguous(), None
+
+
+def _has_window(module: Any) -> bool:
+    """Whether the config of a layer's attention gives it a window."""
+    config = getattr(module, "config", None)
+    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds and layer is not None:
+        return bool(kinds[layer] == "sliding_attention")
+    window = getattr(config, "sliding_window", None)
+    return window is not None and getattr(config, "use_sliding_window", True) is not False

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -110,6 +111,9 @@ def check_logits(
         hook.remove()
     with gathered(head.weight, head.bias):
         expected = F.linear(states[0].to(head.weight.dtype), head.weight, head.bias).float()
+    # Before 2.11 torch gives autocast's copies of the weights, made without a gradient, to the
+    # forward pass around this one.
+    torch.clear_autocast_cache()
     logits = logits.float()
     # States that are not finite make both logits so; the check of the margins reports them.
     same = (logits == expected) | (logits.isnan() & expected.isnan())

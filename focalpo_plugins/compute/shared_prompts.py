@@ -92,6 +92,11 @@ class Layout:
         """``T``."""
         return self.ids.shape[1]
 
+    @property
+    def longest(self) -> int:
+        """Length of the longest sequence, in tokens."""
+        return max(pair.start + max(pair.chosen, pair.rejected) for pair in self.pairs)
+
     def states_of_batch(self, row: Tensor) -> Tensor:
         """The row's hidden states ``(1, T, H)`` at their places in the batch.
 
