@@ -41,11 +41,10 @@ RESERVED_NAMES = frozenset(
         *("dpo", "ebft", "gdpo", "grpo", "ipo", "kto", "orpo", "simpo", "sft", "reward_model"),
         *("adapter", "base", "dataset", "datasets", "deepspeed", "fsdp", "lora", "peft", "plugins"),
         *("rl", "trainer", "trl", "vllm"),
-        # OpenRLHF: the first words of its flags
-        *("actor", "adam", "algo", "ckpt", "critic", "data", "ds", "eval", "logger", "loss"),
-        *("model", "muon", "ref", "reward", "rollout", "train"),
+        # our own flag in OpenRLHF, whose other flags are compared when ours are added
+        "loss",
         # the first words of what the hosts log
-        *("entropy", "logits", "logps", "rewards", "test"),
+        *("entropy", "eval", "logits", "logps", "rewards", "test", "train"),
     }
 )
 # Names of keys or flags that each of our losses has in a host, so no option can have them.

@@ -13,6 +13,7 @@ def say_done(
     held_out: Mapping[str, float],
     output: str,
     report: str | None,
+    since: int = 0,
 ) -> None:
     """Print the outcome in one line; call it on one rank only.
 
@@ -22,10 +23,12 @@ def say_done(
         held_out: the last evaluation's numbers, by name.
         output: the folder that the model is saved to, as the user wrote it.
         report: the folder that ``focalpo report`` can read; None if there is none.
+        since: the step of the first loss, if that of the run's first step isn't known.
     """
     parts = [f"done. {steps} step{'s' * (steps != 1)}"]
     if losses:
-        parts.append(f"loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
+        first = f"at step {since}" if since else "at first"
+        parts.append(f"loss {losses[0]:.4f} {first}, {losses[-1]:.4f} at last")
     if held_out:
         found = ", ".join(f"{name} {value:.3f}" for name, value in held_out.items())
         parts.append(f"held out: {found}")

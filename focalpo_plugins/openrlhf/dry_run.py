@@ -11,6 +11,7 @@ import runpy
 import sys
 import warnings
 from argparse import ArgumentParser
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import version
@@ -20,11 +21,12 @@ from typing import Any, NoReturn
 from ..errors import InvalidValue, RunError
 from ..guards import hub
 from ..guards.messages import explained
+from ..guards.pairs import blank, faults
 from ..plan import ModelState, Pair, Plan, Tokens
 from ..registry import get_loss
 from . import COMMAND, cpu
 from .autoload import patch
-from .data import described, explain, hub_names
+from .data import check_cells, described, explain, hub_names
 from .names import dotted, given_options, spelled
 
 _OURS = "focalpo_plugins.openrlhf.train_dpo"
@@ -121,8 +123,14 @@ def _plan(of_host: Any, gpus: int, shape: Path | None) -> Plan:
         dataset_split=args.data.dataset_split,
     )
     rows = rows.select(range(min(args.data.max_samples, len(rows))))
+    held_out = None
+    if args.eval.dataset:
+        held_out = blending_datasets(
+            args.eval.dataset, None, strategy, dataset_split=args.eval.split
+        )
+    check_cells(of_host)
 
-    def dataset(max_length: int) -> Any:
+    def dataset(max_length: int, rows: Any = rows) -> Any:
         return RewardDataset(
             rows,
             tokenizer,
@@ -159,6 +167,11 @@ def _plan(of_host: Any, gpus: int, shape: Path | None) -> Plan:
             "--ds.use_liger_kernel swaps in Liger's Triton layers, which a CPU can't try; the loss "
             "is not Liger's."
         )
+    if held_out is not None:
+        flag = f"--{spelled('eval.dataset', vars(of_host))}"
+        evaluated = dataset(args.data.max_len, held_out)
+        notes.append(f"{len(evaluated)} of {len(held_out)} pairs of {flag} are evaluated")
+        found += _of_evaluation(of_host, evaluated, tokenizer, flag)
     if args.model.ipo_enable:
         found.append("--model.ipo_enable: IPO is trained, a loss of its own.")
     return Plan(
@@ -172,6 +185,23 @@ def _plan(of_host: Any, gpus: int, shape: Path | None) -> Plan:
         formats=described(of_host),
         **shown,
     )
+
+
+def _of_evaluation(of_host: Any, evaluated: Any, tokenizer: Any, flag: str) -> list[str]:
+    """Warnings about evaluation data, a sentence each."""
+    if len(evaluated) == 0:
+        return [f"{flag} holds no pair whose prompt leaves room for an answer: no evaluation."]
+    is_blank = blank(tokenizer)
+    counts: Counter[str] = Counter()
+    for place in range(len(evaluated)):
+        with _explained(of_host):  # OpenRLHF joins prompt and answer here
+            chosen, _, rejected, _, length = evaluated[place]
+        answers = (side.flatten().tolist()[length:] for side in (chosen, rejected))
+        counts.update(faults(*answers, is_blank))
+    return [
+        f"{count} of {len(evaluated)} pairs of {flag} are {fault}."
+        for fault, count in sorted(counts.items())
+    ]
 
 
 def _flags(argv: Sequence[str]) -> Any:

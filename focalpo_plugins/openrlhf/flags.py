@@ -5,19 +5,17 @@ from __future__ import annotations
 import functools
 import sys
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from ..errors import InvalidValue
 from ..guards import last_line
-from ..guards.jsonl import check_file
 from ..guards.messages import did_you_mean, named
 from ..loss import check_beta, check_label_smoothing
 from ..options import OF_ANY_LOSS
 from ..registry import BoundLoss, PairwiseLoss, get_loss, losses
 from . import cpu, data
-from .names import spelled, versions
+from .names import FLAT, spelled, versions
 
 # OpenRLHF's own loss, even if a package registers a loss under this name.
 _OF_HOST = "dpo"
@@ -53,11 +51,12 @@ def parse(
             elsewhere.
     """
     argv = list(sys.argv[1:] if args is None else args)
-    if not _add(parser, argv):
+    offered = _offered(parser)
+    if not _add(parser, argv, offered):
         return parse_original(args, *more, **kwargs)
-    _check_spelling(parser, argv)
+    _check_spelling(parser, argv, offered)
     parsed = parse_original(args, *more, **kwargs)
-    loss = _check(parser, parsed[0] if isinstance(parsed, tuple) else parsed)
+    loss = _check(parser, parsed[0] if isinstance(parsed, tuple) else parsed, offered)
     if loss is not None:
         from .trainer import install
 
@@ -72,15 +71,30 @@ def _refuse(parser: ArgumentParser, message: str) -> NoReturn:
     parser.error(message)
 
 
-def _offered() -> dict[str, PairwiseLoss]:
-    return {name: loss for name, loss in losses().items() if name != _OF_HOST}
+def _offered(parser: ArgumentParser) -> dict[str, PairwiseLoss]:
+    """The losses whose flags can be added to OpenRLHF's own."""
+    of_host = _words(parser)
+    return {
+        name: loss for name, loss in losses().items() if name != _OF_HOST and name not in of_host
+    }
 
 
-def _flags() -> dict[str, tuple[PairwiseLoss, str]]:
+def _words(parser: ArgumentParser) -> set[str]:
+    """The first words of OpenRLHF's flags.
+
+    OpenRLHF makes a namespace of each word before a dot, so a loss with such a name would mix its
+    options with OpenRLHF's, or take the place of a value.
+    """
+    flags = {flag.removeprefix("--") for flag in _known(parser)}
+    flags |= {*FLAT, *parser._defaults, *(action.dest for action in parser._actions)}
+    return {flag.split(".")[0] for flag in flags}
+
+
+def _flags(offered: Mapping[str, PairwiseLoss]) -> dict[str, tuple[PairwiseLoss, str]]:
     """For each flag of a loss, without its dashes, the loss and the option."""
     return {
         f"{loss.name}.{option}": (loss, option)
-        for loss in _offered().values()
+        for loss in offered.values()
         for option in _defaults(loss)
     }
 
@@ -89,20 +103,17 @@ def _defaults(loss: PairwiseLoss) -> dict[str, Any]:
     return {**_OF_TRAINER, **loss.options}
 
 
-def _add(parser: ArgumentParser, argv: Sequence[str]) -> bool:
+def _add(parser: ArgumentParser, argv: Sequence[str], offered: Mapping[str, PairwiseLoss]) -> bool:
     """Add the flags, and return whether they were added.
 
-    None is added if OpenRLHF already has one of them and this run uses none.
+    None is added if OpenRLHF has a flag ``--loss`` itself and this run uses none of our flags.
     """
-    ours = _written()
-    taken = ours & _known(parser)
-    if taken:
-        if ours & {word.split("=")[0] for word in argv}:
+    if "--loss" in _known(parser):
+        if _written(offered) & {word.split("=")[0] for word in argv}:
             _refuse(
                 parser,
-                f"{versions()}: OpenRLHF has {', '.join(sorted(taken))} itself, which "
-                "focalpo_plugins would add. Use an openrlhf release that the README lists, or set "
-                "FOCALPO_AUTOLOAD=0.",
+                f"{versions()}: OpenRLHF has --loss itself, which focalpo_plugins would add. Use "
+                "an openrlhf release that the README lists, or set FOCALPO_AUTOLOAD=0.",
             )
         return False
     group = parser.add_argument_group(
@@ -110,12 +121,12 @@ def _add(parser: ArgumentParser, argv: Sequence[str]) -> bool:
     )
     group.add_argument(
         "--loss",
-        type=_loss_name,
-        choices=[_OF_HOST, *_offered()],
+        type=functools.partial(_loss_name, offered),
+        choices=[_OF_HOST, *offered],
         default=_OF_HOST,
         help="Loss to train with; dpo is OpenRLHF's own (default: dpo)",
     )
-    for flag, (loss, option) in _flags().items():
+    for flag, (loss, option) in _flags(offered).items():
         default = _defaults(loss)[option]
         kind: dict[str, Any] = {}
         if isinstance(default, bool):
@@ -132,17 +143,24 @@ def _add(parser: ArgumentParser, argv: Sequence[str]) -> bool:
     return True
 
 
-def _written() -> set[str]:
+def _written(offered: Mapping[str, PairwiseLoss]) -> set[str]:
     """Our flags as they are written."""
-    return {"--loss", *(f"--{flag}" for flag in _flags())}
+    return {"--loss", *(f"--{flag}" for flag in _flags(offered))}
 
 
 def _known(parser: ArgumentParser) -> set[str]:
     return {name for action in parser._actions for name in action.option_strings}
 
 
-def _loss_name(name: str) -> str:
-    known = [_OF_HOST, *_offered()]
+def _loss_name(offered: Mapping[str, PairwiseLoss], name: str) -> str:
+    known = [_OF_HOST, *offered]
+    left_out = losses().get(name)
+    if left_out is not None and name not in known:
+        raise ArgumentTypeError(
+            f"must be a loss whose name is not the first word of a flag of OpenRLHF, got {name!r} "
+            f"of the package {left_out.package}: its flags would begin with --{name} too. Register "
+            "it under another name."
+        )
     if name not in known:
         raise ArgumentTypeError(
             f"must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}"
@@ -168,13 +186,15 @@ def _number_or_text(text: str) -> float | str:
         return text
 
 
-def _check_spelling(parser: ArgumentParser, argv: Sequence[str]) -> None:
+def _check_spelling(
+    parser: ArgumentParser, argv: Sequence[str], offered: Mapping[str, PairwiseLoss]
+) -> None:
     """Refuse one of our flags if it is misspelt or abbreviated.
 
     argparse expands an abbreviation to the one flag that begins with it.  OpenRLHF's own
     abbreviations still work, but an abbreviation of our flag could later mean another loss's flag.
     """
-    ours = sorted(_written())
+    ours = sorted(_written(offered))
     known = _known(parser)
     of_host = known - set(ours)
     for word in argv:
@@ -182,7 +202,7 @@ def _check_spelling(parser: ArgumentParser, argv: Sequence[str]) -> None:
         if name in known or not name.startswith("--") or name == "--":
             continue
         abbreviates = [flag for flag in ours if flag.startswith(name)]
-        of_loss = any(name.startswith(f"--{loss}.") for loss in _offered())
+        of_loss = any(name.startswith(f"--{loss}.") for loss in offered)
         if (abbreviates or of_loss) and not any(flag.startswith(name) for flag in of_host):
             _refuse(
                 parser,
@@ -191,13 +211,15 @@ def _check_spelling(parser: ArgumentParser, argv: Sequence[str]) -> None:
             )
 
 
-def _check(parser: ArgumentParser, namespace: Namespace) -> BoundLoss | None:
+def _check(
+    parser: ArgumentParser, namespace: Namespace, offered: Mapping[str, PairwiseLoss]
+) -> BoundLoss | None:
     """The loss asked for, None for OpenRLHF's own; changes the namespace for that loss."""
     values = vars(namespace)
     name = values["loss"]
     try:
         cpu.check(namespace)
-        for flag, (loss, _) in _flags().items():
+        for flag, (loss, _) in _flags(offered).items():
             if flag in values and loss.name != name:
                 raise InvalidValue(
                     f"--{flag} is a flag of --loss {loss.name}, got {values[flag]!r} with --loss "
@@ -211,13 +233,8 @@ def _check(parser: ArgumentParser, namespace: Namespace) -> BoundLoss | None:
         _check_precompute(values, bound.source)
         if values.get(f"{name}.shared_prompts"):
             _check_shared(values, f"--{name}.shared_prompts")
-        flag = spelled("data.dataset", values)
-        sides = (values.get(spelled(f"data.{side}_key", values)) for side in ("chosen", "rejected"))
-        columns = [
-            column for column in (*sides, values.get(spelled("data.prompt_key", values))) if column
-        ]
-        for path in str(values.get(flag)).split(","):
-            check_file(Path(path), f"--{flag}", columns)
+        keys = (spelled(f"data.{of}_key", values) for of in ("chosen", "rejected", "prompt"))
+        data.check_local(namespace, [column for key in keys if (column := values.get(key))])
     except ValueError as error:
         _refuse(parser, str(error))
     for option, value in bound.options.items():

@@ -33,12 +33,18 @@ from ..guards.end import say_done
 from ..guards.folders import check_folder, write_whole
 from ..guards.margins import not_finite, stop
 from ..guards.messages import say
-from ..guards.resume import RECORD_FILE, check_unchanged
+from ..guards.resume import RECORD_FILE, check_unchanged, warn_of_another_length
 from ..guards.start import check_first_margins
 from ..registry import BoundLoss
+from . import data
 from .loss import PairwiseDPOLoss
 from .names import dotted, given_options, spelled, versions
 from .reference import ReferenceLogps, on_all_ranks, on_rank_0, precompute
+
+# OpenRLHF's values that go into the loss: attributes of its `model` arguments.
+_IN_LOSS = ("beta", "label_smoothing", "aux_loss_coef", "nll_loss_coef")
+# The key of a checkpoint's record whose value tells of the run, and is not compared.
+_RUN = "run"
 
 
 def install(loss: BoundLoss) -> None:
@@ -77,11 +83,14 @@ class PairwiseDPOTrainer(DPOTrainer):
         options, flags = given_options(strategy.args)
         self._reference: ReferenceLogps | None = None
         self._sharing: SharedPrompts | None = None
+        construct = functools.partial(super().__init__, model, ref_model, strategy)
         with _dpo_loss_replaced(functools.partial(PairwiseDPOLoss, loss=name, **options)):
-            super().__init__(model, ref_model, strategy, *args, **kwargs)
+            # The first rank opens the logs here, which can fail.
+            on_all_ranks(strategy, lambda: construct(*args, **kwargs))
         loss_fn = getattr(self, "loss_fn", None)
         if not isinstance(loss_fn, PairwiseDPOLoss):
             raise _moved(name, f"its loss_fn is {type(loss_fn).__name__}")
+        on_rank_0(strategy, lambda: data.check_cells(strategy.args))
         self._check_pairs(
             strategy.is_rank_0(), f"--{name}.allow_data", bool(flags.get("allow_data"))
         )
@@ -91,17 +100,22 @@ class PairwiseDPOTrainer(DPOTrainer):
         self._sums: dict[str, Tensor] = {}
         loss_fn.record, loss_fn.progress = self._record, self._progress
         self._moving: dict[str, float] = {}  # of the last batch
-        self._losses: list[float] = []  # of the first step and the last
+        # Counted here: once OpenRLHF resumes inside an epoch, the loader's length is what is left.
+        accumulated = strategy.accumulated_gradient
+        self._steps = self.epochs * len(self.train_dataloader) // accumulated
+        self._losses: list[float] = []  # of the first step and the last, on the first rank
         self._accuracy: float | None = None  # of the last evaluation
         self._margins: list[Tensor] = []
         self._batches = self._to_evaluate = 0
         self._tokens = 0, 0  # of the policy's last batch: computed, and in the padded batch
         self._logged_batches = 0  # batches before the ones that the next log covers
-        record = self._loss.record(".", beta=loss_fn.beta, label_smoothing=loss_fn.label_smoothing)
-        ckpt = dotted(strategy.args).ckpt
-        if ckpt.load_enable and not flags.get("allow_changed"):
-            _check_resumed(strategy, Path(ckpt.path), record, f"--{name}.allow_changed")
         of_host = dotted(strategy.args)
+        in_loss = {key: getattr(of_host.model, key) for key in _IN_LOSS}
+        self._record_of_loss = self._loss.record(".", **in_loss)
+        ckpt = of_host.ckpt
+        if ckpt.load_enable and not flags.get("allow_changed"):
+            allow = f"--{name}.allow_changed"
+            on_rank_0(strategy, lambda: self._check_resumed(Path(ckpt.path), allow))
         reference = of_host.ref.model_name_or_path
         # If no reference is named, OpenRLHF's flag names the policy.
         same = reference in (None, of_host.model.model_name_or_path)
@@ -114,8 +128,9 @@ class PairwiseDPOTrainer(DPOTrainer):
         self.strategy = _ReducingDiagnostics(strategy, self._join_diagnostics)
         # Not around the strategy's save_ckpt, which first deletes the oldest of too many folders.
         engine = model.model
-        save = functools.partial(_save_with_record, strategy, record, engine.save_checkpoint)
-        engine.save_checkpoint = save
+        engine.save_checkpoint = functools.partial(
+            _save_with_record, strategy, self._record_now, engine.save_checkpoint
+        )
         if strategy.is_rank_0():
             packages = ("focalpo_plugins", "openrlhf", "deepspeed", "torch")
             device = next(self.model.parameters()).device
@@ -152,16 +167,55 @@ class PairwiseDPOTrainer(DPOTrainer):
             )
 
     def fit(self, args: Any, consumed_samples: int = 0, *more: Any, **kwargs: Any) -> None:
-        steps = consumed_samples // dotted(args).train.batch_size
-        self._batches = steps * self.strategy.accumulated_gradient
+        resumed = consumed_samples // dotted(args).train.batch_size
+        self._batches = resumed * self.strategy.accumulated_gradient
         self._logged_batches = self._batches
+        whole = not resumed or bool(self._losses)
         super().fit(args, consumed_samples, *more, **kwargs)
         if self.strategy.is_rank_0():
             steps = self._batches // self.strategy.accumulated_gradient
             of_host = dotted(args)
             held_out = {} if self._accuracy is None else {"accuracy": self._accuracy}
             report = of_host.logger.tensorboard_dir
-            say_done(steps, self._losses, held_out, of_host.ckpt.output_dir, report)
+            say_done(
+                steps,
+                self._losses,
+                held_out,
+                of_host.ckpt.output_dir,
+                report,
+                since=0 if whole else resumed + 1,
+            )
+
+    def _record_now(self) -> dict[str, Any]:
+        """What a checkpoint records: its loss, and of its run what a resumed run can't know."""
+        return self._record_of_loss | {_RUN: {"steps": self._steps, "losses": self._losses}}
+
+    def _check_resumed(self, folder: Path, allow: str) -> None:
+        """Refuse a checkpoint that another loss trained; on the first rank."""
+        latest = folder / "latest"
+        if not latest.is_file():
+            return
+        checkpoint = folder / latest.read_text(encoding="utf-8").strip()
+        path = checkpoint / RECORD_FILE
+        recorded = _read_record(path) if path.is_file() else None
+        run = {} if recorded is None else recorded.pop(_RUN, {})
+        asked, of_host = self._record_of_loss, vars(self.args)
+        written = {key: f"--{key}" for key in asked}
+        written |= {key: f"--{spelled(f'model.{key}', of_host)}" for key in _IN_LOSS}
+        # Releases before 0.2.0 recorded fewer of these.  What isn't known can't be compared.
+        unknown = {key: asked[key] for key in _IN_LOSS if key not in (recorded or asked)}
+        check_unchanged(recorded and recorded | unknown, asked, str(checkpoint), allow, written)
+        if unknown:
+            used = " and ".join(f"{written[key]} {value}" for key, value in unknown.items())
+            say(
+                f"warning: the checkpoint {checkpoint} was saved by an earlier release, which did "
+                f"not record {' and '.join(written[key] for key in unknown)}: check that it was "
+                f"trained with {used} too."
+            )
+        moving = ", ".join(f"--{self._loss.name}.{option}" for option in self._loss.moving())
+        if moving:
+            warn_of_another_length(run.get("steps"), self._steps, moving)
+        self._losses = run.get("losses", [])
 
     def _attach(self, key: str) -> None:
         assert self._sharing is not None
@@ -206,9 +260,10 @@ class PairwiseDPOTrainer(DPOTrainer):
     def save_logs_and_checkpoints(
         self, args: Any, global_step: int, *more: Any, **kwargs: Any
     ) -> None:
-        super().save_logs_and_checkpoints(args, global_step, *more, **kwargs)
         logged = next((given for given in more if isinstance(given, dict)), kwargs.get("logs_dict"))
+        # Before a checkpoint is saved, whose record has them.
         self._losses = [*self._losses[:1], (logged or {})["loss_mean"]]
+        super().save_logs_and_checkpoints(args, global_step, *more, **kwargs)
         if global_step % dotted(args).logger.logging_steps == 0:
             self._sums.pop("train", None)
             self._logged_batches = self._batches
@@ -231,10 +286,8 @@ class PairwiseDPOTrainer(DPOTrainer):
 
         It is 0 at the run's first step and 1 at its last, for any number of epochs.
         """
-        accumulated = self.strategy.accumulated_gradient
-        steps = self.epochs * len(self.train_dataloader) // accumulated
-        before = (self._batches - (self._mode == "eval")) // accumulated
-        return min(1.0, max(0, before) / (steps - 1)) if steps > 1 else 0.0
+        before = (self._batches - (self._mode == "eval")) // self.strategy.accumulated_gradient
+        return min(1.0, max(0, before) / (self._steps - 1)) if self._steps > 1 else 0.0
 
     def _record(self, margins: Tensor) -> None:
         """Count the pairs of a batch, and stop every rank if a margin on any rank is not finite.
@@ -337,7 +390,7 @@ def _check_folders(trainer: DPOTrainer, strategy: Any) -> None:
 
 def _save_with_record(
     strategy: Any,
-    record: Mapping[str, Any],
+    record: Callable[[], Mapping[str, Any]],
     save: Callable[..., Any],
     folder: str,
     tag: str,
@@ -353,7 +406,7 @@ def _save_with_record(
         path = Path(folder) / tag / RECORD_FILE
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(record))
+            write_whole(path, json.dumps(record()))
         except OSError as error:
             raise InvalidValue(
                 "the folder of checkpoints must have room and be one that can be written to, got "
@@ -363,25 +416,6 @@ def _save_with_record(
 
     on_rank_0(strategy, write)
     return save(folder, tag, *more, **kwargs)
-
-
-def _check_resumed(strategy: Any, folder: Path, asked: Mapping[str, Any], allow: str) -> None:
-    """Stop every rank if another loss trained the loaded checkpoint; rank 0 checks."""
-
-    def check() -> None:
-        latest = folder / "latest"
-        if not latest.is_file():
-            return
-        checkpoint = folder / latest.read_text(encoding="utf-8").strip()
-        path = checkpoint / RECORD_FILE
-        recorded = _read_record(path) if path.is_file() else None
-        of_host = vars(strategy.args)
-        written = {key: f"--{key}" for key in asked} | {
-            key: f"--{spelled(f'model.{key}', of_host)}" for key in ("beta", "label_smoothing")
-        }
-        check_unchanged(recorded, asked, str(checkpoint), allow, written)
-
-    on_rank_0(strategy, check)
 
 
 def _read_record(path: Path) -> dict[str, Any]:
