@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..guards import jsonl
+from ..guards import jsonl, pairs, texts
 from ..guards.last_line import modules_of
 from ..guards.rows import (
     CONVERSATIONS,
@@ -19,7 +21,7 @@ from ..guards.rows import (
     Look,
     look,
 )
-from . import MARGIN
+from . import ALLOW_DATA, MARGIN
 
 _TEMPLATE = "chat_template.default"
 _TYPES = {
@@ -30,6 +32,15 @@ _TYPES = {
     STRINGS: _TEMPLATE,
     TEXTS: "passthrough",
 }
+# Why an answer is trained as other text, and what to do.
+_OF_SIDES = "Axolotl trains the rejected answer after the chosen side's turns"
+_OF_CUT = (
+    "Axolotl looks for the answer's text in the rendering, and misses it if the template trims "
+    "white space or rewrites reasoning, or if the template itself has the same words. Remove white "
+    "space at the ends of the answers, or use another template"
+)
+# The types that read conversations; the others write a user's own format, or none.
+_OF_CHAT = ("chat_template.", "chatml.", "llama3.")
 # Axolotl has no other type under `rl: orpo`.
 _OF_ORPO = {CONVERSATIONS: "chat_template.argilla", PROMPT_BESIDE: "chat_template.argilla"}
 
@@ -46,7 +57,9 @@ def explain(cfg: Any, error: BaseException) -> str | None:
     )
     if not reading:
         return None
-    found = (_mismatch(cfg, key, dataset) for key, dataset in _listed(cfg))
+    found = [_mismatch(cfg, key, dataset) for key, dataset in _listed(cfg)]
+    if not any(found):  # an answer that was cut to nothing stops Axolotl as a missing one does
+        found = [fault.words for fault in _faults_as_written(cfg)]
     return "; ".join(filter(None, found)) or None
 
 
@@ -65,8 +78,121 @@ def hub_names(cfg: Any) -> dict[str, str]:
     return names | {f"{key}.path": str(dataset.get("path")) for key, dataset in _listed(cfg)}
 
 
-def _listed(cfg: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for key in ("datasets", "test_datasets"):
+def faults(
+    cfg: Any, tokenizer: Any, key: str = "datasets", marker: str | None = None
+) -> list[texts.Fault]:
+    """What Axolotl would train of the rows otherwise than the chat template renders it.
+
+    Args:
+        cfg: a validated config.
+        key: ``datasets`` or ``test_datasets``.
+        marker: as in :func:`~focalpo_plugins.guards.texts.find`.
+    """
+    return texts.find(
+        _rendered(cfg, tokenizer, key),
+        host="Axolotl",
+        of_sides=_OF_SIDES,
+        of_cut=_OF_CUT,
+        allow=f"{ALLOW_DATA}: true",
+        marker=marker,
+    )
+
+
+def _faults_as_written(cfg: Any) -> list[texts.Fault]:
+    """The faults of a config that was not validated; none if Axolotl can't use it so."""
+    from axolotl.loaders import load_tokenizer
+    from axolotl.utils.dict import DictDefault
+
+    try:
+        return faults(DictDefault(cfg), load_tokenizer(DictDefault(cfg)))
+    except Exception:
+        return []
+
+
+def _rendered(cfg: Any, tokenizer: Any, key: str) -> Iterator[texts.Row]:
+    """Rows spread over the data: their texts as Axolotl trains them, and as the template renders
+    them."""
+    from axolotl.prompt_strategies.dpo import load as load_dpo
+    from axolotl.prompt_strategies.orpo import load as load_orpo
+
+    load = load_orpo if "orpo" in (cfg.get("rl"), cfg.get(MARGIN)) else load_dpo
+    # Axolotl takes the names of columns, for test_datasets too, from the entries of datasets.
+    of_data = [dataset for _, dataset in _listed(cfg, "datasets")]
+    for number, (name, dataset) in enumerate(_listed(cfg, key)):
+        kind = dataset.get("type")
+        if number >= len(of_data) or not isinstance(kind, str) or not kind.startswith(_OF_CHAT):
+            continue
+        transform = load(kind, cfg, dataset_idx=number)
+        transform = transform[0] if isinstance(transform, tuple) else transform
+        try:
+            rows, whole = _table(cfg, dataset), _whole(cfg, of_data[number], kind, tokenizer)
+        except Exception:  # the host reports it, or has its own copy of rows that are gone
+            continue
+        if "tokenizer" in signature(transform).parameters:
+            transform = partial(transform, tokenizer=tokenizer)
+        path = f"{name}.path {str(dataset.get('path'))!r}"
+        for place in pairs.places(len(rows)):
+            row = rows[place]
+            try:
+                chosen, rejected = whole(row, "chosen"), whole(row, "rejected")
+                trained = transform(dict(row))
+            except Exception:  # the template can't render the row: the host reports it
+                continue
+            prompt = trained["prompt"]
+            if isinstance(prompt, str):  # else messages, which TRL renders
+                yield texts.Row(
+                    f"row {place} of {path}",
+                    texts.Side(prompt, trained["chosen"], chosen[1], chosen[2]),
+                    texts.Side(prompt, trained["rejected"], rejected[1], rejected[2]),
+                    turns_differ=chosen[0] != rejected[0],
+                )
+
+
+def _whole(
+    cfg: Any, dataset: Any, kind: str, tokenizer: Any
+) -> Callable[[Mapping[str, Any], str], tuple[list[dict[str, Any]], str, str | None]]:
+    """A function of a row and a side: all messages but the last, what the last one says, and what
+    the template renders of all of them; None if the type writes its own format."""
+    from axolotl.utils.chat_templates import extract_chat_template_args, get_chat_template
+    from axolotl.utils.schemas.utils import handle_legacy_message_fields_logic
+
+    dataset = handle_legacy_message_fields_logic(dataset)
+    own_format = not kind.startswith("chat_template.")
+    of_orpo, of_prompt = kind.endswith(".argilla"), kind == _TEMPLATE
+    choice = extract_chat_template_args(cfg=cfg, ds_cfg=None if of_orpo else dataset)
+    template = None if own_format else get_chat_template(*choice, tokenizer=tokenizer)
+    names = dict(dataset.get("message_property_mappings") or {})
+    names = {"role": "role", "content": "content", **names}
+    roles = {
+        source: role for role, sources in (dataset.get("roles") or {}).items() for source in sources
+    }
+
+    def messages(value: Any, role: str) -> list[dict[str, Any]]:
+        if isinstance(value, str):
+            return [{"role": role, "content": value}]
+        found = []
+        for message in [value] if isinstance(value, Mapping) else value:
+            mapped = {to: message[name] for to, name in names.items() if name in message}
+            found.append({**mapped, "role": roles.get(mapped["role"], mapped["role"])})
+        return found
+
+    def whole(row: Mapping[str, Any], side: str) -> tuple[list[dict[str, Any]], str, str | None]:
+        said = messages(row[dataset.get(f"field_{side}") or side], "assistant")
+        # An answer may also be a whole conversation, which begins with its prompt.
+        if of_prompt and said[0]["role"] == "assistant":
+            said = [*messages(row[dataset.get("field_messages") or "messages"], "user"), *said]
+        if of_orpo and row.get("system"):
+            said = [*messages(row["system"], "system"), *said]
+        rendered = None
+        if not own_format:
+            rendered = tokenizer.apply_chat_template(said, chat_template=template, tokenize=False)
+        return said[:-1], said[-1]["content"], rendered
+
+    return whole
+
+
+def _listed(cfg: Any, *keys: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for key in keys or ("datasets", "test_datasets"):
         listed = cfg.get(key)
         for number, dataset in enumerate(listed if isinstance(listed, list) else []):
             if isinstance(dataset, Mapping):
@@ -88,11 +214,16 @@ def _rows(cfg: Any, dataset: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     path = Path(str(dataset.get("path")))
     if path.suffix in jsonl.SUFFIXES and path.is_file():
         return jsonl.rows(path)
+    return iter(_table(cfg, dataset))
+
+
+def _table(cfg: Any, dataset: Mapping[str, Any]) -> Any:
+    """The rows as Axolotl loads them, by number."""
     from axolotl.utils.data.shared import load_dataset_with_config
     from axolotl.utils.dict import DictDefault
 
     loaded = load_dataset_with_config(DictDefault(dataset), bool(cfg.get("hf_use_auth_token")))
-    return iter(next(iter(loaded.values())) if isinstance(loaded, dict) else loaded)
+    return next(iter(loaded.values())) if isinstance(loaded, dict) else loaded
 
 
 def _mismatch(cfg: Any, key: str, dataset: Mapping[str, Any]) -> str | None:

@@ -24,7 +24,7 @@ from ..guards.messages import explained
 from ..plan import ModelState, Pair, Plan, Tokens
 from ..registry import losses
 from . import PLUGIN, REQUESTED
-from .data import described, explain, hub_names
+from .data import described, explain, faults, hub_names
 
 # Assumed if there is no GPU to ask: an A100's capabilities, the least that train in bf16.
 _ASSUMED = {"bf16": True, "fp8": False, "tf32": True, "compute_capability": "sm_80"}
@@ -92,7 +92,7 @@ def _plan(config: Path, gpus: int, scratch: Path, shape: Path | None) -> Plan:
 
     from ..compute.fused_loss import LOGITS_AT_ONCE
     from ..compute.output_layer import check_config
-    from .plugin import fused_key, margin, requested_loss
+    from .plugin import fused_key, ignored, margin, requested_loss
 
     split = (cfg.tensor_parallel_size or 1) * (cfg.context_parallel_size or 1)
     data_ranks = max(1, gpus // split)
@@ -111,6 +111,7 @@ def _plan(config: Path, gpus: int, scratch: Path, shape: Path | None) -> Plan:
             "one; Axolotl swaps in Liger's Triton layers as well, which a CPU can't try. "
             "focalpo_fused is the fused path alone."
         )
+    warnings += filter(None, [ignored(cfg)])
     if shape is not None:
         beta = cfg.rl_beta or (cfg.trl or {}).get("beta")
         return Plan(
@@ -153,6 +154,8 @@ def _plan(config: Path, gpus: int, scratch: Path, shape: Path | None) -> Plan:
             f"none fits into {cfg.sequence_len}. Raise sequence_len."
         )
     trainer = _trainer(cfg, train, held_out, tokenizer, data.total_num_steps)
+    for key in ("datasets", "test_datasets"):
+        warnings += [fault.words for fault in faults(cfg, tokenizer, key)]
     dataset, args = trainer.train_dataset, trainer.args
     of_dpo = margin(cfg) == "dpo"
     epoch_steps = _epoch_steps(

@@ -23,7 +23,7 @@ from axolotl.utils.schemas.enums import RLType
 from ..errors import InvalidValue, RunError
 from ..guards import last_line
 from ..guards.jsonl import check_file
-from ..guards.messages import did_you_mean, named
+from ..guards.messages import did_you_mean, named, say
 from ..loss import check_beta, check_label_smoothing
 from ..registry import BoundLoss, PairwiseLoss, get_loss, losses
 from . import (
@@ -97,6 +97,9 @@ class FocalPOPlugin(BasePlugin):
             raise RunError(
                 f"Axolotl built a trainer of {trainer.pairwise_loss} where {loss} was asked for."
             )
+        dropped = ignored(cfg)
+        if dropped is not None and trainer.accelerator.is_main_process:
+            say(f"warning: {dropped}")
         # Axolotl adds the data to the model card only for its own trainer class.
         trainer.dataset_tags = [d["path"] for d in cfg.datasets if not Path(d["path"]).is_dir()]
 
@@ -150,6 +153,35 @@ def requested_loss(cfg: Any) -> BoundLoss | None:
 def margin(cfg: Any) -> str:
     """The margin that our loss is computed from, as a key of :data:`MARGINS`."""
     return cfg.get(MARGIN) or "dpo"
+
+
+# Axolotl reads these keys for supervised fine-tuning, and under no value of `rl`.
+_OF_SFT = (
+    "auto_find_batch_size",
+    "curriculum_sampling",
+    "dataloader_drop_last",
+    "early_stopping_patience",
+    "group_by_length",
+    "jagged_restart_steps",
+    "lisa_step_interval",
+    "load_best_model_at_end",
+    "lr_quadratic_warmup",
+    "neftune_noise_alpha",
+    "relora",
+    "train_on_inputs",
+)
+
+
+def ignored(cfg: Any) -> str | None:
+    """What to know of keys that Axolotl accepts and doesn't use for preference pairs."""
+    given = [key for key in _OF_SFT if cfg.get(key)]
+    if not given:
+        return None
+    return (
+        f"Axolotl ignores {', '.join(given)} when it trains preference pairs: it reads "
+        f"{'them' if len(given) > 1 else 'it'} only for supervised fine-tuning. Remove "
+        f"{'them' if len(given) > 1 else 'it'}."
+    )
 
 
 def fused_key(cfg: Any) -> str | None:
@@ -240,6 +272,7 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
     if not isinstance(of_trl, dict):
         raise InvalidValue(f"trl must be a mapping such as {{beta: 0.1}}, got {of_trl!r}.")
     _check_margin(cfg, margin(cfg))
+    _check_adapter(cfg)
     betas = {"rl_": cfg.get("rl_beta"), "trl.": of_trl.get("beta")}
     for prefix, beta in betas.items():
         if beta is not None:
@@ -292,6 +325,21 @@ _OF_MARGIN = {
     "orpo_alpha": ("orpo",),
 }
 _OF_REFERENCE = ("precompute_ref_log_probs", "rl_adapter_ref_model")
+
+
+def _check_adapter(cfg: Any) -> None:
+    """Refuse an adapter to continue from, which Axolotl doesn't load for DPO's trainer.
+
+    Axolotl's own commands load it to merge it or to run the model, with the YAML of the training.
+    """
+    folder = cfg.get("lora_model_dir")
+    if folder and margin(cfg) == "dpo" and not (cfg.get("merge_lora") or cfg.get("inference")):
+        raise InvalidValue(
+            f"lora_model_dir must be unset under rl: {cfg.get('rl')}, got {folder!r}: Axolotl "
+            "doesn't load it here, and would train a new adapter on base_model. Merge it first, "
+            f"with the YAML that trained it: `axolotl merge-lora SFT.yml --lora-model-dir {folder} "
+            "--output-dir OUT`. Then set base_model to OUT/merged, and remove lora_model_dir."
+        )
 
 
 def _check_margin(cfg: Any, chosen: str) -> None:

@@ -12,9 +12,11 @@ from pyarrow.compute import list_slice
 from transformers import TrainerCallback
 
 from ..errors import RunError
+from ..guards.texts import Fault
 from ..registry import BoundLoss
 from ..trl import PairwiseLossMixin
 from . import ALLOW_CHANGED, ALLOW_DATA, SHARED
+from .data import faults
 from .plugin import FocalPOPlugin, fused_key, requested_loss
 
 
@@ -42,6 +44,7 @@ class OfConfig:
     """Takes the loss and its settings from the config that Axolotl builds the trainer for."""
 
     _packages: Sequence[str] = ("axolotl", "trl", "torch")
+    _marker: str | None
     tag_names: list[str]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -66,6 +69,19 @@ class OfConfig:
         Args:
             given: the trainer's arguments by name.
         """
+
+    def _faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> list[Fault]:
+        """The faults of the config's rows, as Axolotl has rendered them."""
+        host: Any = super()
+        return [
+            *host._faults(dataset, tokenizer, evaluation),
+            *faults(
+                FocalPOPlugin.building,
+                tokenizer,
+                "test_datasets" if evaluation else "datasets",
+                self._marker,
+            ),
+        ]
 
     def set_loss(self, loss: BoundLoss) -> None:
         super().set_loss(loss)  # type: ignore[misc]

@@ -20,6 +20,7 @@ from ..guards.margins import not_finite, stop
 from ..guards.messages import say
 from ..guards.ranks import together
 from ..guards.resume import check_unchanged
+from ..guards.texts import Fault
 from ..registry import BoundLoss
 from .record import Record, recorded
 
@@ -178,6 +179,10 @@ class PairwiseBase(_Host):
             allow = "focalpo_allow_changed: true"
             written = {"margin": "focalpo_margin", **self._written}
             check_unchanged(recorded(Path(folder)), asked, str(folder), allow, written)
+
+    def _faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> list[Fault]:
+        """What the host trains of the rows otherwise than the chat template renders it."""
+        return []
 
     def _all_together(self, check: Callable[[], None]) -> None:
         """Run ``check`` on every rank, and raise on all ranks if it raises on one."""

@@ -28,7 +28,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..errors import InvalidType, InvalidValue
-from ..guards import pairs
+from ..guards import pairs, texts
 from ..loss import check_beta, check_label_smoothing
 from .checks import check_data, check_parallelism, given_to
 from .config import PairwiseFields
@@ -95,6 +95,12 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
             limit=self.args.max_length,  # type: ignore[attr-defined]
             marker=self._marker,
             allow="focalpo_allow_data: true",
+            allowed=self._allow_data,
+            say=self.args.process_index == 0,
+            evaluation=evaluation,
+        )
+        texts.check(
+            self._faults(dataset, self.processing_class, evaluation),
             allowed=self._allow_data,
             say=self.args.process_index == 0,
             evaluation=evaluation,

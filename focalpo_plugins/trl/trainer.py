@@ -13,10 +13,11 @@ from torch import Tensor
 from trl import DPOTrainer
 
 from ..errors import InvalidType, InvalidValue, RunError
-from ..guards import pairs
+from ..guards import pairs, texts
 from ..guards.start import check_first_margins
 from .checks import check_arguments, check_data, check_fused_parts, given_to
 from .config import FocalPOConfig
+from .conversations import rendered
 from .fused_step import FusedStepMixin
 from .pairwise import PairwiseBase
 from .seam import check_host, exchanged, smoothing_of
@@ -109,6 +110,12 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         shared = "prompt" not in first and isinstance(first.get("chosen"), str)
         self._check_pairs(prepared, tokenizer, args, shared)
+        texts.check(
+            self._faults(prepared, tokenizer, self._train_data_seen),
+            allowed=self._allow_data,
+            say=args.process_index == 0,
+            evaluation=self._train_data_seen,
+        )
         self._train_data_seen = True
         return prepared
 
@@ -133,6 +140,17 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
             allowed=self._allow_data,
             say=args.process_index == 0,
             evaluation=self._train_data_seen,
+        )
+
+    def _faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> list[texts.Fault]:
+        return texts.find(
+            rendered(dataset, tokenizer),
+            host="TRL",
+            of_sides="TRL takes each answer with its own turns",
+            of_cut="TRL cuts it off at the length of the prompt, and with this template the row's "
+            "rendering doesn't begin with the prompt's. Use another template, or give "
+            "chat_template_kwargs, such as enable_thinking, that make them agree",
+            allow="focalpo_allow_data: true",
         )
 
     def _set_reference_aside(self) -> None:
