@@ -30,5 +30,6 @@ def check_first_margins(largest: float, beta: float, narrow: bool) -> None:
         "warning: at the first step every margin should be 0, as the policy starts as its "
         f"reference, got {largest:.2g} at most, {nats:.2g} nats. Look for a reference other than "
         "the intended one, weights that were changed after they were loaded, an adapter that does "
-        "not start at 0, dropout, a wrong attention mask, or packing without an attention for it."
+        "not start at 0, dropout, NEFTune's noise, a wrong attention mask, or packing without an "
+        "attention for it."
     )

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
+import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import is_peft_model, parse_flag_from_env
 from torch import nn
@@ -143,6 +144,8 @@ def check_fused_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
         check_adapter(given["peft_config"], key)
     loaded = isinstance(model, nn.Module)
     config = head_of(model, key).model.config if loaded else _config_of(model)
+    if is_peft_model(model):
+        check_forward_of_adapters(model, key)
     if config is None:
         return
     check_config(config, key)
@@ -180,10 +183,15 @@ def check_shared_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
     if size not in (None, 1):
         name = "parallelism_config.tp_size"
         _refuse_shared(name, size, key, "each rank has a part of the heads")
+    if args.neftune_noise_alpha:
+        why = "its noise depends on the batch's shape, which a row doesn't have"
+        _refuse_shared("neftune_noise_alpha", args.neftune_noise_alpha, key, why)
     adapters = [given.get("peft_config"), *getattr(model, "peft_config", {}).values()]
     for adapter in adapters:
         if hasattr(adapter, "num_virtual_tokens"):
             _refuse_shared("prompt learning", type(adapter).__name__, key, "its prompt is no token")
+    if is_peft_model(model):
+        check_forward_of_adapters(model, key)
     config: Any = model.config if isinstance(model, nn.Module) else _config_of(model)
     if config is None:
         return
@@ -222,6 +230,56 @@ def check_adapter(config: Any, key: str) -> None:
     names = getattr(config, "target_modules", None)
     if not isinstance(names, str) and "lm_head" in (names or ()):
         _refuse_adapted_head(key)
+
+
+class _Stop(Exception):
+    """Ends a forward pass of PEFT's at the backbone."""
+
+
+def check_forward_of_adapters(model: Any, key: str) -> None:
+    """Refuse adapters for which PEFT's own forward does more than call the model.
+
+    aLoRA and X-LoRA hook into the layers for one forward pass, and read the batch for that; prompt
+    learning changes the inputs.  ``key`` goes around that forward, or gives the layers another
+    batch than it saw.  So PEFT's forward runs here, up to the model's backbone, and what it has
+    done by then is compared.  Plain LoRA does nothing.
+
+    Args:
+        model: PEFT's model.
+        key: the key that asked for the fused path or for shared prompts.
+
+    Raises:
+        ValueError: the adapters act there.
+    """
+    backbone = model.get_base_model().base_model
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    before, seen = _hooks(model), []
+
+    def look(module: Any, args: Any, given: dict[str, Any]) -> NoReturn:
+        same = given.get("input_ids") is ids and given.get("past_key_values") is None
+        seen.append(same and _hooks(model) == before + 1)  # ours
+        raise _Stop
+
+    handle = backbone.register_forward_pre_hook(look, with_kwargs=True, prepend=True)
+    try:
+        # PEFT's forward, and not what accelerate or DeepSpeed has put around it.
+        type(model).forward(model, input_ids=ids, attention_mask=torch.ones_like(ids))
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    if seen != [True]:
+        kinds = sorted({type(config).__name__ for config in model.peft_config.values()})
+        raise InvalidValue(
+            f"{key} can't be combined with adapters that act in PEFT's own forward, as aLoRA, "
+            f"X-LoRA and prompt learning do, got {', '.join(kinds)}: it would go around them. Set "
+            f"{key} to false, or train another adapter, such as plain LoRA."
+        )
+
+
+def _hooks(model: nn.Module) -> int:
+    """Number of forward hooks on the model's modules."""
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
 
 def _refuse_adapted_head(key: str) -> NoReturn:

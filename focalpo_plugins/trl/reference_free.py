@@ -88,11 +88,13 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
 
     def _check_pairs(self, dataset: Any, evaluation: bool) -> None:
         """Refuse token ids that can't be learnt from; each rank checks the same rows."""
+        # TRL cuts what an encoder and what a decoder gets each to a limit of its own.
+        decoder: bool = self.is_encoder_decoder  # type: ignore[attr-defined]
         pairs.check(
-            _answers(dataset),
+            _of_decoder(dataset) if decoder else _answers(dataset),
             self.processing_class,
             key="max_length",
-            limit=self.args.max_length,  # type: ignore[attr-defined]
+            limit=None if decoder else self.args.max_length,  # type: ignore[attr-defined]
             marker=self._marker,
             allow="focalpo_allow_data: true",
             allowed=self._allow_data,
@@ -249,16 +251,28 @@ def _answers(dataset: Any) -> Iterator[tuple[int, list[int], list[int], list[int
     names = [
         f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "labels")
     ]
+    for row, (chosen, chosen_labels, rejected, rejected_labels) in _rows(dataset, names):
+        start = next((i for i, label in enumerate(chosen_labels) if label != _IGNORED), len(chosen))
+        of_chosen, of_rejected = (
+            [token for token, label in zip(*side, strict=True) if label != _IGNORED]
+            for side in ((chosen, chosen_labels), (rejected, rejected_labels))
+        )
+        yield row, chosen[:start], of_chosen, of_rejected
+
+
+def _of_decoder(dataset: Any) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
+    """The same for a model whose encoder gets the prompt, and whose decoder gets the answers."""
+    for row, pair in _rows(dataset, ["prompt_input_ids", "chosen_labels", "rejected_labels"]):
+        prompt, chosen, rejected = pair
+        yield row, prompt, chosen, rejected
+
+
+def _rows(dataset: Any, names: list[str]) -> Iterator[tuple[int, list[list[int]]]]:
+    """Row, and the columns ``names``, of the pairs that are checked."""
     if isinstance(dataset, Dataset):
         rows = pairs.places(len(dataset))
         found = dataset.select_columns(names).select(rows)
     else:
         rows, found = range(pairs.FIRST), dataset.take(pairs.FIRST)
     for row, pair in zip(rows, found, strict=False):
-        chosen, chosen_labels, rejected, rejected_labels = map(pair.get, names)
-        start = next((i for i, label in enumerate(chosen_labels) if label != _IGNORED), len(chosen))
-        answers = (
-            [token for token, label in zip(*side, strict=True) if label != _IGNORED]
-            for side in ((chosen, chosen_labels), (rejected, rejected_labels))
-        )
-        yield row, chosen[:start], *answers
+        yield row, [pair[name] for name in names]
