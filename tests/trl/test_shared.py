@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +17,8 @@ import transformers
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from tiny_trl import GAMMA, PAIRS, SGD
+from transformers import TrainerCallback
+from transformers.masking_utils import create_causal_mask, sliding_window_overlay
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from focalpo_plugins import FocalPOTrainer
@@ -66,6 +70,23 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "its own attention": ("StableLm", {}, "whose attention can be exchanged"),
     "a state space": ("Mamba", {}, "got linear_attention"),
     "convolutions": ("Lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "got conv"),
+    "a window in the mask alone": (
+        "Qwen2Moe",
+        {**EXPERTS, "shared_expert_intermediate_size": 64, "use_sliding_window": True,
+         "sliding_window": 16, "max_window_layers": 4},
+        "attention that is given its window, got none in Qwen2MoeAttention",
+    ),
+    "a window in the mask alone, by another config": (
+        "Phimoe",
+        {"num_local_experts": 2, "sliding_window": 16},
+        "attention that is given its window, got none in PhimoeAttention",
+    ),
+    "two calls a layer": (
+        "DiffLlama",
+        {},
+        "needs 4 calls of transformers' attention, one for each layer of DiffLlamaModel, got 8",
+    ),
+    "an error": ("Nemotron", {}, "NemotronModel, which fails on a row of shared prompts, got Runtime"),
 }  # fmt: skip
 
 
@@ -87,6 +108,11 @@ def inputs() -> dict[str, torch.Tensor]:
     ids[2, :25], ids[3, :40] = ids[0, :25], ids[1, :40]
     mask[0, 50:] = mask[1, 57:] = mask[3, 45:] = 0
     return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def short_inputs() -> dict[str, torch.Tensor]:
+    """The same two pairs, cut to their first 12 tokens: a row of 12 + 12, as they start alike."""
+    return {name: tensor[:, :12] for name, tensor in inputs().items()}
 
 
 def logps(network: torch.nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -222,6 +248,184 @@ def test_an_attention_that_computes_something_else_is_stopped(monkeypatch):
         network(**given)
 
 
+def rotated(**more: Any) -> torch.nn.Module:
+    """A Llama whose frequencies depend on the last position, if that is beyond 30."""
+    sizes = {"rope_parameters": {"rope_theta": 100.0, **more}, "max_position_embeddings": 30}
+    return of_family("Llama", sizes)
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "long": {
+        "rope_type": "longrope", "original_max_position_embeddings": 30, "factor": 4.0,
+        "short_factor": [1.0] * 8, "long_factor": [3.0] * 8,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_the_order_of_pairs_does_not_matter(rope: str):
+    """The first pair is shorter than 30 tokens, the batch is longer."""
+    given = inputs()
+    given["attention_mask"][0, 28:] = given["attention_mask"][2, 29:] = 0
+    given = {name: (tensor * given["attention_mask"])[:, :57] for name, tensor in given.items()}
+    with torch.no_grad():
+        plain = logps(rotated(**ROPES[rope]), given)
+        network = rotated(**ROPES[rope])
+        shared = sharing(network)
+        with shared.of(2):
+            ours = logps(network, given)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-3)
+    assert (shared.tokens, shared.places) == (28 + 29 - 25 + 57 + 45 - 40, 4 * 57)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_padding_beyond_the_longest_sequence(rope: str):
+    """To 64 places, whose last position the model takes: the batch goes as it is.  Without such a
+    RoPE the padding doesn't matter."""
+    given = {name: torch.nn.functional.pad(tensor, (0, 4)) for name, tensor in inputs().items()}
+    for network, tokens in ((rotated(**ROPES[rope]), 256), (rotated(rope_type="default"), 147)):
+        with torch.no_grad():
+            plain = logps(copy.deepcopy(network), given)
+            shared = sharing(network)
+            with shared.of(2):
+                ours = logps(network, given)
+        assert (shared.tokens, shared.places) == (tokens, 256)
+        assert torch.equal(ours, plain) or tokens < 256
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-3)
+
+
+def windowed(network: torch.nn.Module, monkeypatch) -> None:
+    """Give a Llama a window of 16 by its mask alone, under a name of its own in the config."""
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        return create_causal_mask(*args, **kwargs, and_mask_function=sliding_window_overlay(16))
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", mask)
+    network.config.reach = 16
+
+
+def test_a_window_that_only_a_later_batch_shows(monkeypatch):
+    """Sequences of 12 tokens are within the window, those of 60 are not."""
+    network = of_family("Llama", {})
+    windowed(network, monkeypatch)
+    with torch.no_grad():
+        shared = sharing(network)
+        plain = logps(network, short_inputs())
+        with shared.of(2):
+            ours = logps(network, short_inputs())
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-3)
+        assert shared.tokens < shared.places
+        differ = pytest.raises(ValueError, match="hidden states that differ by .* of their")
+        with differ, shared.of(2):
+            network(**inputs())
+
+
+def test_how_often_a_pair_is_compared():
+    """Numbers of the config that are lengths between two batches' longest sequences: 16, 32 ... of
+    its sizes.  A batch that passes none is not compared, and no batch is compared twice."""
+    network = of_family("Llama", {})
+    compared: list[None] = []
+
+    def together(check: Callable[[], None]) -> None:
+        compared.append(None)
+        check()
+
+    shared = SharedPrompts(KEY, together)
+    shared.attach(network)
+    counts = []
+    with torch.no_grad():
+        for given in (short_inputs(), short_inputs(), inputs(), inputs(), short_inputs()):
+            with shared.of(2):
+                network(**given)
+            counts.append(len(compared))
+    assert counts == [1, 1, 2, 2, 2]
+
+
+RANKS = """
+import sys
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+from focalpo_plugins.backbone import SharedPrompts
+from focalpo_plugins.guards.ranks import together
+
+def gather(mine):
+    found = [None] * 2
+    dist.all_gather_object(found, mine)
+    return found
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
+network = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+compared = []
+shared = SharedPrompts("the key", lambda check: (compared.append(1), together(check, gather)))
+shared.attach(network)
+for lengths in ((12, 12), (12, 18), (18, 12), (12, 40)):
+    length = lengths[dist.get_rank()]
+    ids = torch.arange(3, 3 + length)[None].repeat(2, 1)
+    ids[1, -4:] = 2
+    with shared.of(1), torch.no_grad():
+        network(input_ids=ids, attention_mask=torch.ones_like(ids))
+    print(f"rank {dist.get_rank()}: {len(compared)}", flush=True)
+"""
+
+
+@pytest.mark.xdist_group("forked")
+def test_ranks_compare_in_the_same_step(tmp_path: Path):
+    """The first step; the second, in which rank 1 passes the 16 of the sizes; not the third, which
+    shows rank 0 what rank 1 has seen; the fourth, in which rank 1 passes 20."""
+    lines = tiny_trl.on_two_ranks(RANKS, tmp_path).splitlines()
+    for rank in range(2):
+        own = [line for line in lines if line.startswith(f"rank {rank}")]
+        assert own == [f"rank {rank}: {count}" for count in (1, 2, 2, 3)]
+
+
+@pytest.mark.parametrize("where", ["GPU", "CPU"])
+def test_out_of_memory_is_no_fault_of_the_models(where: str, monkeypatch):
+    network = of_family("Llama", {})
+    given, shared = inputs(), sharing(network)
+    followed = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def greedy(*args: Any, **kwargs: Any) -> Any:
+        if "focalpo_layout" in kwargs and where == "GPU":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if "focalpo_layout" in kwargs:
+            torch.empty(2**60, dtype=torch.uint8)
+        return followed(*args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", greedy)
+    with pytest.raises(RuntimeError, match="allocate") as error, shared.of(2):
+        network(**given)
+    assert KEY not in str(error.value)
+
+
+def test_an_error_of_the_model_by_itself_is_its_own():
+    """A token that the model doesn't have: nothing of shared prompts."""
+    network = of_family("Llama", {})
+    given, shared = inputs(), sharing(network)
+    given["input_ids"][0, 3] = 512
+    with pytest.raises(IndexError, match="index out of range"), shared.of(2):
+        network(**given)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_noise_on_the_embeddings(training: bool):
+    """As NEFTune adds it, but by a hook that a user has put there; one that adds nothing is fine."""
+    network = of_family("Llama", {})
+    given, shared = inputs(), sharing(network)
+
+    def noisy(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + 0.1 * torch.rand_like(output) if module.training and training else output
+
+    network.get_input_embeddings().register_forward_hook(noisy)
+    refused = pytest.raises(ValueError, match="noise on the embeddings, such as NEFTune's, got a")
+    with torch.no_grad(), refused if training else nullcontext(), shared.of(2):
+        network(**given)
+    assert not network.get_input_embeddings().training
+
+
 def test_a_step_without_the_backbone_is_stopped():
     shared = sharing(of_family("Llama", {}))
     with pytest.raises(RuntimeError, match="did not run the model's backbone"), shared.of(2):
@@ -279,6 +483,52 @@ def test_generation_copies_and_files_are_as_without(tmp_path: Path):
     for file in sorted((tmp_path / "before").iterdir()):
         for name in ("ours", "copy"):
             assert (tmp_path / name / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_trainer_is_freed_and_its_hooks_go(tokenizer, tmp_path: Path):
+    policy = tiny_trl.model(0)
+    host = tiny_trl.trainer(
+        FocalPOTrainer, tokenizer, tmp_path, policy=policy, focalpo_shared_prompts=True, max_steps=1
+    )
+    host.train()
+    gone = {
+        "trainer": weakref.ref(host),
+        "optimizer": weakref.ref(host.optimizer.optimizer),
+        "reference": weakref.ref(host.ref_model),
+    }
+    del host
+    gc.collect()
+    assert [name for name, of in gone.items() if of() is not None] == []
+    assert not policy.model._forward_hooks and not policy.model._forward_pre_hooks
+
+
+def test_two_trainers_of_one_model():
+    """The second one's hooks take the place of the first one's, until that is used again."""
+    network = of_family("Llama", {})
+    given = inputs()
+    trainers = [sharing(network), sharing(network)]
+    with torch.no_grad():
+        plain = logps(copy.deepcopy(network), given)
+        for shared in (trainers[1], trainers[0], trainers[0], trainers[1]):
+            shared.attach(network)
+            assert len(network.model._forward_hooks) == len(network.model._forward_pre_hooks) == 1
+            with shared.of(2):
+                ours = logps(network, given)
+            torch.testing.assert_close(ours, plain, rtol=0, atol=1e-3)
+            assert shared.tokens < shared.places
+
+
+def test_a_copy_of_a_model_belongs_to_nobody():
+    network = of_family("Llama", {})
+    given, shared = inputs(), sharing(network)
+    theirs = copy.deepcopy(network)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="did not run"), shared.of(2):
+        theirs(**given)
+    shared.attach(theirs)
+    with torch.no_grad(), shared.of(2):
+        ours = logps(theirs, given)
+    with torch.no_grad():
+        torch.testing.assert_close(ours, logps(network, given), rtol=0, atol=1e-3)
 
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -356,6 +606,54 @@ def test_the_same_run_in_bfloat16(train: Callable):
     assert values(shared) == pytest.approx(values(plain), rel=0.02, abs=0.02)
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "shared": {"focalpo_shared_prompts": True},
+    "fused": {"focalpo_fused": True},
+    "both": {"focalpo_shared_prompts": True, "focalpo_fused": True},
+}
+CHECKPOINTING: dict[str, dict[str, Any]] = {
+    "none": {},
+    "reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "not reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
+}
+
+
+class Missing(TrainerCallback):
+    """Of each step, the trained parameters that have no gradient."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[str]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        trained = [(n, w) for n, w in given["model"].named_parameters() if w.requires_grad]
+        assert trained
+        self.steps.append([name for name, weight in trained if weight.grad is None])
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(way, marks=[pytest.mark.fused] * ("focalpo_fused" in WAYS[way])) for way in WAYS],
+)
+def test_every_parameter_has_a_gradient(
+    way: str, lora: bool, checkpointing: str, tokenizer, tmp_path: Path
+):
+    """In mixed precision, from the first step on: torch before 2.11 keeps casts made without one."""
+    missing = Missing()
+    models: dict[str, Any] = {"peft_config": LORA, "reference": None} if lora else {}
+    host = tiny_trl.trainer(
+        FocalPOTrainer, tokenizer, tmp_path, **models, **WAYS[way],
+        **{"bf16": True, "gradient_checkpointing": checkpointing != "none"},
+        **CHECKPOINTING[checkpointing],
+    )  # fmt: skip
+    host.add_callback(missing)
+    host.train()
+    assert missing.steps == [[], [], []]
+
+
 @pytest.mark.releases
 def test_the_same_run_in_every_release(train: Callable):
     plain, shared = train(), train(focalpo_shared_prompts=True)
@@ -416,6 +714,12 @@ def test_resumed_run_is_the_uninterrupted_one(tokenizer, tmp_path: Path):
     assert len(logs[0]) == 4 and logs[0] == logs[1]
 
 
+# Acts only from the invocation's tokens on, which PEFT's forward looks for in the batch.
+ALORA = LoraConfig(
+    r=4, target_modules="all-linear", task_type="CAUSAL_LM", alora_invocation_tokens=[3, 4]
+)
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
@@ -432,8 +736,10 @@ def test_resumed_run_is_the_uninterrupted_one(tokenizer, tmp_path: Path):
             "can't be combined with prompt learning, got 'PromptTuningConfig'",
         ),
         ({"policy": "gemma2"}, "attention that is given softcap"),
+        ({"neftune_noise_alpha": 5.0}, "can't be combined with neftune_noise_alpha, got 5.0: its"),
+        ({"peft_config": ALORA}, "adapters that act in PEFT's own forward, as aLoRA, X-LoRA and"),
     ],
-    ids=["compile", "experts", "prompt learning", "soft caps"],
+    ids=["compile", "experts", "prompt learning", "soft caps", "NEFTune", "aLoRA"],
 )
 def test_refused_by_the_trainer(tokenizer, tmp_path: Path, given: dict[str, Any], message: str):
     if "policy" in given:
