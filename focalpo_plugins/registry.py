@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import pluggy
 import torch
 from torch import Tensor
 
 from . import hookspecs
-from .errors import InvalidValue
-from .guards.messages import did_you_mean
+from .errors import InvalidValue, RunError
+from .guards.messages import did_you_mean, one_line
 from .hookspecs import Register
 from .loss import (
     check_gamma,
@@ -50,6 +50,9 @@ RESERVED_NAMES = frozenset(
 # Names of keys or flags that each of our losses has in a host, so no option can have them.
 RESERVED_OPTIONS = frozenset({*OF_ANY_LOSS, "loss", "pairwise_loss", "rl"})
 
+# Points of the run at which a loss is tried before it trains.
+_PROGRESS = (0.0, 0.5, 1.0)
+
 #: :func:`add` registers losses here.
 manager = pluggy.PluginManager("focalpo_plugins")
 manager.add_hookspecs(hookspecs)
@@ -75,6 +78,7 @@ class PairwiseLoss:
 
         Raises:
             ValueError: an option is unknown, out of range, or a value that JSON can't hold.
+            RuntimeError: the loss or its weight returns anything but a number for each pair.
         """
         for option, value in options.items():
             if option not in self.options:
@@ -84,9 +88,9 @@ class PairwiseLoss:
                 )
             _check_json(option, value)
         bound = BoundLoss(self, {**self.options, **options})
-        for progress in (0.0, 1.0):
+        for progress in _PROGRESS:
             # The loss checks its own ranges, before anything is trained.
-            bound.at(progress)(torch.zeros(1))
+            _check_returned(bound.at(progress))
         return bound
 
 
@@ -118,7 +122,7 @@ class BoundLoss:
 
     def moving(self) -> dict[str, float]:
         """The numbers among :attr:`now` that change over the run."""
-        points = [self.at(progress).now for progress in (0.0, 0.5, 1.0)]
+        points = [self.at(progress).now for progress in _PROGRESS]
         now = self.now.items() if self.source.at is not None else ()
         return {
             name: value
@@ -286,10 +290,10 @@ def _add_installed() -> list[tuple[str, str]]:
         try:
             add(point.name, point.load())
         except Exception as error:
-            failed.append((point.name, f"{type(error).__name__}: {error}"))
+            failed.append((point.name, one_line(error).rstrip(".")))
             warnings.warn(
                 f"focalpo_plugins: the package {point.name} failed to register its losses and is "
-                f"left out ({type(error).__name__}: {error})",
+                f"left out ({one_line(error)})",
                 stacklevel=2,
             )
     return failed
@@ -328,7 +332,7 @@ def _check(loss: PairwiseLoss, others: Mapping[str, PairwiseLoss]) -> None:
             )
     if loss.at is not None:
         _check_call(loss, "at", "progress", loss.options)
-        for progress in (0.0, 0.5, 1.0):
+        for progress in _PROGRESS:
             found = loss.at(progress, **loss.options)
             if not isinstance(found, Mapping):
                 raise InvalidValue(
@@ -341,6 +345,48 @@ def _check(loss: PairwiseLoss, others: Mapping[str, PairwiseLoss]) -> None:
         _check_call(loss, "weight", "margins", _accepted(loss.weight, now))
     if loss.reversal is not None:
         _check_call(loss, "reversal", "", _accepted(loss.reversal, now))
+
+
+def _check_returned(loss: BoundLoss) -> None:
+    """Refuse a loss that would not train each pair, as :class:`Register` describes it."""
+    # One pair at the margin at which a run with a reference starts, and another.  On a CPU, in
+    # float32 and with a graph, whatever the caller has set.
+    plain = {"device": "cpu", "dtype": torch.float32}
+    with torch.inference_mode(False), torch.enable_grad():
+        margins = torch.tensor([0.0, 1.0], **plain, requires_grad=True)  # type: ignore[arg-type]
+        losses = loss(margins.clone())  # which the loss may change in place, as a step's
+        wrong = _wrong_in(losses)
+        if not wrong and not losses.requires_grad:
+            wrong = "a tensor without a gradient"
+        if not wrong:
+            slopes = torch.autograd.grad(losses.sum(), margins)[0]
+            for what, values in (("losses", losses), ("gradients", slopes)):
+                if not values.isfinite().all():
+                    wrong = wrong or f"{what} that are not finite, {values.tolist()}"
+    if wrong:
+        _refuse(loss, "loss", "a finite loss with a gradient", wrong)
+    # The diagnostics are computed in float64, or in float32 if the device has no float64.
+    for dtype in (torch.float32, torch.float64):
+        weights = loss.weight(torch.tensor([0.0, 1.0], device="cpu", dtype=dtype))
+        if weights is not None and (wrong := _wrong_in(weights)):
+            _refuse(loss, "weight", "a factor", wrong)
+
+
+def _wrong_in(returned: object) -> str:
+    """What is wrong with the values of two margins; empty if nothing is."""
+    if not isinstance(returned, Tensor):
+        return f"{type(returned).__name__} {returned!r}"
+    if returned.shape != (2,):
+        return f"a tensor of shape {tuple(returned.shape)}"
+    return "" if returned.is_floating_point() else f"a tensor of {returned.dtype}"
+
+
+def _refuse(loss: BoundLoss, part: str, expected: str, wrong: str) -> NoReturn:
+    raise RunError(
+        f"{part} of {loss.name}, from the package {loss.source.package}, must return {expected} "
+        f"for each pair, as a floating-point tensor (2,) for 2 margins, got {wrong}. The "
+        "package has to mend it."
+    )
 
 
 def _check_call(loss: PairwiseLoss, part: str, first: str, options: Mapping[str, Any]) -> None:

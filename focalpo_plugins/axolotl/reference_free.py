@@ -14,7 +14,6 @@ from .trainer import AxolotlPairwiseTrainer, OfConfig
 class AxolotlPairwiseCPOTrainer(OfConfig, CPOLossMixin, AxolotlCPOTrainer):
     """Named in ``trainer_cls`` by the plugin for the margins ``simpo`` and ``cpo``."""
 
-    _written = {"beta": "rl_beta"}
     _marker = AxolotlPairwiseTrainer._marker
 
     def _read(self, cfg: Any, given: dict[str, Any]) -> None:
@@ -25,5 +24,3 @@ class AxolotlPairwiseCPOTrainer(OfConfig, CPOLossMixin, AxolotlCPOTrainer):
 
 class AxolotlPairwiseORPOTrainer(OfConfig, ORPOLossMixin, AxolotlORPOTrainer):
     """The same for the margin ``orpo``."""
-
-    _written = {"beta": "orpo_alpha"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
@@ -46,6 +46,8 @@ class OfConfig:
     _packages: Sequence[str] = ("axolotl", "trl", "torch")
     _marker: str | None
     tag_names: list[str]
+    _host_saves = True
+    _written: Mapping[str, str] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Not PluginManager's config, which is the last one that was loaded.
@@ -56,6 +58,11 @@ class OfConfig:
                 f"{type(self).__name__} must be built by Axolotl for a config that asks for a loss "
                 f"of ours, got {'none' if cfg is None else 'another'}. Load one with rl: focalpo."
             )
+        # In the order of Axolotl's own choice.
+        betas = {"trl.beta": (cfg.get("trl") or {}).get("beta"), "rl_beta": cfg.get("rl_beta")}
+        betas["orpo_alpha"] = cfg.get("orpo_alpha")
+        beta = next((key for key, value in betas.items() if value is not None), "rl_beta")
+        self._written = {"max_length": "sequence_len", **self._written, "beta": beta}
         self._read(cfg, kwargs)
         self._shared_key = SHARED if cfg.get(SHARED) else None
         self._allow_changed = bool(cfg.get(ALLOW_CHANGED))
@@ -112,9 +119,8 @@ class AxolotlPairwiseTrainer(OfConfig, PairwiseLossMixin, _OneBosTrainer):
     # Axolotl loads the reference itself, and evaluates only the data of its config.
     _keeps_reference = False
     _written = {
-        "beta": "rl_beta",
-        "label_smoothing": "dpo_label_smoothing",
-        "loss_type": "dpo_loss_type",
+        key: f"dpo_{key}"
+        for key in ("label_smoothing", "loss_type", "loss_weights", "use_weighting")
     }
     # Axolotl's chat_template strategies render an answer after this text, and cut the text off.
     _marker = "[[dummy_message]]"

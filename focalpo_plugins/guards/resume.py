@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..errors import InvalidValue
@@ -33,6 +33,7 @@ def check_unchanged(
     checkpoint: str,
     allow: str,
     written: Mapping[str, str],
+    of_host: Collection[str] = (),
 ) -> None:
     """Compare what a checkpoint was trained with and what is asked for.
 
@@ -42,6 +43,8 @@ def check_unchanged(
         checkpoint: the checkpoint's path, for the message.
         allow: what the user sets to resume anyway, for the message.
         written: the user's names of keys for which the host has another name.
+        of_host: keys that are compared only if they are recorded: an earlier release of this
+            package recorded fewer of the host's values.
 
     Raises:
         ValueError: they differ; half a run would be trained with one loss and half with another.
@@ -53,15 +56,35 @@ def check_unchanged(
             f"focalpo_plugins, got loss={asked['loss']!r} to go on with. Resume it with the loss "
             f"that began it, start without resuming, or give {allow}."
         )
+    unknown = {key for key in of_host if key not in recorded}
     changed = [
         f"{written.get(key, key)} was {recorded.get(key)!r}, got {asked.get(key)!r}"
-        for key in sorted({*recorded, *asked})
+        for key in sorted({*recorded, *asked} - unknown)
         if not _same(recorded.get(key), asked.get(key))
     ]
     if changed:
         raise InvalidValue(
             f"{'; '.join(changed)}: resuming would change the loss of the checkpoint {checkpoint}; "
             f"{rest}"
+        )
+
+
+def warn_of_unknown(
+    recorded: Mapping[str, Any],
+    of_host: Collection[str],
+    checkpoint: str,
+    written: Mapping[str, str],
+) -> None:
+    """Name the host's values that :func:`check_unchanged` could not compare.
+
+    Call it on one rank only; the arguments are the same.
+    """
+    unknown = [written.get(key, key) for key in of_host if key not in recorded]
+    if unknown:
+        say(
+            f"warning: the checkpoint {checkpoint} was saved by an earlier release of "
+            f"focalpo_plugins, which did not record {', '.join(unknown)}. Make sure that they are "
+            "what it was trained with."
         )
 
 

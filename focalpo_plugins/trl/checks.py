@@ -11,6 +11,9 @@ from typing import Any, NoReturn
 import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import is_peft_model, parse_flag_from_env
+from datasets import Dataset
+from pyarrow.compute import list_flatten
+from pyarrow.compute import max as max_of
 from torch import nn
 from transformers import AutoConfig, ProcessorMixin, TrainingArguments
 from trl import DPOConfig, DPOTrainer
@@ -19,6 +22,7 @@ from ..backbone import check_layers
 from ..compute import output_layer
 from ..compute.output_layer import Head, check_config
 from ..errors import InvalidValue
+from ..guards.pairs import FIRST
 from ..loss import check_beta, check_label_smoothing
 from .seam import check_loss_types
 
@@ -320,6 +324,29 @@ def _config_of(model: Any) -> Any:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError, TypeError):
         return None
+
+
+def embeddings_of(model: Any) -> int | None:
+    """The number of a model's input embeddings; ``model`` may be its folder or hub name.
+
+    None if that isn't known.
+    """
+    if isinstance(model, nn.Module):
+        layer: Any = model.get_input_embeddings()  # type: ignore[operator]
+        return getattr(layer, "num_embeddings", None)
+    config: Any = _config_of(model)
+    return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+
+
+def largest_id(dataset: Any, columns: Sequence[str]) -> int:
+    """The largest token id in the columns; if the data are streamed, in the first rows."""
+    if isinstance(dataset, Dataset):
+        batches = dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=1000)
+        found = (max_of(list_flatten(rows[name])).as_py() for rows in batches for name in columns)
+    else:
+        rows = dataset.take(FIRST)
+        found = (max(row[name], default=-1) for row in rows for name in columns)
+    return max((id for id in found if id is not None), default=-1)
 
 
 def _has_device_map(model: Any, args: DPOConfig) -> bool:

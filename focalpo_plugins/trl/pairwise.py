@@ -13,16 +13,18 @@ from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..diagnostics import MARGINS, margin_sums, means
-from ..errors import RunError
+from ..errors import InvalidValue, RunError
 from ..guards.end import say_done
 from ..guards.folders import check_folder
 from ..guards.margins import not_finite, stop
 from ..guards.messages import say
 from ..guards.ranks import together
-from ..guards.resume import check_unchanged
+from ..guards.resume import check_unchanged, warn_of_another_length, warn_of_unknown
+from ..guards.start import check_embeddings, check_resumed_margins
 from ..guards.texts import Fault
 from ..registry import BoundLoss
-from .record import Record, recorded
+from .checks import largest_id
+from .record import Record, Saved, read
 
 if TYPE_CHECKING:
     # The class of super() in the mixin's methods, by the order of the bases.
@@ -63,6 +65,9 @@ class PairwiseBase(_Host):
     _allow_data = False
     _marker: str | None = None  # a text that the host renders beside an answer
     _written: Mapping[str, str] = {}  # the config's names of TRL's arguments, if they differ
+    _host_saves = False  # whether the host saves the model to output_dir after training
+    _checkpoint = ""  # that the run resumes from
+    _embeddings: Mapping[str, int | None] = {}  # how many the policy and the reference have
 
     if TYPE_CHECKING:
         _own_loss: str  # what TRL's trainer trains
@@ -80,9 +85,14 @@ class PairwiseBase(_Host):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._margin_sums: dict[str, Tensor] = {}
-        self._moving: dict[str, float] = {}  # of the last step or evaluation
+        self._moving: dict[str, dict[str, float]] = {}  # of the last step, and evaluation
+        # The state of the checkpoint until the first step after it is done, and its margins.
+        self._resumed: dict[str, Any] | None = None
+        self._largest = 0.0
         self._steps_recorded = 0
         self._window: set[int] = set()  # the steps that the next log covers
+        self._saved = Saved()
+        self.add_callback(self._saved)
 
     def set_loss(self, loss: BoundLoss) -> None:
         """Train with ``loss`` from now on.
@@ -92,7 +102,7 @@ class PairwiseBase(_Host):
         """
         self.pairwise_loss = loss
         self._said_active = False
-        self.add_callback(Record(self._record_of_loss(loss)))
+        self.add_callback(Record.of(self._record_of_loss(loss)))
         is_focalpo = loss.name == "focalpo"
         self._name, self._paper = ("FocalPO", _PAPER) if is_focalpo else (loss.name, {})
         self._tag_names: list[str] = [*self._tag_names, loss.name]
@@ -100,15 +110,19 @@ class PairwiseBase(_Host):
         model.add_model_tags([loss.name])
 
     def _loss_now(self) -> BoundLoss:
-        """The loss at the step that is trained, or at the last one before an evaluation."""
+        """The loss at the step that is trained; in evaluation, the loss at the run's end.
+
+        So the losses of two evaluations differ by their models only, and can choose the best one.
+        """
         loss, steps = self.pairwise_loss, self.state.max_steps
         if loss is None:
             raise RunError(
                 f"{type(self).__name__} has no pairwise loss yet, and would train "
                 f"{self._own_loss}: call set_loss() before training."
             )
-        before = self.state.global_step - (self._mode() == "eval")
-        return loss.at(min(1.0, max(0, before) / (steps - 1)) if steps > 1 else 0.0)
+        if self._mode() == "eval":
+            return loss.at(1.0)
+        return loss.at(min(1.0, self.state.global_step / (steps - 1)) if steps > 1 else 0.0)
 
     def _say_active(self) -> None:
         """Print what is trained, once, on the main process, after all checks of the run."""
@@ -146,7 +160,18 @@ class PairwiseBase(_Host):
         return output
 
     def _say_done(self) -> None:
-        history, folder = self.state.log_history, str(self.args.output_dir)
+        loss, history, folder = self.pairwise_loss, self.state.log_history, self.args.output_dir
+        assert loss is not None
+        trained = [entry for entry in history if "loss" in entry]
+        moving = [(name, f"{loss.name}/{name}") for name in loss.moving()]
+        moved = [
+            ", ".join(f"{name} {entry[key]:.4g}" for name, key in moving if key in entry)
+            for entry in (trained[:1] + trained[-1:] if moving else [])
+        ]
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        if best is not None:
+            step = int(best.rpartition("-")[2])
+            history = [entry for entry in history if entry["step"] == step]
         held_out = {}
         for what, name in (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
             # The last value that was logged, for any evaluation set.
@@ -158,27 +183,69 @@ class PairwiseBase(_Host):
             ]
             if values:
                 held_out[what] = values[-1]
+        saved = Path(str(folder)) / f"checkpoint-{self._saved.step}"
+        has_saved = saved.is_dir()
         say_done(
             self.state.global_step,
-            [entry["loss"] for entry in history if "loss" in entry],
+            [entry["loss"] for entry in trained],
             held_out,
-            folder,
-            folder if get_last_checkpoint(folder) else None,
+            str(folder) if self._host_saves else None,
+            str(folder) if has_saved else None,
+            moved=moved,
+            best=best,
+            saved=str(saved) if has_saved else None,
         )
 
     def _check_before_training(self, resume_from_checkpoint: str | bool | None) -> None:
+        output_dir = str(self.args.output_dir)
         if self.args.should_save and self.args.save_strategy != "no":
-            check_folder(Path(str(self.args.output_dir)), "output_dir")
+            check_folder(Path(output_dir), "output_dir")
+        self._resumed = None
+        if self.pairwise_loss is None or not resume_from_checkpoint:
+            return
         folder = resume_from_checkpoint
         if folder is True:
-            folder = get_last_checkpoint(str(self.args.output_dir))
-        if self.pairwise_loss is None or self._allow_changed or not folder:
+            folder = get_last_checkpoint(output_dir)
+        # The host reports these two on the rank that misses the folder, and the others would wait.
+        if folder is None:
+            raise InvalidValue(
+                "resume_from_checkpoint=True needs a checkpoint in output_dir, got none in "
+                f"{output_dir!r}. Start without resuming, or name the checkpoint's folder."
+            )
+        if not Path(folder).is_dir():
+            raise InvalidValue(
+                f"resume_from_checkpoint must be the folder of a checkpoint, got {folder!r}: there "
+                "is no such folder."
+            )
+        self._checkpoint = str(folder)
+        self._check_checkpoint(self.pairwise_loss)
+
+    def _check_checkpoint(self, loss: BoundLoss) -> None:
+        """Refuse a checkpoint that was trained with another loss."""
+        try:
+            recorded, self._resumed = read(Path(self._checkpoint))
+        except ValueError:
+            if self._allow_changed:
+                return
+            raise
+        if self._allow_changed:
             return
-        if Path(folder).is_dir():  # else the host reports it itself
-            asked = self._record_of_loss(self.pairwise_loss)
-            allow = "focalpo_allow_changed: true"
-            written = {"margin": "focalpo_margin", **self._written}
-            check_unchanged(recorded(Path(folder)), asked, str(folder), allow, written)
+        asked, of_host = self._record_of_loss(loss), list(self._of_host())
+        allow = "focalpo_allow_changed: true"
+        written = {"margin": "focalpo_margin", **self._written}
+        check_unchanged(recorded, asked, self._checkpoint, allow, written, of_host)
+        if self.accelerator.is_main_process and recorded is not None:
+            warn_of_unknown(recorded, of_host, self._checkpoint, written)
+
+    def _check_ids(self, dataset: Any, tokenizer: Any, columns: Sequence[str]) -> None:
+        """Refuse tokenized data with a token for which a model has no embedding."""
+        known = {name: rows for name, rows in self._embeddings.items() if rows is not None}
+        if all(rows >= len(tokenizer) for rows in known.values()):
+            return  # without reading the data
+        largest = max(largest_id(dataset, columns), tokenizer.pad_token_id or 0)
+        warning = check_embeddings(known, len(tokenizer), largest)
+        if self.args.process_index == 0 and warning:
+            say(warning)
 
     def _faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> list[Fault]:
         """What the host trains of the rows otherwise than the chat template renders it."""
@@ -223,7 +290,7 @@ class PairwiseBase(_Host):
         )
         sums = self._margin_sums.pop("eval", None)
         if sums is not None and self.pairwise_loss is not None:
-            found = {**means(sums, self.pairwise_loss), **self._moving}
+            found = {**means(sums, self.pairwise_loss), **self._moving["eval"]}
             for name, value in found.items():
                 output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
@@ -234,12 +301,14 @@ class PairwiseBase(_Host):
         In training every trained row is counted, in evaluation each pair is counted once.
         """
         loss, mode, margins = self._loss_now(), self._mode(), margins.detach()
-        self._moving = {f"{loss.name}/{name}": value for name, value in loss.moving().items()}
+        moving = {f"{loss.name}/{name}": value for name, value in loss.moving().items()}
+        self._moving[mode] = moving
         if mode == "train":
             # Not gather_for_metrics: transformers fetches all batches of an update ahead, so in the
             # last update of an epoch each batch would be cut to the size of the last one.
             tokens = self._tokens_of_step()
             self._window.add(self.state.global_step)
+            self._check_resumed_step(loss, margins)
             sums = self.accelerator.reduce(margin_sums(margins, loss, tokens), "sum")
         else:
             # gather_for_metrics drops the rows that the sampler repeats to fill the last batches.
@@ -251,6 +320,24 @@ class PairwiseBase(_Host):
             stop(loss.name, f"{when} {self.state.global_step + 1}", where)
         self._margin_sums[mode] = self._margin_sums.get(mode, 0) + sums
         self._steps_recorded += 1
+
+    def _check_resumed_step(self, loss: BoundLoss, margins: Tensor) -> None:
+        """Warn of what the first step after resuming shows; called for each micro-batch."""
+        before = self._resumed
+        if before is None:
+            return
+        is_main = self.accelerator.is_main_process
+        moving = ", ".join(f"{loss.name}_{name}" for name in loss.moving())
+        if is_main and moving and "max_steps" in before:
+            # Popped, so that it is said once.
+            warn_of_another_length(before.pop("max_steps"), self.state.max_steps, moving)
+        largest = self.accelerator.gather(margins.abs().max()).max().item()
+        self._largest = max(self._largest, largest)
+        if not self.accelerator.sync_gradients:
+            return
+        if is_main and self._of_host()["margin"] == "dpo":
+            check_resumed_margins(self._largest, before.get("log_history", []), self._checkpoint)
+        self._resumed, self._largest = None, 0.0
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's own model card, which names the base model if that is from a model hub.
@@ -273,7 +360,8 @@ class PairwiseBase(_Host):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         sums = self._margin_sums.pop("train", None) if self._mode() == "train" else None
         if sums is not None and self.pairwise_loss is not None:
-            logs.update(means(sums, self.pairwise_loss, len(self._window)) | self._moving)
+            found = means(sums, self.pairwise_loss, len(self._window))
+            logs.update(found | self._moving["train"])
             self._window.clear()
         super().log(logs, *args, **kwargs)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerCallback
@@ -17,31 +17,56 @@ from ..guards.resume import IN_TRAINER_STATE, of_trainer_state
 class Record(TrainerCallback, ExportableState):
     """Makes transformers write what was trained into each checkpoint's trainer_state.json."""
 
+    _record: ClassVar[Mapping[str, Any]] = {}
+
     def __init__(self, record: Mapping[str, Any] | None = None) -> None:
-        self.record = record
+        """
+        Args:
+            record: what an earlier run trained, as transformers reads it from a checkpoint; unused.
+        """
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Record:
+        """The callback that writes ``record``.
+
+        Transformers may replace it by one of the same class, made from the checkpoint's state.  So
+        the record belongs to the class: this run's is written, whatever was restored.
+        """
+        # Transformers keeps a callback's state under the name of its class.
+        of_run: type[Record] = type(IN_TRAINER_STATE, (cls,), {"_record": record})
+        return of_run()
 
     def state(self) -> dict[str, Any]:
-        return {"args": {"record": self.record}, "attributes": {}}
+        return {"args": {"record": dict(self._record)}, "attributes": {}}
 
 
-# Transformers keeps a callback's state under the name of its class.
-Record.__name__ = IN_TRAINER_STATE
+class Saved(TrainerCallback):
+    """Remembers the step of the last checkpoint that this process has saved.
+
+    The folder alone doesn't tell: an earlier run may have left checkpoints there.
+    """
+
+    step: int | None = None
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step
 
 
-def recorded(checkpoint: Path) -> dict[str, Any] | None:
-    """The record in a checkpoint; None if none of our losses trained it.
+def read(checkpoint: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """The record in a checkpoint, None if none of our losses trained it; and transformers' state.
 
     Raises:
         ValueError: the checkpoint's state can't be read.
     """
     path = checkpoint / TRAINER_STATE_NAME
     try:
-        found = of_trainer_state(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, LookupError, AttributeError) as error:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        found = of_trainer_state(state)
+        # Before 0.2.0 dpo was the only margin, and the record did not name it.
+        return None if found is None else {"margin": "dpo", **found}, state
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise InvalidValue(
             f"resume_from_checkpoint must be a whole checkpoint, got {str(checkpoint)!r}: "
             f"{path.name} can't be read ({error}), as when a run was killed while it saved. "
             "Remove the folder, and resume from an earlier one."
         ) from None
-    # Before 0.2.0 dpo was the only margin, and the record did not name it.
-    return None if found is None else {"margin": "dpo", **found}

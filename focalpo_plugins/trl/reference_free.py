@@ -30,7 +30,7 @@ from torch import Tensor
 from ..errors import InvalidType, InvalidValue
 from ..guards import pairs, texts
 from ..loss import check_beta, check_label_smoothing
-from .checks import check_data, check_parallelism, given_to
+from .checks import check_data, check_parallelism, embeddings_of, given_to
 from .config import PairwiseFields
 from .pairwise import PairwiseBase
 from .seam import check_host, exchanged
@@ -45,6 +45,9 @@ with warnings.catch_warnings():
 #: The margin of each of CPO's loss types.
 MARGIN_OF = {"sigmoid": "cpo", "simpo": "simpo"}
 _IGNORED = -100
+_COLUMNS = ("chosen_input_ids", "rejected_input_ids")
+# What the start-up line shows of the host's values.
+_SAID = ("margin", "beta", "simpo_gamma", "cpo_alpha", "label_smoothing", "alpha")
 
 
 class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
@@ -69,11 +72,13 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
             self._check_config(config)
             self._ask_for_sharing(given, config)
         check_data(given)
+        self._embeddings = {"policy": embeddings_of(given.get("model"))}
         super().__init__(*args, **kwargs)
         for evaluation, dataset in enumerate((self.train_dataset, self.eval_dataset)):
             sets = dataset.values() if isinstance(dataset, dict) else [dataset]
             for each in sets:
                 if each is not None:
+                    self._check_ids(each, self.processing_class, _COLUMNS)
                     self._check_pairs(each, bool(evaluation))
 
     def _check_config(self, config: Any) -> None:
@@ -82,9 +87,21 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
         check_parallelism(config)
 
     def _said_of_host(self) -> str:
-        # AlphaPO's `alpha` is 0 unless it is asked for.
-        said = {name: value for name, value in self._of_host().items() if name != "alpha" or value}
-        return "".join(f"{name}={value} " for name, value in said.items())
+        said = {key: value for key, value in self._of_host().items() if key in _SAID}
+        if not said.get("alpha"):
+            said.pop("alpha", None)  # AlphaPO's, 0 unless it is asked for
+        return "".join(f"{key}={value} " for key, value in said.items())
+
+    def _of_any(self) -> dict[str, Any]:
+        """Values that go into both trainers' losses."""
+        host: Any = self
+        coefficient = host.aux_loss_coef if host.aux_loss_enabled else None
+        of_decoder = host.args.max_completion_length if host.is_encoder_decoder else None
+        return {
+            "router_aux_loss_coef": coefficient,
+            "max_length": host.args.max_length,
+            "max_completion_length": of_decoder,
+        }
 
     def _check_pairs(self, dataset: Any, evaluation: bool) -> None:
         """Refuse token ids that can't be learnt from; each rank checks the same rows."""
@@ -156,6 +173,7 @@ class CPOLossMixin(ReferenceFreeMixin):
             "cpo_alpha": self.cpo_alpha,
             "label_smoothing": self.label_smoothing,
             "alpha": self.alpha,
+            **self._of_any(),
         }
 
     def cpo_loss(self, *logps: Tensor) -> Any:
@@ -173,7 +191,7 @@ class ORPOLossMixin(ReferenceFreeMixin):
     _own_loss, _trainer, _method = "ORPO", ORPOTrainer, "odds_ratio_loss"
 
     def _of_host(self) -> dict[str, Any]:
-        return {"margin": "orpo", "beta": self.beta}
+        return {"margin": "orpo", "beta": self.beta, **self._of_any()}
 
     def odds_ratio_loss(self, *logps: Tensor) -> Any:
         """TRL's own loss, which calls one log-sigmoid of the log odds ratio."""

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
 from trl import DPOTrainer
 
 from ..errors import InvalidType, InvalidValue, RunError
 from ..guards import pairs, texts
+from ..guards.messages import say
 from ..guards.start import check_first_margins
-from .checks import check_arguments, check_data, check_fused_parts, given_to
+from .checks import check_arguments, check_data, check_fused_parts, embeddings_of, given_to
 from .config import FocalPOConfig
 from .conversations import rendered
 from .fused_step import FusedStepMixin
 from .pairwise import PairwiseBase
 from .seam import check_host, exchanged, smoothing_of
+
+# What else decides on a reference that follows the policy.
+_OF_SYNCING = ("ref_model_mixup_alpha", "ref_model_sync_steps")
+# Numbers of a weight that tell if two models have it in common.
+_COMPARED = 1024
 
 
 class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
@@ -47,17 +56,30 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
                 check_fused_parts(given, config, self._fused_key)
             self._ask_for_sharing(given, config)
         self._starts_as_reference = _same_weights(given.get("model"), given.get("ref_model"))
+        self._embeddings = _embeddings(given)
         check_data(given)
         super().__init__(*args, **kwargs)
         if self.precompute_ref_logps and self.ref_model is not None:
             self._set_reference_aside()
 
     def _of_host(self) -> dict[str, Any]:
+        args = self.args
+        synced = {key: getattr(args, key) if args.sync_ref_model else None for key in _OF_SYNCING}
+        # Before 1.9 TRL has no such coefficient.
+        experts = self.router_aux_loss_coef if getattr(self, "aux_loss_enabled", False) else None
         return {
             "margin": "dpo",
             "beta": self.beta,
             "label_smoothing": self.label_smoothing,
             "loss_type": list(self.loss_types),
+            "loss_weights": list(self.loss_weights),
+            "ld_alpha": self.ld_alpha,
+            "use_weighting": self.use_weighting,
+            "router_aux_loss_coef": experts,
+            "sync_ref_model": args.sync_ref_model,
+            **synced,
+            "max_length": args.max_length,
+            "truncation_mode": args.truncation_mode,
         }
 
     def _said_of_host(self) -> str:
@@ -106,8 +128,10 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
             ValueError: most of the training data can't be learnt from.
         """
         first: dict[str, Any] = next(iter(dataset), {})
-        prepared = super()._prepare_dataset(dataset, processing_class, args, *more, **named)
+        with _counted_mismatches():
+            prepared = super()._prepare_dataset(dataset, processing_class, args, *more, **named)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self._check_ids(prepared, tokenizer, ("prompt_ids", "chosen_ids", "rejected_ids"))
         shared = "prompt" not in first and isinstance(first.get("chosen"), str)
         self._check_pairs(prepared, tokenizer, args, shared)
         texts.check(
@@ -246,15 +270,80 @@ class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
 def _same_weights(policy: Any, reference: Any) -> bool:
     """Whether both are known to start with the same weights.
 
-    So it is if TRL makes the reference from the policy, or if both were loaded from one place.
+    So it is if TRL makes the reference from the policy, if it loads one of them from the place of
+    the other, or if two models are equal.  Two models from one place may differ: the policy may
+    hold an adapter, or have one merged into it.
     """
     if reference is None:
         return True
-    places = [
-        model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-        for model in (policy, reference)
-    ]
-    return bool(places[0]) and places[0] == places[1]
+    if isinstance(policy, str) or isinstance(reference, str):
+        places = [
+            model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+            for model in (policy, reference)
+        ]
+        return bool(places[0]) and places[0] == places[1]
+    ours, theirs = dict(policy.named_parameters()), dict(reference.named_parameters())
+    return ours.keys() == theirs.keys() and all(_alike(ours[name], theirs[name]) for name in ours)
+
+
+def _embeddings(given: dict[str, Any]) -> dict[str, int | None]:
+    """How many embeddings policy and reference have, from a trainer's arguments by name."""
+    policy: Any = given.get("model")
+    reference, config = given.get("ref_model"), given.get("args")
+    found = {"policy": embeddings_of(policy)}
+    by_adapter = given.get("peft_config") is not None or is_peft_model(policy)
+    precomputed = getattr(config, "precompute_ref_log_probs", False)
+    if reference is None and not isinstance(policy, str) and not by_adapter and not precomputed:
+        # TRL loads it from where the policy came from, without what was changed since.
+        reference = getattr(policy.config, "_name_or_path", "")
+    if reference:
+        found["reference"] = embeddings_of(reference)
+    return found
+
+
+class _Mismatches(logging.Filter):
+    """Counts TRL's warnings of a prompt whose tokens change before an answer, and drops them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Shared, because TRL may tokenize in processes that are forked off this one.
+        self.count = multiprocessing.Value("q")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "Mismatch between tokenized prompt" not in str(record.msg):
+            return True
+        with self.count.get_lock():
+            self.count.value += 1
+        return False
+
+
+@contextmanager
+def _counted_mismatches() -> Iterator[None]:
+    """Inside, TRL's warning for each answer becomes one line at the end.
+
+    The newest releases warn once themselves, and in other words.
+    """
+    logger, mismatches = logging.getLogger(DPOTrainer.__module__), _Mismatches()
+    logger.addFilter(mismatches)
+    try:
+        yield
+    finally:
+        logger.removeFilter(mismatches)
+        if mismatches.count.value:
+            say(
+                f"warning: {mismatches.count.value} answers change the tokens at their prompt's "
+                "end, and TRL cuts these answers by the prompt's own number of tokens, so their "
+                "first characters may be lost or come twice. End the prompts at the end of a "
+                "token, as a chat template does, or remove white space from their ends."
+            )
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, by the numbers at their start."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    few = [weight.detach().flatten()[:_COMPARED].cpu() for weight in (one, other)]
+    return few[0].equal(few[1])
 
 
 def _moved(model: Any, device: Any) -> Any:
