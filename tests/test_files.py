@@ -75,7 +75,7 @@ def test_a_folder_that_is_read_only(tmp_path: Path):
     for path in (folder, folder / "new"):
         run = run_python("-c", CHECK, str(path), path=FAULTS, PERMISSIONS_HOLD="1")
         assert run.stderr.splitlines()[-1] == (
-            f"ValueError: output_dir must be a folder that can be written to, got {str(path)!r}: "
+            f"focalpo_plugins.errors.InvalidValue: output_dir must be a folder that can be written to, got {str(path)!r}: "
             "Permission denied. Name another, or change its permissions."
         )
     folder.chmod(0o755)

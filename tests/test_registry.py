@@ -189,6 +189,104 @@ def test_a_checkpoint_of_the_same_options_is_the_same_loss(add_loss, kind: str):
         check_unchanged(saved, asked, "checkpoint-1", "allow", {})
 
 
+sigmoid = torch.nn.functional.logsigmoid
+# What a loss returns for the margins 0 and 1, and what is said of it.
+RETURNED: dict[str, tuple[Callable, str]] = {
+    "a sum": (lambda margins: -sigmoid(margins).sum(), "a tensor of shape ()"),
+    "a mean": (lambda margins: -sigmoid(margins).mean(), "a tensor of shape ()"),
+    "one number in a tensor": (lambda margins: -sigmoid(margins).sum()[None], "shape (1,)"),
+    "a column": (lambda margins: -sigmoid(margins)[:, None], "a tensor of shape (2, 1)"),
+    "a matrix": (lambda margins: margins[:, None] - margins, "a tensor of shape (2, 2)"),
+    "a number": (lambda margins: 0.5, "float 0.5"),
+    "nothing": (lambda margins: None, "NoneType None"),
+    "a list": (lambda margins: [0.1, 0.2], "list [0.1, 0.2]"),
+    "numpy": (lambda margins: margins.detach().numpy(), "ndarray array("),
+    "integers": (lambda margins: margins.long(), "a tensor of torch.int64"),
+    "truth values": (lambda margins: margins > 0, "a tensor of torch.bool"),
+    "no gradient": (lambda margins: -sigmoid(margins).detach(), "a tensor without a gradient"),
+    "NaN at 0": (lambda margins: margins / margins, "losses that are not finite, [nan, 1.0]"),
+    "infinite at 0": (lambda margins: 1 / margins, "losses that are not finite, [inf, 1.0]"),
+    # (1/2) |z|^-1/2 times the sign of z: infinity times 0.
+    "a gradient that is NaN at 0": (
+        lambda margins: margins.abs().sqrt(), "gradients that are not finite, [nan, 0.5]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RETURNED)
+def test_a_loss_that_does_not_return_one_for_each_pair(add_loss, kind: str):
+    """Refused before it trains, by name and package; at every point of the run."""
+    wrong, words = RETURNED[kind]
+    add_loss("mine", wrong)
+    expected = (
+        "loss of mine, from the package mine, must return a finite loss with a gradient for each "
+        "pair, as a floating-point tensor (2,) for 2 margins, got "
+    )
+    with pytest.raises(RuntimeError) as refused:
+        get_loss("mine").bind()
+    assert str(refused.value).startswith(expected) and words in str(refused.value)
+
+
+@pytest.mark.parametrize("point", [0.0, 0.5, 1.0])
+def test_a_loss_that_is_wrong_at_one_point_of_the_run(add_loss, point: float):
+    add_loss(
+        "mine",
+        lambda margins, now: -sigmoid(margins).sum() if now == point else -sigmoid(margins),
+        at=lambda progress: {"now": progress},
+    )
+    with pytest.raises(RuntimeError, match="^loss of mine, .*got a tensor of shape "):
+        get_loss("mine").bind()
+
+
+# What a weight returns for the margins 0 and 1.
+WRONG_WEIGHTS: dict[str, tuple[Callable, str]] = {
+    "a sum": (lambda margins: margins.sum(), "a tensor of shape ()"),
+    "a column": (lambda margins: margins[:, None], "a tensor of shape (2, 1)"),
+    "a number": (lambda margins: 1.0, "float 1.0"),
+    "integers": (lambda margins: margins.long(), "a tensor of torch.int64"),
+    # The diagnostics are computed in float64.
+    "a number in float64": (
+        lambda margins: margins if margins.dtype == torch.float32 else margins.sum(),
+        "a tensor of shape ()",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG_WEIGHTS)
+def test_a_weight_that_does_not_return_one_for_each_pair(add_loss, kind: str):
+    wrong, words = WRONG_WEIGHTS[kind]
+    add_loss("mine", lambda margins: -sigmoid(margins), weight=wrong)
+    with pytest.raises(
+        RuntimeError, match="^weight of mine, from the package mine, must "
+    ) as error:
+        get_loss("mine").bind()
+    assert words in str(error.value)
+
+
+def in_place(margins: torch.Tensor) -> torch.Tensor:
+    return margins.neg_().exp()
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        in_place,
+        torch.nn.Softplus(),
+        lambda margins: -sigmoid(margins.double()),
+        lambda margins: torch.relu(1 - margins),
+        lambda margins: (margins - 1).square(),
+    ],
+)
+def test_a_loss_that_is_accepted(add_loss, right: Callable):
+    """Whatever the caller has switched off: gradients, or the default dtype and device."""
+    add_loss("mine", right, weight=lambda margins: margins.exp())
+    get_loss("mine").bind()
+    with torch.no_grad():
+        get_loss("mine").bind()
+    with torch.inference_mode(), torch.device("meta"):
+        get_loss("mine").bind()
+
+
 def test_an_option_that_no_checkpoint_can_hold(add_loss):
     add_loss("mine", lambda margins, at: margins, options={"at": None})
     with pytest.raises(ValueError, match="^at must be a value that JSON can hold, got {1}"):
@@ -326,7 +424,7 @@ except ValueError as error:
     run = run_python("-c", script, path=path)
     found, error = run.stdout.splitlines()
     assert found == "['focalpo', 'hinge'] ['focalpo', 'hinge'] hinge"
-    assert "The package bad failed to register: ValueError: name must be none that a host" in error
+    assert "The package bad failed to register: name must be none that a host uses" in error
     assert run.stderr.count("the package bad failed to register its losses and is left out") == 1
 
 

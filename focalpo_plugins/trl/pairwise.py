@@ -237,14 +237,16 @@ class PairwiseBase(_Host):
         if self.accelerator.is_main_process and recorded is not None:
             warn_of_unknown(recorded, of_host, self._checkpoint, written)
 
-    def _check_ids(self, dataset: Any, tokenizer: Any, columns: Sequence[str]) -> None:
+    def _check_ids(
+        self, dataset: Any, tokenizer: Any, columns: Sequence[str], is_main: bool
+    ) -> None:
         """Refuse tokenized data with a token for which a model has no embedding."""
         known = {name: rows for name, rows in self._embeddings.items() if rows is not None}
         if all(rows >= len(tokenizer) for rows in known.values()):
             return  # without reading the data
         largest = max(largest_id(dataset, columns), tokenizer.pad_token_id or 0)
         warning = check_embeddings(known, len(tokenizer), largest)
-        if self.args.process_index == 0 and warning:
+        if is_main and warning:
             say(warning)
 
     def _faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> list[Fault]:

@@ -78,7 +78,8 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
             sets = dataset.values() if isinstance(dataset, dict) else [dataset]
             for each in sets:
                 if each is not None:
-                    self._check_ids(each, self.processing_class, _COLUMNS)
+                    is_main = self.args.process_index == 0
+                    self._check_ids(each, self.processing_class, _COLUMNS, is_main)
                     self._check_pairs(each, bool(evaluation))
 
     def _check_config(self, config: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from trl import DPOTrainer
 
 from ..errors import InvalidType, InvalidValue, RunError
@@ -131,7 +131,8 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         with _counted_mismatches():
             prepared = super()._prepare_dataset(dataset, processing_class, args, *more, **named)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self._check_ids(prepared, tokenizer, ("prompt_ids", "chosen_ids", "rejected_ids"))
+        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+        self._check_ids(prepared, tokenizer, columns, args.process_index == 0)
         shared = "prompt" not in first and isinstance(first.get("chosen"), str)
         self._check_pairs(prepared, tokenizer, args, shared)
         texts.check(
@@ -289,11 +290,12 @@ def _same_weights(policy: Any, reference: Any) -> bool:
 def _embeddings(given: dict[str, Any]) -> dict[str, int | None]:
     """How many embeddings policy and reference have, from a trainer's arguments by name."""
     policy: Any = given.get("model")
-    reference, config = given.get("ref_model"), given.get("args")
+    reference = given.get("ref_model")
     found = {"policy": embeddings_of(policy)}
-    by_adapter = given.get("peft_config") is not None or is_peft_model(policy)
-    precomputed = getattr(config, "precompute_ref_log_probs", False)
-    if reference is None and not isinstance(policy, str) and not by_adapter and not precomputed:
+    whole = isinstance(policy, nn.Module) and not is_peft_model(policy)
+    adapted = given.get("peft_config") is not None
+    precomputed = getattr(given.get("args"), "precompute_ref_log_probs", False)
+    if reference is None and whole and not adapted and not precomputed:
         # TRL loads it from where the policy came from, without what was changed since.
         reference = getattr(policy.config, "_name_or_path", "")
     if reference:

@@ -128,15 +128,17 @@ def test_the_second_log_sigmoid_counts_only_where_it_is_multiplied(tmp_path, add
     """TRL calls for -z even without smoothing, and multiplies by 0: an infinite loss would make the
     product NaN."""
     seen = []
+    training = False  # not yet: a loss is tried before
 
     def once(margins):
         seen.append(margins.detach())
-        return margins.square() if len(seen) % 2 else margins.square() / 0
+        return margins.square() / (0 if training and len(seen) > 1 else 1)
 
     add_loss("once", once)
     host = trainer(FocalCPOTrainer, tmp_path, **SIMPO, focalpo_pairwise_loss="once")
     batch = next(iter(host.get_train_dataloader()))
     seen.clear()
+    training = True
     assert host.compute_loss(host.model, batch).isfinite()
     assert len(seen) == 1
 
@@ -307,6 +309,9 @@ def test_a_checkpoint_of_another_margin_is_refused(tmp_path: Path):
         ({"loss_type": "sigmoid"}, "focalpo_margin was 'simpo', got 'cpo'"),
         ({"simpo_gamma": 0.1}, "simpo_gamma was 0.7, got 0.1"),
         ({"cpo_alpha": 1.0}, "cpo_alpha was 0.0, got 1.0"),
+        ({"alpha": 0.2}, "alpha was 0.0, got 0.2"),
+        ({"label_smoothing": 0.1}, "label_smoothing was 0.0, got 0.1"),
+        ({"max_length": 32}, "max_length was 64, got 32"),
     ):
         other = trainer(FocalCPOTrainer, tmp_path, **{**SIMPO, **changed})
         with pytest.raises(ValueError, match=message):

@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 import weakref
+from collections.abc import Callable
 from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -660,7 +661,8 @@ def test_fused_needs_no_liger(tmp_path):
         stderr.strip()
         .splitlines()[-1]
         .startswith(
-            "ValueError: use_liger_kernel needs the package liger-kernel, which is not installed."
+            "focalpo_plugins.errors.InvalidValue: use_liger_kernel needs the package liger-kernel, "
+            "which is not installed."
         )
     )
 
@@ -1028,7 +1030,8 @@ def test_a_trl_that_moves_the_branch_is_stopped_at_the_first_step(
     code, stdout, stderr = run_forked(SCRIPT, tmp_path, path=copy)
     assert code != 0
     assert "trained" not in stdout
-    (message,) = [line for line in stderr.splitlines() if line.startswith("RuntimeError: ")]
+    raised = "focalpo_plugins.errors.RunError: "
+    (message,) = [line for line in stderr.splitlines() if line.startswith(raised)]
     assert f"trl {trl.__version__} {stops_at}" in message
     assert "focalpo_plugins 0.2.0 expects 1" in message
 
@@ -1147,6 +1150,131 @@ def test_resume_with_another_loss(tokenizer, tmp_path):
     assert same.state.global_step == 4
 
 
+# Of each value of TRL's that goes into the loss: of the checkpoint's run, and of the resumed one.
+CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "loss_weights": (
+        {"loss_type": ["sigmoid", "sft"]}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 9]},
+        r"loss_weights was [1.0, 1.0], got [1, 9]",
+    ),
+    "ld_alpha": ({}, {"ld_alpha": 0.2}, "ld_alpha was None, got 0.2"),
+    "use_weighting": ({"use_weighting": True}, {}, "use_weighting was True, got False"),
+    "sync_ref_model": (
+        {"sync_ref_model": True, "ref_model_sync_steps": 1}, {},
+        "ref_model_mixup_alpha was 0.6, got None; ref_model_sync_steps was 1, got None; "
+        "sync_ref_model was True, got False",
+    ),
+    "max_length": ({"max_length": 64}, {"max_length": 4}, "max_length was 64, got 4"),
+    "label_smoothing": ({}, {"label_smoothing": 0.1}, "label_smoothing was 0.0, got 0.1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", CHANGED)
+def test_resume_with_another_value_of_the_hosts(tokenizer, tmp_path, key: str):
+    """Refused before the first step; the same value in another spelling is accepted."""
+    before, after, message = CHANGED[key]
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer(FocalPOTrainer, tokenizer, tmp_path, **saving, **before).train()
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path, **{**saving, "max_steps": 2}, **after)
+    with pytest.raises(ValueError) as refused:
+        host.train(resume_from_checkpoint=True)
+    assert str(refused.value).startswith(f"{message}: resuming would change the loss of the check")
+    assert host.state.global_step == 0
+    same = {**before, "loss_weights": [1.0, 1.0]} if key == "loss_weights" else before
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path, **{**saving, "max_steps": 2}, **same)
+    host.train(resume_from_checkpoint=True)
+    assert host.state.global_step == 2
+
+
+@pytest.mark.skipif(
+    "router_aux_loss_coef" not in FIELDS, reason="this TRL's DPO has no loss of routers"
+)
+def test_resume_with_another_weight_of_the_routers(tokenizer, tmp_path):
+    def build(coefficient: float, steps: int) -> FocalPOTrainer:
+        return trainer(
+            FocalPOTrainer, tokenizer, tmp_path, policy=model(0, "mixtral"),
+            reference=model(1, "mixtral"), router_aux_loss_coef=coefficient, max_steps=steps,
+            save_strategy="steps", save_steps=1,
+        )  # fmt: skip
+
+    build(0.3, 1).train()
+    for other, now in ((0.1, 0.1), (0.0, None)):
+        message = f"^router_aux_loss_coef was 0.3, got {now}: resuming would change the loss"
+        with pytest.raises(ValueError, match=message):
+            build(other, 2).train(resume_from_checkpoint=True)
+
+
+def edited_state(checkpoint: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text())
+    edit(state)
+    path.write_text(json.dumps(state))
+
+
+def test_resume_of_an_earlier_releases_checkpoint(tokenizer, tmp_path, capsys):
+    """Its record has what 0.2.0 wrote. What is not in it can't be compared, and is named; what is
+    in it is compared as ever."""
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer(FocalPOTrainer, tokenizer, tmp_path, **saving).train()
+
+    def as_before(state: dict[str, Any]) -> None:
+        args = state["stateful_callbacks"]["_Record"]["args"]
+        args["record"] = {
+            "loss": "focalpo", "focalpo_gamma": 0.05, "focalpo_variant": "correct",
+            "margin": "dpo", "beta": 0.3, "label_smoothing": 0.0, "loss_type": ["sigmoid"],
+        }  # fmt: skip
+
+    edited_state(tmp_path / "checkpoint-1", as_before)
+    again = {**saving, "max_steps": 2}
+    with pytest.raises(ValueError, match="^beta was 0.3, got 0.1: "):
+        trainer(FocalPOTrainer, tokenizer, tmp_path, **again, beta=0.1).train(True)
+    with pytest.raises(ValueError, match="^focalpo_gamma_end was None, got 0.1: "):
+        trainer(FocalPOTrainer, tokenizer, tmp_path, **again, focalpo_gamma_end=0.1).train(True)
+    capsys.readouterr()
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path, **again, ld_alpha=0.5)
+    host.train(resume_from_checkpoint=True)
+    assert host.state.global_step == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "earlier release" in line]
+    assert "did not record loss_weights, ld_alpha, use_weighting, router_aux_loss_coef, " in line
+    # The new checkpoint's record is whole.
+    with pytest.raises(ValueError, match="^ld_alpha was 0.5, got None: "):
+        trainer(FocalPOTrainer, tokenizer, tmp_path, **{**saving, "max_steps": 3}).train(True)
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_the_record_is_of_the_run_that_wrote_it(tokenizer, tmp_path, restored: bool):
+    """Also if transformers restores callbacks from the checkpoint, of which the record is one."""
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trainer(FocalPOTrainer, tokenizer, tmp_path, **saving, max_steps=1).train()
+    host = trainer(
+        FocalPOTrainer, tokenizer, tmp_path, **saving, max_steps=2, focalpo_gamma=0.5,
+        focalpo_allow_changed=True, restore_callback_states_from_checkpoint=restored,
+    )  # fmt: skip
+    host.train(resume_from_checkpoint=True)
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["_Record"]["args"]["record"]["focalpo_gamma"] == 0.5
+    with pytest.raises(ValueError, match="^focalpo_gamma was 0.5, got 0.05: "):
+        trainer(FocalPOTrainer, tokenizer, tmp_path, **saving, max_steps=3).train(True)
+
+
+def test_a_checkpoint_that_is_not_there(tokenizer, tmp_path):
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="^resume_from_checkpoint=True needs a checkpoint in outp"):
+        host.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="^resume_from_checkpoint must be the folder of a checkpo"):
+        host.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    assert host.state.global_step == 0
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"stateful_callbacks": {"_Record": {"args": null}}}'])
+def test_a_checkpoint_whose_state_cannot_be_read(tokenizer, tmp_path, text: str):
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer(FocalPOTrainer, tokenizer, tmp_path, **saving).train()
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(text)
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path, **{**saving, "max_steps": 2})
+    with pytest.raises(ValueError, match="^resume_from_checkpoint must be a whole checkpoint, got"):
+        host.train(resume_from_checkpoint=True)
+
+
 def test_a_folder_that_checkpoints_cannot_be_written_to(tokenizer, tmp_path):
     """A file stands in its place since the trainer was built, which has TRL make the folder."""
     folder = tmp_path / "out"
@@ -1187,6 +1315,17 @@ def from_dpo():
     host.train(resume_from_checkpoint=str(checkpoint))
 
 
+def anything():
+    host = t.trainer(t.FocalPOTrainer, words, folder / "any", **saving)
+    host._all_together(lambda: {}["missing"] if rank == 1 else None)
+
+
+def no_folder():
+    checkpoint = folder / ("dpo" if rank == 0 else "of another machine") / "checkpoint-1"
+    host = t.trainer(t.FocalPOTrainer, words, folder / "other", **saving, focalpo_allow_changed=True)
+    host.train(resume_from_checkpoint=str(checkpoint))
+
+
 class Halved(t.LlamaForCausalLM):
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
@@ -1199,10 +1338,11 @@ def other_logits():
     t.trainer(t.FocalPOTrainer, words, folder, policy=policy, focalpo_fused=True, **saving).train()
 
 
-for start in (without_a_folder, from_dpo, *[other_logits] * (sys.argv[2] == "fused")):
+fused = [other_logits] * (sys.argv[2] == "fused")
+for start in (without_a_folder, from_dpo, anything, no_folder, *fused):
     try:
         start()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         sys.stdout.write("ENDED " + json.dumps([start.__name__, rank, str(error)]) + chr(10))
         sys.stdout.flush()
 """
@@ -1210,14 +1350,17 @@ for start in (without_a_folder, from_dpo, *[other_logits] * (sys.argv[2] == "fus
 
 @pytest.mark.xdist_group("forked")
 def test_what_one_rank_finds_ends_all(tmp_path):
-    """A folder that rank 0 alone writes to; a checkpoint that rank 0 alone sees; on the fused path,
-    where this TRL leaves it to us, an output layer whose check fails on rank 1 alone."""
+    """A folder that only rank 0 writes to; a checkpoint that only rank 0 sees, of another loss, and
+    one that may be resumed; an error of any kind on rank 1; on the fused path, if this TRL leaves
+    it to us, an output layer whose check fails on rank 1 only."""
     path = "fused" if OURS_IS_FUSED else "plain"
     said = on_two_ranks(ONE_RANK_ALONE, tmp_path, path).splitlines()
     found = [json.loads(line.partition("ENDED ")[2]) for line in said if "ENDED " in line]
     words = {
         "without_a_folder": "output_dir must be a folder that can be written to, got",
         "from_dpo": "does not say that it was trained with a loss of focalpo_plugins",
+        "anything": "on rank 1: KeyError: 'missing'",
+        "no_folder": "resume_from_checkpoint must be the folder of a checkpoint, got",
     }
     if path == "fused":
         words["other_logits"] = "focalpo_fused can't be used with Halved, got logits"
@@ -1249,9 +1392,38 @@ def test_the_closing_line(tokenizer, tmp_path: Path, capsys):
     (line,) = [each for each in capsys.readouterr().err.splitlines() if ": done." in each]
     assert line == (
         f"focalpo_plugins: done. 3 steps; loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last; "
-        f"held out: accuracy {accuracy:.3f}, margin {margin:.3f}; the model goes to {tmp_path}"
+        f"held out: accuracy {accuracy:.3f}, margin {margin:.3f}; the model is not saved yet: "
+        "trainer.save_model() saves it"
     )
     host = trainer(FocalPOTrainer, tokenizer, tmp_path, save_strategy="steps", save_steps=3)
     host.train()
     (line,) = [each for each in capsys.readouterr().err.splitlines() if ": done." in each]
-    assert line.endswith(f" at last; the model goes to {tmp_path}; next: focalpo report {tmp_path}")
+    last = f"the last checkpoint is {tmp_path / 'checkpoint-3'}"
+    assert line.endswith(f" at last; {last}; next: focalpo report {tmp_path}")
+    # The folder holds the checkpoints of an earlier run, and this run saves none.
+    trainer(FocalPOTrainer, tokenizer, tmp_path).train()
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if ": done." in each]
+    assert line.endswith("; the model is not saved yet: trainer.save_model() saves it")
+
+
+def test_the_closing_line_of_a_best_checkpoint(tokenizer, tmp_path: Path, capsys):
+    """A learning rate that ruins the model after the first evaluation: the held-out numbers are
+    those of the checkpoint that was loaded, not the last ones. Gamma goes from .4 to .2."""
+    host = trainer(
+        FocalPOTrainer, tokenizer, tmp_path, eval_dataset=Dataset.from_list(PAIRS[:5]),
+        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="eval_rewards/margins",
+        greater_is_better=False, learning_rate=0.1, focalpo_gamma=0.4, focalpo_gamma_end=0.2,
+    )  # fmt: skip
+    host.train()
+    evaluated = [entry for entry in host.state.log_history if "eval_loss" in entry]
+    best = min(evaluated, key=lambda entry: entry["eval_rewards/margins"])
+    assert best is not evaluated[-1]
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if ": done." in each]
+    checkpoint = tmp_path / f"checkpoint-{best['step']}"
+    accuracy, margin = (best[f"eval_rewards/{name}"] for name in ("accuracies", "margins"))
+    assert " at first (gamma 0.4), " in line and " at last (gamma 0.2); " in line
+    assert (
+        f"; the model is now that of {checkpoint}, the best checkpoint; held out there: accuracy "
+        f"{accuracy:.3f}, margin {margin:.3f}; the last checkpoint is {tmp_path / 'checkpoint-3'}; "
+    ) in line
