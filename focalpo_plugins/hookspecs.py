@@ -48,10 +48,12 @@ class Register(Protocol):
                 or double underscores, and not one of the registry's ``RESERVED_NAMES``, which hosts
                 use.
             loss: ``loss(margins, **options)`` returns the per-pair losses ``(B,)`` of the reward
-                margins ``(B,)``.  If an option is out of range, it raises ``ValueError`` with a
-                message that begins with the option's name.
-            weight: ``weight(margins, **options)``, the factor of the loss on DPO's gradient.
-                Without it the diagnostics ``NAME/weight`` and ``NAME/reversed`` are left out.
+                margins ``(B,)``: a floating-point tensor with a gradient, finite at margin 0.  It
+                is tried with two margins before training.  If an option is out of range, it raises
+                ``ValueError`` with a message that begins with the option's name.
+            weight: ``weight(margins, **options)``, the factors ``(B,)`` of the loss on DPO's
+                gradient.  Without it the diagnostics ``NAME/weight`` and ``NAME/reversed`` are left
+                out.
             reversal: ``reversal(**options)``, the margin below which the weight is negative.
             options: the options' names and default values.  JSON must be able to hold the values,
                 because a checkpoint records them.  A host's key for the option ``o`` is ``NAME_o``,
@@ -60,7 +62,8 @@ class Register(Protocol):
             help: for each option, a phrase that says what it does, for the hosts' ``--help``.
             at: for a loss that changes over the run.  ``at(progress, **options)`` returns the
                 options, by name, for the calls of the functions above at a point of the run.
-                ``progress`` is 0 at the first optimizer step and 1 at the last.  A returned number
+                ``progress`` is 0 at the first optimizer step and 1 at the last.  Evaluations are at
+                1, so that their losses can be compared.  A returned number
                 that changes over the run is logged as ``NAME/OPTION``.  The result must depend only
                 on the arguments, so that a resumed run continues like an uninterrupted one.
 

@@ -40,8 +40,8 @@ class PairwiseFields(_Host):
             with its options' defaults.
         focalpo_shared_prompts: compute the common start of a pair's two sequences once, and no
             padding: the same log-probs up to rounding, from fewer tokens.
-        focalpo_allow_changed: resume from a checkpoint that was trained with another loss, gamma,
-            variant, beta, label smoothing or loss type, or with a loss that is not ours.
+        focalpo_allow_changed: resume from a checkpoint that was trained with another loss, or with
+            another value of a setting that goes into the loss.
         focalpo_allow_data: train on data even if more than half of it can't be learnt from.
 
     Raises:

@@ -40,8 +40,12 @@ def resumed(axolotl: Axolotl, checkpoint: Path, **changes: object) -> Run:
             {"dpo_loss_type": ["robust"], "dpo_label_smoothing": 0.1},
             "dpo_loss_type was ['sigmoid'], ",
         ),
+        ({"dpo_loss_weights": [2.0]}, "dpo_loss_weights was [1.0], got [2.0]: "),
+        ({"dpo_use_weighting": True}, "dpo_use_weighting was False, got True: "),
+        # By the name that the user wrote.
+        ({"rl_beta": None, "trl": {"beta": 0.2}}, "trl.beta was 0.1, got 0.2: "),
     ],
-    ids=["gamma", "variant", "beta", "label smoothing", "loss type"],
+    ids=["gamma", "variant", "beta", "label smoothing", "loss type", "weights", "weighting", "trl"],
 )
 def test_a_checkpoint_of_another_loss(axolotl: Axolotl, trained: Run, changes, message):
     run = resumed(axolotl, trained.checkpoints[0], **changes)
@@ -93,7 +97,7 @@ def test_a_half_written_checkpoint(axolotl: Axolotl, trained: Run, tmp_path: Pat
 @pytest.mark.releases
 def test_margins_that_are_not_finite(axolotl: Axolotl, tiny: Path, tmp_path: Path):
     """A pair whose token has lost its weights, on ZeRO-3 with two ranks of four pairs: both stop, at
-    its step, and say which row on which rank."""
+    its step, and say which row on which rank. This is the last line, under the launcher's own."""
     lines = (tiny / "train.jsonl").read_text().splitlines(keepends=True)[:48]
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(lines))
@@ -107,11 +111,14 @@ def test_margins_that_are_not_finite(axolotl: Axolotl, tiny: Path, tmp_path: Pat
         save_steps=1,
         plugins=["test_only_plugins.GlooOnCPU"],
     )  # fmt: skip
-    run = axolotl("train", config, ranks=2, **ON_CPU)
+    run = axolotl("train", config, *TWO_RANKS, ranks=2, **ON_CPU)
     assert run.code != 0
+    assert run.output.splitlines()[-1].startswith(
+        "focalpo_plugins: focalpo: reward margins are not finite, step "
+    )
     stopped = [line for line in run.output.splitlines() if "are not finite" in line]
     assert stopped, run.output[-4000:]
-    found = {line.partition("FloatingPointError: ")[2] for line in stopped} - {""}
+    found = {line.partition("NotFinite: ")[2] for line in stopped} - {""}
     assert len(found) == 1
     words = found.pop().split(": ")
     assert words[0] == "focalpo"

@@ -597,7 +597,7 @@ def test_a_trl_without_the_seam_is_refused_before_the_model_loads(once: Axolotl,
     plain = once.config(rl="dpo", focalpo_gamma=None, focalpo_variant=None)
     dpo, focalpo = load(tmp_path, [plain, once.config()], tmp_path)
     assert dpo["rl"] == "dpo"
-    assert focalpo.startswith("RuntimeError: focalpo_plugins 0.2.0 does not know where trl")
+    assert focalpo.startswith("RunError: focalpo_plugins 0.2.0 does not know where trl")
 
 
 def test_axolotl_itself_would_train_dpo(once: Axolotl, tmp_path: Path):

@@ -1211,7 +1211,7 @@ def edited_state(checkpoint: Path, edit: Callable[[dict[str, Any]], None]) -> No
 
 
 def test_resume_of_an_earlier_releases_checkpoint(tokenizer, tmp_path, capsys):
-    """Its record has what 0.2.0 wrote. What is not in it can't be compared, and is named; what is
+    """Its record has only some of the values. What is not in it can't be compared, and is named; what is
     in it is compared as ever."""
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     trainer(FocalPOTrainer, tokenizer, tmp_path, **saving).train()
