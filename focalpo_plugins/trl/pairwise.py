@@ -86,9 +86,9 @@ class PairwiseBase(_Host):
         super().__init__(*args, **kwargs)
         self._margin_sums: dict[str, Tensor] = {}
         self._moving: dict[str, dict[str, float]] = {}  # of the last step, and evaluation
-        # The state of the checkpoint until the first step after it is done, and its margins.
+        # The checkpoint's state, until the first step after resuming is done.
         self._resumed: dict[str, Any] | None = None
-        self._largest = 0.0
+        self._largest = 0.0  # margin of that step
         self._steps_recorded = 0
         self._window: set[int] = set()  # the steps that the next log covers
         self._saved = Saved()
@@ -222,6 +222,8 @@ class PairwiseBase(_Host):
 
     def _check_checkpoint(self, loss: BoundLoss) -> None:
         """Refuse a checkpoint that was trained with another loss."""
+        # On all ranks, even if one can't read the state: later they wait for each other.
+        self._resumed = {}
         try:
             recorded, self._resumed = read(Path(self._checkpoint))
         except ValueError:

@@ -290,6 +290,22 @@ def test_data_that_nothing_can_be_learnt_from(tmp_path: Path):
         trainer(FocalORPOTrainer, tmp_path, pairs=[])
 
 
+def test_a_token_without_an_embedding(tmp_path: Path):
+    """The tokenizer has a 44th token, and the policy 43 embeddings."""
+    tokenizer = tiny_trl.tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    pairs = [{**pair, "rejected": f"{pair['rejected']} <new>"} for pair in PAIRS]
+    with pytest.raises(
+        ValueError, match="^the policy must have an embedding for each token of the"
+    ):
+        FocalCPOTrainer(
+            tiny_trl.model(0),
+            args=FocalCPOConfig(str(tmp_path), **SHORT, **SIMPO, max_length=64),
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(pairs),
+        )
+
+
 def test_the_start_up_line_names_the_margin(tmp_path: Path, capsys):
     host = trainer(FocalCPOTrainer, tmp_path, **SIMPO)
     host.train()
