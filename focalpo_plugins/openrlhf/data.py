@@ -148,11 +148,10 @@ def hub_names(args: Any) -> dict[str, str]:
 
 def _wrong(args: Any, source: Source) -> str | None:
     """Why OpenRLHF can't read a source; None if nothing was found."""
-    for look_for in (lambda: _no_split(source), lambda: _empty_cell(args, source)):
-        with suppress(Exception):  # it can't be read at all, which the host reports
-            found = look_for()
-            if found is not None:
-                return found
+    with suppress(Exception):  # if it can't be read at all, the host reports it
+        found = _no_split(source) or _empty_cell(args, source)
+        if found is not None:
+            return found
     return _mismatch(args, source)
 
 

@@ -196,8 +196,8 @@ def _of_evaluation(of_host: Any, evaluated: Any, tokenizer: Any, flag: str) -> l
     for place in range(len(evaluated)):
         with _explained(of_host):  # OpenRLHF joins prompt and answer here
             chosen, _, rejected, _, length = evaluated[place]
-        answers = (side.flatten().tolist()[length:] for side in (chosen, rejected))
-        counts.update(faults(*answers, is_blank))
+        ids = [side.flatten().tolist()[length:] for side in (chosen, rejected)]
+        counts.update(faults(ids[0], ids[1], is_blank))
     return [
         f"{count} of {len(evaluated)} pairs of {flag} are {fault}."
         for fault, count in sorted(counts.items())

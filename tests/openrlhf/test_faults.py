@@ -43,13 +43,21 @@ def never_killed(train: Callable) -> Callable:
 @shares_run
 @pytest.mark.releases
 def test_a_checkpoint_says_what_it_was_trained_with(never_killed):
-    assert json.loads((never_killed(False).folder / RECORD).read_text()) == {
+    """And of its run the steps, and the losses of the first rank at the first and the last one."""
+    record = json.loads((never_killed(False).folder / RECORD).read_text())
+    run = record.pop("run")
+    assert record == {
         "loss": "focalpo",
         "focalpo.gamma": 0.05,
         "focalpo.variant": "correct",
         "beta": 0.1,
         "label_smoothing": 0.0,
+        "aux_loss_coef": 0,
+        "nll_loss_coef": 0,
     }
+    assert run["steps"] == 10
+    losses = [step["loss_mean"] for _, step in sorted(never_killed(False).steps("train/").items())]
+    assert run["losses"] == pytest.approx([losses[0], losses[2]], abs=1e-6)
 
 
 @shares_run
@@ -87,8 +95,10 @@ def test_killed_and_started_again(train, never_killed, tmp_path: Path, alone: bo
             ("--model.beta", "0.2"),
             "--model.beta was 0.1, got 0.2: resuming would change the loss of the checkpoint ",
         ),
+        (("--model.nll_loss_coef", "0.2"), "--model.nll_loss_coef was 0, got 0.2: resuming would"),
+        (("--model.aux_loss_coef", "0.2"), "--model.aux_loss_coef was 0, got 0.2: resuming would"),
     ],
-    ids=["gamma", "beta"],
+    ids=["gamma", "beta", "NLL", "routers"],
 )
 def test_a_checkpoint_of_another_loss(train, never_killed, tmp_path: Path, flags, message):
     shutil.copytree(never_killed(True).folder / "checkpoints", tmp_path / "checkpoints")
@@ -102,6 +112,55 @@ def test_a_checkpoint_of_another_loss(train, never_killed, tmp_path: Path, flags
         allowed = train(*again, "--focalpo.allow_changed", folder=tmp_path)
         assert allowed.returncode == 0, allowed.output
         assert sorted(allowed.steps("train/")) == [10]
+
+
+@shares_run
+def test_a_checkpoint_of_an_earlier_release(train, never_killed, tmp_path: Path):
+    """Before 0.2.0 fewer values were recorded, and nothing of the run: it is resumed, with a word."""
+    shutil.copytree(never_killed(True).folder / "checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints" / "global_step9" / "focalpo_plugins.json"
+    record = json.loads(path.read_text())
+    for key in ("run", "aux_loss_coef", "nll_loss_coef"):
+        del record[key]
+    path.write_text(json.dumps(record))
+    again = (*OURS, *TWO_EPOCHS, *LORA, "--ckpt.load_enable", "--model.nll_loss_coef", "0.2")
+    run = train(*again, folder=tmp_path)
+    assert run.returncode == 0, run.output
+    (line,) = run.said("was saved by an earlier release")
+    assert line.endswith(
+        "did not record --model.aux_loss_coef and --model.nll_loss_coef: check that it was trained "
+        "with --model.aux_loss_coef 0 and --model.nll_loss_coef 0.2 too."
+    )
+    assert " at step 10, " in run.said("done.")[0]
+    changed = train(*again, "--model.beta", "0.2", folder=tmp_path)
+    assert changed.returncode and "--model.beta was 0.1, got 0.2" in changed.output
+
+
+@shares_run
+def test_an_error_on_one_rank_ends_all(train, train_many, never_killed, tmp_path: Path):
+    """The first rank alone reads the record, and opens the log.  Whatever it meets, here too many
+    brackets for Python and a file in place of a folder, the other one doesn't wait for it."""
+    shutil.copytree(never_killed(False).folder / "checkpoints", tmp_path / "checkpoints")
+    for record in (tmp_path / "checkpoints").rglob("focalpo_plugins.json"):
+        record.write_text("[" * 100_000)
+    (tmp_path / "file").touch()
+    runs = train_many(
+        {
+            "RecursionError": (
+                *(*OURS, *TWO_EPOCHS, *ZERO3, "--ckpt.load_enable"),
+                *("--ckpt.path", str(tmp_path / "checkpoints")),
+            ),
+            "FileExistsError": (*OURS, *ZERO3, "--logger.tensorboard_dir", str(tmp_path / "file")),
+        },
+        ranks=2,
+    )
+    for error, run in runs.items():
+        assert run.returncode == 1
+        ends = re.findall(
+            rf"^focalpo_plugins.errors.RunError: on rank 0: {error}: ", run.stderr, re.M
+        )
+        assert len(ends) == 2, run.output
+        assert not run.steps("train/")
 
 
 @shares_run
@@ -133,7 +192,7 @@ def test_margins_that_are_not_finite(train, tiny: Path, few: Path, tmp_path: Pat
     )
     assert run.returncode != 0
     found = re.findall(
-        r"FloatingPointError: focalpo: reward margins are not finite, step (\d): rank (\d), "
+        r"NotFinite: focalpo: reward margins are not finite, step (\d): rank (\d), "
         r"row (\d) of 2 \(nan, (?:float32|bfloat16)\)\.",
         run.stderr,
     )
@@ -146,6 +205,19 @@ def test_margins_that_are_not_finite(train, tiny: Path, few: Path, tmp_path: Pat
     assert sorted(int(path.name.removeprefix("global_step")) for path in saved) == [
         *range(max(1, step - 3), step)
     ]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_margins_that_are_not_finite_are_the_last_line(
+    train, tiny: Path, few: Path, tmp_path: Path, ranks: int
+):
+    """Behind the launcher's own lines."""
+    with_nan(tiny / "model", few / "train.jsonl", tmp_path / "lost")
+    model = ("--model.model_name_or_path", str(tmp_path / "lost"))
+    run = train(*OURS, *ZERO3, *model, launcher="torchrun", ranks=ranks)
+    assert run.returncode != 0
+    start = "focalpo_plugins: focalpo: reward margins are not finite, step "
+    assert run.stderr.splitlines()[-1].startswith(start), run.output
 
 
 DISK_FAULTS = SUPPORT / "disk_faults"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 from collections.abc import Callable
@@ -70,6 +71,70 @@ def test_resuming_is_exact(train: Callable, whole, tmp_path: Path):
     )  # fmt: skip
     assert changed.returncode
     assert "--focalpo.gamma_end was 0.0, got 0.1" in changed.output
+
+
+@pytest.fixture(scope="module")
+def uneven(tiny: Path, train: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """``uneven(epochs)`` trains on 44 pairs in batches of 8: an epoch is five steps and a half."""
+    data = tmp_path_factory.mktemp("uneven") / "pairs.jsonl"
+    lines = (tiny / "train.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(lines[:44]))
+
+    @functools.cache
+    def run(epochs: int):
+        flags = ("--data.dataset", str(data), "--train.max_epochs", str(epochs))
+        flags = (*RESTING, *MOVING, *flags)
+        return flags, train(*flags, "--ckpt.save_steps", "3")
+
+    return run
+
+
+def resumed(train: Callable, whole, step: int, folder: Path, *flags: str):
+    checkpoint = f"global_step{step}"
+    shutil.copytree(whole.folder / "checkpoints" / checkpoint, folder / "checkpoints" / checkpoint)
+    (folder / "checkpoints" / "latest").write_text(checkpoint)
+    run = train(*flags, "--ckpt.load_enable", folder=folder)
+    assert run.returncode == 0, run.output
+    return run
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize(
+    ("epochs", "steps", "step", "last"),
+    [(1, 5, 3, 5), (2, 11, 3, 11), (2, 11, 6, 10), (2, 11, 9, 10)],
+)
+def test_resumed_inside_an_epoch(
+    uneven: Callable, train: Callable, tmp_path: Path, epochs: int, steps: int, step: int, last: int
+):
+    """22 micro-batches an epoch, four to a step, are five steps, and eleven in two epochs; gamma
+    goes from .45 to 0 in equal parts.
+
+    A checkpoint of step 6 or 9 is resumed inside the second epoch.  OpenRLHF takes an epoch for
+    five whole steps then, so that it ends a step early: the gammas of the steps that are trained
+    are those of the whole run."""
+    flags, whole = uneven(epochs)
+    expected = [0.45 - 0.45 * place / (steps - 1) for place in range(steps)]
+    assert gammas(whole) == pytest.approx(expected, abs=1e-6)
+    run = resumed(train, whole, step, tmp_path, *flags)
+    assert sorted(run.steps("train/")) == list(range(step + 1, last + 1))
+    assert gammas(run) == pytest.approx(expected[step:last], abs=1e-6)
+    assert not run.said("changes over the run")
+    (line,) = run.said("done.")
+    assert f"done. {last} steps; loss 0.5074 at first, " in line
+
+
+def test_resumed_with_another_length(uneven: Callable, train: Callable, tmp_path: Path):
+    """Three epochs of 22 micro-batches are 16 steps.  With allow_changed nothing is known of the
+    run before, so the first loss is that of the first resumed step."""
+    flags, whole = uneven(2)
+    longer = (*flags, "--train.max_epochs", "3")
+    run = resumed(train, whole, 9, tmp_path / "longer", *longer)
+    (line,) = run.said("warning: --focalpo.gamma changes over the run")
+    assert "the checkpoint's run had 11 steps, got 16 for this one" in line
+    allowed = resumed(train, whole, 9, tmp_path / "allowed", *flags, "--focalpo.allow_changed")
+    (line,) = allowed.said("done.")
+    first = 2**-0.045 * math.log(2)  # the tenth of eleven gammas is .045
+    assert f"done. 10 steps; loss {first:.4f} at step 10, {first:.4f} at last; " in line
 
 
 @pytest.mark.parametrize(
