@@ -318,8 +318,7 @@ REFUSED: dict[str, tuple[tuple, dict[str, Any], str]] = {
     "no word": ((None, loss), {}, "name must be an identifier in lower case, without outer"),
     **{
         f"a host's: {name}": ((name, loss), {}, f"name must be none that a host uses, got {name!r}")
-        for name in ("dpo", "ipo", "lora", "rl", "trl", "model", "data", "train", "ds", "ckpt",
-                     "logger", "eval", "ref", "adam", "loss", "rewards")
+        for name in ("dpo", "ipo", "lora", "rl", "trl", "train", "eval", "loss", "rewards")
     },
     **{
         f"a trainer's: {option}": (
@@ -410,7 +409,7 @@ def test_one_packages_failure_is_one_warning(broken_third_party: Path, hinge_pac
     (broken_third_party / "bad_losses.py").write_text(
         "from focalpo_plugins import hookimpl\n\n"
         "@hookimpl\ndef register_losses(register):\n"
-        "    register('half', abs)\n    register('model', abs)\n"
+        "    register('half', abs)\n    register('rewards', abs)\n"
     )
     script = """
 from focalpo_plugins.registry import get_loss, losses

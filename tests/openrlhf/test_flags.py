@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,8 +9,6 @@ from pathlib import Path
 import pytest
 from harness import run_python
 from openrlhf_flags import of_host
-
-from focalpo_plugins.registry import RESERVED_NAMES
 
 pytestmark = pytest.mark.releases
 # One worker makes what several tests look at, once.
@@ -187,8 +184,57 @@ def test_help(ends: dict):
         "Folder of precompute_ref's file (default: OpenRLHF's output folder)",
     ):
         assert text in ours, output
-    # No loss may be called as OpenRLHF's flags begin.
-    assert set(re.findall(r"--(\w+)\.", own)) <= {*RESERVED_NAMES, "focalpo", "hinge"}
+
+
+# A flag of OpenRLHF's that is one word, and one that has the word before a dot in newer releases.
+DOTTED = of_host(["--model.beta"]) == ["--model.beta"]
+CLASHES = ["optim", "muon", "local_rank"] if DOTTED else ["pretrain", "beta", "local_rank", "model"]
+CLASHING = """
+import torch
+from focalpo_plugins import hookimpl
+
+
+def loss(margins, lr=1.0):
+    return torch.relu(lr - margins)
+
+
+@hookimpl
+def register_losses(register):
+    for name in {names}:
+        register(name, loss, options={{"lr": 1.0}})
+"""
+
+
+@pytest.fixture(scope="module")
+def clashing(commands: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """``clashing(*argv)`` with a package whose losses are called as flags of OpenRLHF's begin."""
+    folder = tmp_path_factory.mktemp("clashing")
+    names = [*CLASHES, "apart"]
+    (folder / "clashing_losses.py").write_text(CLASHING.format(names=names))
+    info = folder / "clashing_losses-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: clashing-losses\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[focalpo_plugins]\nclashing = clashing_losses\n")
+    return lambda argvs: commands([[*ACCEPTED, *argv] for argv in argvs], folder)
+
+
+def test_a_loss_that_is_called_as_a_flag_begins(clashing: Callable):
+    """OpenRLHF makes ``optim.lr`` an attribute of ``optim``, which is a word of its own.  Only a run
+    that asks for such a loss stops; the host's flags, and the package's other loss, are as before."""
+    refused = [["--loss", name] for name in CLASHES]
+    own = ["--optim", "muon", "--muon.lr", "0.1"] if DOTTED else ["--beta", "0.2"]
+    fine = [own, [*OURS, *own], ["--loss", "apart", "--apart.lr", "2", *own]]
+    ends = clashing([*refused, *fine])
+    for name, (code, output) in zip(CLASHES, ends, strict=False):
+        assert code == 2
+        assert (
+            "train_dpo.py: error: argument --loss: must be a loss whose name is not the first word "
+            f"of a flag of OpenRLHF, got {name!r} of the package clashing: its flags would begin "
+            f"with --{name} too. Register it under another name."
+        ) in output
+        assert LOOKS_FOR_MODEL not in output
+    for code, output in ends[len(refused) :]:
+        assert (code, LOOKS_FOR_MODEL in output) == (1, True), output
 
 
 @pytest.mark.parametrize(
