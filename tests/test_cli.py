@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -328,6 +329,32 @@ def test_report_of_tensorboard(tmp_path: Path):
     assert (train["margin"], train["accuracy"], train["weight"]) == ("20.0", "0.5", "0.75")
     assert (held_out["split"], held_out["loss"], held_out["margin"]) == ("eval", "0.25", "")
     assert held_out["first_loss"] == ""  # it is of step 10
+
+
+def test_report_of_a_resumed_run_in_tensorboard(tmp_path: Path):
+    """OpenRLHF's, which writes to another folder after each start: trained to step 4, resumed at 3,
+    trained to 6, resumed at 5.  The losses are .1 times the step, of the first run 1 more."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    logs = tmp_path / "run" / "tensorboard"
+    for name, steps, more in (("c", (6, 7), 0), ("b", (4, 5, 6), 0), ("a", (1, 2, 3, 4), 1)):
+        with SummaryWriter(str(logs / name)) as writer:
+            for step in steps:
+                writer.add_scalar("train/loss_mean", 0.1 * step + more, step)
+                writer.add_scalar("train/acc_mean", 0.5, step)
+    for name, after, before in (("b", 3, "a"), ("c", 5, "b")):
+        link = {"resumed": {"after": after, "log": before}}
+        (logs / name / "focalpo_plugins.json").write_text(json.dumps(link))
+    for number, name in enumerate("abc"):
+        for events in (logs / name).glob("events.*"):
+            os.utime(events, (number, number))
+    done = focalpo("report", tmp_path / "run", "--out", tmp_path / "out", "--format", "csv")
+    assert done.returncode == 0, done.stderr
+    assert "its steps up to 5 are from the log b" in done.stdout
+    assert "its steps up to 3 are from the log a" in done.stdout
+    (row,) = rows(tmp_path / "out" / "report.csv")
+    assert (row["step"], float(row["first_loss"])) == ("7", pytest.approx(1.1, abs=1e-6))
+    assert float(row["loss"]) == pytest.approx(0.7, abs=1e-6)
 
 
 def test_report_without_tensorboard_says_what_is_missing(tmp_path: Path):

@@ -13,6 +13,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from ..guards.resume import RECORD_FILE
 from . import CommandError, output_folder, write
 from .plots import line_looks, pyplot, save
 
@@ -263,13 +264,18 @@ def _from_tensorboard(folder: Path) -> tuple[dict[str, dict[str, Series]], list[
             f"reading {folder} needs tensorboard, which is not installed: "
             "pip install 'focalpo_plugins[tensorboard]'."
         ) from None
-    log = EventAccumulator(str(folder), size_guidance={"scalars": 0})  # all, not a sample
-    log.Reload()
     points: dict[str, dict[str, Series]] = {"train": {}, "eval": {}}
-    for tag in log.Tags()["scalars"]:
-        split, _, key = tag.partition("/")
-        if split in points:
-            points[split][key] = {event.step: event.value for event in log.Scalars(tag)}
+    parts = _parts(folder)
+    for part, last in parts:  # the newest first, whose values count
+        log = EventAccumulator(str(part), size_guidance={"scalars": 0})  # all, not a sample
+        log.Reload()
+        for tag in log.Tags()["scalars"]:
+            split, _, key = tag.partition("/")
+            if split in points:
+                found = {
+                    event.step: event.value for event in log.Scalars(tag) if event.step <= last
+                }
+                points[split][key] = found | points[split].get(key, {})
     shared = points["eval"]
     timed = [key.removesuffix("_runtime") for key in shared if key.endswith("_runtime")]
     names = [name for name in timed if f"{name}_loss" in shared]
@@ -277,7 +283,7 @@ def _from_tensorboard(folder: Path) -> tuple[dict[str, dict[str, Series]], list[
     for name in sorted(names, key=len, reverse=True):  # `a_b` before `a`
         for key in [key for key in shared if key.startswith(f"{name}_")]:
             points[f"eval_{name}"][key.removeprefix(f"{name}_")] = shared.pop(key)
-    notes = []
+    notes = [f"its steps up to {last:g} are from the log {part.name}" for part, last in parts[1:]]
     if len(names) == 1:
         points[f"eval_{names[0]}"] = {**points.pop("eval"), **points[f"eval_{names[0]}"]}
     elif names:
@@ -287,6 +293,20 @@ def _from_tensorboard(folder: Path) -> tuple[dict[str, dict[str, Series]], list[
             "TensorBoard, and are left out: give a checkpoint's trainer_state.json for them."
         )
     return _quantities(points), notes
+
+
+def _parts(folder: Path) -> list[tuple[Path, float]]:
+    """The folder, and those of the runs that it resumed, each with the last step that counts."""
+    parts = [(folder, math.inf)]
+    while True:
+        try:
+            link = json.loads((parts[-1][0] / RECORD_FILE).read_text(encoding="utf-8"))["resumed"]
+            before, last = folder.parent / link["log"], min(parts[-1][1], int(link["after"]))
+        except (OSError, ValueError, LookupError, TypeError):  # it resumed no run
+            return parts
+        if not before.is_dir() or before in (part for part, _ in parts):
+            return parts
+        parts.append((before, last))
 
 
 def _quantities(points: Mapping[str, Mapping[str, Series]]) -> dict[str, dict[str, Series]]:

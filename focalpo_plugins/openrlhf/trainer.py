@@ -13,7 +13,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType
@@ -104,6 +104,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         accumulated = strategy.accumulated_gradient
         self._steps = self.epochs * len(self.train_dataloader) // accumulated
         self._losses: list[float] = []  # of the first step and the last, on the first rank
+        self._log_before: str | None = None  # TensorBoard's folder of the run that is resumed
         self._accuracy: float | None = None  # of the last evaluation
         self._margins: list[Tensor] = []
         self._batches = self._to_evaluate = 0
@@ -171,6 +172,8 @@ class PairwiseDPOTrainer(DPOTrainer):
         self._batches = resumed * self.strategy.accumulated_gradient
         self._logged_batches = self._batches
         whole = not resumed or bool(self._losses)
+        if resumed and self._log_before not in (None, self._log()):
+            self._link_logs(resumed)
         super().fit(args, consumed_samples, *more, **kwargs)
         if self.strategy.is_rank_0():
             steps = self._batches // self.strategy.accumulated_gradient
@@ -188,7 +191,19 @@ class PairwiseDPOTrainer(DPOTrainer):
 
     def _record_now(self) -> dict[str, Any]:
         """What a checkpoint records: its loss, and of its run what a resumed run can't know."""
-        return self._record_of_loss | {_RUN: {"steps": self._steps, "losses": self._losses}}
+        run = {"steps": self._steps, "losses": self._losses, "log": self._log()}
+        return self._record_of_loss | {_RUN: run}
+
+    def _log(self) -> str | None:
+        """The name of TensorBoard's folder; None without it, and on other ranks than the first."""
+        return None if self._tensorboard is None else Path(self._tensorboard.log_dir).name
+
+    def _link_logs(self, resumed: int) -> None:
+        """Name the log of the run that is resumed in this run's, for ``focalpo report``."""
+        if self._tensorboard is not None:
+            link = {"resumed": {"after": resumed, "log": self._log_before}}
+            with suppress(OSError):  # a run is worth more than a part of a picture
+                write_whole(Path(self._tensorboard.log_dir) / RECORD_FILE, json.dumps(link))
 
     def _check_resumed(self, folder: Path, allow: str) -> None:
         """Refuse a checkpoint that another loss trained; on the first rank."""
@@ -215,7 +230,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         moving = ", ".join(f"--{self._loss.name}.{option}" for option in self._loss.moving())
         if moving:
             warn_of_another_length(run.get("steps"), self._steps, moving)
-        self._losses = run.get("losses", [])
+        self._losses, self._log_before = run.get("losses", []), run.get("log")
 
     def _attach(self, key: str) -> None:
         assert self._sharing is not None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, DatasetDict
 from harness import ManyFocalpo
 from openrlhf_flags import of_host
 from row_formats import APPLY, FORMATS, KEY
@@ -66,7 +67,43 @@ def answers(
     words["hub"] = argv(hub, [], model="mistralai/Mistral-7B-v0.1")
     shape = ("--json", "--model-config", "mistral-7b")
     words["shape"] = argv(hub, [], *shape, model="mistralai/Mistral-7B-v0.1")
-    return {name: focalpo(*argv) for name, argv in words.items()}
+    beside = folder / "beside.jsonl"
+    beside.write_text("\n".join([json.dumps(FORMATS["strings"][0]), '{"prompt": "a"']))
+    words["second file"] = argv(Path(f"{hub}, {beside}"), [KEY, "prompt"])
+    for number, (suffix, column) in enumerate(EMPTY):
+        path = with_an_empty_cell(folder / f"empty{number}{suffix}", column)
+        words["empty", suffix, column] = argv(path, [KEY, "prompt"])
+    held_out = ["--eval.dataset", str(folder / "empty0.csv")]
+    words["empty, held out"] = argv(hub, [KEY, "prompt", *held_out, "--eval.split", "train"])
+    words["held out"] = argv(hub, [KEY, "prompt", "--eval.dataset", str(hub)])
+    saved = ["--eval.dataset", str(folder / "saved")]
+    DatasetDict(dev=Dataset.from_list([FORMATS["strings"][0]] * 3)).save_to_disk(folder / "saved")
+    words["saved"] = argv(hub, [KEY, "prompt", *saved])
+    bad = folder / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n' * 3 + hub.read_text())
+    held_out = ["--eval.dataset", f"{bad}, {hub}", "--eval.split", "train"]
+    words["evaluated"] = argv(hub, [KEY, "prompt", *held_out], "--json")
+    answers = {name: focalpo(*argv) for name, argv in words.items()}
+    dpo = [word for word in words["held out"] if word not in OURS]
+    return answers | {"held out, dpo": focalpo(*dpo)}
+
+
+# Files in which a row lacks an answer or the prompt.
+EMPTY = [
+    (suffix, column)
+    for suffix in (".csv", ".parquet", ".jsonl")
+    for column in ("chosen", "rejected", "prompt")
+]
+
+
+def with_an_empty_cell(path: Path, column: str) -> Path:
+    """Five rows; the fourth, row 3 counted from 0, has none in the column."""
+    rows = [{"prompt": f"Say {i}.", "chosen": f"{i}, good", "rejected": "bad"} for i in range(5)]
+    rows[3][column] = None
+    data = Dataset.from_list(rows)
+    write = {".csv": data.to_csv, ".parquet": data.to_parquet, ".jsonl": data.to_json}
+    write[path.suffix](str(path))
+    return path
 
 
 def error_of(answer: Answer) -> str:
@@ -119,6 +156,86 @@ def test_a_row_that_differs(answers: dict):
                          "remove it.")  # fmt: skip
 
 
+def empty(flag: str, path: Path | str, column: str) -> str:
+    (flag,) = of_host([flag])
+    return (
+        f"{flag} must have prompt and answers in every row, got {str(path)!r}, of which row 3 (the "
+        f"first is 0) has an empty cell in the column {column!r}. Fill it, or remove the row."
+    )
+
+
+@shares_answers
+@pytest.mark.parametrize(("number", "suffix", "column"), [(i, *of) for i, of in enumerate(EMPTY)])
+def test_an_empty_cell(answers: dict, number: int, suffix: str, column: str):
+    said = error_of(answers["empty", suffix, column])
+    start, _, rest = said.partition(f"/empty{number}{suffix}'")
+    path = f"{start.rpartition(chr(39))[2]}/empty{number}{suffix}"
+    assert empty("--data.dataset", path, column) in said
+    assert rest.endswith("are read as an empty cell.") == (suffix == ".csv")
+
+
+@shares_answers
+def test_an_empty_cell_of_the_evaluation_data(answers: dict):
+    said = error_of(answers["empty, held out"])
+    assert " ".join(of_host(["--eval.dataset"])) + " must have prompt and answers" in said
+    assert "empty0.csv', of which row 3 (the first is 0) has an empty cell in the column" in said
+
+
+@shares_answers
+def test_the_second_of_two_files(answers: dict):
+    """OpenRLHF leaves out the space after the comma."""
+    said = error_of(answers["second file"])
+    assert "beside.jsonl', of which line 2 can't be used: Expecting ',' delimiter. Fix" in said
+
+
+@shares_answers
+@pytest.mark.parametrize(
+    ("case", "data", "splits"),
+    [
+        ("held out", "strings.jsonl", "a file has only train. Give {} train."),
+        ("held out, dpo", "strings.jsonl", "a file has only train. Give {} train."),
+        ("saved", "saved", "this folder has only dev. Give {} dev."),
+    ],
+)
+def test_a_split_that_is_not_there(answers: dict, case: str, data: str, splits: str):
+    """OpenRLHF's default is test.  Its own error is about an attribute; with our loss, a local file
+    is refused before that."""
+    said = error_of(answers[case])
+    dataset, split = of_host(["--eval.dataset", "--eval.split"])
+    assert f"{split} must be a split of {dataset} '" in said
+    assert said.endswith(f"/{data}', got 'test': " + splits.format(split))
+    assert ("has no attribute 'select'" in said) == (case != "held out")
+
+
+@shares_answers
+def test_the_evaluation_data_is_looked_at(answers: dict):
+    """Three pairs with equal answers and four good ones, in two files."""
+    code, output, errors = answers["evaluated"]
+    assert code == 0, errors[-3000:]
+    found = json.loads(output)
+    (flag,) = of_host(["--eval.dataset"])
+    assert f"7 of 7 pairs of {flag} are evaluated" in found["notes"]
+    assert f"3 of 7 pairs of {flag} are identical." in found["warnings"]
+    assert len(found["formats"]) == 3
+
+
+def test_an_empty_cell_ends_a_run(forked: Callable, tiny: Path, tmp_path: Path):
+    """On two ranks, before training: an answer, which OpenRLHF meets when it joins prompt and answer,
+    and a prompt, of which an input template would make the word None."""
+    cases = {"chosen": [], "prompt": ["--data.input_template", "Q: {}"]}
+    calls, paths = [], {}
+    for column, flags in cases.items():
+        paths[column] = with_an_empty_cell(tmp_path / f"{column}.csv", column)
+        flags += [*OURS, "--model.model_name_or_path", str(tiny / "model"), KEY, "prompt"]
+        flags += ["--data.dataset", str(paths[column]), "--ds.attn_implementation", "eager"]
+        flags += ["--train.batch_size", "4", "--train.micro_batch_size", "2"]
+        calls.append((flags, tmp_path, 2))
+    for (column, path), (code, _, errors) in zip(paths.items(), forked(calls), strict=True):
+        assert code == 1
+        assert errors.count(f"focalpo_plugins: {empty('--data.dataset', path, column)}") == 1
+        assert "Traceback" not in errors and "Train step" not in errors
+
+
 @shares_answers
 def test_what_comes_from_a_hub(answers: dict):
     said = error_of(answers["hub"])
@@ -136,7 +253,7 @@ def test_the_memory_without_the_model(answers: dict):
     assert (found["batch"], found["max_length"]) == (4, 128)
 
 
-@pytest.mark.parametrize("case", ["data", "refusal"])
+@pytest.mark.parametrize("case", ["data", "cell", "split", "refusal"])
 def test_the_last_line_of_a_launched_run(train: Callable, tmp_path: Path, case: str):
     """Behind the launcher's own."""
     flags, said = ["--focalpo.gamma", "5"], "focalpo_plugins: --focalpo.gamma must be below 1/ln 2"
@@ -145,6 +262,18 @@ def test_the_last_line_of_a_launched_run(train: Callable, tmp_path: Path, case: 
         flags = ["--data.dataset", str(path), "--train.batch_size", "4"]
         start = " ".join(of_host(["--data.dataset"]))
         said = f"focalpo_plugins: {start} {str(path)!r}: its first row has prompt (text), "
+    if case == "cell":
+        path = tmp_path / "pairs.parquet"
+        rows = [dict(FORMATS["whole conversations"][0]) for _ in range(8)]
+        rows[3]["rejected"] = None
+        Dataset.from_list(rows).to_parquet(str(path))
+        flags = ["--data.dataset", str(path)]
+        said = f"focalpo_plugins: {empty('--data.dataset', path, 'rejected')}"
+    if case == "split":
+        dataset, split = of_host(["--eval.dataset", "--eval.split"])
+        held_out = str(written(tmp_path, "whole conversations"))
+        flags = ["--eval.dataset", held_out]
+        said = f"focalpo_plugins: {split} must be a split of {dataset} {held_out!r}, got 'test': a "
     run = train(*OURS, *flags, launcher="deepspeed")
     assert run.returncode != 0
     assert run.stderr.splitlines()[-1].startswith(said), run.output

@@ -55,7 +55,7 @@ def test_a_checkpoint_says_what_it_was_trained_with(never_killed):
         "aux_loss_coef": 0,
         "nll_loss_coef": 0,
     }
-    assert run["steps"] == 10
+    assert run["steps"] == 10 and (never_killed(False).folder / "tensorboard" / run["log"]).is_dir()
     losses = [step["loss_mean"] for _, step in sorted(never_killed(False).steps("train/").items())]
     assert run["losses"] == pytest.approx([losses[0], losses[2]], abs=1e-6)
 
