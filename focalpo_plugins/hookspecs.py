@@ -46,7 +46,7 @@ class Register(Protocol):
         Args:
             name: what the user writes as ``rl: NAME``; an identifier in lower case, without outer
                 or double underscores, and not one of the registry's ``RESERVED_NAMES``, which hosts
-                use.
+                use.  OpenRLHF also refuses a loss that is called as one of its flags begins.
             loss: ``loss(margins, **options)`` returns the per-pair losses ``(B,)`` of the reward
                 margins ``(B,)``: a floating-point tensor with a gradient, finite at margin 0.  It
                 is tried with two margins before training.  If an option is out of range, it raises

@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import InvalidValue
 from ..guards import jsonl
 from ..guards.last_line import modules_of
+from ..guards.messages import one_line
 from ..guards.rows import (
     CONVERSATIONS,
     MESSAGES,
@@ -148,11 +149,23 @@ def hub_names(args: Any) -> dict[str, str]:
 
 def _wrong(args: Any, source: Source) -> str | None:
     """Why OpenRLHF can't read a source; None if nothing was found."""
-    with suppress(Exception):  # if it can't be read at all, the host reports it
+    unreadable = None
+    try:
         found = _no_split(source) or _empty_cell(args, source)
-        if found is not None:
-            return found
-    return _mismatch(args, source)
+    except Exception as error:
+        found = None
+        if source.file.is_file():
+            unreadable = (
+                f"{source.flag} must be files that can be read, got {source.path!r}: "
+                f"{one_line(_first(error)).rstrip('.')}. Fix that file, or remove it."
+            )
+    return found or _mismatch(args, source) or unreadable
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error that began a chain of errors."""
+    before = error.__cause__ or error.__context__
+    return error if before is None else _first(before)
 
 
 def _no_split(source: Source) -> str | None:

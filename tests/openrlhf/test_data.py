@@ -61,7 +61,7 @@ def answers(
     for number, (name, flags) in enumerate(FAILS):
         words[name, number] = argv(written(folder, name), flags)
     odd = folder / "odd.jsonl"
-    odd.write_text('{"chosen": "a b", "rejected": "a c"}\n{"chosen": "a", "rejected": null}\n')
+    odd.write_text('{"chosen": "a b", "rejected": "a c"}\n{"chosen": "a", "rejected": ["b"]}\n')
     words["odd"] = argv(odd, [])
     hub = written(folder, "strings")
     words["hub"] = argv(hub, [], model="mistralai/Mistral-7B-v0.1")
@@ -70,6 +70,9 @@ def answers(
     beside = folder / "beside.jsonl"
     beside.write_text("\n".join([json.dumps(FORMATS["strings"][0]), '{"prompt": "a"']))
     words["second file"] = argv(Path(f"{hub}, {beside}"), [KEY, "prompt"])
+    broken = folder / "broken.csv"
+    broken.write_text('prompt,chosen,rejected\na,b,c\n"a,b\n')
+    words["broken"] = argv(Path(f"{hub}, {broken}"), [KEY, "prompt"])
     for number, (suffix, column) in enumerate(EMPTY):
         path = with_an_empty_cell(folder / f"empty{number}{suffix}", column)
         words["empty", suffix, column] = argv(path, [KEY, "prompt"])
@@ -80,7 +83,7 @@ def answers(
     DatasetDict(dev=Dataset.from_list([FORMATS["strings"][0]] * 3)).save_to_disk(folder / "saved")
     words["saved"] = argv(hub, [KEY, "prompt", *saved])
     bad = folder / "bad.jsonl"
-    bad.write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n' * 3 + hub.read_text())
+    bad.write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n' * 3)
     held_out = ["--eval.dataset", f"{bad}, {hub}", "--eval.split", "train"]
     words["evaluated"] = argv(hub, [KEY, "prompt", *held_out], "--json")
     answers = {name: focalpo(*argv) for name, argv in words.items()}
@@ -152,7 +155,7 @@ def test_flags_that_fail(answers: dict, name: str, number: int):
 @shares_answers
 def test_a_row_that_differs(answers: dict):
     said = error_of(answers["odd"])
-    assert said.endswith("which fit; row 1 has chosen (text), rejected (nothing). Fix that row, or "
+    assert said.endswith("which fit; row 1 has chosen (text), rejected (list). Fix that row, or "
                          "remove it.")  # fmt: skip
 
 
@@ -186,6 +189,16 @@ def test_the_second_of_two_files(answers: dict):
     """OpenRLHF leaves out the space after the comma."""
     said = error_of(answers["second file"])
     assert "beside.jsonl', of which line 2 can't be used: Expecting ',' delimiter. Fix" in said
+
+
+@shares_answers
+def test_a_broken_csv_beside_another_file(answers: dict):
+    """Both are here, so nothing is looked for on a hub."""
+    said = error_of(answers["broken"])
+    (flag,) = of_host(["--data.dataset"])
+    assert f". {flag} must be files that can be read, got '" in said
+    assert "/broken.csv': " in said and "EOF inside string" in said
+    assert "hub" not in said
 
 
 @shares_answers
