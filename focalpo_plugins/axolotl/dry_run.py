@@ -92,8 +92,10 @@ def _plan(config: Path, gpus: int, scratch: Path, shape: Path | None) -> Plan:
 
     from ..compute.fused_loss import LOGITS_AT_ONCE
     from ..compute.output_layer import check_config
-    from .plugin import fused_key, ignored, margin, requested_loss
+    from .plugin import check_adapter, fused_key, ignored, margin, requested_loss
 
+    if ours:
+        check_adapter(cfg)
     split = (cfg.tensor_parallel_size or 1) * (cfg.context_parallel_size or 1)
     data_ranks = max(1, gpus // split)
     if cfg.batch_size:

@@ -66,9 +66,11 @@ class FocalPOPlugin(BasePlugin):
         FocalPOPlugin.building = cfg
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Refuse another plugin's trainer, which Axolotl would take instead of ours."""
+        """Refuse an adapter that Axolotl wouldn't load, and another plugin's trainer, which would
+        run instead of ours."""
         if requested_loss(cfg) is None:
             return
+        check_adapter(cfg)
         for name, plugin in PluginManager.get_instance().plugins.items():
             trainer = plugin.get_trainer_cls(cfg)
             if trainer is not None:
@@ -272,7 +274,6 @@ def _check_values(cfg: Any, loss: PairwiseLoss) -> None:
     if not isinstance(of_trl, dict):
         raise InvalidValue(f"trl must be a mapping such as {{beta: 0.1}}, got {of_trl!r}.")
     _check_margin(cfg, margin(cfg))
-    _check_adapter(cfg)
     betas = {"rl_": cfg.get("rl_beta"), "trl.": of_trl.get("beta")}
     for prefix, beta in betas.items():
         if beta is not None:
@@ -327,15 +328,15 @@ _OF_MARGIN = {
 _OF_REFERENCE = ("precompute_ref_log_probs", "rl_adapter_ref_model")
 
 
-def _check_adapter(cfg: Any) -> None:
+def check_adapter(cfg: Any) -> None:
     """Refuse an adapter to continue from, which Axolotl doesn't load for DPO's trainer.
 
-    Axolotl's own commands load it to merge it or to run the model, with the YAML of the training.
+    Not a part of the validation: ``axolotl merge-lora`` gets the adapter by the same key.
     """
     folder = cfg.get("lora_model_dir")
-    if folder and margin(cfg) == "dpo" and not (cfg.get("merge_lora") or cfg.get("inference")):
+    if folder and margin(cfg) == "dpo" and not cfg.get("merge_lora"):
         raise InvalidValue(
-            f"lora_model_dir must be unset under rl: {cfg.get('rl')}, got {folder!r}: Axolotl "
+            f"lora_model_dir must be unset under rl: {cfg[REQUESTED]}, got {folder!r}: Axolotl "
             "doesn't load it here, and would train a new adapter on base_model. Merge it first, "
             f"with the YAML that trained it: `axolotl merge-lora SFT.yml --lora-model-dir {folder} "
             "--output-dir OUT`. Then set base_model to OUT/merged, and remove lora_model_dir."

@@ -60,12 +60,14 @@ class Row(NamedTuple):
         chosen: the chosen side.
         rejected: the rejected side.
         turns_differ: whether the sides differ before their last message.
+        in_answers: whether they do in what is trained as the answers, and a user speaks there.
     """
 
     place: str
     chosen: Side
     rejected: Side
     turns_differ: bool = False
+    in_answers: bool = False
 
 
 class Fault(NamedTuple):
@@ -169,9 +171,10 @@ def _faults(row: Row, marker: str | None) -> Iterator[tuple[str, Side]]:
         name = difference(side)
         if name is not None:
             found.setdefault(name, side)
-    if row.turns_differ:
-        wrong = found.get("cut") or found.get("twice") or found.get("lacks")
-        found = {"turns": row.rejected} if wrong is None else {"sides": wrong}
+    if row.turns_differ and found:
+        found = {"sides": next(iter(found.values()))}
+    if row.in_answers:
+        found["turns"] = row.rejected
     yield from found.items()
 
 

@@ -24,7 +24,7 @@ from ..guards.messages import explained
 from ..guards.pairs import blank, faults
 from ..plan import ModelState, Pair, Plan, Tokens
 from ..registry import get_loss
-from . import COMMAND, cpu
+from . import COMMAND, conversations, cpu
 from .autoload import patch
 from .data import check_cells, described, explain, hub_names
 from .names import dotted, given_options, spelled
@@ -172,6 +172,8 @@ def _plan(of_host: Any, gpus: int, shape: Path | None) -> Plan:
         evaluated = dataset(args.data.max_len, held_out)
         notes.append(f"{len(evaluated)} of {len(held_out)} pairs of {flag} are evaluated")
         found += _of_evaluation(of_host, evaluated, tokenizer, flag)
+    for evaluation in (False, True):
+        found += [fault.words for fault in conversations.faults(of_host, tokenizer, evaluation)]
     if args.model.ipo_enable:
         found.append("--model.ipo_enable: IPO is trained, a loss of its own.")
     return Plan(

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..backbone import SharedPrompts
 from ..diagnostics import MARGINS, margin_sums, means
 from ..errors import InvalidValue, RunError
-from ..guards import pairs
+from ..guards import pairs, texts
 from ..guards.end import say_done
 from ..guards.folders import check_folder, write_whole
 from ..guards.margins import not_finite, stop
@@ -37,6 +37,7 @@ from ..guards.resume import RECORD_FILE, check_unchanged, warn_of_another_length
 from ..guards.start import check_first_margins
 from ..registry import BoundLoss
 from . import data
+from .conversations import faults
 from .loss import PairwiseDPOLoss
 from .names import dotted, given_options, spelled, versions
 from .reference import ReferenceLogps, on_all_ranks, on_rank_0, precompute
@@ -91,9 +92,9 @@ class PairwiseDPOTrainer(DPOTrainer):
         if not isinstance(loss_fn, PairwiseDPOLoss):
             raise _moved(name, f"its loss_fn is {type(loss_fn).__name__}")
         on_rank_0(strategy, lambda: data.check_cells(strategy.args))
-        self._check_pairs(
-            strategy.is_rank_0(), f"--{name}.allow_data", bool(flags.get("allow_data"))
-        )
+        allow, allowed = f"--{name}.allow_data", bool(flags.get("allow_data"))
+        self._check_pairs(strategy.is_rank_0(), allow, allowed)
+        on_rank_0(strategy, lambda: self._check_texts(allow, allowed))
         self._loss = loss_fn.pairwise_loss
         self._mode = "train"
         self._called = False
@@ -166,6 +167,12 @@ class PairwiseDPOTrainer(DPOTrainer):
                 say=say,
                 evaluation=bool(evaluation),
             )
+
+    def _check_texts(self, allow: str, allowed: bool) -> None:
+        """Refuse rows that would be trained otherwise than they are written; on the first rank."""
+        for evaluation in (False, True):
+            found = faults(self.args, self.tokenizer, evaluation, allow)
+            texts.check(found, allowed=allowed, say=True, evaluation=evaluation)
 
     def fit(self, args: Any, consumed_samples: int = 0, *more: Any, **kwargs: Any) -> None:
         resumed = consumed_samples // dotted(args).train.batch_size

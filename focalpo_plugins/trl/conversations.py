@@ -41,7 +41,7 @@ def rendered(dataset: Any, tokenizer: Any) -> Iterator[texts.Row]:
             f"row {place} of the tokenized data",
             chosen,
             rejected,
-            turns_differ=asked and earlier[0] != earlier[1],
+            in_answers=asked and earlier[0] != earlier[1],
         )
 
 

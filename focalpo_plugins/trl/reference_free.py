@@ -119,11 +119,13 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
             say=self.args.process_index == 0,
             evaluation=evaluation,
         )
-        texts.check(
-            self._faults(dataset, self.processing_class, evaluation),
-            allowed=self._allow_data,
-            say=self.args.process_index == 0,
-            evaluation=evaluation,
+        self._all_together(
+            lambda: texts.check(
+                self._faults(dataset, self.processing_class, evaluation),
+                allowed=self._allow_data,
+                say=self.args.process_index == 0,
+                evaluation=evaluation,
+            )
         )
 
     def _exchanged_loss(

@@ -135,11 +135,13 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         self._check_ids(prepared, tokenizer, columns, args.process_index == 0)
         shared = "prompt" not in first and isinstance(first.get("chosen"), str)
         self._check_pairs(prepared, tokenizer, args, shared)
-        texts.check(
-            self._faults(prepared, tokenizer, self._train_data_seen),
-            allowed=self._allow_data,
-            say=args.process_index == 0,
-            evaluation=self._train_data_seen,
+        self._all_together(
+            lambda: texts.check(
+                self._faults(prepared, tokenizer, self._train_data_seen),
+                allowed=self._allow_data,
+                say=args.process_index == 0,
+                evaluation=self._train_data_seen,
+            )
         )
         self._train_data_seen = True
         return prepared

@@ -1,0 +1,78 @@
+"""Conversations as OpenRLHF trains them, and as their chat template renders them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from ..guards import pairs, texts
+from .names import dotted, spelled
+
+
+def faults(
+    args: Any, tokenizer: Any, evaluation: bool = False, allow: str = ""
+) -> list[texts.Fault]:
+    """What OpenRLHF would train of the rows otherwise than the chat template renders it.
+
+    Args:
+        args: the parsed command line.
+        tokenizer: the one whose template OpenRLHF applies.
+        allow: what the user gives to train on data that is refused.
+    """
+    return texts.find(
+        _rendered(args, tokenizer, evaluation),
+        host="OpenRLHF",
+        of_sides="OpenRLHF cuts both off after as many characters as the chosen side's turns have, "
+        "so that the rejected answer loses text or gains some",
+        of_cut="OpenRLHF cuts it off at the length of the prompt, and with this template the row's "
+        "rendering doesn't begin with the prompt's. Use another template",
+        allow=allow,
+    )
+
+
+def _rendered(args: Any, tokenizer: Any, evaluation: bool) -> Iterator[texts.Row]:
+    from openrlhf.datasets.reward_dataset import preprocess_data
+    from openrlhf.datasets.utils import blending_datasets
+
+    of_host = dotted(args)
+    data, flag, split = of_host.data, "data.dataset", of_host.data.dataset_split
+    paths = data.dataset
+    if evaluation:
+        held_out = getattr(of_host, "eval", None)
+        flag, split = "eval.dataset", getattr(held_out, "split", None)
+        paths = getattr(held_out, "dataset", None)
+    if not paths or not data.apply_chat_template:
+        return
+    silent = SimpleNamespace(print=lambda *words: None, is_rank_0=lambda: False, args=args)
+    keys = data.prompt_key, data.chosen_key, data.rejected_key
+    render = tokenizer.apply_chat_template
+    name = flag if evaluation else spelled(flag, vars(args))
+    for path in (path.strip() for path in str(paths).split(",")):
+        try:
+            rows = blending_datasets(path, None, silent, dataset_split=split)
+        except Exception:  # OpenRLHF reports what can't be read
+            continue
+        for place in pairs.places(len(rows)):
+            row = rows[place]
+            try:
+                prompt, *trained, _ = preprocess_data(row, None, *keys, render, True)
+                chosen, rejected = (_messages(row, key, data.prompt_key) for key in keys[1:])
+                sides = [
+                    texts.Side(prompt, answer, said[-1]["content"], render(said, tokenize=False))
+                    for answer, said in zip(trained, (chosen, rejected), strict=True)
+                ]
+            except Exception:  # the template can't render the row: OpenRLHF reports it
+                continue
+            differ = chosen[:-1] != rejected[:-1]
+            yield texts.Row(
+                f"row {place} of --{name} {path!r}",
+                sides[0],
+                sides[1],
+                turns_differ=differ,
+                in_answers=bool(data.prompt_key) and differ,
+            )
+
+
+def _messages(row: Mapping[str, Any], key: str, prompt: str | None) -> list[Mapping[str, Any]]:
+    return [*(row[prompt] if prompt else []), *row[key]]
