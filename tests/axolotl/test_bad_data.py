@@ -30,6 +30,17 @@ def short_answer(row: Row) -> Row:
     return says(row, "rejected", "user")
 
 
+def spaced(row: Row) -> Row:
+    """The tiny model's template trims as Llama-3's does, so Axolotl doesn't find this text in it."""
+    return says(row, "chosen", row["chosen"][-1]["content"] + "\n")
+
+
+def after_other_turns(row: Row) -> Row:
+    """Two turns more on each side, which differ."""
+    more = {"role": "user", "content": "Say it again."}
+    return {side: [*turns, more, turns[-1]] for side, turns in row.items()}
+
+
 def long_prompt(row: Row) -> Row:
     question = {"role": "user", "content": "And how many words are in this? " * 60}
     return {side: [question, row[side][-1]] for side in ("chosen", "rejected")}
@@ -58,6 +69,18 @@ REFUSED: dict[str, tuple[Callable[[list[Row]], str], tuple[str, ...]]] = {
         lambda rows: lines([*map(without_answer, rows[:4]), *map(short_answer, rows[4:7]), *rows[7:]]),
         ("got 7 of 12 pairs have a BOS, or another turn, inside an answer", "for an empty answer",
          "Give focalpo_allow_data: true to train on them all the same."),
+    ),
+    # The rows' end is `<|eot_id|>`, of which `find` leaves the last character.
+    "white space that the template trims": (
+        lambda rows: lines([*rows[:5], *map(spaced, rows[5:])]),
+        ("can't be trained as written, got 7 of 12 rows have an answer that isn't trained as the "
+         "chat template renders it", "The first is row 5 of datasets[0].path ", "pairs.jsonl': ",
+         "<|end_header_id|>\\n\\n>' is trained where the template renders "),
+    ),
+    "sides whose earlier turns differ": (
+        lambda rows: lines(map(after_other_turns, rows)),
+        ("got 12 of 12 rows have sides whose earlier turns differ: Axolotl trains the rejected "
+         "answer after the chosen side's turns",),
     ),
     "the first line cut": (lambda rows: lines(rows)[9:], ("datasets[0].path must be JSON lines, got ", "pairs.jsonl', of which line 1 can't be used: ")),
     "malformed JSON": (lambda rows: lines(rows)[:-40], ("datasets[0].path must be JSON lines, got ", "pairs.jsonl', of which line 12 can't be used: ")),
@@ -97,6 +120,12 @@ def test_a_few_are_warned_of(axolotl: Axolotl, tiny: Path):
     assert run.code == 0, run.output[-3000:]
     warning = "focalpo_plugins: warning: 4 of 12 pairs have a chosen answer equal"
     assert run.output.count(warning) == 1
+
+
+def test_a_few_of_other_text_are_warned_of(axolotl: Axolotl, tiny: Path):
+    run = run_on(axolotl, tiny, lambda rows: lines([*map(spaced, rows[:4]), *rows[4:]]))
+    assert run.code == 0, run.output[-3000:]
+    assert run.output.count("focalpo_plugins: warning: 4 of 12 rows have an answer that isn't") == 1
 
 
 @pytest.mark.parametrize("first", ["chat", "plain"])
