@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,6 +213,48 @@ def test_files_that_are_not_looked_at(tmp_path):
         (tmp_path / name).write_text("{")
         check_file(tmp_path / name, "data")
     check_file(tmp_path / "nobody" / "pairs", "data")
+
+
+PATTERNS = {
+    "a class": ("p[12].jsonl", "p1.jsonl"),
+    "a star": ("p*.jsonl", "p.jsonl, pairs.jsonl"),
+    "a question mark": ("p?.jsonl", "p1.jsonl"),
+    "a folder": ("run[1]/p.jsonl", "run1/p.jsonl"),
+    "nothing": ("q[12].jsonl", None),
+}
+
+
+@pytest.mark.parametrize("case", PATTERNS)
+def test_a_path_that_hosts_take_for_a_pattern(case: str, tmp_path, monkeypatch):
+    """The file is there, and they would read others."""
+    path, others = PATTERNS[case]
+    found = [] if others is None else others.split(", ")
+    for name in (path, *found):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"a": 1}\n')
+    monkeypatch.chdir(tmp_path)
+    for given in (Path(path), tmp_path / path):
+        with pytest.raises(ValueError) as refused:
+            check_file(given, "data")
+        said = str(refused.value)
+        assert said.startswith(f"data must have a path without [ * ?, got {str(given)!r}: hosts")
+        assert ("matches nothing" in said) is (others is None)
+        assert all(str(tmp_path / name) in said for name in found)
+
+
+def test_a_folder_s_name_is_a_part_of_the_pattern(tmp_path, monkeypatch):
+    """Of the current folder too. A name that matches only itself is read, and so is a folder that
+    ``datasets`` has saved, which is no pattern."""
+    for name in ("run[1]", "run1", "saved[1]"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "p.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "saved[1]" / "state.json").write_text("{}")
+    (tmp_path / "a?b.jsonl").write_text('{"a": 1}\n')
+    for name in ("a?b.jsonl", "saved[1]", "run1/p.jsonl", "no[thing].jsonl"):
+        check_file(tmp_path / name, "data")
+    monkeypatch.chdir(tmp_path / "run[1]")
+    with pytest.raises(ValueError, match="data must have a path without"):
+        check_file(Path("p.jsonl"), "data")
 
 
 def test_places():

@@ -22,7 +22,7 @@ from axolotl.utils.schemas.enums import RLType
 
 from ..errors import InvalidValue, RunError
 from ..guards import last_line
-from ..guards.jsonl import check_file
+from ..guards.jsonl import broken_file, check_file
 from ..guards.messages import did_you_mean, named, say
 from ..loss import check_beta, check_label_smoothing
 from ..registry import BoundLoss, PairwiseLoss, get_loss, losses
@@ -120,7 +120,9 @@ def rewritten(cfg: Any) -> Any:
     name, trainer = cfg.get("rl"), cfg.get("trainer_cls")
     ours = (isinstance(name, str) and name in losses()) or cfg.get(REQUESTED) is not None
     written = copy.deepcopy(cfg)  # validation puts its own objects into the config
-    last_line.install(lambda error: data.explain(written, error) if ours else None)
+    last_line.install(
+        lambda error: (data.explain(written, error) or broken_file(error)) if ours else None
+    )
     flags.check_arrived(cfg)
     if name is not None and name not in known:
         near = did_you_mean(str(name), known)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from ..errors import InvalidValue
 from ..guards import last_line
+from ..guards.jsonl import broken_file
 from ..guards.messages import did_you_mean, named
 from ..loss import check_beta, check_label_smoothing
 from ..options import OF_ANY_LOSS
@@ -62,7 +63,7 @@ def parse(
 
         install(loss)
         args = parsed[0] if isinstance(parsed, tuple) else parsed
-        last_line.install(lambda error: data.explain(args, error))
+        last_line.install(lambda error: data.explain(args, error) or broken_file(error))
     return parsed
 
 

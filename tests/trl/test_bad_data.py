@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.trainer import dpo_trainer
 
 from focalpo_plugins import FocalPOConfig, FocalPOTrainer
+from focalpo_plugins.guards import hub
+from focalpo_plugins.guards.jsonl import broken_file, check_file
 
 pytestmark = pytest.mark.releases
 
@@ -223,3 +226,77 @@ def test_files_are_refused_that_hosts_cannot_read(case: str, tmp_path: Path):
     else:
         with pytest.raises(Exception):  # noqa: B017  (of pyarrow, pandas or datasets)
             load_dataset("json", split="train", **file)
+
+
+GOOD = '{"a": "x", "b": 1.0}\n'
+DEEP = "[" * 3000 + "]" * 3000
+# What Python's own reader takes and the hosts' does not, in the second line of a file.
+REFUSED_BY_HOSTS = {
+    "a key twice": '{"a": "x", "a": "y"}',
+    "a key twice, further in": '{"a": "x", "c": [{"d": 1, "d": 2}]}',
+    "a number too big": '{"a": "x", "b": 1e400}',
+    "a number too big, further in": '{"a": "x", "c": {"d": [-1E999]}}',
+    "brackets, too deep for both": f'{{"a": "x", "c": {DEEP}}}',
+    "brackets, too deep for hosts": f'{{"a": "x", "c": {"[" * 100}{"]" * 100}}}',
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_HOSTS)
+@pytest.mark.parametrize("before", ["", "\ufeff", "\n"], ids=["plain", "BOM", "blank line"])
+def test_the_line_is_named_that_only_hosts_refuse(case: str, before: str, tmp_path: Path):
+    file = tmp_path / "pairs.jsonl"
+    lines = [before + GOOD, REFUSED_BY_HOSTS[case] + "\n", GOOD]
+    file.write_text("".join(lines))
+    with pytest.raises(Exception):  # noqa: B017  (of pyarrow, pandas or datasets)
+        load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "c"))
+    with pytest.raises(ValueError) as refused:
+        check_file(file, "data")
+    line = 3 if before == "\n" else 2
+    assert f"got {str(file)!r}, of which line {line} can't be used: " in str(refused.value)
+    file.write_text("".join([lines[0], *lines[2:]]))
+    check_file(file, "data")
+
+
+def test_an_entry_of_an_array_that_only_hosts_refuse(tmp_path: Path):
+    file = tmp_path / "pairs.json"
+    file.write_text(f'[{GOOD}, {{"a": "x", "c": {"[" * 100}{"]" * 100}}}]')
+    with pytest.raises(ValueError, match="of which an entry can't be used: "):
+        check_file(file, "data")
+    # The last one counts, in an array: the hosts read it.
+    file.write_text('[{"a": "x", "a": "y"}]')
+    assert load_dataset("json", data_files=str(file), split="train")["a"] == ["y"]
+    check_file(file, "data")
+
+
+# What is written to a file, and why it can't be read.
+BROKEN = {
+    "open.csv": ('a,b\n1,2\n"3\n,4\n', "in the row that begins in line 3: Error tokenizing data"),
+    "wide.csv": ("a,b\n1,2\n3,4,5\n", "Expected 2 fields in line 3, saw 3. Fix that file."),
+    "short.parquet": ("x", "Parquet file size is 1 bytes, smaller than"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_named_and_not_looked_for_on_a_hub(name: str, tmp_path: Path):
+    content, why = BROKEN[name]
+    (tmp_path / "whole.csv").write_text("a,b\n1,2\n")
+    (tmp_path / name).write_text(content)
+    kind, cache = name.split(".")[1], str(tmp_path / "cache")
+    files = [str(tmp_path / each) for each in ("whole.csv", name)[kind == "parquet" :]]
+    with pytest.raises(Exception) as error:
+        load_dataset(kind, data_files=files, split="train", cache_dir=cache)
+    names = {"base_model": "nobody/model"}  # it is not on this machine, and was not asked for
+    for said in (hub.explain(error.value, names), broken_file(error.value)):
+        assert said is not None and said.startswith(f"{str(tmp_path / name)!r} can't be read")
+        assert why in said
+
+
+def test_a_full_disk_is_not_a_hub_s_fault():
+    def reading(error: Exception):
+        try:
+            raise error
+        except Exception as raised:
+            return hub.explain(raised, {"base_model": "nobody/model"})
+
+    assert reading(OSError(errno.ENOSPC, "No space left on device")) is None
+    assert "base_model 'nobody/model'" in str(reading(OSError("We couldn't connect to")))
