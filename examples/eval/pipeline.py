@@ -13,19 +13,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import importlib.util
 import json
 import math
 import os
 import re
-import signal
+import secrets
+import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,9 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent)]
+from children import child  # noqa: E402
+
 BENCHMARKS = ("alpaca_eval", "arena_hard", "lm_eval")
 BENCH = "arena-hard-v0.1"
 BASELINE = "gpt-4-0314"
@@ -45,6 +51,7 @@ TASKS = {
     "GSM8K": ("gsm8k", "exact_match,strict-match", "exact_match,strict-match"),
     "MMLU": ("mmlu", "acc,none", "acc,none"),
 }
+KEYS = ("models", "formats", "decodings", "judges", "port", "serve", "lm_eval")  # of models.yml
 # The question of the paper's Tables 3 and 4.
 QUESTION = "How long will it take to walk around the world"
 HEADER = "# Written by pipeline.py from models.yml, which is the file to change.\n"
@@ -77,6 +84,11 @@ class Plan:
     models: list[Model]
     file: dict[str, Any]
     folder: Path
+    mark: str = field(default_factory=lambda: secrets.token_hex(4))
+
+    def served_name(self, name: str) -> str:
+        """What a server of this run calls a model: no other server answers to that name."""
+        return f"{name}-{self.mark}" if self.mark else name
 
     def form(self, model: Model) -> dict[str, Any]:
         found: dict[str, Any] = self.file["formats"][model.format]
@@ -94,10 +106,23 @@ class Plan:
 
 def load(path: Path) -> Plan:
     """Reads models.yml; a path with a * becomes a model for each folder that it finds."""
-    file = yaml.safe_load(path.read_text())
+    try:
+        file = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SystemExit(
+            f"--file is a YAML such as models.yml, got {path}: {one_line(error)}."
+        ) from None
+    missing = [key for key in KEYS if not isinstance(file, dict) or key not in file]
+    if missing:
+        raise SystemExit(f"--file is a YAML such as models.yml, got {path} without {missing[0]}.")
+    if not isinstance(file["port"], int) or not 0 < file["port"] < 2**16:
+        raise SystemExit(f"port is a number from 1 to 65535, got {file['port']!r} in {path}.")
     models = []
     for entry in file["models"]:
-        model = Model(**entry)
+        try:
+            model = Model(**entry)
+        except TypeError as error:
+            raise SystemExit(f"{path}: a model has other keys than it can: {error}.") from None
         if model.format not in file["formats"]:
             formats = ", ".join(file["formats"])
             raise SystemExit(f"{model.name}: format is one of {formats}, got {model.format}.")
@@ -116,13 +141,50 @@ def load(path: Path) -> Plan:
     return Plan(models, file, path.resolve().parent)
 
 
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def whole(path: Path) -> Any:
+    """What a JSON file holds; None if it ends early, as where its run was killed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError:
+        return None
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON file of ours or of alpaca_eval's."""
+    rows = whole(path)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise SystemExit(f"{path} isn't a whole list of rows. Delete it to have it made again.")
+    return rows
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines; a text in them may have line breaks other than \\n."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise SystemExit(
+                    f"{path}, line {number}, is not JSON: {error}. Remove that line."
+                ) from None
+    return rows
+
+
 def learning_rate(folder: Path) -> float | None:
-    """The highest that a run logged, which is the one that it was given."""
+    """The highest that a run logged, which is the one that it was given.
+
+    A state that was being saved when its run was killed is left out.
+    """
     states = [*folder.glob("trainer_state.json"), *folder.glob("checkpoint-*/trainer_state.json")]
     rates = [
         entry["learning_rate"]
         for state in states
-        for entry in json.loads(state.read_text())["log_history"]
+        for entry in (whole(state) or {}).get("log_history", [])
         if "learning_rate" in entry
     ]
     return max(rates, default=None)
@@ -183,7 +245,7 @@ def write(path: Path, content: Any, note: str = "") -> None:
     if not isinstance(content, str):
         text = HEADER + (f"# {note}\n" if note else "") + yaml.safe_dump(content, sort_keys=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 def configs(plan: Plan, out: Path) -> Path:
@@ -200,10 +262,14 @@ def configs(plan: Plan, out: Path) -> Path:
         write(arena / "gen_answer_config.yaml", {"name": f"{BENCH} {model.name}", **this})
         for key, judge in plan.file["judges"].items():
             write(arena / f"judge_{key}.yaml", arena_judge(model, judge), judge["note"])
-        endpoints[model.name] = endpoint(model.name, plan.url)
+        endpoints[model.name] = endpoint(plan.served_name(model.name), plan.url)
         write(folder / "lm_eval" / f"{model.name}.yml", lm_eval_config(plan, model, out))
     for key, judge in plan.file["judges"].items():
-        endpoints[judge["name"]] = endpoint(judge["name"], plan.url if "serve" in judge else None)
+        endpoints[judge["name"]] = (
+            endpoint(plan.served_name(judge["name"]), plan.url)
+            if "serve" in judge
+            else endpoint(judge["name"], None)
+        )
         config = folder / "alpaca_eval" / "judges" / key / "configs.yaml"
         write(config, alpaca_judge(plan, judge), judge["note"])
     write(folder / "arena_hard" / "api_config.yaml", endpoints)
@@ -217,7 +283,7 @@ def alpaca_eval_configs(plan: Plan, model: Model, decoding: str, folder: Path) -
     stops = {"stop_token_ids": stop} if stop else {}
     write(folder / "prompt.txt", prompt(plan, model))
     served = {
-        "model_name": model.name,
+        "model_name": plan.served_name(model.name),
         "requires_chatml": False,  # the completions endpoint, with our prompt
         "is_strip": False,  # alpaca_eval would cut the line breaks that end the prompt
         **sampling,
@@ -266,6 +332,7 @@ def alpaca_judge(plan: Plan, judge: dict[str, Any]) -> dict[str, Any]:
     }
     if "serve" in judge:
         kwargs |= {"price_per_token": 0, "client_kwargs": {"base_url": plan.url}}
+        kwargs["model_name"] = plan.served_name(judge["name"])
     entry = {
         "prompt_template": str(prompts / "alpaca_eval_clf.txt"),
         "fn_completions": "openai_completions",
@@ -333,36 +400,59 @@ def lm_eval_config(plan: Plan, model: Model, out: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def served(plan: Plan, vllm: str, path: str, name: str, options: Sequence[str]) -> Iterator[None]:
-    """A vLLM server, from the moment that it answers."""
-    port = str(plan.file["port"])
-    command = [vllm, "serve", path, "--served-model-name", name, "--port", port, *options]
+    """A vLLM server, from the moment that it answers; it ends with the block, or with this process.
+
+    A server that another run left alive would answer in its place, with another model's weights.
+    """
+    port = plan.file["port"]
+    with socket.socket() as probe:
+        taken = probe.connect_ex(("127.0.0.1", port)) == 0
+    if taken:
+        raise SystemExit(
+            f"port {port} is taken: {', '.join(names(plan) or ['something'])} is served there. End "
+            "that server, or change the port in models.yml."
+        )
+    own = plan.served_name(name)
+    command = [vllm, "serve", path, "--served-model-name", own, "--port", str(port), *options]
     print("+", *command, flush=True)
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
+    with child(command) as process:
         while True:
             if process.poll() is not None:
                 raise SystemExit(f"vLLM ended with {process.returncode} before it served {name}.")
-            with contextlib.suppress(OSError, ValueError):
-                with urllib.request.urlopen(f"{plan.url}/models", timeout=10) as answer:
-                    ids = [entry["id"] for entry in json.load(answer)["data"]]
-                if name not in ids:
-                    raise SystemExit(f"port {port} is taken: {', '.join(ids)} is served there.")
+            found = names(plan)
+            if found is not None and own in found:
                 break
+            if found is not None:
+                shown = ", ".join(found)
+                raise SystemExit(f"port {port} is taken: {shown} is served there, and not {own}.")
             time.sleep(1)
         yield
-    finally:
-        for ending in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, ending)
-                process.wait(60)
-                break
+
+
+def names(plan: Plan) -> list[str] | None:
+    """What a server on the port calls its models; None if none answers."""
+    try:
+        with urllib.request.urlopen(f"{plan.url}/models", timeout=10) as answer:
+            return [str(entry["id"]) for entry in json.load(answer)["data"]]
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
+        return None
 
 
 def questions(data: str | None) -> Any:
     """AlpacaEval's questions with the reference's answers, as a data frame."""
     from alpaca_eval import constants, utils
 
-    return utils.load_or_convert_to_dataframe(data or constants.ALPACAEVAL_REFERENCE_OUTPUTS)
+    if data is None:
+        return utils.load_or_convert_to_dataframe(constants.ALPACAEVAL_REFERENCE_OUTPUTS)
+    try:
+        found = utils.load_or_convert_to_dataframe(data)
+        found[["instruction", "output"]]
+    except Exception as error:  # of pandas, by the file's form
+        raise SystemExit(
+            "--alpaca-data is a file with instruction and output in each row, got "
+            f"{data}: {one_line(error)}."
+        ) from None
+    return found
 
 
 def alpaca_eval_answers(config: Path, file: Path, asked: Any) -> None:
@@ -371,15 +461,20 @@ def alpaca_eval_answers(config: Path, file: Path, asked: Any) -> None:
     from alpaca_eval import decoders, utils
 
     ((name, entry),) = utils.load_configs(config).items()
-    prompts, rows = utils.make_prompts(asked, template=Path(entry["prompt_template"]).read_text())
+    prompts, rows = utils.make_prompts(
+        asked, template=Path(entry["prompt_template"]).read_text("utf-8")
+    )
     function = decoders.get_fn_completions(entry["fn_completions"])
     texts = function(prompts=prompts, **entry["completions_kwargs"])["completions"]
     kept = rows[["dataset", "instruction"]].assign(
         output=[text.strip() for text in texts], generator=name
     )
-    before = [pd.DataFrame(json.loads(file.read_text()))] if file.exists() else []
+    before = [pd.DataFrame(rows_of(file))] if file.exists() else []
     file.parent.mkdir(parents=True, exist_ok=True)
-    pd.concat([*before, kept]).to_json(file, orient="records", indent=2)
+    # Whole or not at all: the answers from before are in it.
+    half = file.with_suffix(".part")
+    pd.concat([*before, kept]).to_json(half, orient="records", indent=2)
+    half.replace(file)
 
 
 def answers_file(out: Path, decoding: str, model: Model) -> Path:
@@ -404,13 +499,26 @@ def checkout(args: argparse.Namespace) -> Path:
     folder = Path(args.arena_hard).resolve()
     if not (folder / "gen_judgment.py").is_file():
         raise SystemExit(f"--arena-hard is a checkout of Arena-Hard-Auto, got {folder}; README.md.")
+    data = folder / "data" / BENCH
+    for path in (data / "question.jsonl", data / "model_answer" / f"{BASELINE}.jsonl"):
+        if not path.is_file():
+            raise SystemExit(
+                f"--arena-hard has its data in data/{BENCH}, got no {path}; README.md."
+            )
+    executable(args.arena_python, "--arena-python")
     return folder
+
+
+def executable(command: str, option: str) -> str:
+    """The command, if it is there."""
+    if shutil.which(command) is None:
+        raise SystemExit(f"{option} is a command, got {command}, which isn't there.")
+    return command
 
 
 def generate(plan: Plan, args: argparse.Namespace) -> None:
     """What needs the models: answers for the two judged benchmarks, and lm-eval's tasks."""
     os.environ.setdefault("OPENAI_API_KEY", "unused")  # alpaca_eval's client wants one
-    folder = configs(plan, args.out)
     arena = checkout(args) if "arena_hard" in args.benchmarks else None
     asked = questions(args.alpaca_data) if "alpaca_eval" in args.benchmarks else None
     if asked is not None and args.question:
@@ -422,29 +530,49 @@ def generate(plan: Plan, args: argparse.Namespace) -> None:
     models = chosen(plan, args)
     if args.in_process and (len(models) > 1 or [*args.benchmarks] != ["alpaca_eval"]):
         raise SystemExit("--in-process takes --models with one name and --benchmarks alpaca_eval.")
+    if "lm_eval" in args.benchmarks and importlib.util.find_spec("lm_eval") is None:
+        raise SystemExit("lm_eval isn't installed here; README.md has the command.")
+    left = {model.name: unanswered(args, model, asked) for model in models}
+    to_serve = [model for model in models if left[model.name] is not None or arena is not None]
+    if to_serve and not args.in_process:
+        executable(args.vllm, "--vllm")
+    for model in to_serve:
+        check_bos(plan, model)
+    folder = configs(plan, args.out)
     for model in models:
-        file = answers_file(args.out, args.decoding, model)
-        done = [row["instruction"] for row in json.loads(file.read_text())] if file.exists() else []
-        left = None if asked is None else asked[~asked["instruction"].isin(done)]
-        to_ask = left is not None and not left.empty
-        if to_ask or arena is not None:
-            check_bos(plan, model)
-            template = folder / "arena_hard" / model.name / "chat_template.jinja"
-            options = [*plan.file["serve"], "--chat-template", str(template)]
-            server: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-            if not args.in_process:
-                server = served(plan, args.vllm, model.path, model.name, options)
-            with server:
-                if to_ask:
-                    config = "configs.yaml" if args.in_process else "served.yaml"
-                    of_model = folder / "alpaca_eval" / args.decoding / model.name
-                    alpaca_eval_answers(of_model / config, file, left)
-                if arena is not None:
-                    setting = folder / "arena_hard" / model.name / "gen_answer_config.yaml"
-                    arena_hard("gen_answer.py", setting, arena, args)
+        if model in to_serve:
+            answer(plan, args, model, folder, left[model.name], arena)
         if "lm_eval" in args.benchmarks and not lm_eval_results(args.out, model):
             tasks = folder / "lm_eval" / f"{model.name}.yml"
             run([sys.executable, "-m", "lm_eval", "run", "--config", str(tasks)])
+
+
+def unanswered(args: argparse.Namespace, model: Model, asked: Any) -> Any:
+    """The questions that have no answer yet; None if there are none."""
+    file = answers_file(args.out, args.decoding, model)
+    done = [row["instruction"] for row in rows_of(file)] if file.exists() else []
+    left = None if asked is None else asked[~asked["instruction"].isin(done)]
+    return None if left is None or left.empty else left
+
+
+def answer(
+    plan: Plan, args: argparse.Namespace, model: Model, folder: Path, left: Any, arena: Path | None
+) -> None:
+    """Serves a model, and asks it what it has not answered."""
+    template = folder / "arena_hard" / model.name / "chat_template.jinja"
+    options = [*plan.file["serve"], "--chat-template", str(template)]
+    server: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if not args.in_process:
+        server = served(plan, args.vllm, model.path, model.name, options)
+    with server:
+        if left is not None:
+            config = "configs.yaml" if args.in_process else "served.yaml"
+            of_model = folder / "alpaca_eval" / args.decoding / model.name
+            file = answers_file(args.out, args.decoding, model)
+            alpaca_eval_answers(of_model / config, file, left)
+        if arena is not None:
+            setting = folder / "arena_hard" / model.name / "gen_answer_config.yaml"
+            arena_hard("gen_answer.py", setting, arena, args)
 
 
 def chosen(plan: Plan, args: argparse.Namespace) -> list[Model]:
@@ -474,49 +602,92 @@ def chosen(plan: Plan, args: argparse.Namespace) -> list[Model]:
 
 def judge(plan: Plan, args: argparse.Namespace) -> None:
     """Judges the answers that are there."""
-    folder = configs(plan, args.out)
     entry = plan.file["judges"][args.judge]
     if "serve" in entry:
         os.environ.setdefault("OPENAI_API_KEY", "unused")  # alpaca_eval's client wants one
     elif not os.environ.get("OPENAI_API_KEY"):
         raise SystemExit(f"OPENAI_API_KEY isn't set, which {entry['model']} is asked with.")
-    arena = checkout(args) if "arena_hard" in args.benchmarks else None
+    arena, prompts = None, {}
+    if "arena_hard" in args.benchmarks:
+        arena = checkout(args)
+        prompts = judge_prompts(arena / "config" / "judge_config.yaml")
+    models = chosen(plan, args)
+    asked = questions(args.alpaca_data) if "alpaca_eval" in args.benchmarks else None
+    of_alpaca = [] if asked is None else [model for model in models if to_judge(args, model)]
+    of_arena = [model for model in models if arena and arena_answers(arena, model).exists()]
+    if not of_alpaca and not of_arena:
+        print("nothing to judge: all answers that are there have been judged", flush=True)
+        return
     server: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if "serve" in entry:
-        server = served(plan, args.vllm, entry["model"], entry["name"], entry["serve"])
+        vllm = executable(args.vllm, "--vllm")
+        server = served(plan, vllm, entry["model"], entry["name"], entry["serve"])
+    folder = configs(plan, args.out)
     with server:
-        for model in chosen(plan, args):
-            answers = answers_file(args.out, args.decoding, model)
-            results = answers.parent / args.judge
-            if "alpaca_eval" in args.benchmarks and answers.exists():
+        for model in models:
+            if model in of_alpaca:
                 config = folder / "alpaca_eval" / "judges" / args.judge
-                alpaca_eval_judgments(config, answers, results, model, args)
-            if arena is not None and arena_answers(arena, model).exists():
-                shared = yaml.safe_load((arena / "config" / "judge_config.yaml").read_text())
+                alpaca_eval_judgments(config, model, asked, args)
+            if arena is not None and model in of_arena:
                 setting = folder / "arena_hard" / model.name / f"judge_{args.judge}.yaml"
-                prompts = {key: shared[key] for key in ("system_prompt", "prompt_template")}
-                write(setting, yaml.safe_load(setting.read_text()) | prompts, entry["note"])
+                own = yaml.safe_load(setting.read_text("utf-8"))
+                write(setting, own | prompts, entry["note"])
                 arena_hard("gen_judgment.py", setting, arena, args)
 
 
+def judge_prompts(path: Path) -> dict[str, Any]:
+    """Those of Arena-Hard's own judge."""
+    try:
+        shared = yaml.safe_load(path.read_text("utf-8"))
+        return {key: shared[key] for key in ("system_prompt", "prompt_template")}
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise SystemExit(f"{path} has no prompts of a judge: {one_line(error)}.") from None
+
+
+def results_folder(args: argparse.Namespace, model: Model) -> Path:
+    return answers_file(args.out, args.decoding, model).parent / args.judge
+
+
+def to_judge(args: argparse.Namespace, model: Model) -> bool:
+    """Whether AlpacaEval's answers are there, and newer than their judgments."""
+    answers = answers_file(args.out, args.decoding, model)
+    if not answers.exists():
+        return False
+    rows_of(answers)
+    results = results_folder(args, model)
+    judged, board = results / "judgments.json", results / "leaderboard.csv"
+    if judged.exists():
+        rows_of(judged)
+    return not board.exists() or board.stat().st_mtime <= answers.stat().st_mtime
+
+
 def spread(rate: Callable[[Any], float], frame: Any, draws: int) -> float:
-    """The bootstrap's standard error: over draws of as many rows, with replacement."""
-    drawn = [
-        rate(frame.sample(frac=1, replace=True, random_state=seed).reset_index(drop=True))
-        for seed in range(draws)
-    ]
-    return statistics.stdev(drawn)
+    """The bootstrap's standard error: over draws of as many rows, with replacement.
+
+    A row keeps its index, by which ``rate`` may know it. One draw has no error.
+    """
+    drawn = [rate(frame.sample(frac=1, replace=True, random_state=seed)) for seed in range(draws)]
+    return statistics.stdev(drawn) if draws > 1 else math.nan
 
 
-def alpaca_eval_judgments(
-    config: Path, answers: Path, results: Path, model: Model, args: argparse.Namespace
-) -> None:
-    """A model's leaderboard.csv, with an error of the length-controlled rate, and annotations."""
-    board = results / "leaderboard.csv"
-    if board.exists() and board.stat().st_mtime > answers.stat().st_mtime:
-        return
-    results.mkdir(exist_ok=True)
+def numbered(annotations: Any, asked: Any) -> Any:
+    """The annotated rows, with the number of each one's question among all as their index.
+
+    alpaca_eval looks a question's difficulty up by this number. It counts the rows instead, which
+    is the same only if no question is missing.
+    """
     import pandas as pd
+
+    numbers = {text: number for number, text in reversed([*enumerate(asked["instruction"])])}
+    frame = pd.DataFrame(annotations)
+    frame.index = pd.Index([numbers[text] for text in frame["instruction"]])
+    return frame
+
+
+def alpaca_eval_judgments(config: Path, model: Model, asked: Any, args: argparse.Namespace) -> None:
+    """A model's leaderboard.csv, with an error of the length-controlled rate, and annotations."""
+    results = results_folder(args, model)
+    results.mkdir(exist_ok=True)
     from alpaca_eval import evaluate, metrics
 
     def controlled(rows: Any) -> dict[str, float]:
@@ -526,15 +697,15 @@ def alpaca_eval_judgments(
         return found
 
     def rates(annotations: Any) -> dict[str, float]:
-        frame = pd.DataFrame(annotations)
+        frame = numbered(annotations, asked)
         error = spread(
             lambda rows: controlled(rows)["length_controlled_winrate"], frame, args.resamples
         )
         return {**controlled(frame), "lc_standard_error": error}
 
     evaluate(
-        model_outputs=str(answers),
-        reference_outputs=questions(args.alpaca_data),
+        model_outputs=str(answers_file(args.out, args.decoding, model)),
+        reference_outputs=asked,
         annotators_config=str(config),
         name=model.name,
         output_path=str(results),
@@ -567,12 +738,17 @@ def alpaca_eval_rates(out: Path, decoding: str, judge: str, model: Model) -> dic
         return {}
     import pandas as pd
 
-    row = pd.read_csv(file, index_col=0).loc[model.name]
-    return {
-        "WR": (row["win_rate"], row["standard_error"]),
-        "LC": (row["length_controlled_winrate"], row["lc_standard_error"]),
-        "questions": (row["n_total"], None),
-    }
+    try:
+        row = pd.read_csv(file, index_col=0).loc[model.name]
+        return {
+            "WR": (row["win_rate"], row["standard_error"]),
+            "LC": (row["length_controlled_winrate"], row["lc_standard_error"]),
+            "questions": (row["n_total"], None),
+        }
+    except (KeyError, ValueError) as error:
+        raise SystemExit(
+            f"{file} isn't a whole result of judge: {one_line(error)}. Delete it, and judge again."
+        ) from None
 
 
 def arena_hard_rate(arena: Path, judge: str, model: Model) -> dict[str, Value]:
@@ -584,8 +760,7 @@ def arena_hard_rate(arena: Path, judge: str, model: Model) -> dict[str, Value]:
     if not file.exists():
         return {}
     rows = {}
-    for line in file.read_text().splitlines():
-        row = json.loads(line)
+    for row in lines_of(file):
         won = weight = 0.0
         # The baseline is A in the first game and B in the second.
         for game, ours in zip(row["games"], "BA", strict=True):
@@ -607,17 +782,19 @@ def arena_hard_rate(arena: Path, judge: str, model: Model) -> dict[str, Value]:
     return {"Arena-Hard": (100 * rate, 100 * math.sqrt(squares * n / (n - 1)) / total)}
 
 
-def lm_eval_results(out: Path, model: Model) -> list[Path]:
-    found = (out / "lm_eval" / model.name).rglob("results_*.json")
-    return sorted(found, key=lambda path: path.stat().st_mtime)
+def lm_eval_results(out: Path, model: Model) -> list[dict[str, Any]]:
+    """What each run found, the newest last; a file that ends early is left out."""
+    files = (out / "lm_eval" / model.name).rglob("results_*.json")
+    contents = map(whole, sorted(files, key=lambda path: path.stat().st_mtime))
+    return [content["results"] for content in contents if content]
 
 
 def lm_eval_rates(out: Path, model: Model) -> dict[str, Value]:
     """The columns of Table 2; the average is over acc_norm where a task has it, as in LION."""
-    files = lm_eval_results(out, model)
-    if not files:
+    runs = lm_eval_results(out, model)
+    if not runs:
         return {}
-    results = json.loads(files[-1].read_text())["results"]
+    results = runs[-1]
 
     def value(task: str, metric: str) -> Value:
         name, _, filtered = metric.partition(",")
@@ -649,8 +826,8 @@ def printed(path: Path) -> list[Printed]:
     """The paper's tables, those with columns for yours."""
     found: list[Printed] = []
     above = ""
-    for block in path.read_text().split("\n\n"):
-        lines = block.strip().splitlines()
+    for block in path.read_text("utf-8-sig").split("\n\n"):
+        lines = block.strip().split("\n") if block.strip() else []
         if not lines or not lines[0].startswith("| method |"):
             above = lines[-1] if lines else above
             continue
@@ -739,7 +916,7 @@ def choose(
         ]
         unknown = [model.path for model in models if model.learning_rate is None]
         if unknown:
-            why.append(f"{sweep}: not chosen, no trainer_state.json in {', '.join(unknown)}.")
+            why.append(f"{sweep}: not chosen, no whole trainer_state.json in {', '.join(unknown)}.")
         elif not full:
             why.append(
                 f"{sweep}: not chosen, no judge has judged all of its {len(models)} folders."
@@ -770,7 +947,7 @@ def answers(plan: Plan, args: argparse.Namespace) -> str:
         file = answers_file(args.out, args.decoding, model)
         if (args.models and model.name not in args.models) or not file.exists():
             continue
-        for row in json.loads(file.read_text()):
+        for row in rows_of(file):
             if (args.question or QUESTION) in row["instruction"]:
                 parts.append(f"## {model.name}\n\n{row['instruction']}\n\n{row['output']}")
     if not parts:
@@ -793,7 +970,7 @@ def main() -> None:
     add(
         "--in-process", action="store_true", help="AlpacaEval with the old vLLM of this environment"
     )
-    add("--resamples", type=int, default=50, help="draws for the error of LC")
+    add("--resamples", type=int, default=50, help="draws for the error of LC; 1 gives none")
     add("--out", type=Path, default=Path("outputs/eval"))
     add("--file", type=Path, default=HERE / "models.yml")
     add("--results", type=Path, default=HERE.parent / "RESULTS.md", help="the paper's tables")
@@ -802,13 +979,21 @@ def main() -> None:
     add("--arena-python", default=sys.executable, help="the Python that runs it")
     add("--alpaca-data", help="a file in place of the hub's questions and reference answers")
     args = parser.parse_args()
+    if args.resamples < 1:
+        parser.error(f"--resamples is at least 1, got {args.resamples}")
+    for option, place in (("--out", args.out), ("--file", args.file), ("--results", args.results)):
+        if place.exists() and place.is_dir() != (option == "--out"):
+            parser.error(f"{option} is a {'folder' if option == '--out' else 'file'}, got {place}")
+    if not args.results.exists():
+        parser.error(f"--results is a file with the paper's tables, got {args.results}")
     plan = load(args.file)
     for option, known in (("decoding", "decodings"), ("judge", "judges")):
         if getattr(args, option) not in plan.file[known]:
             names = ", ".join(plan.file[known])
             raise SystemExit(f"--{option}: one of {names}, got {getattr(args, option)}.")
     if args.command == "configs":
-        print(configs(plan, args.out))
+        # For servers that you start, under the models' names.
+        print(configs(replace(plan, mark=""), args.out))
     elif args.command == "generate":
         generate(plan, args)
     elif args.command == "judge":

@@ -3,12 +3,17 @@ scripts, and the real alpaca_eval and lm-eval."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -190,6 +195,8 @@ class Place:
         ]
         (folder / "alpaca.json").write_text(json.dumps(rows))
         write_arena(folder / "arena-hard")
+        (folder / "bare").mkdir()
+        (folder / "bare" / "gen_judgment.py").touch()
         write_hub_cache(folder / "hf")
         vllm = folder / "vllm"
         vllm.write_text(f'#!/bin/sh\nexec {sys.executable} {SUPPORT / "stand_in.py"} "$@"\n')
@@ -265,7 +272,9 @@ def test_from_models_to_the_table(place: Place, stand_in: StandIn):
     9 of 12."""
     told = place("generate", "--benchmarks", "alpaca_eval", "arena_hard")
     assert "mistral_kto: left out, no model in outputs/not_trained_yet\n" in told
-    servers = {each["arguments"]["served_model_name"]: each for each in place.asked()}
+    served = [each["arguments"]["served_model_name"].rpartition("-") for each in place.asked()]
+    ((_, mark),) = {(dash, mark) for _, dash, mark in served}
+    servers = {name: each for (name, *_), each in zip(served, place.asked(), strict=True)}
     sweep = [f"llama3_focalpo_sweep-{name}" for name in RATES]
     assert list(servers) == ["llama3_focalpo", *sweep, "mistral_dpo"]
     given = servers["llama3_focalpo"]["arguments"]
@@ -278,13 +287,14 @@ def test_from_models_to_the_table(place: Place, stand_in: StandIn):
             sampling = asked["temperature"], asked["max_tokens"], asked["top_p"]
             assert sampling == ((0.9, 4096, 1.0) if llama else (0.7, 2048, 1.0))
             assert asked.get("stop_token_ids") == ([128001, 128009] if llama else None)
-            assert asked["model"] == name and asked["add_special_tokens"] is True
+            assert asked["model"] == f"{name}-{mark}" and asked["add_special_tokens"] is True
         prompts = [prompt for asked in each["completions"] for prompt in asked["prompt"]]
         start = (
             "<|begin_of_text|><|start_header_id|>user" if llama else "<|system|>\n</s>\n<|user|>"
         )
         assert len(prompts) == 8 and all(prompt.startswith(start) for prompt in prompts)
         assert len(each["chats"]) == 4  # Arena-Hard's, greedily
+        assert {asked["model"] for asked in each["chats"]} == {f"{name}-{mark}"}
         assert {(asked["temperature"], asked["max_tokens"]) for asked in each["chats"]} == {
             (0, 4096)
         }
@@ -297,7 +307,8 @@ def test_from_models_to_the_table(place: Place, stand_in: StandIn):
     assert judge["arguments"]["tensor_parallel_size"] == "4"
     assert len(judge["judgments"]) == 5 * 8 and len(judge["chats"]) == 5 * 4 * 2
     for asked in judge["judgments"]:
-        assert asked["model"] == "qwen2.5-72b-instruct"
+        assert asked["model"].startswith("qwen2.5-72b-instruct-")
+        assert not asked["model"].endswith(mark), "each run has its own"
         assert (asked["logprobs"], asked["top_logprobs"], asked["max_tokens"]) == (True, 20, 1)
     assert stand_in.judgments == [], "the paper's judge wasn't asked"
     paper = ["judge", "--judge", "paper", "--models", "llama3_focalpo"]
@@ -426,6 +437,13 @@ def test_some_questions_then_the_rest(place: Place):
         (["judge", "--judge", "him"], "--judge: one of other, paper, got him."),
         (["table", "--decoding", "warm"], "--decoding: one of simpo, greedy, lion, got warm."),
         (["generate", "--models", "x"], "mistral_dpo, mistral_kto; got x."),
+        (["judge", "--models", "x"], "mistral_dpo, mistral_kto; got x."),
+        (["judge", "--arena-hard", "no"], "--arena-hard is a checkout of Arena-Hard-Auto, got "),
+        (
+            ["generate", "--arena-hard", "bare"],
+            "--arena-hard has its data in data/arena-hard-v0.1, got no ",
+        ),
+        (["generate", "--arena-python", "no"], "--arena-python is a command, got no, which isn't"),
         (
             ["generate", "--models", "mistral_kto"],
             "mistral_kto: no model in outputs/not_trained_yet.",
@@ -436,7 +454,119 @@ def test_some_questions_then_the_rest(place: Place):
     ],
 )
 def test_errors(arguments: list[str], said: str, place: Place):
-    assert said in place(*arguments, code=1)
+    """Each in one line, before anything is served."""
+    told = place(*arguments, code=1)
+    assert said in told and "Traceback" not in told
+    assert not (place.folder / "asked.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["table", "--resamples", "0"], "--resamples is at least 1, got 0"),
+        (["table", "--out", "{file}"], "--out is a folder, got "),
+        (["table", "--file", "{folder}"], "--file is a file, got "),
+        (["table", "--file", "{folder}/none.yml"], "--file is a YAML such as models.yml, got "),
+        (["table", "--file", "{file}"], " without models."),
+        (["table", "--results", "{folder}/none.md"], "--results is a file with the paper's tables"),
+    ],
+)
+def test_wrong_options(
+    arguments: list[str],
+    said: str,
+    pipeline: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    (tmp_path / "a.yml").write_text("port: 8000\n")
+    words = [word.format(file=tmp_path / "a.yml", folder=tmp_path) for word in arguments]
+    monkeypatch.setattr(sys, "argv", ["pipeline.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        pipeline.main()
+    assert said in capsys.readouterr().err + str(ended.value)
+
+
+def test_a_command_that_is_missing(pipeline: ModuleType):
+    with pytest.raises(SystemExit, match="--vllm is a command, got no_such_vllm"):
+        pipeline.executable("no_such_vllm", "--vllm")
+
+
+SERVE = """
+import sys, time
+sys.path[:0] = [{folder!r}]
+import pipeline
+plan = pipeline.Plan([], {{"port": {port}}}, None)
+with pipeline.served(plan, "./vllm", "tiny", "one", ["--max-model-len", "8"]):
+    print("up", flush=True)
+    {rest}
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGKILL", "an exception"])
+def test_a_server_ends_with_its_parent(how: str, place: Place):
+    """The stand-in writes down that it was told to end, and its port is free again."""
+    port = int(free_port())
+    rest = "raise RuntimeError" if how == "an exception" else "time.sleep(60)"
+    text = SERVE.format(folder=str(EXAMPLES / "eval"), port=port, rest=rest)
+    # A shell starts what runs in the background without SIGINT; it is wanted here.
+    text = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler){text}"
+    with subprocess.Popen(
+        [sys.executable, "-c", text],
+        cwd=place.folder, env=place.env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as parent:  # fmt: skip
+        while parent.stdout.readline() != b"up\n":
+            assert parent.poll() is None
+        if how != "an exception":
+            parent.send_signal(getattr(signal, how))
+        assert parent.wait(30) != 0
+    for _ in range(200):
+        if (place.folder / "asked.jsonl").exists():
+            break
+        time.sleep(0.1)
+    (ended,) = place.asked()
+    assert ended["arguments"]["served_model_name"].startswith("one-")
+    time.sleep(0.1)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_taken_port_is_refused(pipeline: ModuleType, stand_in: StandIn):
+    """Before anything is started: there is no such command."""
+    stand_in.model = "left_alive"
+    plan = pipeline.Plan([], {"port": stand_in.server_port}, None)
+    said = f"port {stand_in.server_port} is taken: left_alive is served there."
+    with pytest.raises(SystemExit, match=said), pipeline.served(plan, "no", "m", "left_alive", []):
+        pass
+
+
+def test_a_server_that_is_not_ours_is_refused(pipeline: ModuleType, tmp_path: Path):
+    """It takes the port while our server loads, and calls its model as we call ours."""
+    vllm = tmp_path / "vllm"
+    vllm.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    vllm.chmod(0o755)
+    port = int(free_port())
+    plan = pipeline.Plan([], {"port": port}, None)
+    said = []
+
+    def serve() -> None:
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.05)
+        with StandIn(port, "one") as other:
+            said.append(other)
+            other.serve_forever()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    with (
+        pytest.raises(SystemExit, match=f"port {port} is taken: one is served there, and not one-"),
+        pipeline.served(plan, str(vllm), "m", "one", []),
+    ):
+        pass
+    said[0].shutdown()
+    thread.join()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_an_adapter_is_refused(place: Place):
@@ -474,7 +604,7 @@ def test_bos(in_prompt: bool, count: int, place: Place, pipeline: ModuleType):
         ({"other": (1, 2), "paper": (1, 2, 3)}, "m-c", "LC 3.0 by the paper judge, of 3 folders."),
         ({"other": (1, 2, 3), "paper": (3, 2, 1)}, "m-c", "by the other judge, of 3 folders."),
         ({"other": (1, 2)}, None, "m: not chosen, no judge has judged all of its 3 folders."),
-        (None, None, "m: not chosen, no trainer_state.json in m-c."),
+        (None, None, "m: not chosen, no whole trainer_state.json in m-c."),
     ],
 )
 def test_the_learning_rate(lc, chosen: str | None, said: str, pipeline: ModuleType, plan):
@@ -498,6 +628,117 @@ def test_spread(pipeline: ModuleType):
     frame = pd.DataFrame({"x": values})
     error = pipeline.spread(lambda rows: rows["x"].mean(), frame, 128)
     assert error == pytest.approx(values.std(ddof=1) / math.sqrt(805), rel=0.2)
+
+
+def test_each_row_has_its_own_questions_difficulty(
+    pipeline: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Questions 0 to 3 have the difficulties 10, 20, 30 and 40. Judged are 3 and 1, in this order: 40
+    and 20, and in each draw of the bootstrap as many of 40 as of the row that has 40."""
+    from alpaca_eval.metrics import glm_winrate
+
+    gamed = pd.DataFrame(
+        {
+            "model": "gamed",
+            "preference": 0.5,
+            "index": [0, 1, 2, 3] * 2,
+            "std_delta_len": 0.5,
+            "instruction_difficulty": [10.0, 20.0, 30.0, 40.0] * 2,
+            "not_gamed_baseline": False,
+        }
+    )
+    gamed.to_csv(tmp_path / "df_gamed.csv", index=False)
+    monkeypatch.setattr(glm_winrate, "hf_hub_download", lambda **_: tmp_path / "df_gamed.csv")
+    formula = glm_winrate.GLM_INFO["length_controlled_v1"]["formula"]
+
+    def difficulties(rows: pd.DataFrame) -> list[float]:
+        _, asked, _ = glm_winrate._get_featurized_data(rows, formula, 0.2)
+        return asked["instruction_difficulty"].tolist()
+
+    asked = pd.DataFrame({"instruction": ["a", "b", "c", "d", "b"]})
+    of = {"preference": 1.4, "output_1": "x"}
+    rows = [
+        {**of, "instruction": "d", "output_2": "longer", "own": 40.0},
+        {**of, "instruction": "b", "output_2": "long", "own": 20.0},
+    ]
+    frame = pipeline.numbered(rows, asked)
+    assert frame.index.tolist() == [3, 1]
+    assert difficulties(frame) == [40, 20]
+    drawn = []
+
+    def rate(rows: pd.DataFrame) -> float:
+        assert difficulties(rows) == rows["own"].tolist()
+        drawn.append(tuple(rows["own"]))
+        return rows["own"].mean()
+
+    pipeline.spread(rate, frame, 8)
+    assert len(set(drawn)) > 2, "or nothing is told apart"
+
+
+def test_one_draw_has_no_error(pipeline: ModuleType):
+    error = pipeline.spread(lambda rows: 50.0, pd.DataFrame({"x": [1, 2]}), 1)
+    assert math.isnan(error) and pipeline.show((50.0, error)) == "50.0"
+
+
+def test_a_half_written_state_is_left_out(pipeline: ModuleType, plan, tmp_path: Path):
+    """The rate is of the whole one; with none it is unknown, and said to be."""
+    run = tmp_path / "sweep0001"
+    for step, text in (
+        (1, '{"log_history": [{"learning_rate": 5e-07}]}'),
+        (2, '{"log_history": [{"le'),
+    ):
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+        (run / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    assert pipeline.learning_rate(run) == 5e-7
+    shutil.rmtree(run / "checkpoint-1")
+    assert pipeline.learning_rate(run) is None
+
+
+def test_arena_hard_by_hand(pipeline: ModuleType, tmp_path: Path):
+    """Question 1: B>>A and A>B, won 3 of 3 and 1 of 1; question 2: A=B and A>B, a half of 1 and 1 of 1.
+    5.5 of 6 is 91.7; the rest of each, 4 - 11/12 * 4 and 1.5 - 11/12 * 2, is 1/3 and -1/3, so that the
+    error is sqrt(2/9 * 2) / 6 = 11.1. Texts have all of Unicode's line breaks, the file begins with a
+    byte order mark and ends in a blank line."""
+    model = pipeline.Model("m", "x", "FocalPO", "llama3")
+    file = tmp_path / "data" / pipeline.BENCH / "model_judgment" / "j" / "m.jsonl"
+    file.parent.mkdir(parents=True)
+
+    def row(question: str, score: str) -> str:
+        text = "one\u2028two\u2029three\u0085four\x0cfive"
+        games = [{"judgment": text, "score": score}, {"judgment": text, "score": "A>B"}]
+        return json.dumps({"question_id": question, "games": games}, ensure_ascii=False) + "\n"
+
+    text = "\ufeff" + row("1", "B>>A") + row("2", "A=B") + "\n"
+    file.write_text(text, encoding="utf-8")
+    (value,) = pipeline.arena_hard_rate(tmp_path, "j", model).values()
+    assert pipeline.show(value) == "91.7 ± 11.1"
+    file.write_text(text.rstrip() + '\n{"question_id": "3", "ga', encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"m.jsonl, line 3, is not JSON: .* Remove that line"):
+        pipeline.arena_hard_rate(tmp_path, "j", model)
+
+
+def test_half_written_results(pipeline: ModuleType, tmp_path: Path):
+    """lm-eval's newest is left out, and asked for again if there is no other; what judge and generate
+    would build on ends them with the file's name."""
+    model = pipeline.Model("m", "x", "FocalPO", "llama3")
+    folder = tmp_path / "lm_eval" / "m"
+    folder.mkdir(parents=True)
+    (folder / "results_2.json").write_text('{"results": {"hella')
+    assert pipeline.lm_eval_results(tmp_path, model) == []
+    (folder / "results_1.json").write_text('{"results": {"mmlu": {"acc,none": 0.5}}}')
+    assert pipeline.lm_eval_results(tmp_path, model) == [{"mmlu": {"acc,none": 0.5}}]
+    answers = pipeline.answers_file(tmp_path, "simpo", model)
+    args = argparse.Namespace(out=tmp_path, decoding="simpo", judge="other")
+    (answers.parent / "other").mkdir(parents=True)
+    answers.write_text('[{"instruction": "a", "output": "b"}]')
+    assert pipeline.to_judge(args, model)
+    for broken in (answers.parent / "other" / "judgments.json", answers):
+        broken.write_text('[{"instruction": "a", "outp')
+        with pytest.raises(SystemExit, match=f"{broken.name} isn't a whole list of rows"):
+            pipeline.to_judge(args, model)
+    (answers.parent / "other" / "leaderboard.csv").write_text(",win_rate\n")
+    with pytest.raises(SystemExit, match="leaderboard.csv isn't a whole result of judge"):
+        pipeline.alpaca_eval_rates(tmp_path, "simpo", "other", model)
 
 
 def test_table_2_by_hand(pipeline: ModuleType, plan, tmp_path: Path):

@@ -118,7 +118,8 @@ def vllm(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     told = json.loads(os.environ["STAND_IN"])
     name = given.served_model_name
-    with StandIn(int(given.port), name, told["better"].get(name, 0)) as server:
+    better = told["better"].get(name.rpartition("-")[0], 0)  # without the mark of the run
+    with StandIn(int(given.port), name, better) as server:
 
         def end(*_: object) -> None:
             asked = {"completions": server.completions, "judgments": server.judgments}
