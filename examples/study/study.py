@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -38,17 +39,26 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from focalpo_plugins.loss import check_beta
 from focalpo_plugins.registry import get_loss
 
 EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(EXAMPLES)]
+from children import child  # noqa: E402
+
 GROUPS = {"right": "reference ranks right", "wrong": "reference ranks wrong"}
 RESAMPLES = 10_000
 NO_WIDTH = 1e-9  # of an axis
 # Evaluation during training would cost time and change nothing: every model is scored at its end.
 NOT_IN_A_STUDY = ("test_datasets", "val_set_size", "eval_steps", "evals_per_epoch", "eval_strategy")
-OWN_KEYS = ("rl", "seed", "base_model", "datasets", "output_dir", "save_steps")
+# One checkpoint is saved, at the end.
+SAVING = ("save_steps", "save_strategy", "saves_per_epoch", "save_first_step", "save_only_model")
+OWN_KEYS = ("rl", "seed", "base_model", "datasets", "output_dir", "logging_steps", *SAVING)
+# What makes Axolotl read a part of a file, or another one: the study reads whole files.
+PARTS = ("shards", "shards_idx", "data_files", "name", "revision")
 # The one process on a CPU needs no launcher, which takes as long to start as Axolotl itself.
 LAUNCHER = () if torch.cuda.is_available() else ("--launcher", "python")
+INTERRUPTED = threading.Event()  # by Ctrl-C, which commands of their own session don't get
 
 
 class StudyError(Exception):
@@ -132,17 +142,20 @@ def prompt_of(pair: dict[str, list[dict[str, str]]]) -> str:
 
 def read_pairs(path: Path) -> list[dict[str, list[dict[str, str]]]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise StudyError(f"a preference file can't be read: {error}") from None
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path} can't be read as a preference file: {error}.") from None
     pairs = []
-    for number, line in enumerate(lines, 1):
+    # A text in JSON may hold line breaks other than \n.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip(" \t"):
+            continue
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError("a row must be an object with chosen and rejected")
             pairs.append(conversations(row))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StudyError(f"{path}, line {number}: {error}.") from None
     if not pairs:
         raise StudyError(f"{path} holds no pairs.")
@@ -193,27 +206,89 @@ def base_config(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, A
                 f"--set takes KEY=VALUE of Axolotl's keys, got {word!r}; {', '.join(OWN_KEYS)} and "
                 "focalpo_*, but for focalpo_fused, are the study's own."
             )
-        config[key] = yaml.safe_load(value)
-    if not isinstance(config.get("max_steps"), int) or config["max_steps"] < 1:
-        raise StudyError(
-            f"max_steps must be a whole number of at least 1, got {config.get('max_steps')!r}: "
-            "the losses are compared after the same number of steps. Give --set max_steps=100."
-        )
+        try:
+            config[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise StudyError(f"--set takes KEY=VALUE with a value in YAML, got {word!r}.") from None
+    if args.model is not None:
+        config["base_model"] = args.model
+    at_least_1(config, "max_steps", "The losses are compared after the same number of steps")
+    at_least_1(config, "sequence_len", "Pairs are cut to it in training and in scoring")
+    beta_of(config)
     return {
         key: value
         for key, value in config.items()
-        if key not in NOT_IN_A_STUDY and not of_the_loss(key)
+        if key not in (*NOT_IN_A_STUDY, *SAVING) and not of_the_loss(key)
     }
 
 
-def two_files(path: Path, content: dict[str, Any]) -> list[str]:
-    """The paths of the YAML's train and test set."""
+def at_least_1(config: dict[str, Any], key: str, why: str) -> int:
+    value = config.get(key)
+    if type(value) is not int or value < 1:
+        raise StudyError(
+            f"{key} must be a whole number of at least 1, got {value!r}. {why}. Give --set "
+            f"{key}={'100' if key == 'max_steps' else '512'}, for example."
+        )
+    return value
+
+
+def beta_of(config: dict[str, Any]) -> float:
+    """The beta that Axolotl trains with, which the scores need too."""
+    of_trl = config.get("trl") or {}
+    if not isinstance(of_trl, dict):
+        raise StudyError(f"trl must be a mapping such as {{beta: 0.1}}, got {of_trl!r}.")
+    given = {"trl.beta": of_trl.get("beta"), "rl_beta": config.get("rl_beta")}
+    if given["rl_beta"] is None:
+        given["dpo_beta"] = config.get("dpo_beta")  # its name before
+    found = {}
+    for key, value in given.items():
+        if value is not None:
+            try:
+                found[key] = float(value)
+                check_beta(found[key])
+            except (TypeError, ValueError):
+                raise StudyError(f"{key} must be a number above 0, got {value!r}.") from None
+    if len({*found.values()}) > 1:
+        shown = " and ".join(f"{key} {value:g}" for key, value in found.items())
+        raise StudyError(f"beta must have one value, got {shown}. Remove one of them.")
+    return next(iter(found.values()), 0.1)
+
+
+def check_model(config: dict[str, Any]) -> None:
+    name = config.get("base_model")
+    if not isinstance(name, str):
+        raise StudyError(f"--model must name a model if the YAML has no base_model, got {name!r}.")
+    from transformers import AutoConfig
+
     try:
-        return [content[key][0]["path"] for key in ("datasets", "test_datasets")]
-    except (KeyError, IndexError, TypeError):
+        AutoConfig.from_pretrained(name, trust_remote_code=bool(config.get("trust_remote_code")))
+    except Exception as error:  # of transformers or of the hub
+        raise StudyError(
+            f"--model must be a model's folder or its name on the hub, got {name!r}: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from None
+
+
+def two_files(path: Path, content: dict[str, Any]) -> list[list[str]]:
+    """The paths of the YAML's train sets, and those of its test sets."""
+    try:
+        sets = [[*content[key]] for key in ("datasets", "test_datasets")]
+        found = [[entry["path"] for entry in entries] for entries in sets]
+        if not all(found):
+            raise KeyError
+    except (KeyError, TypeError):
         raise StudyError(
             f"{path} must name a data set and a test set by their paths; or give --data."
         ) from None
+    for entry in [*sets[0], *sets[1]]:
+        part = [key for key in PARTS if entry.get(key) is not None]
+        part += ["split"] * (entry.get("split", "train") != "train")
+        if part:
+            raise StudyError(
+                f"{path} must name data sets that are whole files, got {entry['path']} with "
+                f"{part[0]}: {entry[part[0]]!r}. Write its rows into a file, or give --data."
+            )
+    return found
 
 
 def start(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
@@ -224,14 +299,18 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     """
     content = read_yaml(args.config)
     config = base_config(args, content)
-    if args.model is not None:
-        config["base_model"] = args.model
     if args.data is not None:
         train, held_out = split(read_pairs(args.data), args.held_out)
     else:
-        train, held_out = (read_pairs(Path(path)) for path in two_files(args.config, content))
+        train, held_out = (
+            [pair for path in paths for pair in read_pairs(Path(path))]
+            for paths in two_files(args.config, content)
+        )
         known = {prompt_of(pair) for pair in train}
         held_out = [pair for pair in held_out if prompt_of(pair) not in known]
+        if not held_out:
+            raise StudyError(f"{args.config}: each prompt of its test set is in its data set too.")
+    check_model(config)
     data = args.out / "data"
     texts = {
         data / f"{name}.jsonl": "".join(json.dumps(pair) + "\n" for pair in pairs)
@@ -254,21 +333,27 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     stamp = args.out / "study.json"
     about = {"config": config, "data": digest}
     if stamp.is_file():
-        before = json.loads(stamp.read_text(encoding="utf-8"))
-        for key in {**before["config"], **config}:
-            old, new = before["config"].get(key), config.get(key)
+        try:
+            before = json.loads(stamp.read_text(encoding="utf-8"))
+            old_config, old_data = before["config"], before["data"]
+        except (ValueError, KeyError, TypeError):
+            raise StudyError(f"{stamp} isn't whole: give another --out.") from None
+        for key in {**old_config, **config}:
+            old, new = old_config.get(key), config.get(key)
             if old != new:
                 raise StudyError(
                     f"{args.out} holds a study with {key} {old!r}, and this one has {new!r}: give "
                     "another --out."
                 )
-        if before["data"] != digest:
+        if old_data != digest:
             raise StudyError(f"{args.out} holds a study of other data: give another --out.")
-    else:
-        data.mkdir(parents=True, exist_ok=True)
-        for path, text in texts.items():
-            path.write_text(text, encoding="utf-8")
-        stamp.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    # The stamp last, and whole: a folder with one has its data.
+    data.mkdir(parents=True, exist_ok=True)
+    texts[stamp] = json.dumps(about, indent=2) + "\n"
+    for path, text in texts.items():
+        half = path.with_suffix(".part")
+        half.write_text(text, encoding="utf-8")
+        half.replace(path)
     prompts = len({prompt_of(pair) for pair in held_out})
     print(f"{len(train)} pairs to train on, {len(held_out)} held out on {prompts} other prompts")
     return config, data / "held_out.jsonl"
@@ -282,23 +367,20 @@ def command(words: Sequence[str], log: Path, bar: tqdm, cores: int) -> None:
     """
     env = {**os.environ, "OMP_NUM_THREADS": str(cores), "TOKENIZERS_PARALLELISM": "false"}
     steps = 0
-    with log.open("wb") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=env)
-        try:
-            while True:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=1)
-                seen = len(re.findall(rb"\{'loss': ", log.read_bytes()))
-                bar.update(seen - steps)
-                steps = seen
-                if process.returncode is not None:
-                    break
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+    with (
+        log.open("wb") as out,
+        child(words, stdout=out, stderr=subprocess.STDOUT, env=env) as process,
+    ):
+        while process.returncode is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=1)
+            seen = len(re.findall(rb"\{'loss': ", log.read_bytes()))
+            bar.update(seen - steps)
+            steps = seen
+            if INTERRUPTED.is_set():
+                raise StudyError(f"{words[0]} was interrupted.")
     if process.returncode != 0:
-        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+        tail = log.read_text(encoding="utf-8", errors="replace").split("\n")[-15:]
         raise StudyError(f"{' '.join(words)} failed; {log} ends:\n" + "\n".join(tail))
 
 
@@ -318,15 +400,27 @@ def train_and_score(
             "seed": seed,
             "output_dir": str(folder / "unfinished"),
         }
+        # What a killed run left is no part of this one.
+        shutil.rmtree(folder / "unfinished", ignore_errors=True)
         path = folder / "config.yml"
         path.write_text(yaml.safe_dump({**config, **own}, sort_keys=False), encoding="utf-8")
         command(["axolotl", "train", str(path), *LAUNCHER], folder / "train.log", bar, cores)
         (folder / "unfinished").rename(model)  # a folder of this name is a finished run
-    if not (folder / "scores" / "summary.json").is_file():
+    beta = beta_of(config)
+    length = at_least_1(config, "sequence_len", "Pairs are cut to it in training and in scoring")
+    if not scored(folder / "scores" / "summary.json", beta):
         words = ["focalpo", "score", str(model), str(held_out), "--ref", config["base_model"]]
-        words += ["--beta", str(config.get("rl_beta", 0.1)), "--out", str(folder / "scores")]
-        words += ["--max-length", str(config["sequence_len"])]
+        words += ["--beta", str(beta), "--out", str(folder / "scores")]
+        words += ["--max-length", str(length)]
         command([*words, "--format", "csv"], folder / "score.log", bar, cores)
+
+
+def scored(summary: Path, beta: float) -> bool:
+    """Whether there are whole scores at the beta of training."""
+    try:
+        return json.loads(summary.read_text(encoding="utf-8"))["beta"] == beta
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def run_all(
@@ -354,7 +448,12 @@ def run_all(
             if seconds > 1:
                 bar.write(f"{loss.name}, seed {seed}: trained and scored in {seconds:.0f} s")
 
-        list(pool.map(one, runs))
+        try:
+            list(pool.map(one, runs))
+        except KeyboardInterrupt:
+            stopped.set()
+            INTERRUPTED.set()
+            raise
 
 
 # ---- what came of it
@@ -370,7 +469,13 @@ def check_paired(losses: Sequence[Loss], seeds: Iterable[int], out: Path) -> Non
         seen = {}
         for loss in losses:
             folder = out / "runs" / loss.folder / f"seed_{seed}"
-            (state,) = folder.glob("model/checkpoint-*/trainer_state.json")
+            states = [*folder.glob("model/checkpoint-*/trainer_state.json")]
+            if len(states) != 1:
+                raise StudyError(
+                    f"{folder / 'model'} must have one checkpoint, got {len(states)}: delete the "
+                    "folder, and its run is done again."
+                )
+            (state,) = states
             history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
             steps = [entry for entry in history if "loss" in entry]
             first = tuple(round(steps[0][f"logps/{side}"], 3) for side in ("chosen", "rejected"))
@@ -385,7 +490,8 @@ def check_paired(losses: Sequence[Loss], seeds: Iterable[int], out: Path) -> Non
 
 def read_scores(loss: Loss, seed: int, out: Path) -> Scores:
     path = out / "runs" / loss.folder / f"seed_{seed}" / "scores" / "scores.jsonl"
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = [json.loads(line) for line in lines[1:] if line]
     records.sort(key=lambda record: record["row"])
     return Scores(
         margin=np.array([r["margin"] for r in records]),
@@ -487,15 +593,17 @@ def print_table(losses: Sequence[Loss], results: list[Any], differences: list[An
                 each = [
                     r[quantity] for r in results if (r["loss"], r["group"]) == (loss.name, group)
                 ]
-                line += f"{fixed(np.mean(each), 3) if each else 'nan':>{width}} "
+                line += f"{fixed(np.mean(each), 3) if each else '-':>{width}} "
         if loss != DPO:
             for group in GROUPS:
+                shown = "-"  # a group without a pair
                 for row in differences:
                     if (row["loss"], row["group"], row["quantity"]) == (loss.name, group, "margin"):
                         mean, low, high = (
                             fixed(row[key], 4, plus=True) for key in ("difference", "low", "high")
                         )
-                        line += f" {mean:>7} [{low:>7}, {high:>7}]"
+                        shown = f"{mean:>7} [{low:>7}, {high:>7}]"
+                line += f" {shown:>26}"
         print(line.rstrip())
 
 
@@ -528,6 +636,8 @@ def draw(
         for place, loss in enumerate(losses):
             for group, offset in (("right", -0.17), ("wrong", 0.17)):
                 at, look = place + offset, looks[group]
+                if not any(r["group"] == group for r in results):
+                    continue
                 if paired:
                     (row,) = [
                         r for r in differences
@@ -601,7 +711,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="other values for the YAML's keys")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, on a CPU")
     parser.add_argument("--out", type=Path, default=Path("outputs/study"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 0 < args.held_out < 1:
+        parser.error(f"--held-out must be above 0 and below 1, got {args.held_out:g}")
+    if len({*args.seeds}) < len(args.seeds) or not all(0 <= seed < 2**32 for seed in args.seeds):
+        shown = " ".join(map(str, args.seeds))
+        parser.error(f"--seeds must be different numbers from 0 to 4294967295, got {shown}")
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out must be a folder, got {args.out}")
+    return args
 
 
 def chosen_losses(args: argparse.Namespace) -> list[Loss]:
@@ -640,13 +760,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         losses = chosen_losses(args)
         plt = pyplot()
+        for name in ("axolotl", "focalpo"):
+            if shutil.which(name) is None:
+                raise StudyError(f"the command {name} isn't there: install it, or activate its "
+                                 "environment.")  # fmt: skip
         config, held_out = start(args)
         run_all(losses, args, config, held_out)
         check_paired(losses, args.seeds, args.out)
         results, differences = summarise(losses, args.seeds, held_out, args.out)
-    except StudyError as error:
+    except (StudyError, OSError) as error:
         print(f"study: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     write_csv(args.out / "results.csv", results)
     write_csv(args.out / "differences.csv", differences)
     print_table(losses, results, differences)
@@ -655,7 +781,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"held-out pairs: {pairs.get('right', 0)} that the reference ranks right, "
         f"{pairs.get('wrong', 0)} wrong; {'mean of seeds' if len(args.seeds) > 1 else 'seed'} "
         f"{', '.join(map(str, args.seeds))}; {config['max_steps']} steps, "
-        f"beta {config.get('rl_beta', 0.1)}"
+        f"beta {beta_of(config):g}"
     )
     figure = draw(plt, losses, results, differences, title)
     figure.savefig(args.out / "study.png", dpi=150, bbox_inches="tight")
