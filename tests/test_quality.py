@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -249,6 +251,9 @@ def test_the_tables_columns(quality: ModuleType, done: Path):
         ("--pairs 63", "--pairs must be at least 64, got 63"),
         ("--noise 0.5", "--noise must be at least 0 and below 0.5, got 0.5"),
         ("--betas 0", "--betas must be above 0, got 0"),
+        ("--betas 1 nan", "--betas must be above 0, got nan"),
+        ("--rates inf", "--rates must be above 0, got inf"),
+        ("--noise 0.1 0.1", "--noise must be different numbers, got 0.1 0.1"),
     ],
 )
 def test_errors(quality: ModuleType, words: str, message: str, tmp_path: Path, capsys):
@@ -257,3 +262,53 @@ def test_errors(quality: ModuleType, words: str, message: str, tmp_path: Path, c
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_out_has_to_be_a_folder(quality: ModuleType, tmp_path: Path, capsys):
+    (tmp_path / "out").touch()
+    with pytest.raises(SystemExit):
+        quality.main(["--out", str(tmp_path / "out")])
+    assert "--out must be a folder, got" in capsys.readouterr().err
+
+
+def test_a_seed_that_is_not_finite_ends_the_study(tmp_path: Path):
+    """A rate of 1e38 breaks the policy of the first seed; the other 99 are not waited for."""
+    words = (
+        "--seeds 100 --noise 0 --betas 1 --rates 1e38 --epochs 1 --pairs 64 --prompts 4 --jobs 1"
+    )
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), *words.split(), "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert "numbers of seed 0 are not finite; give smaller --rates" in run.stderr
+    assert "Traceback" not in run.stderr and "of 100 seeds" not in run.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are read from /proc")
+def test_workers_end_with_a_parent_that_is_killed(quality: ModuleType, tmp_path: Path):
+    words = [sys.executable, str(SCRIPT), "--jobs", "1", "--out", str(tmp_path / "out")]
+
+    def states(parent: int) -> list[str]:
+        """Of the processes that were started as its children, by their session."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _, _, session = stat.read_text().rpartition(") ")[2].split()[:4]
+                if int(session) == parent and stat.parent.name != str(parent):
+                    found.append(state)
+        return found
+
+    with subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL) as parent:
+        for _ in range(600):
+            if len(states(parent.pid)) >= 2:  # the worker, and the tracker of its semaphores
+                break
+            time.sleep(0.1)
+        assert states(parent.pid)
+        time.sleep(8)  # the worker imports torch first
+        parent.kill()
+    for _ in range(300):
+        if set(states(parent.pid)) <= {"Z"}:
+            break
+        time.sleep(0.1)
+    assert set(states(parent.pid)) <= {"Z"}

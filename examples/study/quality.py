@@ -16,8 +16,10 @@ import argparse
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -267,6 +269,18 @@ def run_seed(
     return np.stack(found)
 
 
+def end_with_parent() -> None:
+    """In a worker: a pool's workers would outlive a parent that is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def run_all(
     seeds: Sequence[int], jobs: int, say: Callable[[str], None], **settings: Any
 ) -> np.ndarray:
@@ -274,10 +288,16 @@ def run_all(
     clock, done = time.perf_counter(), {}
     # A process that is forked off one with torch's threads can hang.
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=end_with_parent) as pool:
         asked = {pool.submit(run_seed, seed, **settings): seed for seed in seeds}
         for future in as_completed(asked):
-            done[asked[future]] = future.result()
+            found = done[asked[future]] = future.result()
+            if not np.isfinite(found).all():
+                pool.shutdown(cancel_futures=True)
+                raise SystemExit(
+                    f"quality: error: the numbers of seed {asked[future]} are not finite; give "
+                    "smaller --rates."
+                )
             say(f"{len(done)} of {len(seeds)} seeds, {time.perf_counter() - clock:.0f} s")
     return np.stack([done[seed] for seed in seeds])
 
@@ -461,15 +481,21 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: Sequence[dict[str, Any]], title: str) -> Any:
-    """By share of noise: the differences by protocol, those by beta, and win rate against KL."""
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing into files."""
     try:
         import matplotlib
     except ImportError:
-        sys.exit("quality: error: the picture needs matplotlib: pip install matplotlib.")
+        sys.exit("error: the picture needs matplotlib: pip install matplotlib.")
     matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw(rows: Sequence[dict[str, Any]], title: str) -> Any:
+    """By share of noise: the differences by protocol, those by beta, and win rate against KL."""
+    plt = pyplot()
     noises, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("noise", "loss"))
     colours = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))
     looks = {"shared": ("#D55E00", "o"), "own": ("#0072B2", "s"), "equal_kl": ("#009E73", "^")}
@@ -552,20 +578,33 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if not 0 <= share < 0.5:
             parser.error(f"--noise must be at least 0 and below 0.5, got {share:g}.")
     for name in ("betas", "rates"):
-        if min(getattr(args, name)) <= 0:
-            parser.error(f"--{name} must be above 0, got {min(getattr(args, name)):g}.")
+        for value in getattr(args, name):
+            if not 0 < value < math.inf:
+                parser.error(f"--{name} must be above 0, got {value:g}.")
+    for name in ("noise", "betas", "rates"):
+        values = getattr(args, name)
+        if len({*values}) < len(values):
+            shown = " ".join(f"{value:g}" for value in values)
+            parser.error(f"--{name} must be different numbers, got {shown}.")
+    check_out(parser, args.out)
     return args
+
+
+def check_out(parser: argparse.ArgumentParser, out: Path) -> None:
+    """Refuse a folder that can't be one, before hours of work."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out must be a folder, got {out}: {error}.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    pyplot()
     clock = time.perf_counter()
-    args.out.mkdir(parents=True, exist_ok=True)
     grid = {"noises": list(args.noise), "betas": list(args.betas), "rates": list(args.rates)}
     size = {"epochs": args.epochs, "pairs": args.pairs, "prompts": args.prompts}
     runs = run_all(range(args.seeds), args.jobs, print, **grid, **size)
-    if not np.isfinite(runs).all():
-        sys.exit("quality: error: a run's numbers are not finite; give smaller --rates.")
     rows = summarise(runs, **grid)
     text = tables(rows)
     (args.out / "tables.md").write_text(text, encoding="utf-8")

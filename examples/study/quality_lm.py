@@ -37,7 +37,7 @@ from focalpo_plugins.loss import focalpo_loss
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import make_tiny  # noqa: E402
-from quality import LOSSES, Loss, half_width  # noqa: E402
+from quality import LOSSES, Loss, check_out, end_with_parent, half_width, pyplot  # noqa: E402
 
 SAMPLES = 4  # answers of the reference to each training prompt
 LONGEST = 64  # tokens of an answer
@@ -308,11 +308,16 @@ def power(spread: float, seeds: int) -> float:
 
 def summarise(runs: Sequence[dict[str, Any]], losses: Sequence[Loss]) -> list[dict[str, Any]]:
     """A row for each loss: means over the seeds, in per cent and nats, and the paired differences
-    of the share right from the base's, in points, with half of their 95 % interval."""
+    of the share right from the base's, in points, with half of their 95 % interval.
+
+    A loss without runs of its base is its own base.  ``flipped_learnt`` is None if no label was
+    flipped.
+    """
     by = {(run["loss"], run["seed"]): run for run in runs}
     seeds = sorted({run["seed"] for run in runs})
     rows = []
     for name, base in [("reference", "reference"), *((loss.name, loss.base) for loss in losses)]:
+        base = base if (base, seeds[0]) in by else name
         of = {key: np.array([by[name, seed][key] for seed in seeds]) for key in METRICS}
         gap = 100 * (of["right"] - [by[base, seed]["right"] for seed in seeds])
         row: dict[str, Any] = {"loss": name, "base": base}
@@ -321,7 +326,9 @@ def summarise(runs: Sequence[dict[str, Any]], losses: Sequence[Loss]) -> list[di
         row |= {"difference": gap.mean(), "difference_95": half_width(gap)}
         row |= {"spread": gap.std(ddof=1), "each_seed": gap.round(3).tolist()}
         if name != "reference":
-            row["flipped_learnt"] = np.mean([by[name, seed]["flipped_learnt"] for seed in seeds])
+            learnt = [by[name, seed]["flipped_learnt"] for seed in seeds]
+            known = [share for share in learnt if share is not None]
+            row["flipped_learnt"] = np.mean(known) if known else None
         rows.append(row)
     return rows
 
@@ -339,20 +346,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             cells[2] = f"{row['difference']:+.2f} ± {row['difference_95']:.2f}"
             cells[3] = " ".join(f"{value:+.2f}" for value in row["each_seed"])
         cells += [f"{row['win_rate']:.2f}", f"{row['kl']:.3f}"]
-        cells.append(f"{100 * row['flipped_learnt']:.0f}" if "flipped_learnt" in row else "")
+        learnt = row.get("flipped_learnt")
+        blank = "-" if "flipped_learnt" in row else ""
+        cells.append(blank if learnt is None else f"{100 * learnt:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def draw(rows: Sequence[dict[str, Any]], title: str) -> Any:
     """Differences seed by seed, and share right against KL."""
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("quality_lm: error: the picture needs matplotlib: pip install matplotlib.")
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     of = [row for row in rows if row["loss"] != row["base"]]
     for place, row in enumerate(of):
@@ -390,7 +393,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = [loss.name for loss in LOSSES]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--losses", nargs="+", default=names, choices=names, metavar="LOSS",
-                        help=f"of {', '.join(names)}; DPO is always there")  # fmt: skip
+                        help=f"of {', '.join(names)}; their bases are always there")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=4, metavar="N", help="4 at least")
     parser.add_argument("--prompts", type=int, default=1600, help="to train on")
     parser.add_argument("--unseen", type=int, default=500, help="prompts to judge on")
@@ -399,7 +402,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, metavar="RATE",
                         help="DPO's best of them on the pilot's data is taken for all")  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--out", type=Path, default=Path("outputs/quality_lm"))
     args = parser.parse_args(argv)
     least = {"seeds": 4, "prompts": 200, "unseen": 1, "epochs": 1, "jobs": 1}
@@ -408,22 +411,49 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must be at least {bound}, got {getattr(args, name)}.")
     if not 0 <= args.noise < 0.5:
         parser.error(f"--noise must be at least 0 and below 0.5, got {args.noise:g}.")
+    for name, values in (("beta", [args.beta]), ("rates", args.rates)):
+        for value in values:
+            if not 0 < value < math.inf:
+                parser.error(f"--{name} must be above 0, got {value:g}.")
+    check_out(parser, args.out)
     return args
+
+
+def asked_losses(names: Sequence[str]) -> list[Loss]:
+    """DPO, those of the names, and the bases that these are compared with."""
+    wanted = {"DPO", *names} | {loss.base for loss in LOSSES if loss.name in names}
+    return [loss for loss in LOSSES if loss.name in wanted]
+
+
+def best_rate(pilot: Sequence[dict[str, Any]]) -> float:
+    """The rate with the most right answers; one that breaks the model has none."""
+    finite = [row for row in pilot if row["rate"] and math.isfinite(row["right"])]
+    if not finite:
+        raise ValueError("each of --rates breaks DPO's model: give smaller ones.")
+    found: float = max(finite, key=lambda row: row["right"])["rate"]
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    pyplot()
+    try:
+        return study(args)
+    except ValueError as error:
+        sys.exit(f"quality_lm: error: {error}")
+
+
+def study(args: argparse.Namespace) -> int:
     clock = time.perf_counter()
-    args.out.mkdir(parents=True, exist_ok=True)
-    losses = [loss for loss in LOSSES if loss.name in ("DPO", *args.losses)]
+    losses = asked_losses(args.losses)
     settings = {key: getattr(args, key) for key in ("prompts", "unseen", "noise", "beta", "epochs")}
     # A process that is forked off one with torch's threads can hang.
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(args.jobs, mp_context=spawn, initializer=end_with_parent) as pool:
         pilot: list[dict[str, Any]] = []
         if len(args.rates) > 1:
             pilot = pool.submit(run_seed, PILOT, LOSSES[:1], args.rates, settings).result()
-        rate = max(pilot[1:], key=lambda row: row["right"])["rate"] if pilot else args.rates[0]
+        rate = best_rate(pilot) if pilot else args.rates[0]
         why = f", DPO's best of {len(args.rates)} on the pilot's data" if pilot else ""
         print(f"learning rate {rate:g}{why}", flush=True)
         asked = [
@@ -441,7 +471,7 @@ def main(argv: Sequence[str] | None = None) -> int:
              f"{args.beta:g}, learning rate {rate:g}, {args.epochs} epochs")  # fmt: skip
     draw(rows, title).savefig(args.out / "quality_lm.png", dpi=150, bbox_inches="tight")
     print(text)
-    for row in rows[2:]:
+    for row in (row for row in rows if row["loss"] != row["base"]):
         found = power(row["spread"], args.seeds)
         print(f"{row['loss']}: a difference of {found:.2f} points is found in four of five studies")
     files = ", ".join(str(args.out / name) for name in ("quality_lm.png", "table.md",

@@ -133,3 +133,60 @@ def test_the_table_by_hand(lm: ModuleType):
     assert "| +3.50 ± 2.0" in lines[4] and "| +2.00 +3.00 +4.00 +5.00 |" in lines[4]
     # (3.182 + 0.978) / 2 of the spread
     assert lm.power(1.0, 4) == pytest.approx(2.08, rel=0.01)
+
+
+def test_no_flipped_labels(lm: ModuleType):
+    """None has been learnt then, which is a dash; where only one seed has some, it is that seed's."""
+    runs = []
+    for seed in range(4):
+        about = {"seed": seed, "right": 0.2, "win_rate": 0.5, "kl": 0.1, "flipped_learnt": None}
+        runs += [{**about, "loss": "reference"}, {**about, "loss": "DPO"}]
+    rows = lm.summarise(runs, lm.LOSSES[:1])
+    assert rows[1]["flipped_learnt"] is None
+    reference, dpo = lm.table(rows).splitlines()[2:]
+    assert reference.endswith("|  |") and dpo.endswith("| - |")
+    runs[3]["flipped_learnt"] = 0.25
+    assert lm.table(lm.summarise(runs, lm.LOSSES[:1])).endswith("| 25 |\n")
+
+
+def test_a_losss_base_is_there(lm: ModuleType):
+    """SimPO, which SimPO with FocalPO's factor is compared with; without it there is no difference."""
+    names = [loss.name for loss in lm.asked_losses(["SimPO, FocalPO 0.05"])]
+    assert names == ["DPO", "SimPO", "SimPO, FocalPO 0.05"]
+    runs = []
+    for seed in range(4):
+        about = {"seed": seed, "win_rate": 0.5, "kl": 0.1, "flipped_learnt": 0.25}
+        for loss, right in zip(("reference", *names), (0.2, 0.3, 0.4, 0.45), strict=True):
+            runs.append({**about, "loss": loss, "right": right + 0.01 * seed})
+    row = lm.summarise(runs, lm.asked_losses(names))[-1]
+    assert (row["base"], row["difference"]) == ("SimPO", pytest.approx(5))
+    left = [run for run in runs if run["loss"] != "SimPO"]
+    losses = [loss for loss in lm.LOSSES if loss.name in ("DPO", names[2])]
+    line = lm.table(lm.summarise(left, losses)).splitlines()[-1]
+    assert line.startswith(f"| {names[2]} | 46.50 ± ") and "|  |  | 50.00 |" in line
+
+
+def test_a_rate_that_breaks_the_model_is_not_chosen(lm: ModuleType):
+    rows = [{"rate": None, "right": 0.9}]
+    rows += [{"rate": r, "right": v} for r, v in ((1, np.nan), (2, 0.4), (3, 0.5), (4, np.nan))]
+    assert lm.best_rate(rows) == 3
+    with pytest.raises(ValueError, match="each of --rates breaks DPO's model"):
+        lm.best_rate(rows[:2])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--seeds 3", "--seeds must be at least 4, got 3"),
+        ("--noise nan", "--noise must be at least 0 and below 0.5, got nan"),
+        ("--beta 0", "--beta must be above 0, got 0"),
+        ("--rates 1e-4 -1", "--rates must be above 0, got -1"),
+        ("--losses IPO", "invalid choice: 'IPO'"),
+    ],
+)
+def test_errors(lm: ModuleType, words: str, message: str, tmp_path: Path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        lm.main([*words.split(), "--out", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

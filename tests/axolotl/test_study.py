@@ -15,7 +15,8 @@ import pytest
 from harness import EXAMPLES, ManyFocalpo, Server, axolotl_environment, axolotl_server, loaded
 
 SCRIPT = EXAMPLES / "study" / "study.py"
-ARGUMENTS = ("--gamma", "1", "--exact", "--incorrect", "--seeds", "5", "--set", "max_steps=2")
+ARGUMENTS = ("--gamma", "1", "--exact", "--incorrect", "--seeds", "5")
+ARGUMENTS += ("--set", "rl_beta=null", "trl={beta: 0.5}", "max_steps=2")
 
 # A command that a server runs, in a process forked off one that has imported what it needs.
 COMMAND = """#!{python} -S
@@ -114,6 +115,19 @@ def test_results_are_those_of_the_scores(done: Path):
 
 
 @pytest.mark.xdist_group("done")
+def test_scores_are_at_the_beta_of_training(done: Path, module: ModuleType):
+    """A margin is 0.5 times the difference of the log-ratios; and such scores are not made again."""
+    scores = done / "out" / "runs" / "correct_1" / "seed_5" / "scores"
+    records = [json.loads(line) for line in (scores / "scores.jsonl").read_text().splitlines()[1:]]
+    for row in records:
+        ratios = [row[f"{side}_logp"] - row[f"ref_{side}_logp"] for side in ("chosen", "rejected")]
+        assert row["margin"] == pytest.approx(0.5 * (ratios[0] - ratios[1]), abs=1e-5)
+    assert any(abs(row["margin"]) > 1e-3 for row in records)
+    assert module.scored(scores / "summary.json", 0.5)
+    assert not module.scored(scores / "summary.json", 0.1)
+
+
+@pytest.mark.xdist_group("done")
 def test_differences_are_paired_with_dpo(done: Path):
     """The mean of the differences is the difference of the means, and DPO's own is 0."""
     results = {(r["loss"], r["group"]): float(r["margin"]) for r in rows(done / "out/results.csv")}
@@ -208,6 +222,94 @@ def test_nothing_is_minus_zero_in_the_table(module: ModuleType, equal_runs: tupl
     assert [*shown] == ["-0.001", "+0.001", "0.000", "0.000"]
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, 0.1),
+        ({"rl_beta": 0.3}, 0.3),
+        ({"trl": {"beta": 0.5}}, 0.5),
+        ({"trl": {"beta": "5e-1"}, "rl_beta": 0.5}, 0.5),  # YAML reads 5e-1 as text
+        ({"trl": {"beta": None}, "rl_beta": 0.3}, 0.3),
+        ({"trl": None, "dpo_beta": 0.2}, 0.2),
+        ({"dpo_beta": 0.2, "rl_beta": 0.3}, 0.3),
+        ({"trl": {"beta": 0.5}, "rl_beta": 0.3}, "one value, got trl.beta 0.5 and rl_beta 0.3"),
+        ({"trl": 0.5}, "trl must be a mapping"),
+        ({"rl_beta": 0}, "rl_beta must be a number above 0, got 0"),
+        ({"rl_beta": [0.1]}, "rl_beta must be a number above 0"),
+    ],
+)
+def test_beta_is_axolotls(module: ModuleType, config: dict, expected: float | str):
+    if isinstance(expected, float):
+        assert module.beta_of(config) == expected
+    else:
+        with pytest.raises(module.StudyError, match=expected):
+            module.beta_of(config)
+
+
+def test_line_breaks_inside_a_text(module: ModuleType, tmp_path: Path):
+    """JSON lets a text hold each of these as it is; a byte order mark and blank lines are no rows."""
+    breaks = "one\u2028two\u2029three\u0085four\x7ffive"
+    row = {"prompt": "q", "chosen": breaks, "rejected": "no"}
+    line = json.dumps(row, ensure_ascii=False)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(f"\ufeff{line}\r\n\n{line}\n\n", encoding="utf-8", newline="")
+    pairs = module.read_pairs(path)
+    assert [pair["chosen"][-1]["content"] for pair in pairs] == [breaks] * 2
+    path.write_bytes(line.encode("utf-16"))
+    with pytest.raises(module.StudyError, match="can't be read as a preference file"):
+        module.read_pairs(path)
+
+
+def test_all_data_sets_are_read(module: ModuleType):
+    content = {"datasets": [{"path": "a"}, {"path": "b"}], "test_datasets": [{"path": "c"}]}
+    assert module.two_files(Path("x.yml"), content) == [["a", "b"], ["c"]]
+    for part in ({"split": "train[:10]"}, {"shards": 4}, {"data_files": ["d"]}):
+        other = {**content, "datasets": [{"path": "a"}, {"path": "b", "split": "train", **part}]}
+        (key,) = part
+        with pytest.raises(module.StudyError, match=f"whole files, got b with {key}: "):
+            module.two_files(Path("x.yml"), other)
+
+
+@pytest.mark.parametrize("empty", ["right", "wrong"])
+def test_a_group_without_pairs(module: ModuleType, tmp_path: Path, capsys, empty: str):
+    """The reference ranks all three pairs alike. DPO's margins are 1, 2 and 3 and those of FocalPO
+    0.5 higher: means of 2 and 2.5, and a dash for the other group."""
+    losses = [module.DPO, module.Loss("correct", 0.05)]
+    for loss, more in zip(losses, (0, 0.5), strict=True):
+        folder = tmp_path / "runs" / loss.folder / "seed_1" / "scores"
+        folder.mkdir(parents=True)
+        lines = [{"about": "these"}]
+        for row in range(3):
+            logps = {"chosen_logp": -1.0, "rejected_logp": -2.0, "ref_right": empty == "wrong"}
+            lines.append({"row": row, "margin": row + 1.0 + more, **logps})
+        (folder / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pairs = [{"prompt": f"q{n}", "chosen": "a", "rejected": "b"} for n in range(3)]
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    results, differences = module.summarise(losses, [1], held_out, tmp_path)
+    assert {row["group"] for row in results} == {"right", "wrong", "all"} - {empty}
+    module.print_table(losses, results, differences)
+    table = capsys.readouterr().out.splitlines()
+    means = {"right": ["2.500", "-"], "wrong": ["-", "2.500"]}[
+        "wrong" if empty == "right" else "right"
+    ]
+    assert table[-1].split()[2:4] == means
+    margins = "0.5000 [+0.5000, +0.5000]"
+    assert table[-1].count("+" + margins) == 1 and table[-1].split().count("-") == 5
+    figure = module.draw(module.pyplot(), losses, results, differences, "one group")
+    figure.canvas.draw()
+
+
+def test_an_interrupted_study_ends_its_command(module: ModuleType, tmp_path: Path):
+    module.INTERRUPTED.set()
+    words = ["sh", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 60"]
+    with module.tqdm(total=1) as bar, pytest.raises(module.StudyError, match="sh was interrupted"):
+        module.command(words, tmp_path / "log", bar, 1)
+    module.INTERRUPTED.clear()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def test_bootstrap_draws_whole_prompts(module: ModuleType):
     """Two prompts, with values 0 and 1 of 50 pairs each: a resample has 0, 1 or 2 of the second
     with 1/4, 1/2, 1/4, so the interval is [0, 1]; with 100 prompts of a pair each the standard
@@ -236,9 +338,21 @@ def test_split_holds_out_whole_prompts(module: ModuleType):
         (("--exact", "1.5"), None, "--exact must be"),
         (("--set", "seed=4"), None, "'seed=4'"),
         (("--set", "max_steps=many"), None, "max_steps must be a whole number"),
+        (("--set", "max_steps=true"), None, "max_steps must be a whole number"),
+        (("--set", "max_steps=[1"), None, "--set takes KEY=VALUE with a value in YAML"),
+        (("--set", "sequence_len=null"), None, "sequence_len must be a whole number"),
+        (("--set", "trl={beta: 0.5}", "rl_beta=0.1"), None, "beta must have one value"),
+        (("--set", "save_strategy=no"), None, "'save_strategy=no'"),
+        (("--seeds", "1", "1"), None, "--seeds must be different numbers"),
+        (("--seeds", "-1"), None, "--seeds must be different numbers from 0"),
+        (("--jobs", "0"), None, "--jobs must be at least 1, got 0"),
+        (("--held-out", "nan"), None, "--held-out must be above 0 and below 1, got nan"),
+        (("--held-out", "-0.5"), None, "--held-out must be above 0 and below 1, got -0.5"),
+        (("--model", "no/such/model"), None, "--model must be a model's folder or its name"),
         (("--config", "none.yml"), None, "--config must be an Axolotl YAML"),
         (("--data", "d.jsonl"), "", "holds no pairs"),
         (("--data", "d.jsonl"), "{", "d.jsonl, line 1"),
+        (("--data", "d.jsonl"), "[" * 100_000, "d.jsonl, line 1"),
         (("--data", "d.jsonl"), '{"chosen": "a"}', "line 1: chosen and rejected must both be"),
         (
             ("--data", "d.jsonl"),
