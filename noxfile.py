@@ -27,6 +27,8 @@ nox.options.sessions = ["lint", "docs", "audit", "core", "axolotl", "openrlhf", 
 TORCH = "torch==2.13.0"
 AXOLOTL = "axolotl[deepspeed]==0.19.0"
 OPENRLHF = "openrlhf==0.11.2"
+# What it brings, for torch releases that it does not take.
+TRL_OF_AXOLOTL = ("trl==1.9.0", "transformers==5.16.1", "peft==0.20.0")
 # What Axolotl's extra `ray` brings.
 RAY = "ray[train]>=2.52.1"
 # What OpenRLHF pins and has no wheel for, built without the parts that need CUDA's compiler.
@@ -203,6 +205,29 @@ def openrlhf_releases(session: nox.Session, release: str, deepspeed: str) -> Non
     with environment(session):
         install_openrlhf(session, f"openrlhf=={release}", f"deepspeed=={deepspeed}")
         test(session, ["tests/openrlhf"], "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
+
+
+@nox.session(tags=["torches"])
+@nox.parametrize("release", ["2.5.0", "2.6.0", "2.10.0"])
+def old_torch(session: nox.Session, release: str) -> None:
+    """Losses and gradients in older releases of torch, which are builds for CUDA of 6 to 7 GB.
+
+    TRL's own imports need 2.6; under 2.5, the oldest that we take, runs what needs no host.
+    """
+    with environment(session):
+        newest_pip(session)
+        session.install(f"torch=={release}")
+        if release != "2.5.0":
+            session.install(*TRL_OF_AXOLOTL)
+        session.install(*TEST_TOOLS, "mpmath", "numpy", wheel(session))
+        paths = ["tests/test_loss.py", "tests/test_shared_prompts.py", "tests/trl/test_fused.py"]
+        if release == "2.5.0":
+            # Its last test compares with a function of TRL's.
+            test(session, paths, "-k", "not compile and not long_sequences")
+        else:
+            test(
+                session, [*paths, "tests/trl/test_shared.py"], "-k", "not compile", *THREE_AT_A_TIME
+            )
 
 
 @nox.session

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny_trl import GAMMA, PAIRS, SHORT
+from transformers import T5Config, T5ForConditionalGeneration
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -48,9 +49,10 @@ MARGINS: dict[str, tuple[type, type, dict[str, Any]]] = {
 def trainer(cls: type, folder: Path, *, pairs: Any = None, held_out: Any = None, **arguments: Any):
     arguments = {**SHORT, "max_length": 64, **arguments}
     peft_config = arguments.pop("peft_config", None)
+    policy = arguments.pop("policy", None)
     config = next(CONFIGS[base] for base in cls.__mro__ if base in CONFIGS)
     return cls(
-        tiny_trl.model(0),
+        tiny_trl.model(0) if policy is None else policy,
         args=config(str(folder), **arguments),
         processing_class=tiny_trl.tokenizer(),
         train_dataset=Dataset.from_list(PAIRS if pairs is None else pairs),
@@ -78,6 +80,48 @@ def test_gamma_zero_is_the_hosts_own_to_the_last_bit(margin: str, tmp_path: Path
         found.append((losses(host), host.evaluate()["eval_loss"]))
     assert found[0] == found[1]
     assert len(found[0][0]) == 3
+
+
+def encoder_decoder() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 43,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+    }
+    return T5ForConditionalGeneration(
+        T5Config(
+            **sizes, dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0
+        )
+    )
+
+
+@pytest.mark.parametrize("margin", ["cpo", "simpo", "orpo"])
+def test_an_encoder_decoder(margin: str, tmp_path: Path):
+    """The host's own to the last bit at gamma 0, another loss at another gamma; and of its data, which
+    have other columns, the same is refused.  No answer is cut by `max_length`, here shorter."""
+    theirs, ours, arguments = MARGINS[margin]
+    arguments = {**arguments, "max_completion_length": 16, "max_length": 2}
+    found = []
+    for cls, more in (
+        (theirs, {}),
+        (ours, {"focalpo_gamma": 0.0}),
+        (ours, {"focalpo_gamma": GAMMA}),
+    ):
+        host = trainer(cls, tmp_path, policy=encoder_decoder(), **arguments, **more)
+        host.train()
+        found.append(losses(host))
+    assert found[0] == found[1] != found[2]
+    alike = [{**pair, "rejected": pair["chosen"]} for pair in PAIRS]
+    with pytest.raises(ValueError, match="8 of 8 pairs have a chosen answer equal to the rejected"):
+        trainer(ours, tmp_path, policy=encoder_decoder(), pairs=alike, **arguments)
+    with pytest.raises(
+        ValueError, match="shared_prompts can't be combined with an encoder, got 't5'"
+    ):
+        trainer(ours, tmp_path, policy=encoder_decoder(), **arguments, focalpo_shared_prompts=True)
 
 
 def margins_and_nll(host: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

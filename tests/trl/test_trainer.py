@@ -540,6 +540,25 @@ def test_fused_refuses_what_it_would_drop(tokenizer, tmp_path, arguments, messag
 
 
 @pytest.mark.fused
+@pytest.mark.parametrize("given", ["a config", "a model"])
+def test_fused_refuses_adapters_that_act_in_pefts_forward(tokenizer, tmp_path, given):
+    """aLoRA adds to the tokens from its invocation on, which PEFT's forward looks for in the batch: the
+    fused path would train nothing."""
+    from peft import get_peft_model
+
+    alora = LoraConfig(
+        target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[3, 4]
+    )
+    more = {"peft_config": alora}
+    if given == "a model":
+        more = {"policy": get_peft_model(model(0), alora)}
+    with pytest.raises(
+        ValueError, match="^focalpo_fused can't be combined with adapters that act in"
+    ):
+        trainer(FocalPOTrainer, tokenizer, tmp_path, reference=None, focalpo_fused=True, **more)
+
+
+@pytest.mark.fused
 @pytest.mark.parametrize("kind", ["mixtral", "gemma2"])
 def test_fused_reads_the_config_of_a_model_that_is_named(tokenizer, tmp_path, kind):
     """Its weights, which are not there, are not loaded to refuse it."""
