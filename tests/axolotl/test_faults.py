@@ -40,7 +40,10 @@ def resumed(axolotl: Axolotl, checkpoint: Path, **changes: object) -> Run:
             {"dpo_loss_type": ["robust"], "dpo_label_smoothing": 0.1},
             "dpo_loss_type was ['sigmoid'], ",
         ),
-        ({"dpo_loss_weights": [2.0]}, "dpo_loss_weights was [1.0], got [2.0]: "),
+        (
+            {"dpo_loss_type": ["sigmoid"], "dpo_loss_weights": [2.0]},
+            "dpo_loss_weights was [1.0], got [2.0]: ",
+        ),
         ({"dpo_use_weighting": True}, "dpo_use_weighting was False, got True: "),
         # By the name that the user wrote.
         ({"rl_beta": None, "trl": {"beta": 0.2}}, "trl.beta was 0.1, got 0.2: "),

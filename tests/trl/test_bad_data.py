@@ -171,12 +171,18 @@ def test_passes(build: Any, case: str, capsys: Any):
 
 def test_a_common_start_that_became_the_prompt(build: Any, capsys: Any):
     """The place of the EOS is learnt, so that the first step has a gradient.  TRL from 1.15 on puts
-    the last word that both have into the answers."""
+    the last word that both have into the answers.  Before, it cuts within a word, and says so of
+    each of the 16 answers, which are one line of ours."""
     trainer = build([texts(i) for i in range(8)])
     said = warnings(capsys)
+    counted = [
+        line for line in said if "16 answers change the tokens at their prompt's end" in line
+    ]
+    said = [line for line in said if line not in counted]
     if hasattr(dpo_trainer, "common_prefix_length"):
-        assert not said
+        assert not said and not counted
     else:
+        assert len(counted) == 1
         assert len(said) == 1 and "8 of 8 pairs have one answer that is the start of" in said[0]
     trainer.train()
     assert trainer.state.log_history[0]["grad_norm"] > 0.01
