@@ -182,7 +182,7 @@ def test_not_finite_anywhere_stops_all_ranks_before_the_weights_change(runs, nam
         assert weights[:-1] == without[: len(weights) - 1]
         assert len(weights) == 2 + (batch if mode == "train" else done * case.accumulated)
     found = re.findall(
-        rf"FloatingPointError: focalpo: reward margins are not finite, {when}: rank (\d), "
+        rf"NotFinite: focalpo: reward margins are not finite, {when}: rank (\d), "
         r"row (\d) of (\d) \((-?\w+), float32\)\.",
         run.stderr,
     )

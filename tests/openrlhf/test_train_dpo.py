@@ -393,7 +393,7 @@ def test_a_host_that_moves_its_loss(train: Callable, host_source: Path, tmp_path
     run = train(*OURS, path=[tmp_path])
     assert run.returncode == 1
     versions = f"focalpo_plugins {version('focalpo_plugins')} with openrlhf {version('openrlhf')}"
-    assert f"RuntimeError: {versions}: {message}" in run.stderr
+    assert f"RunError: {versions}: {message}" in run.stderr
     assert "under the name focalpo" in run.stderr
     assert ("LlamaForCausalLM" in run.stdout) == model_loaded
     assert not (run.folder / "out" / "model.safetensors").exists()
