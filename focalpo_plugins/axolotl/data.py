@@ -238,7 +238,11 @@ def _mismatch(cfg: Any, key: str, dataset: Mapping[str, Any]) -> str | None:
     fits = bool(fitting) and all(
         value in (dataset.get(name), cfg.get(name)) for name, value in fitting.items()
     )
-    return seen.mismatch(start, fits, f"set {_advice(seen, cfg)}")
+    fits = fits or (seen.format == STRINGS and dataset.get("type") == "passthrough")
+    why = seen.mismatch(start, fits, f"set {_advice(seen, cfg)}")
+    if why is not None and fits and str(dataset.get("path")).endswith(".csv"):
+        why += " In a CSV, words such as None, NA and null are read as nothing."
+    return why
 
 
 def _fitting(seen: Look, cfg: Any) -> dict[str, Any]:

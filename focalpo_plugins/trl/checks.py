@@ -14,6 +14,7 @@ from accelerate.utils import is_peft_model, parse_flag_from_env
 from datasets import Dataset
 from pyarrow.compute import list_flatten
 from pyarrow.compute import max as max_of
+from pyarrow.types import is_string
 from torch import nn
 from transformers import AutoConfig, ProcessorMixin, TrainingArguments
 from trl import DPOConfig, DPOTrainer
@@ -37,12 +38,36 @@ def given_to(trainer: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> d
 
 
 def check_data(given: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` for training data without a pair."""
+    """Raise ``ValueError`` for training data without a pair, and for rows with an empty cell."""
     train_dataset = given.get("train_dataset")
     if train_dataset is not None and next(iter(train_dataset), None) is None:
         raise InvalidValue(
             "train_dataset must hold a pair, got none: it was empty, or every pair of it was "
             "dropped as too long. Look at the data, or raise Axolotl's sequence_len."
+        )
+    evaluated = given.get("eval_dataset")
+    sets = {"train_dataset": train_dataset, "eval_dataset": evaluated}
+    if isinstance(evaluated, Mapping):
+        sets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in evaluated.items()}
+    for name, dataset in sets.items():
+        for column in ("prompt", "chosen", "rejected"):
+            if isinstance(dataset, Dataset) and column in dataset.column_names:
+                _check_cells(dataset, column, name)
+
+
+def _check_cells(dataset: Dataset, column: str, name: str) -> None:
+    """Refuse a column without a value in some row, on which TRL stops with an obscure error."""
+    stored = dataset.data.column(column)
+    # A prompt may be missing in all rows: TRL's CPO and ORPO then take it out of the answers.
+    if not stored.null_count or (column == "prompt" and not is_string(stored.type)):
+        return
+    cells = dataset.select_columns([column]).with_format("arrow")[:].column(column)
+    row = cells.is_null().index(True).as_py()
+    if row >= 0:  # else the empty cells are in rows that were not selected
+        raise InvalidValue(
+            f"{name} must have prompt and answers in every row, got row {row} (the first is 0) "
+            f"with nothing in the column {column!r}. Fill it, or remove the row. In a CSV, words "
+            "such as None, NA and null are read as nothing."
         )
 
 

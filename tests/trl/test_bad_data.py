@@ -70,6 +70,18 @@ def texts(i: int) -> Row:
     return {"chosen": f"user w{i} assistant one", "rejected": f"user w{i} assistant one w{i}"}
 
 
+def asks(i: int, *more: tuple[str, str], chosen: str = "one", rejected: str = "two") -> Row:
+    """Whole conversations; ``more`` are the turns before the last, of both sides or of each."""
+    turns = {side: [{"role": "user", "content": f"w{i}"}] for side in ("chosen", "rejected")}
+    for both in more:
+        for side, content in zip(turns, both, strict=True):
+            role = "assistant" if len(turns[side]) % 2 else "user"
+            turns[side].append({"role": role, "content": content})
+    for side, content in (("chosen", chosen), ("rejected", rejected)):
+        turns[side].append({"role": "assistant", "content": content})
+    return turns
+
+
 EQUAL = "8 of 8 pairs have a chosen answer equal to the rejected one"
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "alike": (alike, {}, EQUAL + ": the margin stays 0"),
@@ -88,6 +100,11 @@ PASS: dict[str, tuple[Any, dict[str, Any]]] = {
     "their start cut one token earlier": (
         early, {"max_length": 14, "truncation_mode": "keep_end"}),
 }  # fmt: skip
+
+
+# The generation prompt has a word more than the rendering of a row.
+THINKING = TEMPLATE.replace("assistant {% endif %}", "assistant w1 w2 {% endif %}")
+OTHER = "got 8 of 8 rows have an answer that isn't trained as the chat template renders it"
 
 
 @pytest.fixture(scope="module")
@@ -306,3 +323,39 @@ def test_a_full_disk_is_not_a_hub_s_fault():
 
     assert reading(OSError(errno.ENOSPC, "No space left on device")) is None
     assert "base_model 'nobody/model'" in str(reading(OSError("We couldn't connect to")))
+
+
+def test_a_prompt_that_the_whole_row_does_not_begin_with(
+    build: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+):
+    """TRL drops as many tokens of the row as the prompt has: of `user w0 <|end|> assistant one w5
+    <|end|>` the prompt's `user w0 <|end|> assistant w1 w2` leaves the end alone."""
+    rows = [asks(i, chosen="one w5", rejected="two w6 w7") for i in range(8)]
+    build(rows)
+    monkeypatch.setattr(tokenizer, "chat_template", THINKING)
+    with pytest.raises(ValueError, match=OTHER):
+        build([asks(i, chosen="one w5 w8", rejected="two w6 w7") for i in range(8)])
+
+
+def test_sides_that_differ_before_their_last_turn(build: Any, capsys: Any):
+    """TRL trains the user's second turn as well; nothing is said of turns that are the same."""
+    same, other = ("w3", "w3"), ("w3", "w4")
+    build([asks(i, same, ("w9", "w9")) for i in range(8)])
+    assert not warnings(capsys)
+    build([asks(i, other if i < 2 else same, ("w9", "w9")) for i in range(8)])
+    (warning,) = warnings(capsys)
+    assert "2 of 8 rows have sides that differ before their last turn" in warning
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+def test_an_empty_cell(build: Any, column: str, tmp_path: Path):
+    """As a CSV has it: TRL stops with `'NoneType' object has no attribute 'endswith'`."""
+    names = ("prompt", "chosen", "rejected")
+    cells = [[good(i)[name] for name in names] for i in range(4)]
+    cells[2][names.index(column)] = "None"
+    lines = [",".join(row) for row in [names, *cells]]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    found = load_dataset("csv", data_files=str(tmp_path / "pairs.csv"), split="train")
+    with pytest.raises(ValueError, match=f"train_dataset must .* got row 2 .* column '{column}'"):
+        build(found)
+    build(found.select([0, 1, 3]))
