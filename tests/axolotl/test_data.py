@@ -15,6 +15,7 @@ from focalpo_plugins.cli.check.shapes import SHAPES
 shares_answers = pytest.mark.xdist_group("data answers")  # one worker makes the runs, once
 
 STRINGS = FORMATS["strings"][0]
+WHOLE = FORMATS["whole conversations"][0]
 # What each type fails on; the others read a row in their own way.
 FAILS = [
     ("strings", {"type": ARGILLA}),
@@ -35,6 +36,14 @@ def written(folder: Path, name: str, rows: list[dict]) -> str:
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def says(row: dict, side: str, answer: str) -> dict:
+    return {**row, side: [*row[side][:-1], {"role": "assistant", "content": answer}]}
+
+
+def thinks(number: int) -> dict:
+    return says(WHOLE, "chosen", f"<think>\nHm, {number}.\n</think>\n\ngood")
 
 
 def varied(row: dict) -> list[dict]:
@@ -76,6 +85,22 @@ def answers(once: Axolotl, focalpo: ManyFocalpo) -> dict[Any, Answer]:
     ):
         made = config(name, varied(row), dataset={"type": kind}, **orpo)
         words[name] = ["--json", made] if name == "orpo" else [made]
+    whole = {"dataset": {"type": ARGILLA}}
+    words["a second thought"] = [
+        config("thought", [thinks(i) for i in range(4)], **whole, chat_template="qwen3_5")
+    ]
+    # The tiny model's template trims.
+    spaced = [*varied(WHOLE)[:3], says(WHOLE, "chosen", "good\n")]
+    words["spaced"] = ["--json", config("spaced", spaced, **whole)]
+    ignored = {"neftune_noise_alpha": 5.0, "train_on_inputs": True, "load_best_model_at_end": False}
+    words["ignored"] = ["--json", config("ignored", varied(WHOLE), **whole, **ignored)]
+    lora = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
+    words["adapter"] = [
+        config("adapter", varied(WHOLE), **whole, **lora, lora_model_dir="./nowhere")
+    ]
+    table = {"path": str(once.folder / "pairs.csv"), "ds_type": "csv", "type": "passthrough"}
+    Path(table["path"]).write_text("prompt,chosen,rejected\na,b,c\nd,None,f\n")
+    words["csv"] = [config("csv", [], dataset=table)]
     from_hub = {"base_model": "meta-llama/Meta-Llama-3-8B-Instruct"}
     words["hub"] = [hub := config("hub", varied(STRINGS), dataset=OF_PROMPT, **from_hub)]
     for shape in SHAPES:
@@ -123,6 +148,50 @@ def test_a_row_that_differs(answers: dict):
     said = error_of(answers["odd"])
     assert "and type is chat_template.default, which fits; row 2 has chosen (text)" in said
     assert said.endswith("prompt (nothing). Fix that row, or remove it.")
+
+
+@shares_answers
+def test_a_cell_of_a_csv(answers: dict):
+    said = error_of(answers["csv"])
+    assert "datasets[0].path " in said and "pairs.csv'" in said
+    assert "type is passthrough, which fits; row 1 has chosen (nothing), rejected (text)" in said
+    assert said.endswith("In a CSV, words such as None, NA and null are read as nothing.")
+
+
+@shares_answers
+def test_a_second_thought(answers: dict):
+    """Axolotl's qwen3_5 opens a thought in each generation prompt, and so does the answer."""
+    said = error_of(answers["a second thought"])
+    assert "got 4 of 4 rows have an answer that begins what the end of the prompt has begun" in said
+    assert "<think>\\n\\n<think>\\nHm, 0.\\n" in said
+
+
+@shares_answers
+def test_rows_that_are_trained_as_other_text(answers: dict):
+    """The template trims, and Axolotl looks for "good" with its line end: it takes a `>`."""
+    code, output, errors = answers["spaced"]
+    assert code == 0, errors[-3000:]
+    (warning,) = (said for said in json.loads(output)["warnings"] if "as the chat template" in said)
+    assert warning.startswith("1 of 4 rows have an answer that isn't trained as the chat template")
+    assert "The first is row 3 of datasets[0].path " in warning
+
+
+@shares_answers
+def test_keys_that_axolotl_ignores(answers: dict):
+    """Given with a value that asks for something; each is read for supervised fine-tuning."""
+    code, output, errors = answers["ignored"]
+    assert code == 0, errors[-3000:]
+    (warning,) = (said for said in json.loads(output)["warnings"] if "ignores" in said)
+    assert warning.startswith("Axolotl ignores neftune_noise_alpha, train_on_inputs when it trains")
+
+
+@shares_answers
+def test_an_adapter_that_axolotl_does_not_load(answers: dict):
+    said = error_of(answers["adapter"])
+    assert (
+        "lora_model_dir must be unset under rl: focalpo, got './nowhere': Axolotl doesn't" in said
+    )
+    assert "`axolotl merge-lora SFT.yml --lora-model-dir ./nowhere --output-dir OUT`" in said
 
 
 @shares_answers
