@@ -71,22 +71,27 @@ def _show_last_line():
 
     The processes that it starts inherit the variable, and so does a command that replaces this one.
     """
+    import re
+
     process = str(os.getpid())
-    name = os.environ.get(_LAST_LINE)
-    if name is None:
+    name = os.environ.get(_LAST_LINE, "")
+    # Any other value could name any file, which would be read and removed.
+    if re.fullmatch("focalpo_plugins-[0-9]+-[0-9a-f]+", name) is None:
         name = os.environ[_LAST_LINE] = f"focalpo_plugins-{process}-{os.urandom(8).hex()}"
-    elif name.split("-")[1:2] != [process]:
+    elif name.split("-")[1] != process:
         return
 
     def show():
+        import contextlib
         from tempfile import gettempdir
 
-        path = os.path.join(gettempdir(), name)
-        if str(os.getpid()) != process or not os.path.exists(path):  # a fork, or nothing failed
-            return
-        with open(path, encoding="utf-8") as file:
-            print(f"focalpo_plugins: {file.read()}", file=sys.stderr)
-        os.remove(path)
+        with contextlib.suppress(Exception):  # at its end, a process has nobody who would catch it
+            path = os.path.join(gettempdir(), name)
+            if str(os.getpid()) != process or not os.path.isfile(path):  # a fork, or no failure
+                return
+            with open(path, encoding="utf-8", errors="replace") as file:
+                print(f"focalpo_plugins: {file.read()}", file=sys.stderr)
+            os.remove(path)
 
     atexit.register(show)
 

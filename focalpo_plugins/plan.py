@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +93,9 @@ class Plan:
         precision: ``bf16``, ``fp16`` or ``fp32``.
         warnings: warnings about the host itself, a sentence each.
         formats: what the rows of each dataset look like, and what reads them.
+        terms: the host's names of the losses that are added up, each with its weight; ``loss``
+            replaces ``sigmoid``. None if the logged loss has another part or factor, or if the
+            reference is another model than the policy.
     """
 
     host: str
@@ -117,6 +120,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     margin: str = "dpo"
     formats: list[str] = field(default_factory=list)
+    terms: Sequence[tuple[str, float]] | None = (("sigmoid", 1.0),)
 
     def reversal(self) -> float:
         """The margin below which the loss pushes a pair the wrong way; ``-inf`` if there is none.
@@ -128,10 +132,15 @@ class Plan:
         return max(self.loss.at(progress).reversal() for progress in (0.0, 1.0))
 
     def first_loss(self) -> float | None:
-        """The loss at margin 0, where every run with a reference starts; None without a reference.
+        """The loss at margin 0, where a run starts whose policy is its reference; None if unknown.
 
         Label smoothing doesn't change it.
         """
-        if self.margin != "dpo":
+        if self.margin != "dpo" or self.terms is None:
             return None
-        return math.log(2) if self.loss is None else self.loss(torch.zeros(1).double()).item()
+        of_dpo = math.log(2) if self.loss is None else self.loss(torch.zeros(1).double()).item()
+        # IPO pulls the difference of the log-ratios to 1/(2 beta).
+        known = {"sigmoid": of_dpo, "hinge": 1.0, "ipo": (2 * self.beta) ** -2}
+        if not all(name in known for name, _ in self.terms):
+            return None
+        return sum(weight * known[name] for name, weight in self.terms)

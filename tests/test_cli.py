@@ -540,3 +540,117 @@ def test_tokens_of_a_step_by_hand():
 )
 def test_what_two_sequences_begin_with(chosen: list[int], rejected: list[int], common: int):
     assert in_common(chosen, rejected) == common
+
+
+# A command, and each file that it writes; a run's log is at LOG.
+WRITTEN = [
+    (["curves"], ["fig2", "fig3", "fig4"]),
+    (["curves", "--gamma-end", "0.1"], ["gamma"]),
+    (["report", "LOG"], ["report"]),
+]
+
+
+@pytest.mark.parametrize(("words", "names"), WRITTEN)
+def test_a_file_that_is_not_of_the_command_is_never_touched(reports, tmp_path, words, names):
+    """Whatever the user has under such a name: one error, before anything is written. A file of the
+    command's own is written again."""
+    write_state(tmp_path / "log", trl_log(4, weight=True))
+    out = tmp_path / "out"
+    formats = ["csv", "png", "svg"]
+    command = [*(tmp_path / "log" if word == "LOG" else word for word in words)]
+    command += ["--format", *formats, "--out", out]
+    for _ in range(2):
+        code, _, errors = reports(*command)
+        assert code == 0, errors
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for name in [f"{name}.{kind}" for name in names for kind in formats]:
+        (out / name).write_bytes(b"step,dpo\n1,2\n")
+        code, _, errors = reports(*command)
+        assert code == 2
+        assert errors.count("\n") == 1
+        assert f"got {str(out)!r} with another {name}, which is left as it is. Move" in errors
+        assert (out / name).read_bytes() == b"step,dpo\n1,2\n"
+        (out / name).write_bytes(before[out / name])
+        assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_picture_of_someone_else_is_not_ours(reports, tmp_path: Path):
+    """Drawn by the same library."""
+    from matplotlib.figure import Figure
+
+    for kind in ("png", "svg"):
+        picture = tmp_path / f"report.{kind}"
+        Figure().savefig(picture)
+        content = picture.read_bytes()
+        write_state(tmp_path / kind, trl_log(4, weight=True))
+        words = ["report", tmp_path / kind, "--format", kind, "--out", tmp_path]
+        code, _, errors = reports(*words)
+        assert (code, "which is left as it is" in errors) == (2, True)
+        assert picture.read_bytes() == content
+
+
+def test_report_of_a_folder_that_was_used_before(reports, tmp_path: Path):
+    """By a longer run, whose checkpoint has the larger number: what was written last is read. Of one
+    run the longest log is, whatever the files' times are, as after copying."""
+    old, new = tmp_path / "run" / "checkpoint-60", tmp_path / "run" / "checkpoint-30"
+    write_state(old, [{"step": s, "loss": 9.0} for s in range(1, 61)])
+    write_state(new, [{"step": s, "loss": 1.0, "grad": math.nan} for s in range(1, 31)])
+    os.utime(old / "trainer_state.json", (1e9, 1e9))
+    code, said, errors = reports("report", tmp_path / "run", "--format", "csv", "--out", tmp_path)
+    assert code == 0, errors
+    (row,) = rows(tmp_path / "report.csv")
+    assert (row["step"], row["loss"]) == ("30", "1.0")
+    assert f"older than checkpoint-30, left out: {old / 'trainer_state.json'}" in said
+
+    part = tmp_path / "run" / "checkpoint-20"
+    write_state(part, [{"step": s, "loss": 1.0, "grad": math.nan} for s in range(1, 21)])
+    code, said, errors = reports("report", tmp_path / "run", "--format", "csv", "--out", tmp_path)
+    assert code == 0, errors
+    assert rows(tmp_path / "report.csv") == [row]
+    assert str(part) not in said
+
+
+def test_tensorboard_of_a_folder_that_was_used_before(reports, tmp_path: Path):
+    """By a longer run: its later steps are not those of the newer one. A run that goes on from step
+    4 keeps the first three. The name of a file is that file's log alone, also in a folder whose
+    name has a bracket."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    def write(folder: Path, loss: float, steps: range, at: float) -> None:
+        with SummaryWriter(str(folder)) as writer:
+            for step in steps:
+                writer.add_scalar("train/loss", loss, step, walltime=at + step)
+            writer.add_scalar(f"eval/eval_loss{'_of_old' * (loss == 9)}", loss, steps[-1], at + 99)
+
+    def read(path: Path) -> tuple[list[float], str]:
+        code, said, errors = reports("report", path, "--format", "csv", "--out", tmp_path / "out")
+        assert code == 0, errors
+        from focalpo_plugins.cli.report import _read
+
+        return list(_read(path, None).series["train"]["loss"].values()), said
+
+    for name, steps, expected in (
+        ("again [1]", range(1, 6), [1] * 5),
+        ("resumed", range(4, 6), [9, 9, 9, 1, 1]),
+        ("after", range(11, 13), [9] * 10 + [1, 1]),
+    ):
+        write(tmp_path / name, 9, range(1, 11), 1000)
+        (first,) = (tmp_path / name).iterdir()
+        write(tmp_path / name, 1, steps, 5000)
+        losses, said = read(tmp_path / name)
+        assert losses == expected
+        left_out = (
+            f"an older log in the folder has steps up to 10: left out from step {steps[0]} on"
+        )
+        assert (left_out in said) is (name != "after")
+        assert read(first)[0] == [9] * 10
+
+
+def test_a_run_with_bytes_that_are_no_text_in_its_name(tmp_path: Path):
+    """Python reads such bytes as lone surrogates, which no encoding has."""
+    write_state(tmp_path / os.fsdecode(b"run\xff"), trl_log(4, weight=True))
+    done = focalpo(
+        "report", tmp_path / os.fsdecode(b"run\xff"), "--format", "csv", "--out", tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "report.csv")[0]["run"] == "run\\udcff"

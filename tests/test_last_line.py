@@ -31,12 +31,13 @@ CASES = {
 }
 
 
-def launched(folder: Path, failing: str, launcher: str = LAUNCHES):
+def launched(folder: Path, failing: str, launcher: str = LAUNCHES, **variables: str):
     (folder / "bin").mkdir()
     (folder / "bin" / "axolotl").write_text(launcher.format(failing=str(folder / "failing.py")))
     (folder / "failing.py").write_text(FAILS.format(failing))
     (folder / "tmp").mkdir()
-    run = run_python(str(folder / "bin" / "axolotl"), TMPDIR=str(folder / "tmp"))
+    tmp = str(folder / "tmp")
+    run = run_python(str(folder / "bin" / "axolotl"), TMPDIR=tmp, **variables)
     assert run.returncode == 1 and run.stdout.startswith("began\n"), run.stderr
     assert not list((folder / "tmp").iterdir()), "the file is left"
     return run.stderr.splitlines()
@@ -83,3 +84,73 @@ def test_without_a_launcher(tmp_path: Path, case: str):
     assert len(said) == (reason is not None)
     if reason is not None:
         assert run.stderr.splitlines()[-1].startswith(reason)
+
+
+# Values of the variable that no process of ours gives; {} is a file of the user's.
+FOREIGN = ["{}", "../user/notes.txt", "focalpo_plugins-1-../../user/notes.txt", "x", "", "-", "a-1",
+           "focalpo_plugins-1-zz", "focalpo_plugins-1-aa\n", "focalpo_plugins-" + "9" * 5000]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN, ids=lambda name: repr(name)[:40])
+def test_a_variable_of_others_reads_writes_and_removes_nothing(tmp_path: Path, name: str):
+    """The run gives a name of its own, by which the reason is passed on as usual."""
+    (tmp_path / "user").mkdir()
+    notes = tmp_path / "user" / "notes.txt"
+    notes.write_text("mine")
+    value = name.format(notes) if name == "{}" else name
+    lines = launched(tmp_path, "check_beta(-1)", FOCALPO_LAST_LINE=value)
+    assert lines[-1].startswith(OURS)
+    assert notes.read_text() == "mine" and list((tmp_path / "user").iterdir()) == [notes]
+
+
+def test_a_file_of_the_user_is_kept_at_the_end_of_a_process(tmp_path: Path):
+    """The name holds the process's own number, as if it had given it; it comes from a shell that
+    the process replaces."""
+    notes = tmp_path / "x-PID-notes.txt"
+    script = tmp_path / "axolotl"
+    script.write_text(
+        "import os, sys, pathlib\n"
+        f"path = {str(notes)!r}.replace('PID', str(os.getpid()))\n"
+        "pathlib.Path(path).write_text('mine')\n"
+        "os.environ['FOCALPO_LAST_LINE'] = path\n"
+        "import torch\nprint(path)\n"
+    )
+    run = run_python(str(script))
+    assert run.returncode == 0 and run.stderr == ""
+    assert Path(run.stdout.strip()).read_text() == "mine"
+
+
+def test_a_name_without_a_file_ends_quietly(tmp_path: Path):
+    """A folder of that name, and a folder for temporary files that is gone."""
+    script = tmp_path / "axolotl"
+    script.write_text(
+        "import os, sys, torch\n"
+        "folder = os.path.join(os.environ['TMPDIR'], os.environ['FOCALPO_LAST_LINE'])\n"
+        "os.mkdir(folder) if len(sys.argv) < 2 else os.rmdir(os.environ['TMPDIR'])\n"
+    )
+    for words in ([], ["gone"]):
+        (tmp_path / "tmp").mkdir(exist_ok=True)
+        run = run_python(str(script), *words, TMPDIR=str(tmp_path / "tmp"))
+        if not words:
+            (left,) = (tmp_path / "tmp").iterdir()
+            left.rmdir()
+        assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_a_message_with_bytes_that_are_no_text(tmp_path: Path):
+    failing = (
+        "import os\nfrom focalpo_plugins.errors import RunError\n"
+        "raise RunError(os.fsdecode(b'ck\\xff/x') + ' must be a checkpoint')"
+    )
+    lines = launched(tmp_path, failing)
+    assert lines[-1] == "focalpo_plugins: ck\\udcff/x must be a checkpoint"
+
+
+@pytest.mark.parametrize("name", ["/nowhere/x", "focalpo_plugins-1-ab/../../x"])
+def test_no_other_file_is_written(tmp_path: Path, monkeypatch, name: str):
+    from focalpo_plugins.guards import last_line
+
+    monkeypatch.setenv(last_line.VARIABLE, name)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    last_line.repeat("it failed")
+    assert not list(tmp_path.iterdir())

@@ -138,6 +138,7 @@ def _plan(config: Path, gpus: int, scratch: Path, shape: Path | None) -> Plan:
             warnings=warnings,
             notes=notes,
             margin=margin(cfg),
+            terms=_terms(cfg, state.config),
         )
     tokenizer = load_tokenizer(cfg)
     data = load_preference_datasets(cfg=cfg)
@@ -192,7 +193,19 @@ def _plan(config: Path, gpus: int, scratch: Path, shape: Path | None) -> Plan:
         notes=notes,
         margin=margin(cfg),
         formats=described(cfg),
+        terms=_terms(cfg, state.config),
     )
+
+
+def _terms(cfg: Any, config: Any) -> list[tuple[str, float]] | None:
+    """The losses that TRL adds up, with their weights; None if it adds or multiplies more."""
+    # The balancing loss of a mixture of experts is logged with the others.
+    experts = hasattr(config.get_text_config(), "router_aux_loss_coef")
+    if experts or cfg.dpo_use_weighting or cfg.rpo_alpha is not None:
+        return None
+    types = ["ipo"] if cfg.rl == "ipo" else cfg.dpo_loss_type or ["sigmoid"]
+    types = types if isinstance(types, list) else [types]
+    return list(zip(types, cfg.dpo_loss_weights or [1.0] * len(types), strict=True))
 
 
 def _epoch_steps(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +16,8 @@ from pathlib import Path
 from ..errors import FocalPOError
 from ..guards.folders import write_whole
 
+#: Stands in the metadata of every picture that we write.
+MARK = "focalpo_plugins"
 _DATA_HELP = "preference file (.jsonl, .json, .parquet, .csv) with chosen, rejected and prompt"
 
 
@@ -23,14 +25,48 @@ class CommandError(FocalPOError):
     """An error in the command line or in a file that it names, in one line for the user."""
 
 
-def output_folder(name: str) -> Path:
-    """The folder of ``--out``, created if it doesn't exist."""
+def output_folder(name: str, files: Mapping[str, str]) -> Path:
+    """The folder of ``--out``, created if it doesn't exist.
+
+    Args:
+        files: the names of the files that will be written, each with what it begins with; pictures
+            are recognised by :data:`MARK`.
+
+    Raises:
+        CommandError: a file of such a name is there and is not ours, or there can be no folder.
+    """
     folder = Path(name)
+    for file, start in files.items():
+        if not _is_ours(folder / file, start.encode()):
+            raise CommandError(
+                f"--out must be a folder whose files of these names are from this command, got "
+                f"{str(folder)!r} with another {file}, which is left as it is. Move that file, or "
+                "give another --out."
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CommandError(f"--out must be a folder, got {name!r}: {error.strerror}.") from None
     return folder
+
+
+def named(starts: Mapping[str, str], formats: Sequence[str]) -> dict[str, str]:
+    """For :func:`output_folder`, the files of each name, with what its CSV begins with."""
+    return {f"{name}.{kind}": start for name, start in starts.items() for kind in formats}
+
+
+def _is_ours(path: Path, start: bytes) -> bool:
+    """Whether nothing is lost if we write the file again."""
+    if not path.is_file():
+        return True
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except OSError:
+        return False
+    if path.suffix in (".png", ".svg"):
+        return not head or MARK.encode() in head
+    return head.startswith(start[: len(head)])
 
 
 @contextmanager
@@ -77,7 +113,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "focalpo") -> int:
     args.host_argv = host_argv
     try:
         return int(import_module(f".{args.command}", __name__).run(args))
-    except CommandError as error:
+    except FocalPOError as error:
         print(f"{prog} {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -211,6 +247,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         choices=["auto", "float32", "bfloat16", "float16"],
         help="of the weights (default: as they are saved)",
     )
+    score.add_argument("--debug", action="store_true", help="show where a library's error is from")
     _output(score, "scores")
 
     return parser

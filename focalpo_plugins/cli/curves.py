@@ -11,12 +11,20 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from . import CommandError, output_folder, write
+from ..errors import InvalidValue
+from . import CommandError, named, output_folder, write
 from .plots import line_looks, pyplot, save
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+# What the CSV of a figure begins with.
+_STARTS = {
+    "fig2": "p,dpo",
+    "fig3": "z,dpo,factor_term",
+    "fig4": "z,dpo",
+    "gamma": "progress,linear",
+}
 # If no gamma is asked for, Fig. 2 also shows what these larger ones would do.
 _LADDER = (0.5, 1.0)
 
@@ -99,18 +107,16 @@ def run(args: Namespace) -> int:
     for gamma in gammas:
         try:
             check_gamma(gamma, variant, allow_reversed=True)
-        except ValueError as error:
+        except InvalidValue as error:
             raise CommandError(f"--{error}") from None
     ends = [] if args.gamma_end is None else [args.gamma_end]
     for gamma in ends:
         try:
             check_gamma(gamma, variant, allow_reversed=True, name="gamma-end")
-        except ValueError as error:
+        except InvalidValue as error:
             raise CommandError(f"--{error}") from None
     draws = {"png", "svg"} & set(args.format)
     plt = pyplot() if draws else None
-    folder = output_folder(args.out)
-
     dpo = Curve("correct", 0.0)
     of_both = dict.fromkeys([*gammas[:1], *ends, *gammas[1:]])
     asked = [Curve(variant, gamma) for gamma in of_both]
@@ -120,6 +126,8 @@ def run(args: Namespace) -> int:
     figures = [("fig2", _fig2), ("fig3", _fig3), ("fig4", _fig4)]
     if ends:
         figures.append(("gamma", functools.partial(_gamma, gammas[0], ends[0])))
+    starts = {name: _STARTS[name] for name, _ in figures}
+    folder = output_folder(args.out, named(starts, args.format))
     for name, figure in figures:
         header, rows, drawn = figure(plt, dpo, asked, beside)
         written = []

@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from . import CommandError, write
+from . import MARK, CommandError, write
 
 # Okabe and Ito's colours, from dark to light, can be told apart without colour vision.  Each has
 # its own line style, so that lines can be told apart in grey print as well.
@@ -71,7 +71,7 @@ def save(figure: Any, folder: Path, name: str, formats: Sequence[str]) -> list[P
     written = []
     for kind in formats:
         if kind in ("png", "svg"):
-            metadata = {"Date": None} if kind == "svg" else None
+            metadata = {"Source": MARK, **({"Date": None} if kind == "svg" else {})}
             content = BytesIO()
             figure.savefig(content, format=kind, bbox_inches="tight", metadata=metadata)
             written.append(write(folder / f"{name}.{kind}", content.getvalue()))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..guards.resume import RECORD_FILE
-from . import CommandError, output_folder, write
+from . import CommandError, named, output_folder, write
 from .plots import line_looks, pyplot, save
 
 # Our name of a quantity, and the hosts' names of it after the split's prefix, best first.
@@ -101,7 +101,8 @@ def run(args: Namespace) -> int:
         name, path = _named(word)
         runs.append(_read(path, name))
     _tell_apart(runs)
-    folder = output_folder(args.out)
+    start = ",".join(_COLUMNS[:4])
+    folder = output_folder(args.out, named({"report": start}, args.format))
 
     for each in runs:
         print(f"{each.name}: {each.source}")
@@ -167,12 +168,13 @@ def _read(path: Path, name: str | None) -> Run:
                 ) from None
             notes.append(f"{file} is skipped: incomplete, as when a run is killed while it saves")
     if states:
-        # The newest state has the most steps; each state holds the whole log up to its step.
-        state, source = max(states, key=lambda found: found[0]["global_step"])
+        state, source = _newest(states)
+        notes += _of_other_runs(states, state, source)
         series = _from_trainer_state(state)
         notes += _silence(state, series)
     elif events:
-        source = max(events, key=lambda p: p.stat().st_mtime).parent
+        newest = max(events, key=lambda p: p.stat().st_mtime)
+        source = newest if path.is_file() else newest.parent
         series, found = _from_tensorboard(source)
         notes += found
     elif notes:
@@ -200,6 +202,34 @@ def _state(path: Path) -> dict[str, Any]:
     if not (isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
         raise TypeError
     return {**state, "global_step": int(state["global_step"])}
+
+
+def _newest(states: Sequence[tuple[dict[str, Any], Path]]) -> tuple[dict[str, Any], Path]:
+    """The log of the newest run: the file written last, or one with more steps of the same run.
+
+    Each state holds the whole log up to its step.  A folder that is used again keeps checkpoints of
+    the run before, maybe of a longer one; copying a folder may give its files any order in time.
+    """
+    latest, _ = max(states, key=lambda s: (s[1].stat().st_mtime_ns, s[0]["global_step"]))
+    same = [found for found in states if _begins_with(found[0], latest)]
+    return max(same, key=lambda found: found[0]["global_step"])
+
+
+def _begins_with(state: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
+    """Whether a log goes on from another one, so that both are of one run."""
+    # As text, because NaN is not equal to itself.
+    texts = [[json.dumps(entry) for entry in each["log_history"]] for each in (state, part)]
+    return texts[0][: len(texts[1])] == texts[1]
+
+
+def _of_other_runs(
+    states: Sequence[tuple[dict[str, Any], Path]], state: Mapping[str, Any], source: Path
+) -> list[str]:
+    """What to know of logs that are not of the run that is shown."""
+    others = [str(file) for each, file in states if not _begins_with(state, each)]
+    if not others:
+        return []
+    return [f"not of the same run, older than {source.parent.name}, left out: {', '.join(others)}"]
 
 
 def _silence(state: Mapping[str, Any], series: Mapping[str, Any]) -> list[str]:
@@ -255,27 +285,32 @@ def _set_name(keys: Sequence[str]) -> str:
     return next(iter([*timed, *names]), "")
 
 
-def _from_tensorboard(folder: Path) -> tuple[dict[str, dict[str, Series]], list[str]]:
+def _from_tensorboard(path: Path) -> tuple[dict[str, dict[str, Series]], list[str]]:
     """The series, and remarks on them for the user."""
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError:
         raise CommandError(
-            f"reading {folder} needs tensorboard, which is not installed: "
+            f"reading {path} needs tensorboard, which is not installed: "
             "pip install 'focalpo_plugins[tensorboard]'."
         ) from None
     points: dict[str, dict[str, Series]] = {"train": {}, "eval": {}}
-    parts = _parts(folder)
-    for part, last in parts:  # the newest first, whose values count
-        log = EventAccumulator(str(part), size_guidance={"scalars": 0})  # all, not a sample
-        log.Reload()
-        for tag in log.Tags()["scalars"]:
-            split, _, key = tag.partition("/")
-            if split in points:
-                found = {
-                    event.step: event.value for event in log.Scalars(tag) if event.step <= last
-                }
-                points[split][key] = found | points[split].get(key, {})
+    notes = []
+    parts = _parts(path)
+    for part, until in reversed(parts):  # the oldest first
+        files = [part] if part.is_file() else part.glob("*.tfevents.*")
+        logs = [EventAccumulator(str(file), size_guidance={"scalars": 0}) for file in files]  # all
+        logs = [log.Reload() for log in logs]
+        logs = [log for log in logs if log.Tags()["scalars"]]
+        for log in sorted(logs, key=lambda log: log.FirstEventTimestamp()):
+            found: dict[str, dict[str, Series]] = {"train": {}, "eval": {}}
+            for tag in log.Tags()["scalars"]:
+                split, _, key = tag.partition("/")
+                if split in found:
+                    found[split][key] = {
+                        event.step: event.value for event in log.Scalars(tag) if event.step <= until
+                    }
+            notes += _go_on(points, found)
     shared = points["eval"]
     timed = [key.removesuffix("_runtime") for key in shared if key.endswith("_runtime")]
     names = [name for name in timed if f"{name}_loss" in shared]
@@ -283,7 +318,7 @@ def _from_tensorboard(folder: Path) -> tuple[dict[str, dict[str, Series]], list[
     for name in sorted(names, key=len, reverse=True):  # `a_b` before `a`
         for key in [key for key in shared if key.startswith(f"{name}_")]:
             points[f"eval_{name}"][key.removeprefix(f"{name}_")] = shared.pop(key)
-    notes = [f"its steps up to {last:g} are from the log {part.name}" for part, last in parts[1:]]
+    notes += [f"its steps up to {last:g} are from the log {part.name}" for part, last in parts[1:]]
     if len(names) == 1:
         points[f"eval_{names[0]}"] = {**points.pop("eval"), **points[f"eval_{names[0]}"]}
     elif names:
@@ -307,6 +342,30 @@ def _parts(folder: Path) -> list[tuple[Path, float]]:
         if not before.is_dir() or before in (part for part, _ in parts):
             return parts
         parts.append((before, last))
+
+
+def _go_on(
+    points: Mapping[str, dict[str, Series]], newer: Mapping[str, Mapping[str, Series]]
+) -> list[str]:
+    """Add a newer log to the older ones of its folder; says if it takes the place of steps.
+
+    A run that is resumed, or begun again in the same folder, replaces all steps from its first on.
+    """
+    first = min((step for of in newer.values() for s in of.values() for step in s), default=None)
+    if first is None:
+        return []
+    last = 0
+    for split, quantities in points.items():
+        for key, series in quantities.items():
+            last = max(last, *series, 0)
+            quantities[key] = {step: value for step, value in series.items() if step < first}
+        for key, series in newer[split].items():
+            quantities[key] = {**quantities.get(key, {}), **series}
+        for key in [key for key, series in quantities.items() if not series]:
+            del quantities[key]
+    if last < first:
+        return []
+    return [f"an older log in the folder has steps up to {last}: left out from step {first} on"]
 
 
 def _quantities(points: Mapping[str, Mapping[str, Series]]) -> dict[str, dict[str, Series]]:

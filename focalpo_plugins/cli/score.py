@@ -8,19 +8,25 @@ import json
 import math
 import re
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from ..errors import FocalPOError, InvalidValue
 from ..guards.resume import RECORD_FILE, of_trainer_state
-from . import CommandError, output_folder, write, writing
+from . import CommandError, named, output_folder, write, writing
 from .plots import pyplot, save
 
 _BETA = 0.1  # TRL's, Axolotl's and OpenRLHF's default
 _BINS = 40
 # Weights, config, tokenizer and chat template.
 _OF_A_MODEL = (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt")
+# What our files begin with.
+_OF_SCORES = json.dumps({"focalpo_score": 1}).removesuffix("}")
+_OF_SUMMARY = json.dumps({"focalpo_score": 1}, indent=2).removesuffix("\n}")
+_COLUMNS = ["from", "to", "reference_right", "reference_wrong"]
 _GROUPS = {"all pairs": None, "reference ranks right": True, "reference ranks wrong": False}
 
 
@@ -29,7 +35,7 @@ def run(args: Namespace) -> int:
 
     try:
         check_beta(_BETA if args.beta is None else args.beta)
-    except ValueError as error:
+    except InvalidValue as error:
         raise CommandError(f"--{error}") from None
     for flag in ("batch_size", "max_length"):
         value = getattr(args, flag)
@@ -41,7 +47,8 @@ def run(args: Namespace) -> int:
     identities = [_identity(args.model), _identity(args.ref)]
     draws = {"png", "svg"} & set(args.format)
     plt = pyplot() if draws else None
-    folder = output_folder(args.out)
+    pictures = named({"histogram": ",".join(_COLUMNS)}, args.format)
+    folder = output_folder(args.out, {"summary.json": _OF_SUMMARY, **pictures})
     try:
         from ..trl.score import PairScorer, resolve
     except ImportError as error:
@@ -49,10 +56,8 @@ def run(args: Namespace) -> int:
             f"scoring needs TRL, which prepares the data, and {error.name} is not installed: "
             "pip install 'focalpo_plugins[trl]'."
         ) from None
-    try:
+    with _library_errors("MODEL and --ref were looked up", args.debug):
         sources = resolve(args.model, args.ref)
-    except ValueError as error:
-        raise CommandError(str(error)) from None
     beta, why = _beta(args.beta, Path(args.model))
     for note in (*(source.note for source in sources if source.note), why):
         print(note)
@@ -73,32 +78,28 @@ def run(args: Namespace) -> int:
     done = _resume(scores, header)
     if done:
         print(f"{scores} has {len(done)} pairs already; going on from there")
-    try:
+    with _library_errors("MODEL, --ref and DATA were loaded", args.debug):
         scorer = PairScorer(
             args.model, args.ref, data, max_length=args.max_length, dtype=args.dtype
         )
-    except ValueError as error:
-        raise CommandError(str(error)) from None
     print(f"{len(scorer.rows)} pairs of {data}: {scorer.form}")
 
     from tqdm import tqdm
 
     waiting = [place for place, row in enumerate(scorer.rows) if row not in done]
-    with (
-        writing(scores),
-        scores.open("a", encoding="utf-8") as file,
-        tqdm(total=len(scorer.rows), initial=len(done), unit="pair") as bar,
-    ):
-        if not done and scores.stat().st_size == 0:
-            file.write(json.dumps(header) + "\n")
+    if not scores.exists() or scores.stat().st_size == 0:
+        _append(scores, [header])
+    with tqdm(total=len(scorer.rows), initial=len(done), unit="pair") as bar:
         for start in range(0, len(waiting), args.batch_size):
             batch = waiting[start : start + args.batch_size]
-            for found in scorer.score(batch):
+            rows = ", ".join(str(scorer.rows[place]) for place in batch)
+            with _library_errors(f"rows {rows} were scored", args.debug, scores):
+                scored = scorer.score(batch)
+            for found in scored:
                 _check_finite(found)
-                record = _with_rewards(found, beta)
-                done[record["row"]] = record
-                file.write(json.dumps(record) + "\n")
-            file.flush()
+            records = [_with_rewards(found, beta) for found in scored]
+            _append(scores, records)
+            done |= {record["row"]: record for record in records}
             bar.update(len(batch))
 
     records = [done[row] for row in sorted(done)]
@@ -110,7 +111,7 @@ def run(args: Namespace) -> int:
     if "csv" in args.format:
         table = StringIO()
         writer = csv.writer(table)
-        writer.writerow(["from", "to", "reference_right", "reference_wrong"])
+        writer.writerow(_COLUMNS)
         writer.writerows(zip(edges, edges[1:], *counts, strict=False))
         written.append(write(folder / "histogram.csv", table.getvalue()))
     if plt is not None:
@@ -119,14 +120,43 @@ def run(args: Namespace) -> int:
     return 0
 
 
+@contextmanager
+def _library_errors(doing: str, debug: bool, scores: Path | None = None) -> Iterator[None]:
+    """Make a library's error one line with its type; an error of ours is left as it is.
+
+    Args:
+        doing: what was being done, in the past.
+        debug: leave the error as it is, with its traceback.
+        scores: the file that the next run goes on with, if there is one.
+    """
+    try:
+        yield
+    except FocalPOError:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        rest = "" if scores is None else f" Run it again to go on after the pairs in {scores}."
+        text = " ".join(str(error).split())
+        raise CommandError(
+            f"{type(error).__name__}: {text}. A library raised it while {doing}; --debug shows "
+            f"where.{rest}"
+        ) from error
+
+
+def _append(scores: Path, records: Iterable[dict[str, Any]]) -> None:
+    with writing(scores), scores.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+
+
 def _beta(asked: float | None, model: Path) -> tuple[float, str]:
     """The beta to score with, and a note: where it is from, or that training used another."""
-    found = _recorded_beta(model)
-    if found is None:
+    recorded, place = _recorded_beta(model)
+    if recorded is None:
         if asked is not None:
             return asked, f"beta {asked:g}, from --beta"
-        return _BETA, f"beta {_BETA:g}, the default: MODEL does not say what it was trained with"
-    recorded, place = found
+        why = "MODEL does not say what it was trained with" + f" ({place})" * bool(place)
+        return _BETA, f"beta {_BETA:g}, the default: {why}"
     if asked is None:
         return recorded, f"beta {recorded:g}, which MODEL was trained with ({place})"
     if asked != recorded:
@@ -137,16 +167,17 @@ def _beta(asked: float | None, model: Path) -> tuple[float, str]:
     return asked, f"beta {asked:g}, from --beta, which MODEL was trained with ({place})"
 
 
-def _recorded_beta(model: Path) -> tuple[float, Path] | None:
-    """The beta of the newest record that can be read, and the record's file; None without one.
+def _recorded_beta(model: Path) -> tuple[float | None, str]:
+    """The beta of the newest record that can be read, None without one; and the record's file.
 
     Records are in the model's folder and in checkpoints inside it.  If the model was made from a
-    checkpoint or an adapter, they are also in the folder of that.
+    checkpoint or an adapter, they are also in the folder of that.  The newest is the one written
+    last: a folder that is used again keeps checkpoints of the run before, maybe of a longer one.
     """
     from ..loss import check_beta
 
     if not model.is_dir():
-        return None
+        return None, ""
     folders = [model]
     if model.name == "merged":  # Axolotl's merge-lora, in the adapter's folder
         folders.append(model.parent)
@@ -154,17 +185,29 @@ def _recorded_beta(model: Path) -> tuple[float, Path] | None:
         folders.append(model.with_name(model.name.removesuffix("_hf")))
     for folder in folders:
         inside = [place for pattern in _CHECKPOINTS for place in folder.glob(pattern)]
-        inside.sort(key=lambda place: int("".join(re.findall(r"\d+$", place.name)) or -1))
-        for place in (folder, *reversed(inside)):
+        found: list[tuple[int, int, float | None, Path]] = []
+        for place in (folder, *inside):
             for name, record_of in _RECORDS.items():
                 try:
-                    content = json.loads((place / name).read_text(encoding="utf-8"))
-                    beta = record_of(content)["beta"]
-                    check_beta(beta)
+                    record = record_of(json.loads((place / name).read_text(encoding="utf-8")))
+                    beta = None if record is None else record["beta"]  # not a run of ours
+                    if beta is not None:
+                        check_beta(beta)
+                    written = (place / name).stat().st_mtime_ns
                 except (OSError, ValueError, TypeError, LookupError, AttributeError):
                     continue  # there is no record, or the run was killed while it wrote one
-                return beta, place / name
-    return None
+                step = int("".join(re.findall(r"\d+$", place.name)) or -1)
+                found.append((written, step, beta, place / name))
+        if found:
+            *_, beta, newest = max(found, key=lambda each: each[:2])
+            older = {of: file for *_, of, file in sorted(found, key=lambda each: each[:2])}
+            said = [
+                f"{file}, which is older, {'has none' if of is None else f'says {of:g}'}"
+                for of, file in older.items() if of != beta
+            ]  # fmt: skip
+            if beta is not None or said:
+                return beta, "; ".join([str(newest), *said])
+    return None, ""
 
 
 # Where hosts write what a checkpoint was trained with, and how to read it.
@@ -205,13 +248,15 @@ def _resume(scores: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
     content = scores.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     try:
-        records = [json.loads(line) for line in whole.splitlines()]
-        if records and records[0].get("focalpo_score") != 1:
+        # Also if the first line is not whole: it is cut off below.
+        if not content.startswith(_OF_SCORES.encode()[: len(content)]):
             raise ValueError
+        records = [json.loads(line) for line in whole.splitlines()]
         done = {int(record["row"]): record for record in records[1:]}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CommandError(
-            f"{scores} is there already and is no record of ours: give another --out."
+            f"{scores} is there already, is not a file of `focalpo score`, and is left as it is: "
+            "move it, or give another --out."
         ) from None
     if records:
         differing = [key for key in header if records[0].get(key) != header[key]]

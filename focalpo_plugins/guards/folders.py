@@ -17,10 +17,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: it can't be written.
     """
+    if isinstance(content, str):
+        # A path may hold bytes that are no text, which Python reads as lone surrogates.
+        content = content.encode(errors="backslashreplace")
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -9,6 +9,7 @@ environment.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,6 +22,8 @@ from .messages import say
 
 #: The variable that names the file; ``_focalpo_plugins_autoload`` sets it.
 VARIABLE = "FOCALPO_LAST_LINE"
+# A name that the autoload gives: with any other, nothing is written.
+_NAME = re.compile(r"focalpo_plugins-[0-9]+-[0-9a-f]+")
 _explain: Callable[[BaseException], str | None] | None = None
 
 
@@ -70,14 +73,19 @@ def _leave(name: str, reason: str) -> bool:
 
     If several ranks fail, the first reason is kept.
     """
-    path = os.path.join(gettempdir(), os.path.basename(name))
+    if _NAME.fullmatch(name) is None:
+        return False
+    path = None
     try:
-        with open(path, "x", encoding="utf-8") as file:
+        path = os.path.join(gettempdir(), name)
+        # A path may hold bytes that are no text, which Python reads as lone surrogates.
+        with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(" ".join(reason.split()))
     except FileExistsError:
         return True
     except OSError:
-        with suppress(OSError):
-            os.remove(path)  # a part of it would mislead
+        if path is not None:
+            with suppress(OSError):
+                os.remove(path)  # a part of it would mislead
         return False
     return True

@@ -99,6 +99,7 @@ def _plan(of_host: Any, gpus: int, shape: Path | None) -> Plan:
         "precision": args.ds.param_dtype,
         "state": _state(args, precomputed, shape),
         "notes": notes,
+        "terms": _terms(args),
     }
     if shape is not None:
         return Plan(tokenizer=None, rows=0, kept=0, pairs=(), epoch_steps=0, steps=0, **shown)
@@ -204,6 +205,14 @@ def _of_evaluation(of_host: Any, evaluated: Any, tokenizer: Any, flag: str) -> l
         f"{count} of {len(evaluated)} pairs of {flag} are {fault}."
         for fault, count in sorted(counts.items())
     ]
+
+
+def _terms(args: Any) -> list[tuple[str, float]] | None:
+    """The loss that OpenRLHF logs; None if the reference is another model than the policy."""
+    reference = args.ref.model_name_or_path
+    if reference and reference != args.model.model_name_or_path:
+        return None
+    return [("ipo" if args.model.ipo_enable else "sigmoid", 1.0)]
 
 
 def _flags(argv: Sequence[str]) -> Any:

@@ -6,6 +6,7 @@ and its collator give the batches that a run would have trained on.
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -248,7 +249,8 @@ def _model(source: Source, role: str, dtype: str) -> Any:
             name, what = source.name, "adapter"
             model, wrong["lack"], wrong["have besides"] = _with_adapter(model, name)
     except Exception as error:  # broken files raise errors of many kinds
-        why = str(error).splitlines()[0] if isinstance(error, OSError) else _one_line(error)
+        lines = str(error).splitlines() if isinstance(error, OSError) else []
+        why = lines[0] if lines else _one_line(error)
         raise InvalidValue(
             f"{role} must be a model that can be loaded, got {source.name!r}: {why}"
         ) from error
@@ -383,11 +385,15 @@ def _read(data: Path) -> Dataset:
             # As str, because an answer of digits is a text.
             return Dataset.from_pandas(pandas.read_csv(data, dtype=str), preserve_index=False)
         with TemporaryDirectory() as cache:
+            named = Path(cache, f"data{data.suffix}")  # `data_files` is a pattern, and a path isn't
+            named.symlink_to(data.absolute())
             return load_dataset(
-                _FORMATS[data.suffix], data_files=str(data), split="train", cache_dir=cache,
-                keep_in_memory=True,
+                _FORMATS[data.suffix], data_files=glob.escape(str(named)), split="train",
+                cache_dir=cache, keep_in_memory=True,
             )  # fmt: skip
     except Exception as error:  # the readers raise errors of many kinds
+        if isinstance(error.__cause__ or error, OSError):  # of the machine, not of what is in it
+            raise
         why = " ".join(str(error.__cause__ or error).split())
         raise InvalidValue(f"DATA must be a preference file, got {str(data)!r}: {why}") from None
 

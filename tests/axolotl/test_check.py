@@ -158,6 +158,23 @@ def answers(
                 skip_prepare_dataset=True,
             ),
         ],
+        "ipo": ["--json", config(**{**plain_dpo, "rl": "ipo", "rl_beta": 0.1})],
+        "ipo, without data": [
+            "--model-config",
+            "llama-3-8b",
+            config(**{**plain_dpo, "rl": "ipo", "rl_beta": 0.5}),
+        ],
+        "hinge": ["--json", config(**plain_dpo, dpo_loss_type=["hinge"])],
+        "of two": [
+            "--json",
+            config(
+                **{**plain_dpo, "rl_beta": 0.25},
+                dpo_loss_type=["sigmoid", "ipo"],
+                dpo_loss_weights=[0.5, 0.25],
+            ),
+        ],
+        "apo": [config(**plain_dpo, dpo_loss_type=["apo_down"])],
+        "with sft": ["--json", config(dpo_loss_type=["sigmoid", "sft"])],
         "moving": [config(focalpo_gamma=0.5, focalpo_gamma_end=0.0)],
         "fused, capped": [config(base_model=str(capped), focalpo_fused=True)],
         "unknown key": [config(focalpo_gama=0.1)],
@@ -460,6 +477,34 @@ def test_a_margin_without_a_reference(answers: dict[str, Answer], tiny: Path, da
             continue
         expected += len(sides["chosen"][0]) + longer > 40 and 40 - longer < longer
     assert cut["counts"]["truncated"] == expected > 0
+
+
+@shares_answers
+def test_the_first_loss_of_other_losses(answers: dict[str, Answer]):
+    """All at margin 0. IPO's is ``(0 - 1/(2 beta))^2``: 25 at beta 0.1, 1 at 0.5, 4 at 0.25; the
+    hinge's is ``max(0, 1 - 0)``. Of two losses it is .5 ln 2 + .25 * 4. An answer's own likelihood
+    (sft) can't be known before, and is added to FocalPO too."""
+    assert read(answers["ipo"])["first_loss"] == pytest.approx(25)
+    assert "predicted first loss 1.0000 (DPO: 0.6931)" in answers["ipo, without data"][1]
+    assert read(answers["hinge"])["first_loss"] == 1
+    assert read(answers["of two"])["first_loss"] == pytest.approx(0.5 * math.log(2) + 1)
+    assert "the first loss can't be predicted: it isn't only the loss" in answers["apo"][1]
+    assert read(answers["with sft"])["first_loss"] is None
+
+
+@shares_answers
+@pytest.mark.parametrize("case", ["ipo", "of two"])
+def test_a_run_logs_the_first_loss_that_was_said(answers, once: Axolotl, data: Path, case: str):
+    more: dict[str, Any] = {"rl": "ipo", "rl_beta": 0.1}
+    if case == "of two":
+        more = {"rl": "dpo", "rl_beta": 0.25, "dpo_loss_type": ["sigmoid", "ipo"]}
+        more["dpo_loss_weights"] = [0.5, 0.25]
+    pairs = {"path": str(data), "ds_type": "json", "split": "train"}
+    pairs["type"] = "chat_template.argilla_chat"
+    more |= {"focalpo_gamma": None, "focalpo_variant": None, "datasets": [pairs], "max_steps": 1}
+    run = once.train(**more, output_dir=str(once.folder / f"first_{case}"))
+    said = read(answers[case])["first_loss"]
+    assert run.log[0]["loss"] == pytest.approx(said, abs=1e-3)
 
 
 @shares_answers

@@ -77,6 +77,8 @@ def answers(
         "steps": argv(*focal, *STEPS),
         "parallel": argv(*focal, *flash, "--ds.ring_attn_size", "2", "--ds.tensor_parallel_size", "2", before=eight),
         "dpo": argv("--ds.param_dtype", "fp16"),
+        "ipo": argv("--model.ipo_enable", "--model.beta", "0.5"),
+        "reference": argv(*focal, "--ref.model_name_or_path", str(tiny / "model")),
         "flash": argv(*focal, *flash, before=("--strict",)),
         "no such pair": argv(*focal, before=("--pair", "99")),
         "gamma": argv(*focal, "--focalpo.gamma", "3"),
@@ -118,6 +120,13 @@ def test_openrlhf_sums_over_the_same_tokens(answers, openrlhf):
     prompt = sequence["trained"].index(True)
     sums, _ = openrlhf.DPOTrainer._get_batch_logps(None, ones, mask, [prompt])
     assert sums.item() == sum(sequence["trained"])
+
+
+def test_the_first_loss(answers):
+    """IPO's at margin 0 is ``(1/(2 beta))^2``, 1 at beta 0.5. With another model as reference no run
+    starts there."""
+    assert read(answers["ipo"])["first_loss"] == pytest.approx(1)
+    assert read(answers["reference"])["first_loss"] is None
 
 
 def test_what_is_counted(answers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from focalpo_plugins import FocalPOConfig, FocalPOTrainer
-from focalpo_plugins.cli.score import _beta
+from focalpo_plugins.cli import CommandError, main
+from focalpo_plugins.cli.score import _beta, _resume
 from focalpo_plugins.trl.score import _model, _pairs, _trainer, _with_adapter, resolve
 
 shares_ends = pytest.mark.xdist_group("ends")  # one worker makes the runs, once
@@ -160,6 +162,13 @@ def ends(setting: dict[str, Path]) -> dict[str, tuple[int, str, str]]:
     csv = ("--format", "csv")
     cases["null cell"] = argv("d", *csv, data="null.csv")
     cases["max length"] = argv("d", "--max-length", "0")
+    shutil.copy(folder / "pairs.jsonl", folder / "pairs[0].jsonl")
+    shutil.copy(folder / "columns.jsonl", folder / "pairs0.jsonl")
+    cases["pattern"] = argv("pattern", "--batch-size", "4", *csv, data="pairs[0].jsonl")
+    for case, file in (("own summary", "summary.json"), ("own histogram", "histogram.csv")):
+        (folder / case).mkdir()
+        (folder / case / file).write_text("{}\n")
+        cases[case] = argv(case, *csv)
     cases["adapter"] = argv("adapted", *csv, model="adapter", beta=None)
     cases["adapter as reference"] = argv("reversed", *csv, model=setting["ref"], ref="adapter")
     cases["adapter, no base"] = argv("over", *csv, model="adapter, no base")
@@ -276,6 +285,11 @@ RECORDED = [
     ({"out/checkpoint-9/trainer_state.json": 0.3, "out/checkpoint-10/trainer_state.json": "{"}, "out", 0.3),
     ({"out/checkpoint-9/trainer_state.json": None}, "out", 0.1),
     ({"out/trainer_state.json": -1.0}, "out", 0.1),
+    # Written one after the other: by a shorter run in the folder of a longer one; by one of DPO's.
+    ({"out/checkpoint-60/trainer_state.json": 0.3, "out/checkpoint-30/trainer_state.json": 0.4}, "out", 0.4),
+    ({"out/trainer_state.json": 0.3, "out/checkpoint-30/trainer_state.json": 0.4}, "out", 0.4),
+    ({"out/ckpt/global_step60/focalpo_plugins.json": 0.3, "out/ckpt/global_step30/focalpo_plugins.json": 0.4}, "out", 0.4),
+    ({"out/checkpoint-60/trainer_state.json": 0.3, "out/checkpoint-30/trainer_state.json": None}, "out", 0.1),
     ({"out/checkpoint-9/trainer_state.json": 0.3}, "out/merged", 0.3),
     ({"out/checkpoint-9/trainer_state.json": 0.3}, "out/checkpoint-9", 0.3),
     ({"out/ckpt/global_step9/focalpo_plugins.json": 0.3}, "out", 0.3),
@@ -285,7 +299,7 @@ RECORDED = [
 
 @pytest.mark.parametrize(("files", "model", "beta"), RECORDED)
 def test_beta_is_what_the_model_was_trained_with(tmp_path: Path, files, model: str, beta: float):
-    for name, recorded in files.items():
+    for hours, (name, recorded) in enumerate(files.items(), 1):
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(recorded, str):
@@ -293,6 +307,7 @@ def test_beta_is_what_the_model_was_trained_with(tmp_path: Path, files, model: s
         else:
             write = write_record if file.name == "trainer_state.json" else write_openrlhf
             write(file, recorded)
+        os.utime(file, (hours * 3600, hours * 3600))
     (tmp_path / model).mkdir(parents=True, exist_ok=True)
     known = beta != 0.1
     found, said = _beta(None, tmp_path / model)
@@ -303,6 +318,25 @@ def test_beta_is_what_the_model_was_trained_with(tmp_path: Path, files, model: s
     expected = f"warning: beta 2, from --beta, where MODEL was trained with {beta:g} ("
     assert said.startswith(expected if known else "beta 2, from --beta")
     assert _beta(beta, tmp_path / model)[1].startswith(f"beta {beta:g}, from --beta")
+
+
+def test_a_beta_of_another_run_in_the_folder_is_named(tmp_path: Path):
+    """The newest by time counts, and of the same beta nothing is said."""
+    for step, beta, hour in ((60, 0.3, 1), (50, 0.4, 2), (30, 0.4, 3)):
+        file = tmp_path / f"checkpoint-{step}" / "trainer_state.json"
+        file.parent.mkdir()
+        write_record(file, beta)
+        os.utime(file, (hour * 3600, hour * 3600))
+    older = f"{tmp_path / 'checkpoint-60' / 'trainer_state.json'}, which is older, says 0.3"
+    beta, said = _beta(None, tmp_path)
+    assert (beta, said) == (0.4, f"beta 0.4, which MODEL was trained with ({file}; {older})")
+    write_record(file, None)  # a run of DPO's
+    beta, said = _beta(None, tmp_path)
+    assert beta == 0.1
+    assert said.startswith(
+        f"beta 0.1, the default: MODEL does not say what it was trained with ({file}; "
+    )
+    assert older in said
 
 
 def test_beta_of_a_trainer_that_was_given_its_loss_twice(tmp_path: Path):
@@ -515,8 +549,6 @@ def test_goes_on_where_it_stopped(setting, ends):
 def test_half_a_file_is_never_read_as_whole(setting, ends, tmp_path):
     """Cut anywhere: what is gone on with are the pairs whose lines are whole, and the file then ends
     with the last of these."""
-    from focalpo_plugins.cli.score import _resume
-
     lines = (setting["folder"] / "whole" / "scores.jsonl").read_bytes().splitlines(keepends=True)
     content = b"".join(lines[:3])
     header, scores = json.loads(lines[0]), tmp_path / "scores.jsonl"
@@ -525,6 +557,88 @@ def test_half_a_file_is_never_read_as_whole(setting, ends, tmp_path):
         whole = content[:cut].count(b"\n")
         assert sorted(_resume(scores, header)) == list(range(max(0, whole - 1)))
         assert scores.read_bytes() == b"".join(lines[:whole])
+
+
+# One line of a user's file, and whole lines of one; and what could be the start of ours.
+FOREIGN = [
+    '{"my": "results"}',
+    '{"my": 1}\n{"my": 2}\n',
+    '{"my": 1}\nhalf',
+    "x",
+    '{"focalpo_score": 2}',
+    "\n",
+]
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_scores_file_of_the_user_is_never_touched(tmp_path: Path, content: str):
+    scores = tmp_path / "scores.jsonl"
+    scores.write_text(content)
+    with pytest.raises(CommandError) as error:
+        _resume(scores, {"focalpo_score": 1})
+    assert str(error.value).startswith(f"{scores} is there already, is not a file of")
+    assert scores.read_text() == content
+
+
+@shares_ends
+def test_other_files_of_the_user_are_never_touched(setting, ends):
+    for case, file in (("own summary", "summary.json"), ("own histogram", "histogram.csv")):
+        code, _, errors = ends[case]
+        assert (code, f"with another {file}, which is left as it is" in errors) == (2, True)
+        folder = setting["folder"] / case
+        assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(file, "{}\n")]
+
+
+@shares_ends
+def test_a_path_is_no_pattern(setting, ends):
+    """The file that is named is scored, not those that its name would match."""
+    assert ends["pattern"][0] == 0, ends["pattern"][2][-3000:]
+    assert records(setting["folder"] / "pattern") == records(setting["folder"] / "whole")
+
+
+def score_with(monkeypatch, tmp_path: Path, error: Exception, *words: str) -> int:
+    """``focalpo score`` with a scorer that fails on its third pair, after two that it has scored."""
+
+    class Scorer:
+        rows, total, form = [0, 1, 2], 3, "texts"
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def score(self, places: list[int]) -> list[dict[str, Any]]:
+            if 2 in places:
+                raise error
+            names = ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp")
+            return [{"row": place, **dict.fromkeys(names, -1.0)} for place in places]
+
+    monkeypatch.setattr("focalpo_plugins.trl.score.PairScorer", Scorer)
+    (tmp_path / "model").mkdir(exist_ok=True)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    given = [tmp_path / "pairs.jsonl", "--ref", tmp_path / "model", "--out", tmp_path / "out"]
+    argv = ["score", tmp_path / "model", *given, "--format", "csv", "--batch-size", 1, *words]
+    return main([*map(str, argv)])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionResetError(104, "Connection reset by peer"), KeyError("logits"), ValueError("of\na library"),
+     OSError(28, "No space left on device"), RuntimeError("CUDA error")],
+    ids=repr,
+)  # fmt: skip
+def test_a_library_s_error_has_its_type_and_blames_nobody(monkeypatch, tmp_path, capsys, error):
+    """And the pairs before it are kept."""
+    assert score_with(monkeypatch, tmp_path, error) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    kind = type(error).__name__
+    text = " ".join(str(error).split())
+    assert said.startswith(
+        f"focalpo score: error: {kind}: {text}. A library raised it while rows 2 "
+    )
+    assert "--out must be" not in said and "must be" not in said
+    assert [record["row"] for record in records(tmp_path / "out")] == [0, 1]
+    with pytest.raises(type(error)):
+        score_with(monkeypatch, tmp_path, error, "--debug")
 
 
 @shares_ends

@@ -36,11 +36,13 @@ def print_text(
         described = " ".join([plan.loss.name, *options])
     line("loss", f"{described}, beta={plan.beta:g}, label smoothing {plan.label_smoothing:g}")
     first = plan.first_loss()
-    if first is None:
+    if plan.margin != "dpo":
         line("", f"margin {plan.margin}, without a reference: the first loss can't be predicted")
+    elif first is None:
+        line("", "the first loss can't be predicted: it isn't only the loss of a margin of 0")
     else:
         line("", f"predicted first loss {first:.4f} (DPO: 0.6931)")
-    if star > -math.inf and first is None:
+    if star > -math.inf and plan.margin != "dpo":
         line("", f"z* = {star:.2f}: pairs with a lower margin are pushed further the wrong way")
     elif star > -math.inf:
         line(
