@@ -111,6 +111,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "focalpo") -> int:
         parser.print_help()
         return 0
     args.host_argv = host_argv
+    if hasattr(sys.stdout, "reconfigure"):  # a path may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return int(import_module(f".{args.command}", __name__).run(args))
     except FocalPOError as error:
