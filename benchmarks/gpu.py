@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
@@ -272,6 +273,11 @@ def main() -> int:
     args = parser.parse_args()
     if args.device == "cuda" and not CUDA:
         parser.error("--device must be cpu where torch finds no CUDA, got cuda")
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    for package in ("trl", "peft"):
+        if find_spec(package) is None:
+            parser.error(f"it needs {package}, which is not installed")
     os.environ["HF_HUB_OFFLINE"] = "1"
     card = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))

@@ -7,6 +7,7 @@ over rounds drawn again.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,10 +24,40 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny"
 
 
+MOST_PAIRS = 48  # of a file, that a benchmark draws
+
+
 def check_tiny() -> None:
     """End the process where the tiny model and data have not been made."""
     if not (TINY / "made.json").is_file():
         raise SystemExit("the model and data are not there: python examples/make_tiny.py")
+
+
+def conversations(path: Path) -> list[dict[str, Any]]:
+    """The pairs of a file of JSON lines, as whole conversations in chosen and rejected.
+
+    Raises:
+        ValueError: a line is none, or there are too few; the message names file and line.
+    """
+    rows = []
+    # A text in JSON may hold line breaks other than \n.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip(" \t"):
+            continue
+        try:
+            row = json.loads(line)
+            for side in ("chosen", "rejected"):
+                [(message["role"], message["content"]) for message in row[side]]
+                row[side][1]
+        except (ValueError, TypeError, LookupError):
+            raise ValueError(
+                f"{path}, line {number}, must be an object with whole conversations in chosen and "
+                "rejected"
+            ) from None
+        rows.append(row)
+    if len(rows) < MOST_PAIRS:
+        raise ValueError(f"{path} must hold at least {MOST_PAIRS} pairs, got {len(rows)}")
+    return rows
 
 
 def larger_model(folder: Path, tokens: Path | None = None) -> Path:

@@ -25,12 +25,22 @@ def read(files: list[Path]) -> tuple[dict[str, Any], dict[str, dict[str, dict[st
     machine: dict[str, Any] = {}
     cases: dict[str, dict[str, dict[str, Any]]] = {}
     for file in files:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        of_shared = [row for row in content["results"] if row["benchmark"] == "shared"]
-        for row in of_shared:
-            cases.setdefault(row["case"], {})[row["quantity"]] = row
-        if of_shared:
-            machine = content["machine"]
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            of_shared = [row for row in content["results"] if row["benchmark"] == "shared"]
+            for row in of_shared:
+                cases.setdefault(row["case"], {})[row["quantity"]] = row
+            if of_shared:
+                machine = content["machine"]
+        except (ValueError, LookupError, TypeError):
+            raise SystemExit(
+                f"FILE must be what run.py writes, got {str(file)!r}, which isn't whole: measure "
+                "again"
+            ) from None
+    for case, rows in cases.items():
+        for name in QUANTITIES:
+            if name not in rows:
+                raise SystemExit(f"FILE must have the {name} of each case, got none of {case!r}")
     return machine, cases
 
 
@@ -80,7 +90,10 @@ def main() -> int:
     machine, cases = read(args.files)
     if not cases:
         parser.error("FILE must have results of the benchmark shared, got none")
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out must be a folder, got {args.out}: {error}")
     (written,) = save(draw(machine, cases), args.out, "shared", ["svg"])
     print(f"wrote {written}")
     return 0

@@ -27,7 +27,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from measure import CUDA, Result
+from measure import CUDA, Result, check_tiny, conversations
 
 # Name: module, the host that it needs, rounds.
 BENCHMARKS = {
@@ -39,6 +39,7 @@ BENCHMARKS = {
     "fused": ("loss_part", "trl", 3),
     "openrlhf": ("openrlhf_steps", "openrlhf", 60),
 }
+OF_PAIRS = ("shared", "axolotl", "openrlhf")  # which read --pairs and --tokenizer
 
 
 def machine() -> dict[str, str | int]:
@@ -49,7 +50,7 @@ def machine() -> dict[str, str | int]:
     }
     cpu = Path("/proc/cpuinfo")
     if cpu.is_file():
-        names = [line for line in cpu.read_text().splitlines() if line.startswith("model name")]
+        names = [line for line in cpu.read_text().split("\n") if line.startswith("model name")]
         found["cpu"] = names[0].partition(":")[2].strip() if names else platform.machine()
     if CUDA:
         found["gpu"] = torch.cuda.get_device_name()
@@ -74,6 +75,37 @@ def line(result: Result) -> str:
     )
 
 
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse wrong arguments before anything is measured, and make paths hold in any folder."""
+    if args.rounds is not None and args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    if {"trl", *OF_PAIRS} & {*args.names}:
+        check_tiny()
+    if args.pairs is not None:
+        args.pairs = args.pairs.resolve()
+        try:
+            conversations(args.pairs)
+        except (OSError, ValueError) as error:
+            parser.error(f"--pairs: {error}")
+    if args.tokenizer is not None:
+        args.tokenizer = args.tokenizer.resolve()
+        from transformers import AutoTokenizer
+
+        try:
+            AutoTokenizer.from_pretrained(args.tokenizer).get_chat_template()
+        except Exception as error:  # of transformers
+            parser.error(
+                "--tokenizer must be a folder with a tokenizer and its chat template, got "
+                f"{args.tokenizer}: {str(error).strip().splitlines()[0]}"
+            )
+    if args.out.is_dir():
+        parser.error(f"--out must be a file, got {args.out}")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out must be a file in a folder, got {args.out}: {error}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -89,23 +121,24 @@ def main() -> int:
     for name in args.names:
         if name not in BENCHMARKS:
             parser.error(f"NAME must be one of {', '.join(BENCHMARKS)}, got {name!r}")
+        host = BENCHMARKS[name][1]
+        if host is not None and find_spec(host) is None:
+            parser.error(f"{name} needs {host}, which is not installed")
+    there = [name for name, (_, host, _) in BENCHMARKS.items() if host is None or find_spec(host)]
+    args.names = args.names or there
+    check(parser, args)
     here = machine()
     print(", ".join(f"{key} {value}" for key, value in here.items()), flush=True)
     results: list[Result] = []
-    for name in args.names or BENCHMARKS:
+    for name in args.names:
         module, host, rounds = BENCHMARKS[name]
-        if host is not None and find_spec(host) is None:
-            if args.names:
-                parser.error(f"{name} needs {host}, which is not installed")
-            continue
         print(f"\n{name:<44} {'':<18} {'ours':>11} {'theirs':>11} {'':<5} {'ratio':>7} [95 %]")
         options = {"host": host} if module == "steps" else {}
-        if name in ("shared", "axolotl", "openrlhf"):
+        if name in OF_PAIRS:
             options |= {"pairs": args.pairs, "tokenizer": args.tokenizer}
         for result in import_module(module).measure(args.rounds or rounds, **options):
             results.append(result)
             print(line(result), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": here, "results": [result.as_dict() for result in results]}
     args.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"\nwrote {args.out}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import json
 import random
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import CUDA, TINY, Result, check_tiny, compare, in_turns, peak_bytes, seconds
+from measure import (
+    CUDA,
+    TINY,
+    Result,
+    check_tiny,
+    compare,
+    conversations,
+    in_turns,
+    peak_bytes,
+    seconds,
+)
 
 # Name, hidden size, layers; the second is large enough that a step is no overhead.
 MODELS = (("10 M", 384, 6), ("60 M", 640, 12))
@@ -73,7 +82,7 @@ def trainer(network: Any, tokenizer: Any, folder: str, pairs: int, **ours: Any) 
 
 def of_file(path: Path, tokenizer: Any, pairs: int, count: int) -> list[list[dict[str, Any]]]:
     """Batches of the pairs of a file of conversations, in an order drawn once."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = conversations(path)
     found = []
     for row in random.Random(0).sample(rows, pairs * count):
         prompt = tokenizer.apply_chat_template(

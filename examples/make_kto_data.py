@@ -9,6 +9,7 @@ its KL term from each answer's neighbours, which must not share its prompt.
 """
 
 import argparse
+import glob
 import json
 import sys
 from pathlib import Path
@@ -37,6 +38,23 @@ def render(tokenizer, messages: list[dict[str, str]], empty_system: bool) -> tup
     return prompt, completion
 
 
+def is_conversation(messages: object) -> bool:
+    """Whether they are a prompt and an answer."""
+    return (
+        isinstance(messages, list)
+        and len(messages) > 1
+        and all(
+            isinstance(message, dict)
+            and all(isinstance(message.get(key), str) for key in ("role", "content"))
+            for message in messages
+        )
+    )
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="the tokenizer's name or folder")
@@ -50,20 +68,37 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the JSONL file to write")
     args = parser.parse_args(argv)
 
-    if args.data.endswith(".jsonl"):
-        pairs = load_dataset("json", data_files=args.data, split="train")
-    else:
-        pairs = load_dataset(args.data, split=args.split)
+    if args.out.is_dir():
+        parser.error(f"--out must be a file, got {args.out}")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out must be a file in a folder, got {args.out}: {error}")
+    try:
+        if args.data.endswith(".jsonl"):
+            pairs = load_dataset("json", data_files=glob.escape(args.data), split="train")
+        else:
+            pairs = load_dataset(args.data, split=args.split)
+    except Exception as error:  # of datasets
+        sys.exit(f"{args.data} can't be read as preference pairs: {first_line(error)}")
     missing = {"chosen", "rejected"} - set(pairs.column_names)
     if missing:
         sys.exit(f"{args.data} has no column {sorted(missing)}, only {pairs.column_names}")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        tokenizer.get_chat_template()
+    except Exception as error:  # of transformers
+        sys.exit(f"{args.model} has no tokenizer with a chat template: {first_line(error)}")
     # Written whole or not at all: training must not start on half a file.
     half = args.out.with_suffix(".part")
     with half.open("w", encoding="utf-8") as out:
         for label, column in ((True, "chosen"), (False, "rejected")):
-            for messages in pairs[column]:
+            for number, messages in enumerate(pairs[column], 1):
+                if not is_conversation(messages):
+                    sys.exit(
+                        f"{args.data}, row {number}: {column} must be a whole conversation, a list "
+                        f"of messages with role and content, got {str(messages)[:80]!r}"
+                    )
                 prompt, completion = render(tokenizer, messages, args.empty_system)
                 line = {"prompt": prompt, "completion": completion, "label": label}
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")

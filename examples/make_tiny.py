@@ -357,11 +357,18 @@ def main() -> None:
     args = parser.parse_args()
     out: Path = args.out
 
+    if not 0 <= args.seed < 2**63:  # torch's
+        parser.error(f"--seed must be at least 0 and below 2**63, got {args.seed}")
+    if out.exists() and not out.is_dir():
+        parser.error(f"--out must be a folder, got {out}")
     if out.exists() and any(out.iterdir()):
         if not (out / STAMP).is_file():
             parser.error(f"{out} was not made by this script; choose another --out")
-        stamp = json.loads((out / STAMP).read_text(encoding="utf-8"))
-        whole = all((out / name).is_file() for name in stamp["files"])
+        try:
+            stamp = json.loads((out / STAMP).read_text(encoding="utf-8"))
+            whole = all((out / name).is_file() for name in stamp["files"])
+        except (ValueError, LookupError, TypeError):  # cut off, while it was copied for example
+            stamp, whole = {}, False
         if not args.force and whole and stamp["settings"] == settings(args.seed):
             print(f"{out} is complete and up to date; nothing to do (--force builds it again)")
             return
@@ -371,7 +378,10 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(THREADS)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out must be a folder, got {out}: {error}")
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         build(partial, args.seed)

@@ -16,7 +16,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from focalpo_plugins import FocalPOConfig, FocalPOTrainer
+from focalpo_plugins import FocalPOConfig, FocalPOTrainer, focalpo_loss
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -29,6 +29,14 @@ def main() -> None:
     args = parser.parse_args()
     if not (TINY / "made.json").is_file():
         parser.error(f"{TINY} is not there: run python examples/make_tiny.py first")
+    if args.max_steps < 1:  # TRL would train whole epochs
+        parser.error(f"--max-steps must be at least 1, got {args.max_steps}")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        parser.error(f"--out must be a folder, got {args.out}")
+    try:
+        focalpo_loss(torch.zeros(1), args.gamma)
+    except ValueError as error:
+        parser.error(str(error).replace("gamma", "--gamma", 1))
 
     # Whole conversations in chosen and rejected, no prompt column: TRL splits the prompt off.
     files = {split: str(TINY / f"{split}.jsonl") for split in ("train", "test")}
