@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -115,12 +116,15 @@ def test_resumed_inside_an_epoch(
     flags, whole = uneven(epochs)
     expected = [0.45 - 0.45 * place / (steps - 1) for place in range(steps)]
     assert gammas(whole) == pytest.approx(expected, abs=1e-6)
-    run = resumed(train, whole, step, tmp_path, *flags)
+    run = resumed(train, whole, step, tmp_path, *flags, "--logger.wandb.run_name", "again")
     assert sorted(run.steps("train/")) == list(range(step + 1, last + 1))
     assert gammas(run) == pytest.approx(expected[step:last], abs=1e-6)
     assert not run.said("changes over the run")
     (line,) = run.said("done.")
     assert f"done. {last} steps; loss 0.5074 at first, " in line
+    link = json.loads((tmp_path / "tensorboard" / "again" / "focalpo_plugins.json").read_text())
+    (before,) = (whole.folder / "tensorboard").iterdir()
+    assert link == {"resumed": {"after": step, "log": before.name}}
 
 
 def test_resumed_with_another_length(uneven: Callable, train: Callable, tmp_path: Path):

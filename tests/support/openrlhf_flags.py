@@ -15,6 +15,7 @@ OF_TESTS = {
     "eval.split": "eval_split",
     "logger.logging": "logging",
     "logger.tensorboard_dir": "use_tensorboard",
+    "logger.wandb.run_name": "wandb_run_name",
     "model.nll_loss_coef": "nll_loss_coef",
     "model.aux_loss_coef": "aux_loss_coef",
     "ref.model_name_or_path": "ref_pretrain",
