@@ -38,6 +38,15 @@ def empty(row: dict) -> dict:
     return says(row, "chosen", "")
 
 
+def after_other_turns(row: dict) -> dict:
+    """Two turns before the last question, the second of which is longer on the chosen side."""
+    said = {"chosen": "A long answer that is good.", "rejected": "Short."}
+    return {
+        side: [turns[0], {"role": "assistant", "content": said[side]}, turns[0], turns[-1]]
+        for side, turns in row.items()
+    }
+
+
 def long_prompt(row: dict) -> dict:
     question = {"role": "user", "content": "And how many words are in this? " * 60}
     return {side: [question, row[side][-1]] for side in ("chosen", "rejected")}
@@ -59,6 +68,10 @@ REFUSED: dict[str, tuple[Callable[[list[dict]], str], str]] = {
     "empty answers": (
         lambda rows: lines(map(empty, rows)),
         "got 16 of 16 pairs have an empty answer. Remove them",
+    ),
+    "sides whose earlier turns differ": (
+        lambda rows: lines(map(after_other_turns, rows)),
+        "got 16 of 16 rows have sides whose earlier turns differ: OpenRLHF cuts both off after as",
     ),
     "prompts longer than the limit": (lambda rows: lines(map(long_prompt, rows)),
         f"every pair was dropped as longer than {MAX_LEN}=128. Look at the file, or raise {MAX_LEN}.",
