@@ -329,12 +329,19 @@ def test_a_prompt_that_the_whole_row_does_not_begin_with(
     build: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ):
     """TRL drops as many tokens of the row as the prompt has: of `user w0 <|end|> assistant one w5
-    <|end|>` the prompt's `user w0 <|end|> assistant w1 w2` leaves the end alone."""
-    rows = [asks(i, chosen="one w5", rejected="two w6 w7") for i in range(8)]
+    w8 <|end|>` the six of `user w0 <|end|> assistant w1 w2` leave `w8 <|end|>`.  Newer releases cut
+    the prompt to what both have in common: then the tokens are the row's, and nothing is refused."""
+    rows = [asks(i, chosen="one w5 w8", rejected="two w6 w7") for i in range(8)]
     build(rows)
     monkeypatch.setattr(tokenizer, "chat_template", THINKING)
+    pair = build(rows, focalpo_allow_data=True).train_dataset[0]
+    trained = tokenizer.decode([*pair["prompt_ids"], *pair["chosen_ids"]]).split()
+    if trained == ["<s>", *["user", "w0", "<|end|>", "assistant", "one", "w5", "w8", "<|end|>"]]:
+        build(rows)
+        return
+    assert trained[-4:] == ["w1", "w2", "w8", "<|end|>"]
     with pytest.raises(ValueError, match=OTHER):
-        build([asks(i, chosen="one w5 w8", rejected="two w6 w7") for i in range(8)])
+        build(rows)
 
 
 def test_sides_that_differ_before_their_last_turn(build: Any, capsys: Any):
