@@ -71,14 +71,18 @@ def _show_last_line():
 
     The processes that it starts inherit the variable, and so does a command that replaces this one.
     """
-    import re
-
     process = str(os.getpid())
     name = os.environ.get(_LAST_LINE, "")
+    parts = name.split("-")
+    digits = set("0123456789abcdef")
     # Any other value could name any file, which would be read and removed.
-    if re.fullmatch("focalpo_plugins-[0-9]+-[0-9a-f]+", name) is None:
+    if not (
+        len(parts) == 3
+        and parts[0] == "focalpo_plugins"
+        and all(part and set(part) <= digits for part in parts[1:])
+    ):
         name = os.environ[_LAST_LINE] = f"focalpo_plugins-{process}-{os.urandom(8).hex()}"
-    elif name.split("-")[1] != process:
+    elif parts[1] != process:
         return
 
     def show():

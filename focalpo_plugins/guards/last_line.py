@@ -23,7 +23,7 @@ from .messages import say
 #: The variable that names the file; ``_focalpo_plugins_autoload`` sets it.
 VARIABLE = "FOCALPO_LAST_LINE"
 # A name that the autoload gives: with any other, nothing is written.
-_NAME = re.compile(r"focalpo_plugins-[0-9]+-[0-9a-f]+")
+_NAME = re.compile("focalpo_plugins-[0-9a-f]+-[0-9a-f]+")
 _explain: Callable[[BaseException], str | None] | None = None
 
 
