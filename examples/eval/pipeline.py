@@ -991,6 +991,11 @@ def main() -> None:
         if getattr(args, option) not in plan.file[known]:
             names = ", ".join(plan.file[known])
             raise SystemExit(f"--{option}: one of {names}, got {getattr(args, option)}.")
+    if args.command in ("configs", "generate", "judge"):
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out is a folder, got {args.out}: {error}")
     if args.command == "configs":
         # For servers that you start, under the models' names.
         print(configs(replace(plan, mark=""), args.out))

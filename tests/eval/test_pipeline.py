@@ -465,6 +465,7 @@ def test_errors(arguments: list[str], said: str, place: Place):
     [
         (["table", "--resamples", "0"], "--resamples is at least 1, got 0"),
         (["table", "--out", "{file}"], "--out is a folder, got "),
+        (["configs", "--out", "{file}/x"], "--out is a folder, got "),
         (["table", "--file", "{folder}"], "--file is a file, got "),
         (["table", "--file", "{folder}/none.yml"], "--file is a YAML such as models.yml, got "),
         (["table", "--file", "{file}"], " without models."),
