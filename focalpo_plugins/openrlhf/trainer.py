@@ -33,7 +33,7 @@ from ..guards.end import say_done
 from ..guards.folders import check_folder, write_whole
 from ..guards.margins import not_finite, stop
 from ..guards.messages import say
-from ..guards.resume import RECORD_FILE, check_unchanged, warn_of_another_length
+from ..guards.resume import RECORD_FILE, check_unchanged, warn_of_another_length, warn_of_unknown
 from ..guards.start import check_first_margins
 from ..registry import BoundLoss
 from . import data
@@ -194,7 +194,15 @@ class PairwiseDPOTrainer(DPOTrainer):
                 of_host.ckpt.output_dir,
                 report,
                 since=0 if whole else resumed + 1,
+                moved=self._moved(0 if whole else resumed, steps - 1),
             )
+
+    def _moved(self, *steps: int) -> list[str]:
+        """The moving options at these steps, the first of which is 0; none if nothing moves."""
+        if not self._loss.moving():
+            return []
+        found = (self._loss.at(self._progress_at(step)).moving() for step in steps)
+        return [", ".join(f"{name} {value:.4g}" for name, value in at.items()) for at in found]
 
     def _record_now(self) -> dict[str, Any]:
         """What a checkpoint records: its loss, and of its run what a resumed run can't know."""
@@ -224,16 +232,9 @@ class PairwiseDPOTrainer(DPOTrainer):
         asked, of_host = self._record_of_loss, vars(self.args)
         written = {key: f"--{key}" for key in asked}
         written |= {key: f"--{spelled(f'model.{key}', of_host)}" for key in _IN_LOSS}
-        # Releases before 0.2.0 recorded fewer of these.  What isn't known can't be compared.
-        unknown = {key: asked[key] for key in _IN_LOSS if key not in (recorded or asked)}
-        check_unchanged(recorded and recorded | unknown, asked, str(checkpoint), allow, written)
-        if unknown:
-            used = " and ".join(f"{written[key]} {value}" for key, value in unknown.items())
-            say(
-                f"warning: the checkpoint {checkpoint} was saved by an earlier release, which did "
-                f"not record {' and '.join(written[key] for key in unknown)}: check that it was "
-                f"trained with {used} too."
-            )
+        check_unchanged(recorded, asked, str(checkpoint), allow, written, _IN_LOSS)
+        if recorded is not None:
+            warn_of_unknown(recorded, _IN_LOSS, str(checkpoint), written)
         moving = ", ".join(f"--{self._loss.name}.{option}" for option in self._loss.moving())
         if moving:
             warn_of_another_length(run.get("steps"), self._steps, moving)
@@ -304,12 +305,16 @@ class PairwiseDPOTrainer(DPOTrainer):
             self._sums.pop("eval", None)
 
     def _progress(self) -> float:
-        """Progress at the step that is trained, or at the last one before an evaluation.
+        """Progress at the step that is trained: 0 at the run's first step, 1 at its last.
 
-        It is 0 at the run's first step and 1 at its last, for any number of epochs.
+        It is 1 in every evaluation, so that the losses of evaluations can be compared.
         """
-        before = (self._batches - (self._mode == "eval")) // self.strategy.accumulated_gradient
-        return min(1.0, max(0, before) / (self._steps - 1)) if self._steps > 1 else 0.0
+        if self._mode == "eval":
+            return 1.0
+        return self._progress_at(self._batches // self.strategy.accumulated_gradient)
+
+    def _progress_at(self, step: int) -> float:
+        return min(1.0, step / (self._steps - 1)) if self._steps > 1 else 0.0
 
     def _record(self, margins: Tensor) -> None:
         """Count the pairs of a batch, and stop every rank if a margin on any rank is not finite.

@@ -127,10 +127,7 @@ def test_a_checkpoint_of_an_earlier_release(train, never_killed, tmp_path: Path)
     run = train(*again, folder=tmp_path)
     assert run.returncode == 0, run.output
     (line,) = run.said("was saved by an earlier release")
-    assert line.endswith(
-        "did not record --model.aux_loss_coef and --model.nll_loss_coef: check that it was trained "
-        "with --model.aux_loss_coef 0 and --model.nll_loss_coef 0.2 too."
-    )
+    assert "did not record --model.aux_loss_coef, --model.nll_loss_coef. " in line
     assert " at step 10, " in run.said("done.")[0]
     changed = train(*again, "--model.beta", "0.2", folder=tmp_path)
     assert changed.returncode and "--model.beta was 0.1, got 0.2" in changed.output

@@ -41,14 +41,16 @@ def test_gamma_of_each_step(whole):
     assert "gamma=0.45 gamma_end=0.0 variant=correct" in line
 
 
-def test_evaluations_have_the_gamma_of_their_step(train_many: Callable, few: Path):
-    """After the fifth and the tenth step, by the cosine: .45 (1 + cos(pi 4/9)) / 2 and 0."""
+def test_evaluations_can_be_compared(train_many: Callable, few: Path):
+    """After the fifth and the tenth step, both at the end's gamma, 0; the fifth step itself has
+    .45 (1 + cos(pi 4/9)) / 2 = .264 by the cosine."""
     evaluate = ("--eval.dataset", str(few / "test.jsonl"), "--eval.split", "train")
     schedule = ("--focalpo.gamma_schedule", "cosine")
     run = train_many({"": (*RESTING, *MOVING, *evaluate, *schedule)})[""]
     assert run.returncode == 0, run.output
     found = [values["focalpo/gamma"] for _, values in sorted(run.steps("eval/").items())]
-    assert found == pytest.approx([0.45 * (1 + math.cos(math.pi * 4 / 9)) / 2, 0.0], abs=1e-6)
+    assert found == [0.0, 0.0]
+    assert gammas(run)[4] == pytest.approx(0.45 * (1 + math.cos(math.pi * 4 / 9)) / 2, abs=1e-6)
     accuracy = [values["acc_mean"] for _, values in sorted(run.steps("eval/").items())][-1]
     assert f"; held out: accuracy {accuracy:.3f}; " in run.said("done.")[0]
 
@@ -56,7 +58,8 @@ def test_evaluations_have_the_gamma_of_their_step(train_many: Callable, few: Pat
 def test_the_closing_line(whole, train_many: Callable):
     """The first loss is 2^-.45 ln 2 = .5074, the last ln 2 = .6931; OpenRLHF has no other number."""
     (line,) = whole.said("done.")
-    assert "done. 10 steps; loss 0.5074 at first, 0.6931 at last; the model goes to " in line
+    assert "done. 10 steps; loss 0.5074 at first (gamma 0.45), 0.6931 at last (gamma 0); " in line
+    assert "; the model goes to " in line
     assert line.endswith(f"; next: focalpo report {whole.folder / 'tensorboard'}")
     assert not train_many({"": ("--loss", "dpo")})[""].said("done.")
 
@@ -121,7 +124,7 @@ def test_resumed_inside_an_epoch(
     assert gammas(run) == pytest.approx(expected[step:last], abs=1e-6)
     assert not run.said("changes over the run")
     (line,) = run.said("done.")
-    assert f"done. {last} steps; loss 0.5074 at first, " in line
+    assert f"done. {last} steps; loss 0.5074 at first (gamma 0.45), " in line
     link = json.loads((tmp_path / "tensorboard" / "again" / "focalpo_plugins.json").read_text())
     (before,) = (whole.folder / "tensorboard").iterdir()
     assert link == {"resumed": {"after": step, "log": before.name}}
@@ -138,7 +141,8 @@ def test_resumed_with_another_length(uneven: Callable, train: Callable, tmp_path
     allowed = resumed(train, whole, 9, tmp_path / "allowed", *flags, "--focalpo.allow_changed")
     (line,) = allowed.said("done.")
     first = 2**-0.045 * math.log(2)  # the tenth of eleven gammas is .045
-    assert f"done. 10 steps; loss {first:.4f} at step 10, {first:.4f} at last; " in line
+    ends = f"{first:.4f} at step 10 (gamma 0.045), {first:.4f} at last (gamma 0.045)"
+    assert f"done. 10 steps; loss {ends}; " in line
 
 
 @pytest.mark.parametrize(
