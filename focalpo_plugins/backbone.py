@@ -189,8 +189,8 @@ class SharedPrompts:
             return None  # for example, a check on a few tokens
         self._refuse_other_inputs(ids, args, kwargs)
         layout = self._layout_of(ids, mask)
-        longest = _of_all_ranks(layout.longest, ids.device)
-        if longest > self._compared.get(backbone, 0):
+        limit = self._compared.get(backbone, 0)  # the same on all ranks
+        if limit < math.inf and (longest := _of_all_ranks(layout.longest, ids.device)) > limit:
             self._together(lambda: self._compare(backbone, ids, mask, kwargs))
             self._compared[backbone] = _next_limit(backbone, longest)
         self._acted += 1
