@@ -384,8 +384,8 @@ def _wrong_in(returned: object) -> str:
 def _refuse(loss: BoundLoss, part: str, expected: str, wrong: str) -> NoReturn:
     raise RunError(
         f"{part} of {loss.name}, from the package {loss.source.package}, must return {expected} "
-        f"for each pair, as a floating-point tensor (2,) for 2 margins, got {wrong}. The "
-        "package has to mend it."
+        f"for each pair, as a floating-point tensor (2,) for 2 margins, got {wrong}. Fix it "
+        "in the package."
     )
 
 

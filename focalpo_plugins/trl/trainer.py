@@ -63,7 +63,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
             self._set_reference_aside()
 
     def _of_host(self) -> dict[str, Any]:
-        args = self.args
+        args: Any = self.args
         synced = {key: getattr(args, key) if args.sync_ref_model else None for key in _OF_SYNCING}
         # Before 1.9 TRL has no such coefficient.
         experts = self.router_aux_loss_coef if getattr(self, "aux_loss_enabled", False) else None
@@ -79,7 +79,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
             "sync_ref_model": args.sync_ref_model,
             **synced,
             "max_length": args.max_length,
-            "truncation_mode": args.truncation_mode,
+            "truncation_mode": getattr(args, "truncation_mode", None),
         }
 
     def _said_of_host(self) -> str:
@@ -273,19 +273,24 @@ class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
 def _same_weights(policy: Any, reference: Any) -> bool:
     """Whether both are known to start with the same weights.
 
-    So it is if TRL makes the reference from the policy, if it loads one of them from the place of
+    They are if TRL makes the reference from the policy, if it loads one of them from the place of
     the other, or if two models are equal.  Two models from one place may differ: the policy may
     hold an adapter, or have one merged into it.
     """
     if reference is None:
         return True
-    if isinstance(policy, str) or isinstance(reference, str):
+    weights = [
+        {} if isinstance(model, str) else dict(model.named_parameters())
+        for model in (policy, reference)
+    ]
+    # ZeRO-3 leaves no number of a weight in its parameter.
+    if not all(any(weight.numel() for weight in of.values()) for of in weights):
         places = [
             model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
             for model in (policy, reference)
         ]
         return bool(places[0]) and places[0] == places[1]
-    ours, theirs = dict(policy.named_parameters()), dict(reference.named_parameters())
+    ours, theirs = weights
     return ours.keys() == theirs.keys() and all(_alike(ours[name], theirs[name]) for name in ours)
 
 
