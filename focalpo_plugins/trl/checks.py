@@ -173,7 +173,7 @@ def check_fused_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
         check_adapter(given["peft_config"], key)
     loaded = isinstance(model, nn.Module)
     config = head_of(model, key).model.config if loaded else _config_of(model)
-    if is_peft_model(model):
+    if loaded and is_peft_model(model):
         check_forward_of_adapters(model, key)
     if config is None:
         return
@@ -202,7 +202,7 @@ def check_shared_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
         _refuse_shared("a vision model", kind, key, "images are no tokens of a pair")
     if args.torch_compile:
         _refuse_shared("torch_compile", True, key, "each batch would be a graph of its own")
-    model = given.get("model")
+    model: Any = given.get("model")
     if args.n_gpu > 1 and not _has_device_map(model, args):
         _refuse_shared(
             "torch's DataParallel", f"one process for {args.n_gpu} GPUs", key,
@@ -219,9 +219,10 @@ def check_shared_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
     for adapter in adapters:
         if hasattr(adapter, "num_virtual_tokens"):
             _refuse_shared("prompt learning", type(adapter).__name__, key, "its prompt is no token")
-    if is_peft_model(model):
+    loaded = isinstance(model, nn.Module)
+    if loaded and is_peft_model(model):
         check_forward_of_adapters(model, key)
-    config: Any = model.config if isinstance(model, nn.Module) else _config_of(model)
+    config: Any = model.config if loaded else _config_of(model)
     if config is None:
         return
     if config.is_encoder_decoder:
@@ -235,7 +236,7 @@ def check_shared_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
             "router_aux_loss_coef", coefficient, key,
             "the routers would see a row, and count it as the padded batch; 0.0 switches it off",
         )  # fmt: skip
-    if not isinstance(model, nn.Module):
+    if not loaded:
         asked: Any = args.model_init_kwargs or {}
         check_layers(config, key, asked.get("attn_implementation"))
 

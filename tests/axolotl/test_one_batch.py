@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import one_batch
 import pytest
 import torch
@@ -14,16 +12,15 @@ from focalpo_plugins.registry import get_loss
 
 
 @pytest.fixture(scope="module")
-def trainer(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
+def trainer(tmp_path_factory: pytest.TempPathFactory):
     from axolotl.core.trainers.dpo.args import AxolotlDPOConfig
     from axolotl.utils.dict import DictDefault
-    from transformers import AutoTokenizer
+    from tiny_trl import tokenizer  # of fewer tokens than the models have embeddings
 
     from focalpo_plugins.axolotl import FocalPOPlugin
     from focalpo_plugins.axolotl.trainer import AxolotlPairwiseTrainer
 
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    other = [*chat[:1], {"role": "assistant", "content": "c"}]
+    pair = {"prompt": "w0", "chosen": " w1", "rejected": " w2"}
     with pytest.MonkeyPatch.context() as patch:
         # As Axolotl has our plugin note it, before it builds the trainer.
         patch.setattr(FocalPOPlugin, "building", DictDefault({"focalpo_rl": "focalpo"}))
@@ -37,8 +34,8 @@ def trainer(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
                 bf16=False,
                 report_to="none",
             ),
-            train_dataset=Dataset.from_list([{"chosen": chat, "rejected": other}]),
-            processing_class=AutoTokenizer.from_pretrained(tiny / "model"),
+            train_dataset=Dataset.from_list([pair]),
+            processing_class=tokenizer(),
         )
 
 
