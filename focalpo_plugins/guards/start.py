@@ -97,4 +97,4 @@ def check_embeddings(embeddings: Mapping[str, int], tokens: int, largest: int) -
     if not few:
         return ""
     named = ", ".join(f"the {name} has {rows} embeddings" for name, rows in few.items())
-    return f"warning: {named}, and the tokenizer {tokens} tokens; the data have none of the others."
+    return f"warning: {named}, and the tokenizer {tokens} tokens; no pair checked has the others."

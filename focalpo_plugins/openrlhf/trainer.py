@@ -34,7 +34,7 @@ from ..guards.folders import check_folder, write_whole
 from ..guards.margins import not_finite, stop
 from ..guards.messages import say
 from ..guards.resume import RECORD_FILE, check_unchanged, warn_of_another_length, warn_of_unknown
-from ..guards.start import check_first_margins
+from ..guards.start import check_embeddings, check_first_margins
 from ..registry import BoundLoss
 from . import data
 from .conversations import faults
@@ -94,6 +94,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         on_rank_0(strategy, lambda: data.check_cells(strategy.args))
         allow, allowed = f"--{name}.allow_data", bool(flags.get("allow_data"))
         self._check_pairs(strategy.is_rank_0(), allow, allowed)
+        self._check_ids()
         on_rank_0(strategy, lambda: self._check_texts(allow, allowed))
         self._loss = loss_fn.pairwise_loss
         self._mode = "train"
@@ -167,6 +168,22 @@ class PairwiseDPOTrainer(DPOTrainer):
                 say=say,
                 evaluation=bool(evaluation),
             )
+
+    def _check_ids(self) -> None:
+        """Refuse a token for which a model has no embedding; each rank checks the same rows."""
+        models = {"policy": self.model, "reference": self.ref_model}
+        found = {name: _embeddings_of(actor) for name, actor in models.items()}
+        known = {name: rows for name, rows in found.items() if rows is not None}
+        tokens = len(self.tokenizer)
+        if all(rows >= tokens for rows in known.values()):
+            return  # without reading the data
+        loaders = (self.train_dataloader, self.eval_dataloader)
+        sets = [loader.dataset for loader in loaders if loader is not None]
+        sides = (ids for rows in sets for row in pairs.places(len(rows)) for ids in rows[row][:4:2])
+        largest = max((int(ids.max()) for ids in sides), default=0)
+        warning = check_embeddings(known, tokens, largest)
+        if warning and self.strategy.is_rank_0():
+            say(warning)
 
     def _check_texts(self, allow: str, allowed: bool) -> None:
         """Refuse rows that would be trained otherwise than they are written; on the first rank."""
@@ -395,6 +412,12 @@ class _ReducingDiagnostics:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._strategy, name)
+
+
+def _embeddings_of(actor: Any) -> int | None:
+    """The number of a model's input embeddings; None if that isn't known."""
+    model: Any = getattr(actor.model, "module", actor.model)
+    return getattr(model.get_input_embeddings(), "num_embeddings", None)
 
 
 def _check_folders(trainer: DPOTrainer, strategy: Any) -> None:

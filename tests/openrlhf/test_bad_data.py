@@ -91,7 +91,9 @@ REFUSED: dict[str, tuple[Callable[[list[dict]], str], str]] = {
 
 
 @pytest.fixture(scope="module")
-def runs(few: Path, train_many: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def runs(
+    few: Path, tiny: Path, train_many: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> dict:
     found = (few / "train.jsonl").read_text().splitlines()[:16]
     rows = [{side: json.loads(line)[side] for side in ("chosen", "rejected")} for line in found]
     cases = {name: write for name, (write, _) in REFUSED.items()}
@@ -108,6 +110,13 @@ def runs(few: Path, train_many: Callable, tmp_path_factory: pytest.TempPathFacto
     template = ["--data.tokenizer_chat_template", WITHOUT_EOS]
     flags["a space"] = [*flags["empty answers"], *template]
     flags["two BOS"] = [*OURS, "--data.tokenizer_chat_template", DOUBLED]
+    from transformers import AutoModelForCausalLM
+
+    reference = tmp_path_factory.mktemp("reference")
+    cut = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    cut.resize_token_embeddings(100)
+    cut.save_pretrained(reference)
+    flags["embeddings"] = [*OURS, "--ref.model_name_or_path", str(reference)]
     return train_many(flags)
 
 
@@ -118,6 +127,15 @@ def test_refused(runs: dict, case: str):
     assert not run.steps("train/")
     message = run.stderr.strip().splitlines()[-1]
     assert REFUSED[case][1] in message, run.output
+
+
+def test_a_token_without_an_embedding(runs: dict):
+    """The reference has the first 100 of the tokenizer's 883 tokens."""
+    run = runs["embeddings"]
+    assert run.returncode != 0
+    assert not run.steps("train/")
+    message = "the reference must have an embedding for each token of the data, got 100 embeddings"
+    assert message in run.output and "the tokenizer has 883 tokens" in run.output
 
 
 def test_two_bos_by_the_chat_template(runs: dict):
