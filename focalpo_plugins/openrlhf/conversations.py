@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 from ..guards import pairs, texts
-from .names import dotted, spelled
+from .data import read, sources
+from .names import dotted
 
 
 def faults(
@@ -33,24 +33,17 @@ def faults(
 
 def _rendered(args: Any, tokenizer: Any, evaluation: bool) -> Iterator[texts.Row]:
     from openrlhf.datasets.reward_dataset import preprocess_data
-    from openrlhf.datasets.utils import blending_datasets
 
-    of_host = dotted(args)
-    data, flag, split = of_host.data, "data.dataset", of_host.data.dataset_split
-    paths = data.dataset
-    if evaluation:
-        held_out = getattr(of_host, "eval", None)
-        flag, split = "eval.dataset", getattr(held_out, "split", None)
-        paths = getattr(held_out, "dataset", None)
-    if not paths or not data.apply_chat_template:
+    data = dotted(args).data
+    if not data.apply_chat_template:
         return
-    silent = SimpleNamespace(print=lambda *words: None, is_rank_0=lambda: False, args=args)
     keys = data.prompt_key, data.chosen_key, data.rejected_key
     render = tokenizer.apply_chat_template
-    name = flag if evaluation else spelled(flag, vars(args))
-    for path in (path.strip() for path in str(paths).split(",")):
+    for source in sources(args):
+        if source.evaluation != evaluation:
+            continue
         try:
-            rows = blending_datasets(path, None, silent, dataset_split=split)
+            rows = read(args, source)
         except Exception:  # OpenRLHF reports what can't be read
             continue
         for place in pairs.places(len(rows)):
@@ -66,7 +59,7 @@ def _rendered(args: Any, tokenizer: Any, evaluation: bool) -> Iterator[texts.Row
                 continue
             differ = chosen[:-1] != rejected[:-1]
             yield texts.Row(
-                f"row {place} of --{name} {path!r}",
+                f"row {place} of {source.flag} {source.path!r}",
                 sides[0],
                 sides[1],
                 turns_differ=differ,

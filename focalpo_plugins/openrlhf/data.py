@@ -51,6 +51,7 @@ class Source:
         split_flag: the flag of its split, with its dashes.
         split: the split that is read.
         most: the number of rows that are read at most; None for all.
+        evaluation: whether it is evaluated.
     """
 
     flag: str
@@ -58,6 +59,7 @@ class Source:
     split_flag: str
     split: str
     most: int | None
+    evaluation: bool
 
     @property
     def file(self) -> Path:
@@ -73,7 +75,14 @@ def sources(args: Any) -> list[Source]:
         ("eval.dataset", held_out.dataset, "eval.split", held_out.split, None),
     )
     return [
-        Source(f"--{spelled(flag, spell)}", path.strip(), f"--{spelled(of, spell)}", split, most)
+        Source(
+            f"--{spelled(flag, spell)}",
+            path.strip(),
+            f"--{spelled(of, spell)}",
+            split,
+            most,
+            evaluation=flag == "eval.dataset",
+        )
         for flag, paths, of, split, most in kinds
         if paths
         for path in str(paths).split(",")
@@ -192,7 +201,7 @@ def _no_split(source: Source) -> str | None:
 
 def _empty_cell(args: Any, source: Source) -> str | None:
     """The first row without a prompt or an answer, in words; None if there is none."""
-    rows, data = _read(args, source), dotted(args).data
+    rows, data = read(args, source), dotted(args).data
     first: dict[str, int] = {}
     for column in filter(None, (data.prompt_key, data.chosen_key, data.rejected_key)):
         if column in rows.column_names:
@@ -223,10 +232,10 @@ def _look(args: Any, source: Source, rows: int | None = None) -> Look | None:
 def _rows(args: Any, source: Source) -> Iterator[Mapping[str, Any]]:
     if source.file.suffix in jsonl.SUFFIXES and source.file.is_file():
         return jsonl.rows(source.file)
-    return iter(_read(args, source))
+    return iter(read(args, source))
 
 
-def _read(args: Any, source: Source) -> Any:
+def read(args: Any, source: Source) -> Any:
     """The rows of a source as OpenRLHF reads them, without a word."""
     from openrlhf.datasets.utils import blending_datasets
 
