@@ -14,7 +14,7 @@ from accelerate.utils import is_peft_model, parse_flag_from_env
 from datasets import Dataset
 from pyarrow.compute import list_flatten
 from pyarrow.compute import max as max_of
-from pyarrow.types import is_string
+from pyarrow.types import is_large_string, is_string
 from torch import nn
 from transformers import AutoConfig, ProcessorMixin, TrainingArguments
 from trl import DPOConfig, DPOTrainer
@@ -58,8 +58,9 @@ def check_data(given: Mapping[str, Any]) -> None:
 def _check_cells(dataset: Dataset, column: str, name: str) -> None:
     """Refuse a column without a value in some row, on which TRL stops with an obscure error."""
     stored = dataset.data.column(column)
+    is_text = is_string(stored.type) or is_large_string(stored.type)
     # A prompt may be missing in all rows: TRL's CPO and ORPO then take it out of the answers.
-    if not stored.null_count or (column == "prompt" and not is_string(stored.type)):
+    if not stored.null_count or (column == "prompt" and not is_text):
         return
     cells = dataset.select_columns([column]).with_format("arrow")[:].column(column)
     row = cells.is_null().index(True).as_py()
