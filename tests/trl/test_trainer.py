@@ -1427,16 +1427,17 @@ def test_the_closing_line(tokenizer, tmp_path: Path, capsys):
 
 def test_the_closing_line_of_a_best_checkpoint(tokenizer, tmp_path: Path, capsys):
     """A learning rate that ruins the model after the first evaluation: the held-out numbers are
-    those of the checkpoint that was loaded, not the last ones. Gamma goes from .4 to .2."""
+    those of the checkpoint that was loaded, not the last ones. Gamma goes from .4 to .2. Not
+    TRL's own metrics choose, which TRL 0.29 adds only to the log."""
     host = trainer(
         FocalPOTrainer, tokenizer, tmp_path, eval_dataset=Dataset.from_list(PAIRS[:5]),
         eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-        load_best_model_at_end=True, metric_for_best_model="eval_rewards/margins",
+        load_best_model_at_end=True, metric_for_best_model="eval_focalpo/p",
         greater_is_better=False, learning_rate=0.1, focalpo_gamma=0.4, focalpo_gamma_end=0.2,
     )  # fmt: skip
     host.train()
     evaluated = [entry for entry in host.state.log_history if "eval_loss" in entry]
-    best = min(evaluated, key=lambda entry: entry["eval_rewards/margins"])
+    best = min(evaluated, key=lambda entry: entry["eval_focalpo/p"])
     assert best is not evaluated[-1]
     (line,) = [each for each in capsys.readouterr().err.splitlines() if ": done." in each]
     checkpoint = tmp_path / f"checkpoint-{best['step']}"
