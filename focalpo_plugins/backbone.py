@@ -78,11 +78,14 @@ class _Hook:
 
 
 class _Attached:
-    """Whose hooks a backbone has now."""
+    """Whose hooks a backbone has now, and whether its RoPE depends on the last position."""
 
-    def __init__(self, owner: SharedPrompts, handles: list[RemovableHandle]) -> None:
+    def __init__(
+        self, owner: SharedPrompts, handles: list[RemovableHandle], rope_by_length: bool
+    ) -> None:
         self.owner = ref(owner)
         self.remove = finalize(owner, _remove, handles)
+        self.rope_by_length = rope_by_length
 
 
 def _remove(handles: list[RemovableHandle]) -> None:
@@ -145,7 +148,7 @@ class SharedPrompts:
             backbone.register_forward_pre_hook(ours[0], with_kwargs=True),
             backbone.register_forward_hook(ours[1], with_kwargs=True),
         ]
-        _attached[backbone] = _Attached(self, handles)
+        _attached[backbone] = _Attached(self, handles, _rope_by_length(backbone.config.to_dict()))
 
     def describe(self, device: torch.device) -> str:
         """Text for the start-up line: prompts are shared, and by which attention on ``device``."""
@@ -355,9 +358,11 @@ def _depends_on_padding(
     Dynamic and long RoPE take the last position, which is of the padding if a batch is padded to
     more than its longest sequence.
     """
+    if not _attached[backbone].rope_by_length:
+        return False  # without waiting for the device
     positions = kwargs.get("position_ids")
     last = ids.shape[1] if positions is None else int(positions.max()) + 1
-    return last != layout.longest and _rope_by_length(backbone.config.to_dict())
+    return last != layout.longest
 
 
 def _rope_by_length(values: Mapping[str, Any]) -> bool:

@@ -67,7 +67,7 @@ class FocalPOPlugin(BasePlugin):
 
     def pre_model_load(self, cfg: Any) -> None:
         """Refuse an adapter that Axolotl wouldn't load, and another plugin's trainer, which would
-        run instead of ours."""
+        run instead of this plugin's."""
         if requested_loss(cfg) is None:
             return
         check_adapter(cfg)

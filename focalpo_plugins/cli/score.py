@@ -122,7 +122,7 @@ def run(args: Namespace) -> int:
 
 @contextmanager
 def _library_errors(doing: str, debug: bool, scores: Path | None = None) -> Iterator[None]:
-    """Make a library's error one line with its type; an error of ours is left as it is.
+    """Make a library's error one line with its type; this package's own are left as they are.
 
     Args:
         doing: what was being done, in the past.
@@ -190,7 +190,7 @@ def _recorded_beta(model: Path) -> tuple[float | None, str]:
             for name, record_of in _RECORDS.items():
                 try:
                     record = record_of(json.loads((place / name).read_text(encoding="utf-8")))
-                    beta = None if record is None else record["beta"]  # not a run of ours
+                    beta = None if record is None else record["beta"]  # not a run with this package
                     if beta is not None:
                         check_beta(beta)
                     written = (place / name).stat().st_mtime_ns

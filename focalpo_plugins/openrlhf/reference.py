@@ -361,7 +361,7 @@ def on_rank_0(strategy: Any, do: Callable[[], None]) -> None:
 def on_all_ranks(strategy: Any, check: Callable[[], None]) -> None:
     """Run ``check`` on every rank; if it raises on one rank, all ranks end.
 
-    The first rank prints the message of an error of ours.  Any other error is raised.
+    The first rank prints the message of an error of this package.  Any other error is raised.
     """
 
     def gather(mine: Any) -> list[Any]:
