@@ -24,3 +24,16 @@ class RunError(FocalPOError, RuntimeError):
 
 class NotFinite(FocalPOError, FloatingPointError):
     """A pair's margin is NaN or infinite."""
+
+
+def conflict(key: str, other: str, got: object, why: str, fix: str) -> InvalidValue:
+    """The error of a key that was given beside another setting.
+
+    Args:
+        key: our key or flag, as the user writes it.
+        other: what it can't be combined with, as the user writes it.
+        got: the value of ``other``.
+        why: the reason, without a full stop.
+        fix: what to do, without a full stop.
+    """
+    return InvalidValue(f"{key} can't be combined with {other}, got {got!r}: {why}. {fix}.")
