@@ -30,10 +30,12 @@ OF_HOST = {
     "openrlhf": {"openrlhf", "transformers", "peft", "deepspeed"},
     "trl": {"trl", "transformers", "accelerate", "peft", "deepspeed"},
     "backbone": {"transformers"},  # under each of them
+    "hf_trainer": {"transformers", "accelerate"},  # every host that is a transformers.Trainer
     "cli": {"transformers", "peft"},  # to count a model's parameters, whoever trains it
 }
 CORE = {
-    "errors", "loss", "hookspecs", "options", "registry", "diagnostics", "plan", "guards", "compute"
+    "errors", "loss", "hookspecs", "options", "registry", "diagnostics", "plan", "guards", "compute",
+    "run",
 }  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
@@ -46,12 +48,15 @@ ARROWS: dict[str, set[str]] = {
     "registry": {"errors", "loss", "hookspecs", "options", "guards"},
     "diagnostics": {"registry"},
     "plan": {"registry"},
+    "run": {"errors", "guards", "diagnostics", "registry"},
+    "hf_trainer": {"errors", "guards", "registry", "run"},
     "trl": {
-        "errors", "loss", "options", "registry", "diagnostics", "guards", "compute", "backbone"
+        "errors", "loss", "options", "registry", "run", "hf_trainer", "guards", "compute",
+        "backbone"
     },
     "axolotl": {"errors", "loss", "options", "registry", "plan", "guards", "compute", "trl"},
     "openrlhf": {
-        "errors", "loss", "options", "registry", "diagnostics", "plan", "guards", "backbone"
+        "errors", "loss", "options", "registry", "run", "plan", "guards", "backbone"
     },
     "cli": {"errors", "loss", "plan", "guards", "trl", "axolotl", "openrlhf"},
     "__main__": {"cli"},

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
@@ -14,7 +15,8 @@ from transformers import TrainerCallback
 from ..errors import RunError
 from ..guards.texts import Fault
 from ..registry import BoundLoss
-from ..trl import PairwiseLossMixin
+from ..trl.pairwise import TRL
+from ..trl.trainer import PairwiseLossMixin
 from . import ALLOW_CHANGED, ALLOW_DATA, SHARED
 from .data import faults
 from .plugin import FocalPOPlugin, fused_key, requested_loss
@@ -43,11 +45,10 @@ class _OneBosTrainer(AxolotlDPOTrainer):
 class OfConfig:
     """Takes the loss and its settings from the config that Axolotl builds the trainer for."""
 
-    _packages: Sequence[str] = ("axolotl", "trl", "torch")
     _marker: str | None
     tag_names: list[str]
     _host_saves = True
-    _written: Mapping[str, str] = {}
+    _keys: Mapping[str, str] = {}  # the config's names of TRL's arguments, if they differ
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Not PluginManager's config, which is the last one that was loaded.
@@ -62,7 +63,9 @@ class OfConfig:
         betas = {"trl.beta": (cfg.get("trl") or {}).get("beta"), "rl_beta": cfg.get("rl_beta")}
         betas["orpo_alpha"] = cfg.get("orpo_alpha")
         beta = next((key for key, value in betas.items() if value is not None), "rl_beta")
-        self._written = {"max_length": "sequence_len", **self._written, "beta": beta}
+        keys = {**TRL.keys, "max_length": "sequence_len", **self._keys, "beta": beta}
+        packages = ("axolotl", *TRL.packages)
+        self._host = replace(TRL, name="Axolotl", packages=packages, keys=keys)
         self._read(cfg, kwargs)
         self._shared_key = SHARED if cfg.get(SHARED) else None
         self._allow_changed = bool(cfg.get(ALLOW_CHANGED))
@@ -118,7 +121,7 @@ class AxolotlPairwiseTrainer(OfConfig, PairwiseLossMixin, _OneBosTrainer):
 
     # Axolotl loads the reference itself, and evaluates only the data of its config.
     _keeps_reference = False
-    _written = {
+    _keys = {
         key: f"dpo_{key}"
         for key in ("label_smoothing", "loss_type", "loss_weights", "use_weighting")
     }

@@ -1,22 +1,37 @@
-"""A check that runs on every rank and ends all of them together."""
+"""What a run needs of a host's ranks, and checks that end all of them together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
 
 from ..errors import FocalPOError, InvalidValue, RunError
 from .messages import one_line
 
 
-def together(check: Callable[[], None], gather: Callable[[Any], Sequence[Any]]) -> None:
+class Ranks(Protocol):
+    """A host's collectives; each is called on every rank, in the same order."""
+
+    @property
+    def rank(self) -> int:
+        """This process's number among all of them."""
+
+    def reduce(self, values: Tensor, how: Literal["sum", "max"]) -> Tensor:
+        """The sum or the maximum over the ranks of each number."""
+
+    def gather(self, thing: Any) -> Sequence[Any]:
+        """What each rank has passed, in the order of the ranks."""
+
+
+def together(ranks: Ranks, check: Callable[[], None]) -> None:
     """Run ``check`` on every rank, and raise on all ranks if it raises on one.
 
     If one rank ended alone, the others would wait for it.
 
     Args:
         check: may raise any error.
-        gather: returns what every rank has passed to it, in the order of the ranks.
 
     Raises:
         InvalidValue: an error of this package; all ranks raise the first rank's.
@@ -27,9 +42,10 @@ def together(check: Callable[[], None], gather: Callable[[Any], Sequence[Any]]) 
         check()
     except Exception as error:  # any error, because the other ranks wait
         mine = error
-    for rank, found in enumerate(gather(mine and (isinstance(mine, FocalPOError), one_line(mine)))):
-        if found is not None:
-            ours, words = found
+    found = ranks.gather(mine and (isinstance(mine, FocalPOError), one_line(mine)))
+    for rank, wrong in enumerate(found):
+        if wrong is not None:
+            ours, words = wrong
             if ours:
                 raise InvalidValue(words)
             raise RunError(f"on rank {rank}: {words}") from mine

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import InvalidValue
 from ..loss import check_beta, check_label_smoothing, label_smoothed
-from ..registry import get_loss
+from ..registry import BoundLoss, get_loss
 
 
 class PairwiseDPOLoss(nn.Module):
@@ -59,10 +58,13 @@ class PairwiseDPOLoss(nn.Module):
         self.beta = beta
         self.label_smoothing = label_smoothing
         self.pairwise_loss = get_loss(loss).bind(**options)
-        #: Called with the margins ``(B,)`` of every batch.
-        self.record: Callable[[Tensor], None] | None = None
-        #: Returns the point of the run, 0 to 1, for a loss that changes over the run.
-        self.progress: Callable[[], float] = float
+
+    def loss_of(self, margins: Tensor) -> BoundLoss:
+        """The loss for a batch with these margins ``(B,)``: the one at the start of a run.
+
+        A trainer's subclass counts the margins, and takes the loss at the step that is trained.
+        """
+        return self.pairwise_loss.at(0.0)
 
     def forward(
         self,
@@ -77,12 +79,10 @@ class PairwiseDPOLoss(nn.Module):
             The mean loss ``()``, the chosen rewards ``(B,)`` and the rejected rewards ``(B,)``,
             the rewards detached.
         """
-        pairwise_loss = self.pairwise_loss.at(self.progress())  # before the batch is recorded
         policy_logratios = policy_chosen_logps - policy_rejected_logps
         reference_logratios = reference_chosen_logps - reference_rejected_logps
         logratios = policy_logratios - reference_logratios
-        if self.record is not None:
-            self.record(self.beta * logratios)
+        pairwise_loss = self.loss_of(self.beta * logratios)
         # Beta multiplies each of the two gradients before they are added, as in ``DPOLoss``: so at
         # gamma 0 both are equal to the last bit.
         loss = label_smoothed(

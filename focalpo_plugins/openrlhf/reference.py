@@ -15,14 +15,13 @@ import gc
 import hashlib
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from deepspeed import zero
@@ -34,10 +33,9 @@ from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
 from ..errors import InvalidValue
-from ..guards import last_line
 from ..guards.folders import write_whole
 from ..guards.messages import say
-from ..guards.ranks import together
+from .ranks import on_rank_0, stop_all
 
 _DIGEST = 16  # bytes
 _MISSING = -torch.inf
@@ -351,33 +349,3 @@ def _free(actor: Any) -> int:
 
 def _bar(numbers: range, what: str, strategy: Any) -> Any:
     return tqdm(numbers, desc=what, disable=not strategy.is_rank_0())
-
-
-def on_rank_0(strategy: Any, do: Callable[[], None]) -> None:
-    """Run ``do`` on the first rank; if it raises, all ranks end."""
-    on_all_ranks(strategy, do if strategy.is_rank_0() else lambda: None)
-
-
-def on_all_ranks(strategy: Any, check: Callable[[], None]) -> None:
-    """Run ``check`` on every rank; if it raises on one rank, all ranks end.
-
-    The first rank prints the message of an error of this package.  Any other error is raised.
-    """
-
-    def gather(mine: Any) -> list[Any]:
-        found: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, mine)
-        return found
-
-    try:
-        together(check, gather)
-    except InvalidValue as error:
-        stop_all(strategy, str(error))
-
-
-def stop_all(strategy: Any, why: str) -> NoReturn:
-    """End this rank, as all other ranks do too; the first one prints why."""
-    if strategy.is_rank_0():
-        say(why)
-        last_line.repeat(why)
-    sys.exit(1)

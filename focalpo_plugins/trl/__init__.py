@@ -1,30 +1,30 @@
 """TRL: ``FocalPOTrainer`` and ``FocalPOConfig`` in place of ``DPOTrainer`` and ``DPOConfig``.
 
-The trainers and configs for CPO, SimPO and ORPO load on first use.
+Each name loads on first use, so a host that brings another release of TRL can use what that release
+has the parts for.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
 from typing import Any
 
-from .config import FocalPOConfig
-from .seam import check_host, check_loss_types
-from .trainer import FocalPOTrainer, PairwiseLossMixin
+_MODULE_OF = {
+    "FocalCPOConfig": ".reference_free",
+    "FocalCPOTrainer": ".reference_free",
+    "FocalORPOConfig": ".reference_free",
+    "FocalORPOTrainer": ".reference_free",
+    "FocalPOConfig": ".config",
+    "FocalPOTrainer": ".trainer",
+    "PairwiseLossMixin": ".trainer",
+    "check_host": ".seam",
+    "check_loss_types": ".seam",
+}
 
-__all__ = [
-    "FocalCPOConfig",
-    "FocalCPOTrainer",
-    "FocalORPOConfig",
-    "FocalORPOTrainer",
-    "FocalPOConfig",
-    "FocalPOTrainer",
-    "PairwiseLossMixin",
-    "check_host",
-    "check_loss_types",
-]
+__all__ = [*_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from . import reference_free
-
-        return getattr(reference_free, name)
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,6 +25,7 @@ from ..compute.output_layer import Head, check_config
 from ..errors import InvalidValue
 from ..guards.pairs import FIRST
 from ..loss import check_beta, check_label_smoothing
+from ..run import Host
 from .seam import check_loss_types
 
 
@@ -37,13 +38,13 @@ def given_to(trainer: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> d
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def check_data(given: Mapping[str, Any]) -> None:
+def check_data(given: Mapping[str, Any], host: Host) -> None:
     """Raise ``ValueError`` for training data without a pair, and for rows with an empty cell."""
     train_dataset = given.get("train_dataset")
     if train_dataset is not None and next(iter(train_dataset), None) is None:
         raise InvalidValue(
             "train_dataset must hold a pair, got none: it was empty, or every pair of it was "
-            "dropped as too long. Look at the data, or raise Axolotl's sequence_len."
+            f"dropped as too long. Look at the data, or raise {host.key('max_length')}."
         )
     evaluated = given.get("eval_dataset")
     sets = {"train_dataset": train_dataset, "eval_dataset": evaluated}

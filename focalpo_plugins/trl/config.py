@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -92,22 +91,9 @@ class FocalPOConfig(PairwiseFields, DPOConfig):
         focalpo_fused: compute the loss without ever holding the logits of the batch, with or
             without a precomputed reference; Liger's package isn't needed. TRL has such a path of
             its own from 1.14 on, and always takes it.
-        focalpo_loss: the former name of ``focalpo_pairwise_loss``.
 
     Raises:
         ValueError: a ``focalpo_*`` value is out of range.
     """
 
     focalpo_fused: bool = _field(False, OF_ANY_LOSS["fused"])
-    focalpo_loss: str | None = _field(None, "Deprecated: focalpo_pairwise_loss")
-
-    def __post_init__(self) -> None:
-        if self.focalpo_loss is not None:
-            warnings.warn(
-                "focalpo_loss has become focalpo_pairwise_loss; write that.",
-                FutureWarning,
-                stacklevel=3,
-            )
-            # Only one of them is kept, so that a saved config can be loaded again.
-            self.focalpo_pairwise_loss, self.focalpo_loss = self.focalpo_loss, None
-        super().__post_init__()

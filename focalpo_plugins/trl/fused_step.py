@@ -14,13 +14,16 @@ from trl.trainer.utils import use_adapter
 
 from ..compute.fused_loss import IGNORED, FusedLoss, fused_logps, fused_pairwise_loss
 from ..compute.output_layer import Head, check_config, check_logits
-from ..registry import BoundLoss
+from ..guards.ranks import together
+from ..hf_trainer import RANKS
 from .checks import check_fused_parts, head_of
 from .shared_step import SharedStepMixin
 
 if TYPE_CHECKING:
     # The class of super() in the mixin's methods, by the order of the bases.
     from trl import DPOTrainer as _Host
+
+    from ..run import Now, Run
 else:
     _Host = object
 
@@ -33,11 +36,11 @@ class FusedStepMixin(SharedStepMixin, _Host):
 
     _fused_key: str | None = None  # the key that asked for the fused path, for messages
 
-    if TYPE_CHECKING:  # the mixin's own
+    if TYPE_CHECKING:  # of PairwiseTrainerMixin
 
-        def _record(self, margins: Tensor) -> None: ...
-        def _mode(self) -> str: ...
-        def _loss_now(self) -> BoundLoss: ...
+        def _count(self, margins: Tensor) -> None: ...
+        def _now(self) -> Now: ...
+        def _running(self) -> Run: ...
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Ids of the models whose output layer has been checked to give their logits.
@@ -69,7 +72,8 @@ class FusedStepMixin(SharedStepMixin, _Host):
             ref_logps = self._inside(self.ref_model, self._fused_logps, inputs)
         result, ref_logps = self._inside(model, self._fused_loss, inputs, ref_logps)
 
-        mode, metrics = self._mode(), self._metrics[self._mode()]
+        mode = "train" if self._now().training else "eval"
+        metrics = self._metrics[mode]
         # As TRL's plain path does; gather_for_metrics would drop rows that are trained.
         gather = self.accelerator.gather
         if mode == "train":
@@ -92,7 +96,7 @@ class FusedStepMixin(SharedStepMixin, _Host):
         margins = gather(chosen - rejected)
         metrics["rewards/margins"].append(margins.mean().item())
         metrics["rewards/accuracies"].append((margins > 0).float().mean().item())
-        self._record(chosen - rejected)
+        self._count(chosen - rejected)
         loss: Tensor = result.loss
         return loss
 
@@ -113,7 +117,7 @@ class FusedStepMixin(SharedStepMixin, _Host):
     def _fused_loss(
         self, model: Any, inputs: Mapping[str, Tensor], ref_logps: Tensor | None
     ) -> tuple[FusedLoss, Tensor]:
-        loss = self._loss_now()
+        loss = self._running().loss
         if ref_logps is None:
             ref_logps = self._fused_logps(model, inputs)
         with self.accelerator.autocast():
@@ -154,7 +158,7 @@ class FusedStepMixin(SharedStepMixin, _Host):
             check_config(head.model.config, key)
             few = ids[0][inputs["attention_mask"][0].bool()][:_TOKENS_COMPARED]
             with torch.no_grad(), self._without_checkpointing():
-                self._all_together(lambda: check_logits(head, few, key, gathered))
+                together(RANKS, lambda: check_logits(head, few, key, gathered))
             self._compared.add(id(head.model))
         others = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
         arguments = {key: value for key, value in inputs.items() if key not in others}

@@ -28,7 +28,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..errors import InvalidType, InvalidValue
-from ..guards import pairs, texts
+from ..guards import pairs
+from ..hf_trainer import RANKS
 from ..loss import check_beta, check_label_smoothing
 from .checks import check_data, check_parallelism, embeddings_of, given_to
 from .config import PairwiseFields
@@ -71,15 +72,14 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
         if config is not None:
             self._check_config(config)
             self._ask_for_sharing(given, config)
-        check_data(given)
+        check_data(given, self._host)
         self._embeddings = {"policy": embeddings_of(given.get("model"))}
         super().__init__(*args, **kwargs)
         for evaluation, dataset in enumerate((self.train_dataset, self.eval_dataset)):
             sets = dataset.values() if isinstance(dataset, dict) else [dataset]
             for each in sets:
                 if each is not None:
-                    is_main = self.args.process_index == 0
-                    self._check_ids(each, self.processing_class, _COLUMNS, is_main)
+                    self._check_embeddings(each, self.processing_class, _COLUMNS)
                     self._check_pairs(each, bool(evaluation))
 
     def _check_config(self, config: Any) -> None:
@@ -88,10 +88,11 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
         check_parallelism(config)
 
     def _said_of_host(self) -> str:
-        said = {key: value for key, value in self._of_host().items() if key in _SAID}
+        said = {key: value for key, value in self._in_loss().items() if key in _SAID}
         if not said.get("alpha"):
             said.pop("alpha", None)  # AlphaPO's, 0 unless it is asked for
-        return "".join(f"{key}={value} " for key, value in said.items())
+        shown = " ".join(f"{key}={value}" for key, value in said.items())
+        return shown + self._said_of_sharing()
 
     def _of_any(self) -> dict[str, Any]:
         """Values that go into both trainers' losses."""
@@ -111,39 +112,28 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
         pairs.check(
             _of_decoder(dataset) if decoder else _answers(dataset),
             self.processing_class,
-            key="max_length",
+            key=self._host.key("max_length"),
             limit=None if decoder else self.args.max_length,  # type: ignore[attr-defined]
             marker=self._marker,
-            allow="focalpo_allow_data: true",
+            allow=self._host.allow_data,
             allowed=self._allow_data,
-            say=self.args.process_index == 0,
+            say=RANKS.rank == 0,
             evaluation=evaluation,
         )
-        self._all_together(
-            lambda: texts.check(
-                self._faults(dataset, self.processing_class, evaluation),
-                allowed=self._allow_data,
-                say=self.args.process_index == 0,
-                evaluation=evaluation,
-            )
-        )
+        self._check_texts(dataset, self.processing_class, evaluation)
 
     def _exchanged_loss(
         self, smoothing: Sequence[float | None], asked: str, logps: Sequence[Any]
     ) -> Any:
-        with exchanged(self._loss_now(), smoothing, asked, self._trainer) as margins:
+        with exchanged(self._running().loss, smoothing, asked, self._trainer) as margins:
             result = getattr(super(), self._method)(*logps)
-        self._record(margins[0])
+        self._count(margins[0])
         return result
 
     def get_batch_loss_metrics(self, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        self._loss_now()  # raises if there is no loss
-        recorded = self._steps_recorded
         host: Any = super()
-        with self._prompts_shared(len(batch["chosen_labels"])):
-            result = host.get_batch_loss_metrics(model, batch, *args, **kwargs)
-        self._check_step(recorded)
-        return result
+        with self._running().one_step(), self._prompts_shared(len(batch["chosen_labels"])):
+            return host.get_batch_loss_metrics(model, batch, *args, **kwargs)
 
 
 class CPOLossMixin(ReferenceFreeMixin):
@@ -167,7 +157,7 @@ class CPOLossMixin(ReferenceFreeMixin):
             )
         check_label_smoothing(config.label_smoothing)
 
-    def _of_host(self) -> dict[str, Any]:
+    def _in_loss(self) -> dict[str, Any]:
         of_simpo = {"simpo_gamma": self.simpo_gamma} if self.loss_type == "simpo" else {}
         return {
             "margin": MARGIN_OF[self.loss_type],
@@ -193,7 +183,7 @@ class ORPOLossMixin(ReferenceFreeMixin):
 
     _own_loss, _trainer, _method = "ORPO", ORPOTrainer, "odds_ratio_loss"
 
-    def _of_host(self) -> dict[str, Any]:
+    def _in_loss(self) -> dict[str, Any]:
         return {"margin": "orpo", "beta": self.beta, **self._of_any()}
 
     def odds_ratio_loss(self, *logps: Tensor) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
 
 from ..backbone import SharedPrompts
+from ..guards.ranks import together
+from ..hf_trainer import RANKS
 from .checks import check_shared_parts
 
 if TYPE_CHECKING:
@@ -24,15 +27,11 @@ class SharedStepMixin(_Host):
     ref_model: Any = None
     _shared_key: str | None = None  # the key that asked for shared prompts, for messages
 
-    if TYPE_CHECKING:  # the mixin's own
-
-        def _all_together(self, check: Callable[[], None]) -> None: ...
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._sharing: SharedPrompts | None = None
         if self._shared_key is not None:
             # Before TRL's __init__, which may precompute the reference.
-            self._sharing = SharedPrompts(self._shared_key, self._all_together)
+            self._sharing = SharedPrompts(self._shared_key, partial(together, RANKS))
         super().__init__(*args, **kwargs)
         if self._sharing is not None:
             built = {
@@ -73,3 +72,8 @@ class SharedStepMixin(_Host):
     def _tokens_of_step(self) -> tuple[int, int]:
         """Tokens that the policy computed for the last batch, and tokens of the padded batch."""
         return (self._sharing.tokens, self._sharing.places) if self._sharing else (0, 0)
+
+    def _said_of_sharing(self) -> str:
+        """What the start-up line says of shared prompts, after a space; empty without them."""
+        sharing = self._sharing
+        return "" if sharing is None else f" {sharing.describe(self.accelerator.device).strip()}"

@@ -18,7 +18,7 @@ from trl import DPOTrainer
 from ..errors import InvalidType, InvalidValue, RunError
 from ..guards import pairs, texts
 from ..guards.messages import say
-from ..guards.start import check_first_margins
+from ..hf_trainer import RANKS
 from .checks import check_arguments, check_data, check_fused_parts, embeddings_of, given_to
 from .config import FocalPOConfig
 from .conversations import rendered
@@ -57,12 +57,12 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
             self._ask_for_sharing(given, config)
         self._starts_as_reference = _same_weights(given.get("model"), given.get("ref_model"))
         self._embeddings = _embeddings(given)
-        check_data(given)
+        check_data(given, self._host)
         super().__init__(*args, **kwargs)
         if self.precompute_ref_logps and self.ref_model is not None:
             self._set_reference_aside()
 
-    def _of_host(self) -> dict[str, Any]:
+    def _in_loss(self) -> dict[str, Any]:
         args: Any = self.args
         synced = {key: getattr(args, key) if args.sync_ref_model else None for key in _OF_SYNCING}
         # Before 1.9 TRL has no such coefficient.
@@ -83,37 +83,27 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         }
 
     def _said_of_host(self) -> str:
-        return f"beta={self.beta} {'path=fused ' if self._fused else ''}"
-
-    def _check_before_training(self, resume_from_checkpoint: str | bool | None) -> None:
-        if resume_from_checkpoint:
-            self._starts_as_reference = False
-        super()._check_before_training(resume_from_checkpoint)
+        return f"beta={self.beta}{' path=fused' * self._fused}{self._said_of_sharing()}"
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        self._loss_now()  # raises if there is no loss
-        if self._fused:
-            if return_outputs:
-                raise RunError(
-                    f"{self._fused_key} has no outputs to return, as predict() asks for: the "
-                    f"logits are never there as a whole. Set {self._fused_key} to false."
-                )
-            with self._prompts_shared(len(inputs["input_ids"]) // 2):
+        if self._fused and return_outputs:
+            raise RunError(
+                f"{self._fused_key} has no outputs to return, as predict() asks for: the "
+                f"logits are never there as a whole. Set {self._fused_key} to false."
+            )
+        with self._running().one_step(), self._prompts_shared(len(inputs["input_ids"]) // 2):
+            if self._fused:
                 return self._fused_step(model, inputs)
-        recorded = self._steps_recorded
-        with self._prompts_shared(len(inputs["input_ids"]) // 2):
-            result = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
-        self._check_step(recorded)
-        return result
+            return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
 
     def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         smoothing = smoothing_of(self.loss_types, self.label_smoothing)
         asked = f"loss_type {list(self.loss_types)}"
-        with exchanged(self._loss_now(), smoothing, asked) as margins:
+        with exchanged(self._running().loss, smoothing, asked) as margins:
             result = super()._compute_loss(*args, **kwargs)
-        self._record(margins[0])
+        self._count(margins[0])
         return result
 
     def _prepare_dataset(
@@ -131,18 +121,10 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         with _counted_mismatches():
             prepared = super()._prepare_dataset(dataset, processing_class, args, *more, **named)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-        self._check_ids(prepared, tokenizer, columns, args.process_index == 0)
+        self._check_embeddings(prepared, tokenizer, ("prompt_ids", "chosen_ids", "rejected_ids"))
         shared = "prompt" not in first and isinstance(first.get("chosen"), str)
         self._check_pairs(prepared, tokenizer, args, shared)
-        self._all_together(
-            lambda: texts.check(
-                self._faults(prepared, tokenizer, self._train_data_seen),
-                allowed=self._allow_data,
-                say=args.process_index == 0,
-                evaluation=self._train_data_seen,
-            )
-        )
+        self._check_texts(prepared, tokenizer, self._train_data_seen)
         self._train_data_seen = True
         return prepared
 
@@ -157,15 +139,15 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         pairs.check(
             ((row, *map(pair.get, columns)) for row, pair in zip(rows, found, strict=False)),
             tokenizer,
-            key="max_length",
+            key=self._host.key("max_length"),
             # TRL's collator cuts to this length; before 1.0 its step did.
             limit=args.max_length,
             keep_end=getattr(args, "truncation_mode", None) == "keep_end",
             shared=shared,
             marker=self._marker,
-            allow="focalpo_allow_data: true",
+            allow=self._host.allow_data,
             allowed=self._allow_data,
-            say=args.process_index == 0,
+            say=RANKS.rank == 0,
             evaluation=self._train_data_seen,
         )
 
@@ -177,7 +159,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
             of_cut="TRL cuts it off at the length of the prompt, and with this template the row's "
             "rendering doesn't begin with the prompt's. Use another template, or give "
             "chat_template_kwargs, such as enable_thinking, that make them agree",
-            allow="focalpo_allow_data: true",
+            allow=self._host.allow_data,
         )
 
     def _set_reference_aside(self) -> None:
@@ -221,20 +203,6 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         back = new_data and self._kept_reference is not None
         with self._reference_back() if back else nullcontext():
             return super().evaluate(eval_dataset, *args, **kwargs)
-
-    def _record(self, margins: Tensor) -> None:
-        super()._record(margins)
-        if self._starts_as_reference and self._mode() == "train":
-            self._starts_as_reference = False
-            self._check_first(margins.detach())
-
-    def _check_first(self, margins: Tensor) -> None:
-        largest = self.accelerator.gather(margins.abs().max()).max().item()
-        if self.accelerator.is_main_process:
-            model: Any = self.model
-            narrow = any(weight.dtype.itemsize < 4 for weight in model.parameters())
-            narrow = narrow or self.accelerator.mixed_precision != "no"
-            check_first_margins(largest, self.beta, narrow)
 
 
 class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):

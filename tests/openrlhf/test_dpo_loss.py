@@ -78,12 +78,20 @@ def test_rewards_are_openrlhfs_own_and_detached(openrlhf: SimpleNamespace):
     assert not torch.equal(ours[0], own[0])
 
 
-def test_records_the_margins_that_the_loss_sees():
-    seen: list[torch.Tensor] = []
-    loss_fn = PairwiseDPOLoss(0.5)
-    loss_fn.record = seen.append
-    loss_fn(*(torch.tensor(x) for x in ([-2.0, -7], [-5.0, -9], [-4.0, -7], [-4.0, -9])))
-    assert [margins.tolist() for margins in seen] == [[1.5, 0.0]]
+def test_a_trainer_chooses_the_loss_by_the_margins():
+    """Of (-2 - -5) - (-4 - -4) = 3 and (-7 - -9) - (-7 - -9) = 0, times 0.5."""
+    seen: list[list[float]] = []
+
+    class Chosen(PairwiseDPOLoss):
+        def loss_of(self, margins: torch.Tensor):
+            seen.append(margins.tolist())
+            return lambda signed: signed - 1
+
+    losses = Chosen(0.5)(
+        *(torch.tensor(x) for x in ([-2.0, -7], [-5.0, -9], [-4.0, -7], [-4.0, -9]))
+    )
+    assert seen == [[1.5, 0.0]]
+    assert losses[0].item() == (1.5 - 1 + 0.0 - 1) / 2
 
 
 @pytest.mark.parametrize(

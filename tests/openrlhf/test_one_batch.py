@@ -47,8 +47,13 @@ def log_probs(forward_only, actors: list, rows: list[int]) -> list[torch.Tensor]
 def test_losses_and_gradients(forward_only, actors, options: dict, label_smoothing: float):
     """As in Axolotl's test of the same name: padded together, and each pair by itself."""
     seen: list[torch.Tensor] = []
-    loss_fn = PairwiseDPOLoss(one_batch.BETA, label_smoothing, **options)
-    loss_fn.record = seen.append
+
+    class Watched(PairwiseDPOLoss):
+        def loss_of(self, margins: torch.Tensor):
+            seen.append(margins)
+            return super().loss_of(margins)
+
+    loss_fn = Watched(one_batch.BETA, label_smoothing, **options)
 
     def slopes_of(logps: list[torch.Tensor]) -> torch.Tensor:
         """With respect to the margins: beta times the chosen log-probability is in them."""

@@ -40,14 +40,14 @@ def test_gamma_of_each_step(schedule: str | None, expected: list[float], tokeniz
         eval_on_start=True,
     )  # fmt: skip
     trained: dict[int, list[float]] = {}
-    record = host._record
+    count = host._count
 
     def watched(margins: torch.Tensor) -> None:
-        record(margins)
-        if host._mode() == "train":
-            trained.setdefault(host.state.global_step, []).append(host._loss_now().now["gamma"])
+        count(margins)
+        if host.model.training:
+            trained.setdefault(host.state.global_step, []).append(host._run.loss.now["gamma"])
 
-    host._record = watched
+    host._count = watched
     host.train()
     assert gammas(host) == pytest.approx(expected, abs=1e-12)
     assert gammas(host, "eval_focalpo/gamma") == [0.0] * 5
@@ -103,13 +103,13 @@ def test_resuming_inside_an_epoch(schedule, epochs, resumed_at, tokenizer, tmp_p
 
     def build() -> tuple[FocalPOTrainer, list[float]]:
         host = trainer(FocalPOTrainer, tokenizer, tmp_path, **arguments)
-        used, record = [], host._record
+        used, count = [], host._count
 
         def watched(margins: torch.Tensor) -> None:
-            record(margins)
-            used.append(host._loss_now().now["gamma"])
+            count(margins)
+            used.append(host._run.loss.now["gamma"])
 
-        host._record = watched
+        host._count = watched
         return host, used
 
     whole, of_whole = build()

@@ -42,7 +42,7 @@ def test_a_plain_trainer_in_another_thread(tokenizer, tmp_path):
     plain = trainer(DPOTrainer, tokenizer, tmp_path)
     inputs = batch(ours)
     alone = [loss_and_grads(host, inputs)[0].item() for host in (ours, plain)]
-    ours.pairwise_loss = slow = Slow(ours.pairwise_loss)
+    ours._run.asked = slow = Slow(ours.pairwise_loss)
     with ThreadPoolExecutor() as threads:
         running = threads.submit(loss_and_grads, ours, inputs)
         assert slow.inside.wait(60)
@@ -61,7 +61,7 @@ def test_two_of_ours_in_two_threads(tokenizer, tmp_path):
     inputs = batch(hosts[0])
     alone = [loss_and_grads(host, inputs)[0].item() for host in hosts]
     for host in hosts:
-        host.pairwise_loss = Slow(host.pairwise_loss)
+        host._run.asked = Slow(host.pairwise_loss)
     first, second = (host.pairwise_loss for host in hosts)
     with ThreadPoolExecutor() as threads:
         running = [threads.submit(loss_and_grads, hosts[0], inputs)]

@@ -16,7 +16,7 @@ from tiny_trl import SGD
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from focalpo_plugins import FocalPOTrainer
-from focalpo_plugins.guards.start import check_first_margins, check_resumed_margins
+from focalpo_plugins.run import check_first_margins, check_resumed_margins
 
 AGREE = "focalpo_plugins: first step: policy and reference agree, largest margin 0.\n"
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
