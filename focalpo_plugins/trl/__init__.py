@@ -17,8 +17,8 @@ _MODULE_OF = {
     "FocalPOConfig": ".config",
     "FocalPOTrainer": ".trainer",
     "PairwiseLossMixin": ".trainer",
-    "check_host": ".seam",
-    "check_loss_types": ".seam",
+    "check_host": ".exchange",
+    "check_loss_types": ".exchange",
 }
 
 __all__ = [*_MODULE_OF]

@@ -16,7 +16,7 @@ from ..compute.fused_loss import IGNORED, FusedLoss, fused_logps, fused_pairwise
 from ..compute.output_layer import Head, check_config, check_logits
 from ..guards.ranks import together
 from ..hf_trainer import RANKS
-from .checks import check_fused_parts, head_of
+from .parts import check_fused_parts, head_of
 from .shared_step import SharedStepMixin
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from ..guards.ranks import together
 from ..hf_trainer import RANKS, PairwiseTrainerMixin
 from ..registry import BoundLoss
 from ..run import Host
-from .checks import largest_id
+from .data import largest_id
 
 #: How messages name TRL and its settings.
 TRL = Host(

@@ -24,17 +24,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from datasets import Dataset
 from torch import Tensor
 
 from ..errors import InvalidType, InvalidValue
 from ..guards import pairs
 from ..hf_trainer import RANKS
 from ..loss import check_beta, check_label_smoothing
-from .checks import check_data, check_parallelism, embeddings_of, given_to
+from .arguments import by_name, check_parallelism
 from .config import PairwiseFields
+from .data import check_data, checked_rows
+from .exchange import check_host, loss_exchanged
 from .pairwise import PairwiseBase
-from .seam import check_host, exchanged
+from .parts import embeddings_of
 from .shared_step import SharedStepMixin
 
 with warnings.catch_warnings():
@@ -67,7 +68,7 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.check_host()
-        given = given_to(self._trainer, args, kwargs)
+        given = by_name(self._trainer, args, kwargs)
         config = given.get("args")
         if config is not None:
             self._check_config(config)
@@ -125,7 +126,7 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
     def _exchanged_loss(
         self, smoothing: Sequence[float | None], asked: str, logps: Sequence[Any]
     ) -> Any:
-        with exchanged(self._running().loss, smoothing, asked, self._trainer) as margins:
+        with loss_exchanged(self._running().loss, smoothing, asked, self._trainer) as margins:
             result = getattr(super(), self._method)(*logps)
         self._count(margins[0])
         return result
@@ -262,7 +263,8 @@ def _answers(dataset: Any) -> Iterator[tuple[int, list[int], list[int], list[int
     names = [
         f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "labels")
     ]
-    for row, (chosen, chosen_labels, rejected, rejected_labels) in _rows(dataset, names):
+    for row, pair in checked_rows(dataset, names):
+        chosen, chosen_labels, rejected, rejected_labels = (pair[name] for name in names)
         start = next((i for i, label in enumerate(chosen_labels) if label != _IGNORED), len(chosen))
         of_chosen, of_rejected = (
             [token for token, label in zip(*side, strict=True) if label != _IGNORED]
@@ -273,17 +275,7 @@ def _answers(dataset: Any) -> Iterator[tuple[int, list[int], list[int], list[int
 
 def _of_decoder(dataset: Any) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
     """The same for a model whose encoder gets the prompt, and whose decoder gets the answers."""
-    for row, pair in _rows(dataset, ["prompt_input_ids", "chosen_labels", "rejected_labels"]):
-        prompt, chosen, rejected = pair
+    names = ("prompt_input_ids", "chosen_labels", "rejected_labels")
+    for row, pair in checked_rows(dataset, names):
+        prompt, chosen, rejected = (pair[name] for name in names)
         yield row, prompt, chosen, rejected
-
-
-def _rows(dataset: Any, names: list[str]) -> Iterator[tuple[int, list[list[int]]]]:
-    """Row, and the columns ``names``, of the pairs that are checked."""
-    if isinstance(dataset, Dataset):
-        rows = pairs.places(len(dataset))
-        found = dataset.select_columns(names).select(rows)
-    else:
-        rows, found = range(pairs.FIRST), dataset.take(pairs.FIRST)
-    for row, pair in zip(rows, found, strict=False):
-        yield row, [pair[name] for name in names]

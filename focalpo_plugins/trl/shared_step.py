@@ -12,7 +12,7 @@ from accelerate.utils import is_peft_model
 from ..backbone import SharedPrompts
 from ..guards.ranks import together
 from ..hf_trainer import RANKS
-from .checks import check_shared_parts
+from .parts import check_shared_parts
 
 if TYPE_CHECKING:
     # The class of super() in the mixin's methods, by the order of the bases.

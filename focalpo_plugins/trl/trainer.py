@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
-from datasets import Dataset
 from torch import Tensor, nn
 from trl import DPOTrainer
 
@@ -19,15 +18,18 @@ from ..errors import InvalidType, InvalidValue, RunError
 from ..guards import pairs, texts
 from ..guards.messages import say
 from ..hf_trainer import RANKS
-from .checks import check_arguments, check_data, check_fused_parts, embeddings_of, given_to
+from .arguments import by_name, check_arguments
 from .config import FocalPOConfig
 from .conversations import rendered
+from .data import check_data, checked_rows
+from .exchange import check_host, loss_exchanged, smoothing_of
 from .fused_step import FusedStepMixin
 from .pairwise import PairwiseBase
-from .seam import check_host, exchanged, smoothing_of
+from .parts import check_fused_parts, embeddings_of
 
 # What else decides on a reference that follows the policy.
 _OF_SYNCING = ("ref_model_mixup_alpha", "ref_model_sync_steps")
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")  # columns of a prepared data set
 # Numbers of a weight that tell if two models have it in common.
 _COMPARED = 1024
 
@@ -48,7 +50,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_host()
-        given = given_to(DPOTrainer, args, kwargs)
+        given = by_name(DPOTrainer, args, kwargs)
         config = given.get("args")
         if config is not None:
             self._fused_key = check_arguments(config, self._fused_key)
@@ -101,7 +103,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
     def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         smoothing = smoothing_of(self.loss_types, self.label_smoothing)
         asked = f"loss_type {list(self.loss_types)}"
-        with exchanged(self._running().loss, smoothing, asked) as margins:
+        with loss_exchanged(self._running().loss, smoothing, asked) as margins:
             result = super()._compute_loss(*args, **kwargs)
         self._count(margins[0])
         return result
@@ -121,7 +123,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         with _counted_mismatches():
             prepared = super()._prepare_dataset(dataset, processing_class, args, *more, **named)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self._check_embeddings(prepared, tokenizer, ("prompt_ids", "chosen_ids", "rejected_ids"))
+        self._check_embeddings(prepared, tokenizer, _IDS)
         shared = "prompt" not in first and isinstance(first.get("chosen"), str)
         self._check_pairs(prepared, tokenizer, args, shared)
         self._check_texts(prepared, tokenizer, self._train_data_seen)
@@ -130,14 +132,8 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
 
     def _check_pairs(self, dataset: Any, tokenizer: Any, args: Any, shared: bool) -> None:
         """Refuse token ids that can't be learnt from; each rank checks the same rows."""
-        columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-        if isinstance(dataset, Dataset):
-            rows = pairs.places(len(dataset))
-            found = dataset.select_columns(columns).select(rows)
-        else:
-            rows, found = range(pairs.FIRST), dataset.take(pairs.FIRST)
         pairs.check(
-            ((row, *map(pair.get, columns)) for row, pair in zip(rows, found, strict=False)),
+            ((row, *(pair[name] for name in _IDS)) for row, pair in checked_rows(dataset, _IDS)),
             tokenizer,
             key=self._host.key("max_length"),
             # TRL's collator cuts to this length; before 1.0 its step did.

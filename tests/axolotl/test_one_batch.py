@@ -70,8 +70,8 @@ def test_losses_and_gradients(trainer, monkeypatch, options: dict, label_smoothi
     trainer.set_loss(get_loss("focalpo").bind(**options))
     trainer.label_smoothing = label_smoothing
     seen: list[torch.Tensor] = []
-    record = trainer._count
-    monkeypatch.setattr(trainer, "_record", lambda z: (z.retain_grad(), seen.append(z), record(z)))
+    count = trainer._count
+    monkeypatch.setattr(trainer, "_count", lambda z: (z.retain_grad(), seen.append(z), count(z)))
 
     z = torch.tensor(one_batch.MARGINS, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(one_batch.truth(), z.detach(), rtol=0, atol=1e-9)

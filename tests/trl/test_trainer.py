@@ -849,10 +849,10 @@ def test_a_reference_that_is_the_policy(tokenizer, tmp_path):
 
 def test_every_loss_type_of_this_trl_is_ours_or_refused_with_its_reason():
     """A new one must not slip through unnamed."""
-    from focalpo_plugins.trl.seam import _SEAM, _WHY_NOT
+    from focalpo_plugins.trl.exchange import _LOGSIGMOIDS, _WHY_NOT
 
     assert len(LOSS_TYPES) > 10
-    assert {*_SEAM, *_WHY_NOT} >= LOSS_TYPES
+    assert {*_LOGSIGMOIDS, *_WHY_NOT} >= LOSS_TYPES
 
 
 def test_the_fields_say_what_they_do():
@@ -1031,7 +1031,7 @@ def test_a_trl_that_goes_around_the_seam_is_stopped_at_the_first_step(edited_trl
     code, stdout, stderr = run_forked(SCRIPT, tmp_path, path=copy)
     assert code != 0
     assert "trained" not in stdout
-    assert f"trl {trl.__version__} computed the loss in a way that focalpo_plugins 0.2.0" in stderr
+    assert f"with trl {trl.__version__}: it called the loss 0 times for 1 batch" in stderr
 
 
 @pytest.mark.xdist_group("forked")

@@ -28,7 +28,7 @@ from ..registry import BoundLoss
 
 # For each TRL loss type that a pairwise loss can replace, one entry for each log-sigmoid it calls:
 # whether we apply the label smoothing. `robust` applies its own, with a second log-sigmoid.
-_SEAM: Mapping[str, Sequence[bool]] = {
+_LOGSIGMOIDS: Mapping[str, Sequence[bool]] = {
     "sigmoid": (True,),
     "sigmoid_norm": (True,),
     "robust": (False, False),
@@ -58,7 +58,7 @@ def check_host(trainer: type = DPOTrainer, method: str = "_compute_loss") -> Non
         method: its method that computes the loss.
     """
     names = inspect.unwrap(getattr(trainer, method, check_host)).__code__.co_names
-    if "logsigmoid" not in names or getattr(seam_module(trainer), "F", None) is not F:
+    if "logsigmoid" not in names or getattr(_module_of(trainer), "F", None) is not F:
         what = trainer.__name__.removesuffix("Trainer")
         raise RunError(
             f"focalpo_plugins {version('focalpo_plugins')} does not know where trl "
@@ -73,13 +73,13 @@ def check_loss_types(types: Sequence[str], key: str = "loss_type") -> None:
     At least one of them must not be ``sft``.
     """
     for loss_type in types:
-        if str(loss_type) not in _SEAM:
+        if str(loss_type) not in _LOGSIGMOIDS:
             why = _WHY_NOT.get(str(loss_type), "it is not known to be a log-sigmoid of the margin")
             raise InvalidValue(
-                f"{key} must be one of {', '.join(_SEAM)}, got {loss_type!r}: {why}. Remove it; "
-                "'sigmoid' is the default."
+                f"{key} must be one of {', '.join(_LOGSIGMOIDS)}, got {loss_type!r}: {why}. "
+                "Remove it; 'sigmoid' is the default."
             )
-    if not any(_SEAM[str(loss_type)] for loss_type in types):
+    if not any(_LOGSIGMOIDS[str(loss_type)] for loss_type in types):
         raise InvalidValue(
             f"{key} must hold one of sigmoid, sigmoid_norm, robust, got {list(types)}: there is no "
             "preference loss in it. Put 'sigmoid' beside 'sft'."
@@ -91,11 +91,13 @@ def smoothing_of(types: Sequence[str], label_smoothing: float) -> list[float]:
 
     It is 0 if TRL applies its own.
     """
-    return [label_smoothing if ours else 0.0 for loss_type in types for ours in _SEAM[loss_type]]
+    return [
+        label_smoothing if ours else 0.0 for loss_type in types for ours in _LOGSIGMOIDS[loss_type]
+    ]
 
 
 @contextmanager
-def exchanged(
+def loss_exchanged(
     loss: BoundLoss, smoothing: Sequence[float | None], asked: str, trainer: type = DPOTrainer
 ) -> Iterator[list[Tensor]]:
     """Replace TRL's loss by ``loss`` for one call of the trainer's loss method.
@@ -122,7 +124,7 @@ def exchanged(
         # Another package's loss may be infinite there, and 0 times infinity would be NaN.
         return F.logsigmoid(z) if label_smoothing is None else -loss(z, label_smoothing)
 
-    with _logsigmoid_replaced(seam_module(trainer), logsigmoid):
+    with _logsigmoid_replaced(_module_of(trainer), logsigmoid):
         yield margins
     if len(margins) != len(smoothing):
         raise RunError(
@@ -133,7 +135,7 @@ def exchanged(
         )
 
 
-def seam_module(trainer: type = DPOTrainer) -> ModuleType:
+def _module_of(trainer: type = DPOTrainer) -> ModuleType:
     """The module in which TRL's trainer looks up ``F``, which we replace during its loss method."""
     return sys.modules[trainer.__module__]
 

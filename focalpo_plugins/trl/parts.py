@@ -1,0 +1,248 @@
+"""Checks of what a trainer is built of, against what the fused path and shared prompts can't do.
+
+Each is called with a trainer's arguments before it loads or prepares anything, and again with the
+parts of the built trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import AutoConfig, ProcessorMixin
+
+from ..backbone import check_layers
+from ..compute import output_layer
+from ..compute.output_layer import Head, check_config
+from ..errors import InvalidValue, conflict
+from .arguments import not_fused
+
+
+def check_fused_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
+    """Refuse what the fused path would leave out, as far as it is known.
+
+    Args:
+        given: a trainer's arguments by name; only ``model``, ``peft_config``, ``processing_class``
+            and ``compute_metrics`` are read.
+        args: TRL's arguments.
+        key: the key that asked for the fused path.
+
+    Raises:
+        ValueError: the fused path would compute another loss, or has nothing to return.
+    """
+    metrics, tokenizer = given.get("compute_metrics"), given.get("processing_class")
+    if metrics is not None:
+        instead = "remove compute_metrics, which needs all logits"
+        raise not_fused(key, "compute_metrics", metrics, instead)
+    if isinstance(tokenizer, ProcessorMixin):
+        raise not_fused(key, "a vision model", type(tokenizer).__name__)
+    model = given.get("model")
+    if _is_data_parallel(model, args):
+        raise InvalidValue(
+            f"{key} can't be combined with torch's DataParallel, got one process for {args.n_gpu} "
+            "GPUs: each GPU would compute the whole batch. Start a process for each GPU, with "
+            f"`torchrun --nproc_per_node {args.n_gpu}` or `accelerate launch`, or set "
+            "CUDA_VISIBLE_DEVICES to one GPU."
+        )
+    if given.get("peft_config") is not None:
+        check_adapter(given["peft_config"], key)
+    loaded = isinstance(model, nn.Module)
+    config = head_of(model, key).model.config if loaded else config_of(model)
+    if loaded and is_peft_model(model):
+        check_forward_of_adapters(model, key)
+    if config is None:
+        return
+    check_config(config, key)
+    experts = getattr(config.get_text_config(), "output_router_logits", None) is not None
+    if experts and args.router_aux_loss_coef:
+        name = "router_aux_loss_coef"
+        instead = f"set {name} to 0.0, a field of TRL's DPOConfig that Axolotl has no key for"
+        raise not_fused(key, name, args.router_aux_loss_coef, instead)
+
+
+def check_shared_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
+    """Refuse what shared prompts can't be combined with, as far as it is known.
+
+    Args:
+        given: a trainer's arguments by name; only ``model``, ``peft_config`` and
+            ``processing_class`` are read.
+        args: TRL's arguments.
+        key: the key that asked for shared prompts.
+
+    Raises:
+        ValueError: shared prompts would compute something else.
+    """
+    model: Any = given.get("model")
+    loaded = isinstance(model, nn.Module)
+    config: Any = model.config if loaded else config_of(model)
+    for name, value, why in _not_shared(given, args, config):
+        if value:
+            raise conflict(key, name, value, why, f"Set {key} to false")
+    if loaded and is_peft_model(model):
+        check_forward_of_adapters(model, key)
+    if not loaded and config is not None:
+        asked: Any = args.model_init_kwargs or {}
+        check_layers(config, key, asked.get("attn_implementation"))
+
+
+def _not_shared(given: Mapping[str, Any], args: Any, config: Any) -> Iterator[tuple[str, Any, str]]:
+    """Each setting that excludes shared prompts, its value if it is set, and why it does."""
+    model, tokenizer = given.get("model"), given.get("processing_class")
+    vision = type(tokenizer).__name__ if isinstance(tokenizer, ProcessorMixin) else None
+    yield "a vision model", vision, "images are no tokens of a pair"
+    yield "torch_compile", args.torch_compile, "each batch would be a graph of its own"
+    processes = f"one process for {args.n_gpu} GPUs" if _is_data_parallel(model, args) else None
+    start = f"start a process for each, with `torchrun --nproc_per_node {args.n_gpu}`"
+    yield "torch's DataParallel", processes, start
+    size = getattr(getattr(args, "parallelism_config", None), "tp_size", None)
+    split = size if size != 1 else None
+    yield "parallelism_config.tp_size", split, "each rank has a part of the heads"
+    noise = "its noise depends on the batch's shape, which a row doesn't have"
+    yield "neftune_noise_alpha", args.neftune_noise_alpha, noise
+    for adapter in (given.get("peft_config"), *getattr(model, "peft_config", {}).values()):
+        prompts = type(adapter).__name__ if hasattr(adapter, "num_virtual_tokens") else None
+        yield "prompt learning", prompts, "its prompt is no token"
+    if config is None:
+        return
+    encoder = config.model_type if config.is_encoder_decoder else None
+    yield "an encoder", encoder, "its tokens see each other both ways"
+    asks = getattr(config.get_text_config(), "output_router_logits", None)
+    if asks is not None:
+        # TRL's CPO and ORPO read only the model's config.
+        of_model = asks and getattr(config, "router_aux_loss_coef", 0)
+        coefficient = getattr(args, "router_aux_loss_coef", of_model)
+        routers = "the routers would see a row, and count it as the padded batch"
+        yield "router_aux_loss_coef", coefficient, f"{routers}; 0.0 switches it off"
+
+
+def check_adapter(config: Any, key: str) -> None:
+    """Raise ``ValueError`` for PEFT's config of an adapter that the fused path would bypass."""
+    from peft import PromptLearningConfig
+
+    if isinstance(config, PromptLearningConfig):
+        raise InvalidValue(
+            f"{key} can't be combined with prompt learning, got {type(config).__name__}: the "
+            f"fused path goes around the model that adds the prompt. Set {key} to false, or train "
+            "another adapter, such as LoRA."
+        )
+    names = getattr(config, "target_modules", None)
+    if not isinstance(names, str) and "lm_head" in (names or ()):
+        _refuse_adapted_head(key)
+
+
+class _Stop(Exception):
+    """Ends a forward pass of PEFT's at the backbone."""
+
+
+def check_forward_of_adapters(model: Any, key: str) -> None:
+    """Refuse adapters for which PEFT's own forward does more than call the model.
+
+    aLoRA and X-LoRA hook into the layers for one forward pass, and read the batch for that; prompt
+    learning changes the inputs.  ``key`` goes around that forward, or gives the layers another
+    batch than it saw.  So PEFT's forward runs here, up to the model's backbone, and what it has
+    done by then is compared.  Plain LoRA does nothing.
+
+    Args:
+        model: PEFT's model.
+        key: the key that asked for the fused path or for shared prompts.
+
+    Raises:
+        ValueError: the adapters act there.
+    """
+    backbone = model.get_base_model().base_model
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    before, seen = _hooks(model), []
+
+    def look(module: Any, args: Any, given: dict[str, Any]) -> NoReturn:
+        same = given.get("input_ids") is ids and given.get("past_key_values") is None
+        seen.append(same and _hooks(model) == before + 1)  # ours
+        raise _Stop
+
+    handle = backbone.register_forward_pre_hook(look, with_kwargs=True, prepend=True)
+    try:
+        # PEFT's forward, and not what accelerate or DeepSpeed has put around it.
+        type(model).forward(model, input_ids=ids, attention_mask=torch.ones_like(ids))
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    if seen != [True]:
+        kinds = sorted({type(config).__name__ for config in model.peft_config.values()})
+        raise InvalidValue(
+            f"{key} can't be combined with adapters that act in PEFT's own forward, as aLoRA, "
+            f"X-LoRA and prompt learning do, got {', '.join(kinds)}: it would go around them. Set "
+            f"{key} to false, or train another adapter, such as plain LoRA."
+        )
+
+
+def _hooks(model: nn.Module) -> int:
+    """Number of forward hooks on the model's modules."""
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def _refuse_adapted_head(key: str) -> NoReturn:
+    raise InvalidValue(
+        f"{key} can't be combined with an adapter on the output layer, got 'lm_head' among the "
+        f"adapter's target modules: the fused path would not train it. Set {key} to false, or "
+        "remove it from them."
+    )
+
+
+def _check_adapters(model: Any, key: str) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for config in model.peft_config.values():
+        check_adapter(config, key)
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        _refuse_adapted_head(key)
+
+
+def head_of(model: Any, key: str) -> Head:
+    """Backbone and output layer of ``model``, which may have PEFT's adapters.
+
+    Raises:
+        ValueError: the fused path would compute other log-probs than the model.
+    """
+    if is_peft_model(model):
+        _check_adapters(model, key)
+        model = model.base_model.model
+    return output_layer.head_of(model, key)
+
+
+def config_of(model: Any) -> Any:
+    """A model's config, by folder or hub name; None if transformers alone can't read it.
+
+    The host then reports the error.
+    """
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def embeddings_of(model: Any) -> int | None:
+    """The number of a model's input embeddings; ``model`` may be its folder or hub name.
+
+    None if that isn't known.
+    """
+    if isinstance(model, nn.Module):
+        layer: Any = model.get_input_embeddings()  # type: ignore[operator]
+        return getattr(layer, "num_embeddings", None)
+    config: Any = config_of(model)
+    return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+
+
+def _is_data_parallel(model: Any, args: Any) -> bool:
+    """Whether torch's DataParallel would split each batch over this process's GPUs.
+
+    It doesn't if a model's layers are, or will be, spread over them: transformers decides then, and
+    the built trainer is checked again.
+    """
+    if isinstance(model, nn.Module):
+        spread = getattr(model, "hf_device_map", None)
+    else:
+        spread = (args.model_init_kwargs or {}).get("device_map")
+    return args.n_gpu > 1 and not spread
