@@ -8,7 +8,7 @@ from .loss import SCHEDULES, VARIANTS
 OF_FOCALPO = {
     "gamma": "Focusing parameter; 0 is DPO",
     "gamma_end": "Focusing parameter at the last step, which gamma moves to over the run",
-    "gamma_schedule": f"How it moves: {', '.join(SCHEDULES)}",
+    "gamma_schedule": f"How it moves: {', '.join(SCHEDULES)}; linear unless given",
     "variant": f"Modulating factor: {', '.join(VARIANTS)}",
     "allow_reversed": "Accept a gamma with which training runs backwards",
 }
