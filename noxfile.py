@@ -94,6 +94,13 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def numbers(session: nox.Session) -> None:
+    """Write the numbers and tables of the pages that the code makes; `-- --check` only compares."""
+    session.install(TORCH, wheel(session))
+    session.run("python", "docs/write_numbers.py", *session.posargs)
+
+
+@nox.session
 def audit(session: nox.Session) -> None:
     """Our source by bandit, and what we require by pip-audit, as far as a database is in reach."""
     session.install("bandit", "pip-audit")
