@@ -241,10 +241,10 @@ def test_the_batch_is_128(name: str):
     config = CONFIGS[name]
     gpus = 1 if "adapter" in config else 8
     assert config["micro_batch_size"] * config["gradient_accumulation_steps"] * gpus == 128
-    assert ("Hardware: one GPU" if gpus == 1 else "Hardware: 8 GPUs") in header(name)
+    assert (re.search(r"\b8 GPUs", words(name)) is not None) == (gpus == 8)
     pairs = PAIRS[PAPER[split_name(name)[0]]["data"]]
     examples = pairs * (2 if split_name(name)[1] == "kto" else 1) * config["num_epochs"]
-    assert f"about {round(examples / 128)} steps" in words(name)
+    assert f"{round(examples / 128)}" in re.findall(r"(\d+) steps", words(name))
     assert ("deepspeed" in config) == (gpus == 8)
     if gpus == 8:
         zero = json.loads((EXAMPLES.parent / config["deepspeed"]).read_text())
@@ -261,53 +261,54 @@ def test_the_sizes_in_the_header(name: str):
     embeddings = 2 * vocabulary * hidden
     shapes = [(hidden, hidden)] * 2 + [(hidden, keys)] * 2 + [(hidden, inner)] * 3
     linear = layers * sum(a * b for a, b in shapes)
+    sizes = {*re.findall(r"([\d.]+) GB", text)} - {"24", "40", "80"}  # of the GPUs
     if "adapter" not in config:
-        assert f"A checkpoint takes about {round(14 * (linear + embeddings) / 1e9)} GB" in text
+        assert sizes == {f"{14 * (linear + embeddings) / 1e9:.0f}"}
         return
     adapter = layers * config["lora_r"] * sum(a + b for a, b in shapes)
-    assert f"the adapter with its gradients and AdamW's state {16 * adapter / 1e9:.1f} GB" in text
-    assert f"A checkpoint takes about {round(12 * adapter / 1e9)} GB" in text
+    expected = {f"{16 * adapter / 1e9:.1f}", f"{12 * adapter / 1e9:.0f}"}
     in_4_bits = linear * (1 / 2 + 1 / 64 + 4 / 16_384) + 2 * embeddings
     if config["adapter"] == "lora":
-        assert f"The weights take {2 * (linear + embeddings) / 1e9:.1f} GB" in text
-    if config["adapter"] == "qlora" or "24 GB" in text:
-        assert f"4-bit weights take {in_4_bits / 1e9:.1f} GB" in text
-    if "by our estimate" in text:
+        expected.add(f"{2 * (linear + embeddings) / 1e9:.1f}")
+    if config["adapter"] == "qlora" or "load_in_4bit" in commented(name):
+        expected.add(f"{in_4_bits / 1e9:.1f}")
+    if "estimate" in text:
         tokens = 2 * config["micro_batch_size"] * config["sequence_len"]
         saved, logits = layers * tokens * hidden * 2, tokens * vocabulary * 4
-        assert f"{saved / 1e9:.1f} GB of saved activations" in text
-        assert f"each copy of a pair's logits in float32 is {logits / 1e9:.1f} GB" in text
-        total = re.search(r"about (\d+) of the 24 GB", text)
-        least, most = map(int, re.search(r"(\d) to (\d) GB for one layer", text).groups())
+        total = re.search(r"(\d+) of the 24 GB", text)
+        least, most = re.search(r"(\d) to (\d) GB", text).groups()
+        expected |= {f"{saved / 1e9:.1f}", f"{logits / 1e9:.1f}", most}
         known = (in_4_bits + 16 * adapter + saved) / 1e9
-        assert known + least < int(total[1]) < known + most
+        assert known + int(least) < int(total[1]) < known + int(most)
+    assert sizes == expected
 
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_header_says_what_it_is(name: str):
-    text = header(name)
-    for part in ("Hardware: ", "Launch, from the repository root", "Expected: ", "Sources: "):
-        assert part in text
+    """The command that trains it, the licence, the first loss, and the paper's scores."""
+    text = words(name)
     assert f"axolotl train {RECIPES[name].relative_to(EXAMPLES.parent)}" in text
-    assert ("Meta Llama 3 Community License" in words(name)) == name.startswith("llama3")
-    if name in TABLE_1:
-        wr, lc, arena = TABLE_1[name]
-        assert f"Table 1: AlpacaEval 2.0 WR {wr}, LC {lc}; Arena-Hard WR {arena}" in words(name)
+    assert ("Meta Llama 3 Community License" in text) == name.startswith("llama3")
+    method = split_name(name)[1]
+    if method in FIRST_LOSS:
+        assert f"{FIRST_LOSS[method]:.4f}".rstrip("0") in text
+    scores = re.findall(r"(?:WR|LC) (\d+\.\d)", text)
+    assert scores == [str(score) for score in TABLE_1.get(name, ())]
 
 
 def test_what_is_left_of_a_long_pair():
     """RESULTS.md's two examples: by TRL's collator, and by the rule that the older code shares."""
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    page = " ".join((EXAMPLES / "RESULTS.md").read_text().split())
+    page = (EXAMPLES / "RESULTS.md").read_text()
     pattern = (
-        r"\(limit (\d+), prompt (\d+)\), answers of (\d+) and (\d+) tokens: (\d+) and (\d+) here, "
-        r"(\d+) and (\d+) by the older rule"
+        r"^\| \w+ \| (\d+) \| (\d+) \| (\d+) \| (\d+), (\d+) \| (\d+), (\d+) \| (\d+), (\d+) \|$"
     )
-    examples = [tuple(map(int, found)) for found in re.findall(pattern, page)]
+    examples = [
+        tuple(map(int, found)) for found in re.findall(pattern, page.replace("-", ""), re.M)
+    ]
     assert [example[:2] for example in examples] == [(1024, 512), (2048, 1800)]
-    prompt = int(re.search(r"behind a prompt of (\d+) tokens", page)[1])
-    for limit, of_prompt, chosen, rejected, *left in examples:
+    for limit, of_prompt, prompt, chosen, rejected, *left in examples:
         row = {
             "prompt_ids": [1] * prompt,
             "chosen_ids": [1] * chosen,
@@ -321,39 +322,8 @@ def test_what_is_left_of_a_long_pair():
         assert left[2:] == [min(answer, limit - of_prompt) for answer in (chosen, rejected)]
         model = "mistral" if limit == 1024 else "llama3"
         assert LENGTH[model] == limit
-        assert f"both answers of such a pair to {left[2]} tokens" in " ".join(
-            RECIPES[f"{model}_focalpo"].read_text().replace("\n# ", " ").split()
-        )
-
-
-def test_how_sure_three_seeds_are():
-    """RESULTS.md's factor is t / sqrt(3); with two degrees of freedom t has a closed form.  A win rate's
-    variance over questions, preferences between 0 and 1, is at most p (1 - p)."""
-    page = " ".join((EXAMPLES / "RESULTS.md").read_text().split())
-    level = 0.975
-    t = (2 * level - 1) * math.sqrt(2 / (4 * level * (1 - level)))
-    seeds = yaml.safe_load(SWEEPS["seeds"].read_text())["seed"]
-    assert len(set(seeds)) == 3
-    assert f"their mean +- {t / math.sqrt(3):.2f} times their standard deviation" in page
-    half, fifth = (
-        [f"{100 * math.sqrt(p * (1 - p) / questions):.1f}" for questions in (805, 500)]
-        for p in (0.5, 0.2)
-    )
-    assert (
-        f"50 % has a standard error of at most {half[0]} points on AlpacaEval's 805 questions and "
-        f"{half[1]} on Arena-Hard's 500; one of 20 % has {fifth[0]} and {fifth[1]}."
-    ) in page
-    leads = [
-        ours - dpo
-        for model in ("llama3", "mistral")
-        for ours, dpo in zip(TABLE_1[f"{model}_focalpo"], TABLE_1[f"{model}_dpo"], strict=True)
-    ]
-    assert f"lead over DPO in Table 1 is {min(leads):.1f} to {max(leads):.1f} points" in page
-
-
-def test_what_is_ours_says_so():
-    assert "a recipe of ours" in words("qwen3_focalpo_lora")
-    assert "No model made with it has been judged" in words("qwen3_focalpo_lora")
+        recipe = " ".join(RECIPES[f"{model}_focalpo"].read_text().replace("\n# ", " ").split())
+        assert f" {left[2]} tokens" in recipe
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -680,7 +650,7 @@ def test_the_templates_that_recipes_bring(places: Path, turns: int):
 @pytest.mark.parametrize("name", ["llama3_focalpo", "qwen3_focalpo_lora"])
 def test_it_goes_on_from_its_checkpoint(trained: dict[str, Run], places: Path, name: str):
     """With the flag that the header names, under ZeRO-3 and with an adapter; TensorBoard follows."""
-    assert "Resume: the launch command with --auto-resume-from-checkpoints" in header(name)
+    assert "--auto-resume-from-checkpoints" in header(name)
     folder = places / f"resumed_{name}"
     shutil.copytree(trained[name].folder, folder)
     config = places / f"resumed_{name}.yml"
@@ -705,5 +675,3 @@ def test_the_focal_simpo_recipes_are_simpos_with_a_gamma(model: str):
     for config in (ours, simpo):
         del config["rl"], config["output_dir"]
     assert ours == simpo
-    assert "untested research" in words(f"{model}_focal_simpo")
-    assert "Future Work" in words(f"{model}_focal_simpo")

@@ -137,7 +137,7 @@ def test_arena_hards_chat_template_is_the_one_of_training(model: str, configs: P
 def test_the_papers_judge_is_alpaca_evals(configs: Path):
     """weighted_alpaca_eval_gpt4_turbo as it is shipped, but for where the prompt lies, and marked."""
     file = configs / "alpaca_eval" / "judges" / "paper" / "configs.yaml"
-    assert "shut down on 2026-10-23" in file.read_text()
+    assert "2026-10-23" in file.read_text()
     ((name, ours),) = load_configs(file).items()
     shipped = load_configs(EVALUATORS_CONFIG_DIR / "weighted_alpaca_eval_gpt4_turbo")
     (theirs,) = shipped.values()
