@@ -39,7 +39,8 @@ def test_the_snippet(tokenizer, tmp_path, monkeypatch, capsys, page):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     text = (EXAMPLES.parent / page).read_text()
-    code = re.search(r"\n\*\*TRL\.\*\*.*?\n\n((?:    .*\n|\n)+)", text)[1]
+    blocks = re.findall(r"\n\n((?:    .*\n|\n)+)", text)
+    (code,) = (block for block in blocks if "import FocalPOConfig, FocalPOTrainer" in block)
     given = {"model": "tiny", "pairs": Dataset.from_list(PAIRS), "tokenizer": tokenizer}
     exec("\n".join(line[4:] for line in code.splitlines()), given)
     assert (
