@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import statistics
 import subprocess
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness import Axolotl, ManyFocalpo
+from harness import EXAMPLES, Axolotl, ManyFocalpo
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -182,6 +183,7 @@ def answers(
         "sft": [config(**{**plain_dpo, "rl": None})],
         "no file": [once.folder / "no.yml"],
         "no yaml": [broken],
+        "tiny": [once.config(whole=True)],
     }
     return {name: focalpo("check", *map(str, words)) for name, words in cases.items()}
 
@@ -337,6 +339,19 @@ def test_memory(answers, tiny: Path):
     assert lora["trained"] == trained
     assert lora["reference"] == 0
     assert lora["state"] == (n + trained) * 4 + trained * (4 + 8)
+
+
+@shares_answers
+def test_the_pages_show_the_tiny_run(answers):
+    """docs/run.md has every line, but for the first, which names the file; and README some."""
+    code, output, errors = answers["tiny"]
+    assert code == 0, errors[-3000:]
+    printed = [line.strip() for line in output.splitlines()][1:]
+    page, readme = ((EXAMPLES.parent / name).read_text() for name in ("docs/run.md", "README.md"))
+    (shown,) = re.findall(r"^```text\n.*?\n(.*?)^```$", page, re.M | re.S)
+    assert [line.strip() for line in shown.splitlines()] == printed
+    (some,) = re.findall(r"^    loss     .*?(?=\n\n)", readme, re.M | re.S)
+    assert {line.strip() for line in some.splitlines()} <= {*printed}
 
 
 @shares_answers
