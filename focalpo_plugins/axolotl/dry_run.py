@@ -270,7 +270,7 @@ def _trainer(cfg: Any, train: Any, held_out: Any, tokenizer: Any, steps: int) ->
     from axolotl.utils.dict import DictDefault
     from axolotl.utils.trainer import setup_trainer
 
-    from ..trl.score import stand_in
+    from ..trl.stand_in import stand_in
     from . import FUSED
     from .plugin import fused_key
 

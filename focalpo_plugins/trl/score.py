@@ -22,8 +22,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerBase,
 )
 from transformers import logging as transformers_logging
@@ -31,6 +29,7 @@ from transformers.utils import find_adapter_config_file
 from trl import DPOConfig, DPOTrainer, extract_prompt
 
 from ..errors import InvalidValue
+from .stand_in import stand_in
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _UNDERSTOOD = (
@@ -213,15 +212,6 @@ def _trainer(
                 f"DATA must be pairs that TRL {version('trl')} can prepare, got {data!r}: "
                 f"{_one_line(error)}"
             ) from error
-
-
-def stand_in(vocabulary: int, name: str = "") -> LlamaForCausalLM:
-    """The smallest model that a trainer can be built with, to prepare data as the trainer does."""
-    config: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    config |= {"num_attention_heads": 1, "num_key_value_heads": 1}
-    # The class also takes a name, which is not among its typed fields.
-    config |= {"vocab_size": vocabulary, "name_or_path": name}
-    return LlamaForCausalLM(LlamaConfig(**config))
 
 
 def _one_line(error: BaseException) -> str:
