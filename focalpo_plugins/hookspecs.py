@@ -49,8 +49,8 @@ class Register(Protocol):
                 use.  OpenRLHF also refuses a loss that is called as one of its flags begins.
             loss: ``loss(margins, **options)`` returns the per-pair losses ``(B,)`` of the reward
                 margins ``(B,)``: a floating-point tensor with a gradient, finite at margin 0.  It
-                is tried with two margins before training.  If an option is out of range, it raises
-                ``ValueError`` with a message that begins with the option's name.
+                raises ``ValueError`` for an option out of range, with a message that begins with
+                the option's name.
             weight: ``weight(margins, **options)``, the factors ``(B,)`` of the loss on DPO's
                 gradient.  Without it the diagnostics ``NAME/weight`` and ``NAME/reversed`` are left
                 out.
@@ -69,11 +69,12 @@ class Register(Protocol):
 
         ``loss`` is called with all options by name, or with those that ``at`` returns.  ``weight``
         and ``reversal`` are called with the options that they name, or with all options if they
-        take ``**options``.
+        take ``**options``.  All are tried before training: a function that can't be called in this
+        way stops the run.
 
         Raises:
-            ValueError: a name breaks a rule above or is taken, a default is a value that JSON can't
-                hold, or a function can't be called in this way.
+            ValueError: a name breaks a rule above or is taken, or a default is a value that JSON
+                can't hold.
         """
 
 

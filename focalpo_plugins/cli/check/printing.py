@@ -32,7 +32,7 @@ def print_text(
     star = plan.reversal()
     described = f"{plan.host_loss} (the host's own)"
     if plan.loss is not None:
-        options = (f"{key}={value}" for key, value in plan.loss.said().items())
+        options = (f"{key}={value}" for key, value in plan.loss.shown().items())
         described = " ".join([plan.loss.name, *options])
     line("loss", f"{described}, beta={plan.beta:g}, label smoothing {plan.label_smoothing:g}")
     first = plan.first_loss()
