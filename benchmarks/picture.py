@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from focalpo_plugins.cli.plots import COLOURS, pyplot, save
+from focalpo_plugins.cli.plots import COLOURS, pyplot, rendered
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a bar is of, in the words of shared_prompts.py, and its colour and filling.
@@ -94,8 +94,9 @@ def main() -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out must be a folder, got {args.out}: {error}")
-    (written,) = save(draw(machine, cases), args.out, "shared", ["svg"])
-    print(f"wrote {written}")
+    picture = args.out / "shared.svg"
+    picture.write_bytes(rendered(draw(machine, cases), "svg"))
+    print(f"wrote {picture}")
     return 0
 
 

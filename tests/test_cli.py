@@ -507,14 +507,15 @@ def test_logging_steps_larger_than_the_run_are_said(reports, tmp_path: Path):
 def test_a_run_without_evaluation_is_not_faint():
     """Beside one that has evaluations, whose training batches are."""
     from focalpo_plugins.cli.plots import pyplot
-    from focalpo_plugins.cli.report import Run, _draw
+    from focalpo_plugins.cli.report.picture import draw
+    from focalpo_plugins.cli.report.runs import Run
 
     train = {"margin": {1: 0.0, 2: 1.0}}
     runs = [
         Run("with", Path("a"), {"train": train, "eval": {"margin": {2: 0.5}}}, []),
         Run("without", Path("b"), {"train": train}, []),
     ]
-    lines = _draw(pyplot(), runs).axes[0].get_lines()
+    lines = draw(pyplot(), runs).axes[0].get_lines()
     # Training batches and evaluation of the first, training batches of the second.
     assert [line.get_alpha() for line in lines] == [0.45, None, None]
     assert [line.get_marker() for line in lines] == ["None", "o", "None"]
@@ -625,9 +626,9 @@ def test_tensorboard_of_a_folder_that_was_used_before(reports, tmp_path: Path):
     def read(path: Path) -> tuple[list[float], str]:
         code, said, errors = reports("report", path, "--format", "csv", "--out", tmp_path / "out")
         assert code == 0, errors
-        from focalpo_plugins.cli.report import _read
+        from focalpo_plugins.cli.report.runs import read_run
 
-        return list(_read(path, None).series["train"]["loss"].values()), said
+        return list(read_run(path, None).series["train"]["loss"].values()), said
 
     for name, steps, expected in (
         ("again [1]", range(1, 6), [1] * 5),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
-from . import MARK, CommandError, write
+from . import CommandError
+
+#: Stands in the metadata of every picture that we write.
+MARK = "focalpo_plugins"
 
 # Okabe and Ito's colours, from dark to light, can be told apart without colour vision.  Each has
 # its own line style, so that lines can be told apart in grey print as well.
@@ -66,13 +68,9 @@ def line_looks() -> Iterator[dict[str, Any]]:
             yield {"color": colour, "linestyle": style}
 
 
-def save(figure: Any, folder: Path, name: str, formats: Sequence[str]) -> list[Path]:
-    """Write the figure once for each picture format among ``formats``."""
-    written = []
-    for kind in formats:
-        if kind in ("png", "svg"):
-            metadata = {"Source": MARK, **({"Date": None} if kind == "svg" else {})}
-            content = BytesIO()
-            figure.savefig(content, format=kind, bbox_inches="tight", metadata=metadata)
-            written.append(write(folder / f"{name}.{kind}", content.getvalue()))
-    return written
+def rendered(figure: Any, kind: str) -> bytes:
+    """The figure as the content of a file; ``kind`` is ``png`` or ``svg``."""
+    content = BytesIO()
+    metadata = {"Source": MARK, **({"Date": None} if kind == "svg" else {})}
+    figure.savefig(content, format=kind, bbox_inches="tight", metadata=metadata)
+    return content.getvalue()

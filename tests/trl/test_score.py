@@ -16,11 +16,15 @@ from harness import ManyFocalpo
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import extract_prompt
 
 from focalpo_plugins import FocalPOConfig, FocalPOTrainer
 from focalpo_plugins.cli import CommandError, main
-from focalpo_plugins.cli.score import _beta, _resume
-from focalpo_plugins.trl.score import _model, _pairs, _trainer, _with_adapter, resolve
+from focalpo_plugins.cli.score.beta import beta_of
+from focalpo_plugins.cli.score.scores_file import read_scores
+from focalpo_plugins.trl.score import prepared_by_trl
+from focalpo_plugins.trl.score_data import read_pairs
+from focalpo_plugins.trl.score_models import _with_adapter, load_model, resolve
 
 shares_ends = pytest.mark.xdist_group("ends")  # one worker makes the runs, once
 
@@ -208,7 +212,7 @@ def test_a_model_with_other_weights_than_its_own_is_refused(setting, model: str)
     """transformers gives what a file lacks at random, and goes on."""
     folder = str(setting["folder"] / model)
     with pytest.raises(ValueError) as error:
-        _model(resolve(folder, str(setting["ref"]))[0], "MODEL", "auto")
+        load_model(resolve(folder, str(setting["ref"]))[0], "MODEL", "auto")
     assert str(error.value).startswith("MODEL must ")
     assert WRONG_MODELS[model].format(folder) in str(error.value)
     assert "\n" not in str(error.value)
@@ -310,14 +314,14 @@ def test_beta_is_what_the_model_was_trained_with(tmp_path: Path, files, model: s
         os.utime(file, (hours * 3600, hours * 3600))
     (tmp_path / model).mkdir(parents=True, exist_ok=True)
     known = beta != 0.1
-    found, said = _beta(None, tmp_path / model)
+    found, said = beta_of(None, tmp_path / model)
     assert found == beta
     assert ("MODEL was trained with (" in said) is known
-    given, said = _beta(2.0, tmp_path / model)
+    given, said = beta_of(2.0, tmp_path / model)
     assert given == 2.0
     expected = f"warning: beta 2, from --beta, where MODEL was trained with {beta:g} ("
     assert said.startswith(expected if known else "beta 2, from --beta")
-    assert _beta(beta, tmp_path / model)[1].startswith(f"beta {beta:g}, from --beta")
+    assert beta_of(beta, tmp_path / model)[1].startswith(f"beta {beta:g}, from --beta")
 
 
 def test_a_beta_of_another_run_in_the_folder_is_named(tmp_path: Path):
@@ -328,10 +332,10 @@ def test_a_beta_of_another_run_in_the_folder_is_named(tmp_path: Path):
         write_record(file, beta)
         os.utime(file, (hour * 3600, hour * 3600))
     older = f"{tmp_path / 'checkpoint-60' / 'trainer_state.json'}, which is older, says 0.3"
-    beta, said = _beta(None, tmp_path)
+    beta, said = beta_of(None, tmp_path)
     assert (beta, said) == (0.4, f"beta 0.4, which MODEL was trained with ({file}; {older})")
     write_record(file, None)  # a run of DPO's
-    beta, said = _beta(None, tmp_path)
+    beta, said = beta_of(None, tmp_path)
     assert beta == 0.1
     assert said.startswith(
         f"beta 0.1, the default: MODEL does not say what it was trained with ({file}; "
@@ -345,7 +349,7 @@ def test_beta_of_a_trainer_that_was_given_its_loss_twice(tmp_path: Path):
     first = {"args": {"record": {"beta": 0.7}}}
     state["stateful_callbacks"]["_Record"] = [first, state["stateful_callbacks"]["_Record"]]
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
-    assert _beta(None, tmp_path)[0] == 0.3
+    assert beta_of(None, tmp_path)[0] == 0.3
 
 
 def user(text: str) -> dict[str, str]:
@@ -389,29 +393,31 @@ def write_rows(folder: Path, *rows: dict[str, Any]) -> Path:
 
 @pytest.mark.parametrize(("row", "expected"), FORMS.values(), ids=FORMS)
 def test_what_a_host_trains_on_can_be_scored(tmp_path: Path, row, expected):
-    pairs, _ = _pairs(write_rows(tmp_path, row, row))
+    pairs, _ = read_pairs(write_rows(tmp_path, row, row))
     for found in pairs:
         assert tuple(found[key] for key in ("prompt", "chosen", "rejected")) == expected
     # No column but the pair's decides whether it is a conversation.
     assert "messages" not in pairs.column_names
 
 
-def test_a_prompt_that_is_the_start_of_both_is_left_to_trl(tmp_path: Path):
-    """Conversations, also where a table fills one with None for what the other alone has, and texts."""
-    for rows in ([WHOLE, WHOLE], [{"chosen": "q a", "rejected": "q b"}]):
-        file = write_rows(tmp_path, *rows)
-        assert "prompt" not in _pairs(file)[0].column_names
+def test_a_prompt_that_is_the_start_of_both(tmp_path: Path):
+    """Conversations, as TRL divides them, also where a table fills one with None for what only the
+    other has.  Texts are left to TRL."""
+    file = write_rows(tmp_path, WHOLE, WHOLE)
+    assert list(read_pairs(file)[0]) == [extract_prompt(WHOLE)] * 2
+    file = write_rows(tmp_path, {"chosen": "q a", "rejected": "q b"})
+    assert "prompt" not in read_pairs(file)[0].column_names
     called = {**answer("b"), "tool_calls": [{"name": "f"}]}
     filled = Dataset.from_list([{**WHOLE, "rejected": [{**user("q"), "tool_calls": None}, called]}])
     filled.to_parquet(tmp_path / "pairs.parquet")
-    row = _pairs(tmp_path / "pairs.parquet")[0][0]
+    row = read_pairs(tmp_path / "pairs.parquet")[0][0]
     assert [message["content"] for message in row["prompt"]] == ["q"]
     assert [row[side][0]["content"] for side in ("chosen", "rejected")] == ["a", "b"]
 
 
 def test_digits_in_a_csv_are_text(tmp_path: Path):
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\n1,2,007\n3,4.0,5\n")
-    rows = list(_pairs(tmp_path / "pairs.csv")[0])
+    rows = list(read_pairs(tmp_path / "pairs.csv")[0])
     assert rows[0] == {"prompt": "1", "chosen": "2", "rejected": "007"}
     assert rows[1] == {"prompt": "3", "chosen": "4.0", "rejected": "5"}
 
@@ -441,7 +447,7 @@ BAD_ROWS = {
 def test_a_row_that_is_no_pair_is_named(tmp_path: Path, rows, said: str):
     file = write_rows(tmp_path, *rows)
     with pytest.raises(ValueError) as error:
-        _pairs(file)
+        read_pairs(file)
     assert said.format(repr(str(file))) in str(error.value)
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
@@ -467,7 +473,7 @@ def test_it_prepares_what_a_run_trains_on(tiny: Path, tmp_path: Path):
     config = FocalPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     model = AutoModelForCausalLM.from_pretrained(tiny / "model")
     run = FocalPOTrainer(model, args=config, processing_class=tokenizer, train_dataset=rows)
-    scored = _trainer(_pairs(file)[0], tokenizer, None, str(file)).train_dataset
+    scored = prepared_by_trl(read_pairs(file)[0], tokenizer, None, str(file)).train_dataset
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
         assert scored[name][:] == run.train_dataset[name][:]
     prompt = tokenizer.decode(scored[0]["prompt_ids"])
@@ -480,7 +486,7 @@ def test_what_trl_cannot_prepare_is_one_line(tiny: Path, tmp_path: Path):
     tokenizer.chat_template = "{{ raise_exception('the roles must\n alternate') }}"
     file = write_rows(tmp_path, WHOLE)
     with pytest.raises(ValueError) as error:
-        _trainer(_pairs(file)[0], tokenizer, None, "pairs.jsonl")
+        prepared_by_trl(read_pairs(file)[0], tokenizer, None, "pairs.jsonl")
     assert "DATA must be pairs that TRL" in str(error.value)
     assert str(error.value).endswith("the roles must alternate")
 
@@ -555,7 +561,7 @@ def test_half_a_file_is_never_read_as_whole(setting, ends, tmp_path):
     for cut in range(len(content) + 1):
         scores.write_bytes(content[:cut])
         whole = content[:cut].count(b"\n")
-        assert sorted(_resume(scores, header)) == list(range(max(0, whole - 1)))
+        assert sorted(read_scores(scores, header)) == list(range(max(0, whole - 1)))
         assert scores.read_bytes() == b"".join(lines[:whole])
 
 
@@ -575,7 +581,7 @@ def test_a_scores_file_of_the_user_is_never_touched(tmp_path: Path, content: str
     scores = tmp_path / "scores.jsonl"
     scores.write_text(content)
     with pytest.raises(CommandError) as error:
-        _resume(scores, {"focalpo_score": 1})
+        read_scores(scores, {"focalpo_score": 1})
     assert str(error.value).startswith(f"{scores} is there already, is not a file of")
     assert scores.read_text() == content
 

@@ -1,0 +1,104 @@
+"""The files that a command writes: each whole or not at all, and never in a user's file's place."""
+
+from __future__ import annotations
+
+import csv
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ..guards.folders import write_whole
+from . import CommandError
+from .plots import MARK, pyplot, rendered
+
+
+class Output:
+    """The folder of ``--out``, which is created, and the formats of ``--format``.
+
+    Args:
+        args: the command line.
+        tables: the names of the command's tables and pictures, each with what its CSV begins with.
+        others: the command's other files, each with what it begins with.
+
+    Raises:
+        CommandError: a file of such a name is there and is not this command's, there can be no
+            folder, or matplotlib is missing.
+    """
+
+    def __init__(
+        self, args: Namespace, tables: Mapping[str, str], others: Mapping[str, str] | None = None
+    ) -> None:
+        self._formats: Sequence[str] = args.format
+        self._plt = pyplot() if {"png", "svg"} & {*args.format} else None
+        self.folder = Path(args.out)
+        starts = {f"{name}.{kind}": start for name, start in tables.items() for kind in args.format}
+        for file, start in {**(others or {}), **starts}.items():
+            if not _is_ours(self.folder / file, start.encode()):
+                raise CommandError(
+                    "--out must be a folder whose files of these names are from this command, got "
+                    f"{str(self.folder)!r} with another {file}, which is left as it is. Move that "
+                    "file, or give another --out."
+                )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CommandError(
+                f"--out must be a folder, got {args.out!r}: {error.strerror}."
+            ) from None
+
+    def save(
+        self, name: str, table: Sequence[Sequence[object]], draw: Callable[[Any], Any]
+    ) -> list[Path]:
+        """Write a table, whose first row is its header, and its picture, in the formats asked for.
+
+        Args:
+            draw: returns the figure; it is given matplotlib's pyplot.
+        """
+        written = []
+        if "csv" in self._formats:
+            text = StringIO()
+            csv.writer(text).writerows(table)
+            written.append(write(self.folder / f"{name}.csv", text.getvalue()))
+        if self._plt is not None:
+            figure = draw(self._plt)
+            for kind in self._formats:
+                if kind != "csv":
+                    written.append(write(self.folder / f"{name}.{kind}", rendered(figure, kind)))
+            self._plt.close(figure)
+        return written
+
+
+def _is_ours(path: Path, start: bytes) -> bool:
+    """Whether nothing is lost if we write the file again."""
+    if not path.is_file():
+        return True
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except OSError:
+        return False
+    if path.suffix in (".png", ".svg"):
+        return not head or MARK.encode() in head
+    return head.startswith(start[: len(head)])
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise :class:`CommandError` if one of our files can't be written inside."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(
+            f"--out must be a folder with room that can be written to, got {str(path.parent)!r}: "
+            f"{path.name}: {error.strerror}. Make room, or name another."
+        ) from None
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    """Write one of our files, whole or not at all, and return ``path``."""
+    with writing(path):
+        write_whole(path, content)
+    return path
