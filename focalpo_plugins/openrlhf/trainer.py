@@ -26,6 +26,7 @@ from torch import Tensor
 from ..backbone import SharedPrompts
 from ..errors import conflict
 from ..guards import embeddings, pairs, texts
+from ..reference import ReferenceLogps
 from ..registry import BoundLoss
 from ..run import Host, Now, Run
 from . import data
@@ -34,7 +35,7 @@ from .conversations import faults
 from .loss import PairwiseDPOLoss
 from .names import dotted, given_options, spelled
 from .ranks import StrategyRanks, on_all_ranks, on_rank_0
-from .reference import ReferenceLogps, precompute
+from .reference import precompute
 
 # OpenRLHF's values that go into the loss: attributes of its `model` arguments.
 _IN_LOSS = ("beta", "label_smoothing", "aux_loss_coef", "nll_loss_coef")

@@ -8,7 +8,6 @@ log-probabilities of another pair would be off by whole nats.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -392,59 +391,6 @@ def test_a_log_probability_that_is_not_finite(in_trouble, variants):
     assert "the reference gives pair 3 of the training data, " in line
     assert "a log-probability that is not finite (1 of 27 pairs): '<|begin_of_text|>" in line
     assert list(folders["nan"].iterdir()) == []
-
-
-def batch(pairs: list[tuple[list[int], list[int], int]]) -> tuple:
-    """Token ids of both sides and the prompt's length, padded with token 9 on the right."""
-    sides = []
-    for side in (0, 1):
-        width = max(len(pair[side]) for pair in pairs)
-        sides += [
-            torch.tensor([pair[side] + [9] * (width - len(pair[side])) for pair in pairs]),
-            torch.tensor([[1] * len(p[side]) + [0] * (width - len(p[side])) for p in pairs]),
-        ]
-    return (*sides, [pair[2] for pair in pairs])
-
-
-KNOWN = [([1, 2, 3], [1, 2, 4, 5], 2), ([1, 2], [1, 6], 1), ([1, 2, 3, 9], [1, 6], 1)]
-
-
-@pytest.fixture(scope="module")
-def lookup(openrlhf: SimpleNamespace):
-    from focalpo_plugins.openrlhf.reference import ReferenceLogps, pair_digests
-
-    digests = [list(digest) for digest in pair_digests(*batch(KNOWN))]
-    values = torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.0]])
-    return ReferenceLogps(torch.tensor(digests, dtype=torch.uint8), values)
-
-
-@pytest.mark.xdist_group("in one process")
-def test_found_in_any_order_and_padding(lookup):
-    chosen, rejected = lookup(*batch([KNOWN[2], KNOWN[0]]))
-    assert (chosen.tolist(), rejected.tolist()) == ([-5.0, -1.0], [-6.0, -2.0])
-    chosen, rejected = lookup(*batch([KNOWN[1]]))
-    assert (chosen.tolist(), rejected.tolist()) == ([-3.0], [-4.0])
-
-
-@pytest.mark.xdist_group("in one process")
-@pytest.mark.parametrize(
-    "pair",
-    [
-        ([1, 2, 4, 5], [1, 2, 3], 2),  # sides swapped
-        ([1, 2, 3], [1, 2, 4, 5], 1),  # another start of the answer
-        ([1, 2, 3], [1, 2, 4], 2),  # cut
-        ([1, 2, 3, 1], [2, 4, 5], 2),  # the same tokens in a row, divided elsewhere
-        ([1, 2, 3, 9], [1, 2, 4, 5], 2),  # the token that is also padding, at the end
-    ],
-    ids=str,
-)
-def test_a_pair_that_was_not_precomputed(lookup, pair: tuple):
-    """Its log-probabilities are NaN, which stops every rank; the other's are there."""
-    lookup.unknown = ""
-    chosen, rejected = (side.tolist() for side in lookup(*batch([KNOWN[0], pair])))
-    assert (chosen[0], rejected[0]) == (-1.0, -2.0)
-    assert math.isnan(chosen[1]) and math.isnan(rejected[1])
-    assert "of pair 1 of a batch were not precomputed" in lookup.unknown
 
 
 def test_pairs_that_one_rank_alone_does_not_know(watched: Callable):
