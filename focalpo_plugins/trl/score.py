@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer
 
 from ..errors import InvalidValue
 from .score_data import read_pairs
-from .score_models import load_model, resolve, tokenizer_of
+from .score_models import Source, load_model, tokenizer_of
 from .stand_in import stand_in
 
 
@@ -28,8 +28,8 @@ class PairScorer:
     """The pairs of a preference file under two models.
 
     Args:
-        policy: folder or hub name of the model, or of an adapter; see :func:`resolve`.
-        reference: the same of the reference model.
+        policy: the model, as :func:`~focalpo_plugins.trl.score_models.resolve` finds it.
+        reference: the reference model.
         data: a preference file with ``chosen`` and ``rejected``, and ``prompt`` unless it is the
             start of both; each is a text or a list of messages. A text ``prompt`` beside whole
             conversations is left out, and beside answers alone it is the user's message.
@@ -48,9 +48,8 @@ class PairScorer:
     """
 
     def __init__(
-        self, policy: str, reference: str, data: Path, *, max_length: int | None, dtype: str
+        self, policy: Source, reference: Source, data: Path, *, max_length: int | None, dtype: str
     ) -> None:
-        sources = resolve(policy, reference)
         pairs, self.form = read_pairs(data)
         self.total = len(pairs)
         # A name that no column of the file has.
@@ -58,7 +57,7 @@ class PairScorer:
         while row in pairs.column_names:
             row += "_"
         pairs = pairs.add_column(row, list(range(self.total)))
-        tokenizer = tokenizer_of(*sources)
+        tokenizer = tokenizer_of(policy, reference)
         trainer: Any = prepared_by_trl(pairs, tokenizer, max_length, str(data))
         self._pairs = trainer.train_dataset
         self._collate = trainer.data_collator
@@ -66,7 +65,7 @@ class PairScorer:
         self.rows: list[int] = list(self._pairs[row])
         self._models = [
             load_model(source, role, dtype).to(self._device).eval()
-            for source, role in zip(sources, ("MODEL", "--ref"), strict=True)
+            for source, role in ((policy, "MODEL"), (reference, "--ref"))
         ]
 
     def score(self, positions: Sequence[int]) -> list[dict[str, Any]]:

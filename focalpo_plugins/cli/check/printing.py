@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 from ...plan import Pair, Plan, Tokens
@@ -11,6 +12,10 @@ from .counts import Counts, share, tokens_per_step
 from .memory import FORMULA, GIB, LEFT_OUT, Estimate
 
 _SHOWN = 80  # tokens of a prompt
+
+
+# A line's title, empty if it goes on with the line above; and its text.
+_Lines = Iterator[tuple[str, str]]
 
 
 def print_text(
@@ -22,58 +27,65 @@ def print_text(
     number: int,
 ) -> None:
     """Print the answer; if ``counts`` and ``shown`` are None, print only what needs no data."""
-
-    def line(title: str, text: str) -> None:
+    lines = [*_of_run(name, plan), *_of_loss(plan), *_of_data(plan, counts)]
+    lines += [*_of_batch(plan, counts), *_of_memory(plan, memory)]
+    for title, text in lines:
         print(f"{title:<9}{text}")
+    if shown is None:
+        return
+    print(f"\npair {number}, as the model gets it; [masked] tokens are not trained on")
+    for side in ("chosen", "rejected"):
+        sequence = getattr(shown, side)
+        masked = sequence.trained.count(False)
+        print(f"{side}: {masked} masked, {len(sequence.ids) - masked} trained on")
+        print("  " + _rendered(plan.tokenizer, sequence))
 
-    line("run", f"{name}, read by {plan.host}")
+
+def _of_run(name: str, plan: Plan) -> _Lines:
+    yield "run", f"{name}, read by {plan.host}"
     for note in plan.notes:
-        line("", note)
-    star = plan.reversal()
+        yield "", note
+
+
+def _of_loss(plan: Plan) -> _Lines:
     described = f"{plan.host_loss} (the host's own)"
     if plan.loss is not None:
         options = (f"{key}={value}" for key, value in plan.loss.shown().items())
         described = " ".join([plan.loss.name, *options])
-    line("loss", f"{described}, beta={plan.beta:g}, label smoothing {plan.label_smoothing:g}")
-    first = plan.first_loss()
+    yield "loss", f"{described}, beta={plan.beta:g}, label smoothing {plan.label_smoothing:g}"
+    first, star = plan.first_loss(), plan.reversal()
     if plan.margin != "dpo":
-        line("", f"margin {plan.margin}, without a reference: the first loss can't be predicted")
+        yield "", f"margin {plan.margin}, without a reference: the first loss can't be predicted"
     elif first is None:
-        line("", "the first loss can't be predicted: it isn't only the loss of a margin of 0")
+        yield "", "the first loss can't be predicted: it isn't only the loss of a margin of 0"
     else:
-        line("", f"predicted first loss {first:.4f} (DPO: 0.6931)")
+        yield "", f"predicted first loss {first:.4f} (DPO: 0.6931)"
     if star > -math.inf and plan.margin != "dpo":
-        line("", f"z* = {star:.2f}: pairs with a lower margin are pushed further the wrong way")
+        yield "", f"z* = {star:.2f}: pairs with a lower margin are pushed further the wrong way"
     elif star > -math.inf:
-        line(
+        yield (
             "",
             f"z* = {star:.2f}: pairs whose log-ratios differ by more than {-star / plan.beta:.4g} "
             "nats the wrong way are pushed further",
         )
-    ranks = f"{plan.data_ranks} rank{'s' * (plan.data_ranks != 1)}"
-    among = "--gpus" if plan.data_ranks == plan.ranks else f"of --gpus {plan.ranks}"
-    batch = (
-        f"{plan.micro_batch} pairs x {plan.accumulation} accumulated x {ranks} ({among}) = "
-        f"{_batch(plan)} pairs a step"
-    )
-    if counts is None or shown is None:
-        line("data", f"not read; sequences taken as {plan.max_length} tokens long, the limit")
-        line("batch", batch)
-        _print_memory(plan, memory, line)
+
+
+def _of_data(plan: Plan, counts: Counts | None) -> _Lines:
+    if counts is None:
+        yield "data", f"not read; sequences taken as {plan.max_length} tokens long, the limit"
         return
     dropped = plan.rows - plan.kept
-    line("data", f"{plan.rows} pairs, {dropped} dropped by the host ({share(dropped, plan.rows)})")
+    yield "data", f"{plan.rows} pairs, {dropped} dropped by the host ({share(dropped, plan.rows)})"
+    for text in plan.formats:
+        yield "", text
     shares = [
         f"{what} {share(getattr(counts, what), counts.pairs)}"
         for what in ("truncated", "identical", "empty")
     ]
-    for text in plan.formats:
-        line("", text)
+    yield "", f"of the {counts.pairs} trained on: {', '.join(shares)}"
     limit = f"cut at {plan.max_length}" if plan.max_length else "never cut"
-    line("", f"of the {counts.pairs} trained on: {', '.join(shares)}")
-    line(
-        "tokens", f"sequences {_spread(counts.lengths)}, {limit}; answers {_spread(counts.trained)}"
-    )
+    lengths, trained = _spread(counts.lengths), _spread(counts.trained)
+    yield "tokens", f"sequences {lengths}, {limit}; answers {trained}"
     for title, what, counter in (
         ("BOS", "of a sequence", counts.bos),
         ("EOS", "of an answer", counts.eos),
@@ -82,23 +94,59 @@ def print_text(
         times = ", ".join(
             f"{n} in {share(times, 2 * counts.pairs)}" for n, times in sorted(counter.items())
         )
-        line("", f"{title} {token!r}, times in the tokens {what}: {times}")
-    line("batch", batch)
-    line("", f"{_steps(plan.epoch_steps)} an epoch, {_steps(plan.steps)} in the run")
+        yield "", f"{title} {token!r}, times in the tokens {what}: {times}"
+
+
+def _of_batch(plan: Plan, counts: Counts | None) -> _Lines:
+    ranks = f"{plan.data_ranks} rank{'s' * (plan.data_ranks != 1)}"
+    among = "--gpus" if plan.data_ranks == plan.ranks else f"of --gpus {plan.ranks}"
+    yield (
+        "batch",
+        f"{plan.micro_batch} pairs x {plan.accumulation} accumulated x {ranks} ({among}) = "
+        f"{_batch(plan)} pairs a step",
+    )
+    if counts is None:
+        return
+    yield "", f"{_steps(plan.epoch_steps)} an epoch, {_steps(plan.steps)} in the run"
     tokens = tokens_per_step(plan, counts)
-    line(
+    yield (
         "",
         f"{tokens.padded:,.0f} tokens a step as the host pads them, {tokens.unpadded:,.0f} without "
         f"padding, {tokens.shared:,.0f} with shared prompts "
         f"({share(round(tokens.shared), round(tokens.padded))})",
     )
-    _print_memory(plan, memory, line)
-    print(f"\npair {number}, as the model gets it; [masked] tokens are not trained on")
-    for side in ("chosen", "rejected"):
-        sequence = getattr(shown, side)
-        masked = sequence.trained.count(False)
-        print(f"{side}: {masked} masked, {len(sequence.ids) - masked} trained on")
-        print("  " + _rendered(plan.tokenizer, sequence))
+
+
+def _of_memory(plan: Plan, memory: Estimate | None) -> _Lines:
+    if memory is None:
+        yield "memory", "not estimated under FSDP"
+        return
+    state = plan.state
+    sharding = f"ZeRO stage {state.zero_stage}" if state.zero_stage else "no sharding"
+    parts = [
+        f"{part} {_size(getattr(memory, part))}"
+        for part in ("weights", "gradients", "optimizer", "reference")
+    ]
+    yield "memory", f"{_size(memory.state)} of state a rank ({sharding}): {', '.join(parts)}"
+    if memory.reference_before:
+        before = _size(memory.reference_before)
+        yield "", f"reference {before} besides, before the first step alone"
+    if state.offloaded:
+        yield "", f"held by the CPU: {', '.join(sorted(state.offloaded))}"
+    wider = ", embeddings, norms and output layer fp32" if state.in_float32 else ""
+    numbers = f"{memory.parameters:,} parameters, {memory.trained:,} trained"
+    yield "", f"{numbers}, {plan.precision}{wider}"
+    logits = _size(memory.logits)
+    if state.logits_at_once is not None:
+        yield "", f"logits at most {logits} besides: the loss takes them in parts"
+    elif memory.logits:
+        yield (
+            "",
+            f"logits {logits} besides: 2 x {plan.micro_batch} sequences of the longest length x "
+            "vocabulary x 4 bytes, once; autograd keeps more",
+        )
+    yield "", f"formula: {FORMULA}"
+    yield "", f"left out: {LEFT_OUT}"
 
 
 def _batch(plan: Plan) -> int:
@@ -111,37 +159,6 @@ def _steps(number: float) -> str:
 
 def _spread(values: list[int]) -> str:
     return f"{min(values)} to {max(values)} (median {statistics.median(values):g})"
-
-
-def _print_memory(plan: Plan, memory: Estimate | None, line: Any) -> None:
-    if memory is None:
-        line("memory", "not estimated under FSDP")
-        return
-    state = plan.state
-    sharding = f"ZeRO stage {state.zero_stage}" if state.zero_stage else "no sharding"
-    parts = [
-        f"{part} {_size(getattr(memory, part))}"
-        for part in ("weights", "gradients", "optimizer", "reference")
-    ]
-    line("memory", f"{_size(memory.state)} of state a rank ({sharding}): {', '.join(parts)}")
-    if memory.reference_before:
-        line("", f"reference {_size(memory.reference_before)} besides, before the first step alone")
-    if state.offloaded:
-        line("", f"held by the CPU: {', '.join(sorted(state.offloaded))}")
-    wider = ", embeddings, norms and output layer fp32" if state.in_float32 else ""
-    line(
-        "", f"{memory.parameters:,} parameters, {memory.trained:,} trained, {plan.precision}{wider}"
-    )
-    if state.logits_at_once is not None:
-        line("", f"logits at most {_size(memory.logits)} besides: the loss takes them in parts")
-    elif memory.logits:
-        line(
-            "",
-            f"logits {_size(memory.logits)} besides: 2 x {plan.micro_batch} sequences of "
-            f"the longest length x vocabulary x 4 bytes, once; autograd keeps more",
-        )
-    line("", f"formula: {FORMULA}")
-    line("", f"left out: {LEFT_OUT}")
 
 
 def _size(number: float) -> str:
@@ -180,7 +197,7 @@ def as_json(
 ) -> dict[str, Any]:
     """The answer; everything about data is left out if none was read."""
     star = plan.reversal()
-    answer = {
+    answer: dict[str, Any] = {
         "run": name,
         "host": plan.host,
         "notes": plan.notes,
@@ -201,8 +218,12 @@ def as_json(
         "memory_bytes": None if memory is None else {**vars(memory), "state": memory.state},
         "warnings": warnings,
     }
-    if counts is None or shown is None:
-        return answer
+    if counts is not None and shown is not None:
+        answer |= _json_of_data(plan, counts, shown)
+    return answer
+
+
+def _json_of_data(plan: Plan, counts: Counts, shown: Pair) -> dict[str, Any]:
     whole: dict[str, Any] = dict(vars(counts))  # asdict() can't copy a Counter
     del whole["longer"], whole["in_common"]
     for key in ("lengths", "trained"):
@@ -217,7 +238,6 @@ def as_json(
         for side in ("chosen", "rejected")
     }
     return {
-        **answer,
         "rows": plan.rows,
         "dropped": plan.rows - plan.kept,
         "formats": plan.formats,

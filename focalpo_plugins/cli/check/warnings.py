@@ -41,6 +41,26 @@ def warnings(plan: Plan, counts: Counts | None) -> list[str]:
 
 
 def _of_data(plan: Plan, counts: Counts) -> list[str]:
+    found = [*_of_bos(plan, counts), *_of_template(plan, counts)]
+    for what, why in (
+        ("empty", "there is nothing in one answer to train on"),
+        ("identical", "their margin stays 0, and they only dilute the batch"),
+    ):
+        number = getattr(counts, what)
+        if number:
+            found.append(f"{share(number, counts.pairs)} of the pairs are {what}: {why}.")
+    if counts.truncated > _MUCH_CUT * counts.pairs:
+        found.append(
+            f"{share(counts.truncated, counts.pairs)} of the pairs are truncated to "
+            f"{plan.max_length} tokens."
+        )
+    dropped = plan.rows - plan.kept
+    if dropped > _MUCH_CUT * plan.rows:
+        found.append(f"{share(dropped, plan.rows)} of the pairs are dropped as too long.")
+    return found
+
+
+def _of_bos(plan: Plan, counts: Counts) -> list[str]:
     found = []
     if counts.doubled_bos:
         found.append(
@@ -61,6 +81,11 @@ def _of_data(plan: Plan, counts: Counts) -> list[str]:
             f"no BOS at the start of {share(without_bos, 2 * counts.pairs)} of the sequences, "
             "though this tokenizer puts one before a text."
         )
+    return found
+
+
+def _of_template(plan: Plan, counts: Counts) -> list[str]:
+    found = []
     start = template_start(plan.tokenizer)
     if start is not None and not counts.starts_as_template:
         found.append(
@@ -75,19 +100,4 @@ def _of_data(plan: Plan, counts: Counts) -> list[str]:
             "model is not taught to stop. The template has to end an answer with the tokenizer's "
             "EOS."
         )
-    for what, why in (
-        ("empty", "there is nothing in one answer to train on"),
-        ("identical", "their margin stays 0, and they only dilute the batch"),
-    ):
-        number = getattr(counts, what)
-        if number:
-            found.append(f"{share(number, counts.pairs)} of the pairs are {what}: {why}.")
-    if counts.truncated > _MUCH_CUT * counts.pairs:
-        found.append(
-            f"{share(counts.truncated, counts.pairs)} of the pairs are truncated to "
-            f"{plan.max_length} tokens."
-        )
-    dropped = plan.rows - plan.kept
-    if dropped > _MUCH_CUT * plan.rows:
-        found.append(f"{share(dropped, plan.rows)} of the pairs are dropped as too long.")
     return found

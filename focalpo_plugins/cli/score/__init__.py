@@ -53,9 +53,7 @@ def run(args: Namespace) -> int:
     if done:
         print(f"{scores} has {len(done)} pairs already; going on from there")
     with _library_errors("MODEL, --ref and DATA were loaded", args.debug):
-        scorer = PairScorer(
-            args.model, args.ref, Path(args.data), max_length=args.max_length, dtype=args.dtype
-        )
+        scorer = PairScorer(*sources, Path(args.data), max_length=args.max_length, dtype=args.dtype)
     print(f"{len(scorer.rows)} pairs of {args.data}: {scorer.form}")
     if not scores.exists() or scores.stat().st_size == 0:
         append(scores, [header])
