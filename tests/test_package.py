@@ -29,13 +29,13 @@ OF_HOST = {
     # OpenRLHF is built on DeepSpeed and requires it.
     "openrlhf": {"openrlhf", "transformers", "peft", "deepspeed"},
     "trl": {"trl", "transformers", "accelerate", "peft", "deepspeed"},
-    "backbone": {"transformers"},  # under each of them
+    "sharing": {"transformers"},  # under each of them
     "hf_trainer": {"transformers", "accelerate"},  # every host that is a transformers.Trainer
     "cli": {"transformers", "peft"},  # to count a model's parameters, whoever trains it
 }
 CORE = {
-    "errors", "loss", "hookspecs", "options", "registry", "diagnostics", "plan", "guards", "compute",
-    "run",
+    "errors", "loss", "hookspecs", "options", "pairwise_loss", "registry", "diagnostics", "plan",
+    "guards", "compute", "run", "reference", "reference_file",
 }  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
@@ -43,20 +43,23 @@ ARROWS: dict[str, set[str]] = {
     "hookspecs": set(),
     "guards": {"errors"},
     "compute": {"errors"},
-    "backbone": {"errors", "compute"},
+    "sharing": {"errors", "compute"},
     "options": {"loss"},
-    "registry": {"errors", "loss", "hookspecs", "options", "guards"},
+    "pairwise_loss": {"errors", "loss", "guards"},
+    "registry": {"errors", "loss", "hookspecs", "options", "pairwise_loss", "guards"},
+    "reference_file": {"errors", "guards"},
+    "reference": {"errors", "guards", "reference_file"},
     "diagnostics": {"registry"},
     "plan": {"registry"},
     "run": {"errors", "guards", "diagnostics", "registry"},
     "hf_trainer": {"errors", "guards", "registry", "run"},
     "trl": {
         "errors", "loss", "options", "registry", "run", "hf_trainer", "guards", "compute",
-        "backbone"
+        "sharing"
     },
     "axolotl": {"errors", "loss", "options", "registry", "plan", "guards", "compute", "trl"},
     "openrlhf": {
-        "errors", "loss", "options", "registry", "run", "plan", "guards", "backbone"
+        "errors", "loss", "options", "registry", "run", "plan", "guards", "sharing", "reference"
     },
     "cli": {"errors", "loss", "plan", "guards", "trl", "axolotl", "openrlhf"},
     "__main__": {"cli"},

@@ -10,7 +10,7 @@ All layers but attention compute each token by itself.  Attention gets a :class:
 token sees the start and the chosen tokens before it, and a rejected token sees the start and the
 rejected tokens before it.  The positions of both answers continue from the start.
 
-Nothing here depends on a model: :mod:`focalpo_plugins.backbone` puts it into one.
+Nothing here depends on a model: :mod:`focalpo_plugins.sharing` puts it into one.
 """
 
 from __future__ import annotations

@@ -20,15 +20,14 @@ from typing import Any
 
 from openrlhf.trainer import dpo_trainer
 from openrlhf.trainer.dpo_trainer import DPOTrainer
-from peft import PeftModel
 from torch import Tensor
 
-from ..backbone import SharedPrompts
 from ..errors import conflict
 from ..guards import embeddings, pairs, texts
 from ..reference import ReferenceLogps
 from ..registry import BoundLoss
 from ..run import Host, Now, Run
+from ..sharing import SharedPrompts
 from . import data
 from .checkpoints import Saved, check_folders, link_logs, read, save_with_record, with_run
 from .conversations import faults
@@ -214,8 +213,6 @@ class PairwiseDPOTrainer(DPOTrainer):
         def attach() -> None:
             for actor in (self.model, self.ref_model):
                 model: Any = getattr(actor.model, "module", actor.model)
-                if isinstance(model, PeftModel):
-                    model = model.base_model.model
                 _check_shared(model, key)
                 sharing.attach(model)
 
@@ -288,7 +285,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         with sharing.of(len(chosen_mask), lengths):
             result = super().concatenated_forward(model, *batch)
         if model is self.model:
-            self._tokens = sharing.tokens, sharing.places
+            self._tokens = sharing.tokens, sharing.tokens_before
         return result
 
     def count(self, margins: Tensor) -> BoundLoss:
@@ -385,7 +382,7 @@ def _token_ids(dataset: Any) -> Iterator[tuple[int, list[int], list[int], list[i
 
 def _check_shared(model: Any, key: str) -> None:
     """Refuse models with which a row of shared prompts would be trained otherwise."""
-    kind, config = type(model).__name__, model.config
+    kind, config = type(getattr(model, "base_model", model)).__name__, model.config
     if getattr(config.get_text_config(), "output_router_logits", None) is not None:
         why = (
             "OpenRLHF asks for its routers' loss, which would be of a row, not of the padded batch"

@@ -14,10 +14,10 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import AutoConfig, ProcessorMixin
 
-from ..backbone import check_layers
 from ..compute import output_layer
 from ..compute.output_layer import Head, check_config
 from ..errors import InvalidValue, conflict
+from ..sharing import check_layers
 from .arguments import not_fused
 
 

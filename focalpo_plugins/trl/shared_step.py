@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import is_peft_model
-
-from ..backbone import SharedPrompts
 from ..guards.ranks import together
 from ..hf_trainer import RANKS
+from ..sharing import SharedPrompts
 from .parts import check_shared_parts
 
 if TYPE_CHECKING:
@@ -56,8 +54,7 @@ class SharedStepMixin(_Host):
     def _attach(self, sharing: SharedPrompts) -> None:
         for wrapper in (self.model, self.ref_model):
             if wrapper is not None:
-                model: Any = self.accelerator.unwrap_model(wrapper)
-                sharing.attach(model.base_model.model if is_peft_model(model) else model)
+                sharing.attach(self.accelerator.unwrap_model(wrapper))
 
     @contextmanager
     def _prompts_shared(self, pairs: int) -> Iterator[None]:
@@ -71,7 +68,7 @@ class SharedStepMixin(_Host):
 
     def _tokens_of_step(self) -> tuple[int, int]:
         """Tokens that the policy computed for the last batch, and tokens of the padded batch."""
-        return (self._sharing.tokens, self._sharing.places) if self._sharing else (0, 0)
+        return (self._sharing.tokens, self._sharing.tokens_before) if self._sharing else (0, 0)
 
     def _said_of_sharing(self) -> str:
         """What the start-up line says of shared prompts, after a space; empty without them."""

@@ -17,7 +17,7 @@ import one_batch
 import pytest
 import torch
 
-from focalpo_plugins.backbone import SharedPrompts
+from focalpo_plugins.sharing import SharedPrompts
 
 # One worker makes what several tests look at, once.
 shares_runs = pytest.mark.xdist_group("shared")
@@ -57,7 +57,7 @@ def test_log_probs_and_gradients_in_float64(
         assert (our_gradient - gradient).norm() < 1e-6 * gradient.norm()
         # Prompts and both answers, 3 + 6 + 2, 5 + 1 + 9, 2 + 4 + 7 and 4 + 5 + 5 tokens, in the
         # place of 8 sequences as long as the longest, of 5 + 9.
-        assert (shared.tokens, shared.places) == (11 + 15 + 13 + 14, 8 * 14)
+        assert (shared.tokens, shared.tokens_before) == (11 + 15 + 13 + 14, 8 * 14)
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,14 @@ import tiny_trl
 import torch
 import transformers
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_trl import GAMMA, PAIRS, SGD
 from transformers import TrainerCallback
 from transformers.masking_utils import create_causal_mask, sliding_window_overlay
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from focalpo_plugins import FocalPOTrainer
-from focalpo_plugins.backbone import SharedPrompts
+from focalpo_plugins.sharing import SharedPrompts
 
 KEY = "focalpo_shared_prompts"
 SIZES = {
@@ -150,7 +150,7 @@ def test_a_familys_log_probs_and_gradients(family: str, attention: str):
     off = torch.cat([g.flatten() for g in of_ours]) - whole
     assert off.norm() < 1e-4 * whole.norm()
     # 50 + 60 tokens of the first pair less its start of 25, 57 + 45 of the second less 40.
-    assert (shared.tokens, shared.places) == (50 + 60 - 25 + 57 + 45 - 40, 4 * 60)
+    assert (shared.tokens, shared.tokens_before) == (50 + 60 - 25 + 57 + 45 - 40, 4 * 60)
     # Outside, it is the model's own again.
     with torch.no_grad():
         assert torch.equal(logps(network, given), plain)
@@ -175,7 +175,7 @@ def test_a_batch_that_saves_little_goes_as_it_is(start: int, tokens: int):
         shared = sharing(network)
         with shared.of(2):
             ours = logps(network, given)
-    assert (shared.tokens, shared.places) == (tokens, 240)
+    assert (shared.tokens, shared.tokens_before) == (tokens, 240)
     assert torch.equal(ours, plain) or tokens < 240
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-3)
 
@@ -215,7 +215,7 @@ def test_a_packed_batch():
         with shared.of(2, lengths):
             ours = network(**packed, use_cache=False).logits[0]
     torch.testing.assert_close(ours, padded, rtol=0, atol=1e-4)
-    assert (shared.tokens, shared.places) == (50 + 60 - 25 + 57 + 45 - 40, sum(lengths))
+    assert (shared.tokens, shared.tokens_before) == (50 + 60 - 25 + 57 + 45 - 40, sum(lengths))
 
 
 def test_another_attention_in_some_layer_is_stopped():
@@ -276,7 +276,7 @@ def test_the_order_of_pairs_does_not_matter(rope: str):
         with shared.of(2):
             ours = logps(network, given)
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-3)
-    assert (shared.tokens, shared.places) == (28 + 29 - 25 + 57 + 45 - 40, 4 * 57)
+    assert (shared.tokens, shared.tokens_before) == (28 + 29 - 25 + 57 + 45 - 40, 4 * 57)
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -290,7 +290,7 @@ def test_padding_beyond_the_longest_sequence(rope: str):
             shared = sharing(network)
             with shared.of(2):
                 ours = logps(network, given)
-        assert (shared.tokens, shared.places) == (tokens, 256)
+        assert (shared.tokens, shared.tokens_before) == (tokens, 256)
         assert torch.equal(ours, plain) or tokens < 256
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-3)
 
@@ -315,7 +315,7 @@ def test_a_window_that_only_a_later_batch_shows(monkeypatch):
         with shared.of(2):
             ours = logps(network, short_inputs())
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-3)
-        assert shared.tokens < shared.places
+        assert shared.tokens < shared.tokens_before
         differ = pytest.raises(ValueError, match="hidden states that differ by .* of their")
         with differ, shared.of(2):
             network(**inputs())
@@ -347,7 +347,7 @@ import sys
 import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
-from focalpo_plugins.backbone import SharedPrompts
+from focalpo_plugins.sharing import SharedPrompts
 from focalpo_plugins.guards.ranks import together
 
 def gather(mine):
@@ -432,6 +432,37 @@ def test_a_step_without_the_backbone_is_stopped():
         pass
 
 
+def test_a_batch_that_one_rank_cannot_lay_out_ends_all_ranks():
+    """Padded in front.  It is found in the check that all ranks run together, also where sequences of
+    this length were compared before."""
+    network = of_family("Llama", {})
+    given, checks = inputs(), []
+
+    def together(check: Callable[[], None]) -> None:
+        checks.append(check)
+        check()
+
+    shared = SharedPrompts(KEY, together)
+    shared.attach(network)
+    with torch.no_grad(), shared.of(2):
+        network(**given)
+    assert len(checks) == 1
+    turned = {name: values.flip(1) for name, values in given.items()}
+    refused = pytest.raises(ValueError, match="padded behind each sequence, got another mask")
+    with refused, torch.no_grad(), shared.of(2):
+        network(**turned)
+    assert len(checks) == 2
+
+
+def test_an_adapter_s_model_is_attached_below_the_adapter():
+    network = of_family("Llama", {})
+    adapted = get_peft_model(network, LoraConfig(target_modules=["q_proj"]))
+    shared = sharing(adapted)
+    with torch.no_grad(), shared.of(2):
+        adapted(**inputs())
+    assert 0 < shared.tokens < shared.tokens_before
+
+
 def test_a_step_within_a_step():
     """As where a host computes the reference's log-probs in the middle of one."""
     network = of_family("Llama", {})
@@ -442,7 +473,7 @@ def test_a_step_within_a_step():
             with shared.of(2):
                 inner = logps(network, given)
             outer = logps(network, given)
-            assert shared.tokens < shared.places
+            assert shared.tokens < shared.tokens_before
     torch.testing.assert_close(inner, plain, rtol=0, atol=1e-3)
     assert torch.equal(inner, outer)
 
@@ -515,7 +546,7 @@ def test_two_trainers_of_one_model():
             with shared.of(2):
                 ours = logps(network, given)
             torch.testing.assert_close(ours, plain, rtol=0, atol=1e-3)
-            assert shared.tokens < shared.places
+            assert shared.tokens < shared.tokens_before
 
 
 def test_a_copy_of_a_model_belongs_to_nobody():
