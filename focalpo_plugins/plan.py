@@ -1,10 +1,10 @@
-"""What a host would train, as our adapter has read it with the host's own code."""
+"""What a host would train, as its adapter has read it with the host's own code."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class ModelState:
     in_float32: tuple[str, ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     """A run before it is started.
 
@@ -78,24 +78,24 @@ class Plan:
         loss: our loss that the host will train, None for the host's own.
         host_loss: the host's loss, trained if ``loss`` is None.
         margin: the margin of the loss, ``dpo`` or one without a reference.
-        tokenizer: None if no data was read; then the next three are empty.
-        rows: number of pairs in the data files.
-        kept: number of pairs that are trained on; the host drops the others.
-        pairs: the kept pairs, in order.
+        terms: the host's names of the losses that are added up, each with its weight; ``loss``
+            replaces ``sigmoid``. None if the logged loss has another part or factor, or if the
+            reference is another model than the policy.
         max_length: tokens that a sequence is cut to.
         micro_batch: number of pairs that a rank computes at a time.
         accumulation: number of micro-batches in a step.
         ranks: number of ranks that the run is planned for.
         data_ranks: number of ranks that get pairs of their own; fewer than ``ranks`` if sequences
             or layers are split over ranks.
-        epoch_steps: optimizer steps of an epoch, a fraction if a step continues in the next epoch.
-        steps: optimizer steps of the run.
         precision: ``bf16``, ``fp16`` or ``fp32``.
         warnings: warnings about the host itself, a sentence each.
+        tokenizer: None if no data was read; then what follows is empty.
+        rows: number of pairs in the data files.
+        kept: number of pairs that are trained on; the host drops the others.
+        pairs: the kept pairs, in order.
         formats: what the rows of each dataset look like, and what reads them.
-        terms: the host's names of the losses that are added up, each with its weight; ``loss``
-            replaces ``sigmoid``. None if the logged loss has another part or factor, or if the
-            reference is another model than the policy.
+        epoch_steps: optimizer steps of an epoch, a fraction if a step continues in the next epoch.
+        steps: optimizer steps of the run.
     """
 
     host: str
@@ -103,24 +103,24 @@ class Plan:
     host_loss: str
     beta: float
     label_smoothing: float
-    tokenizer: Any
-    rows: int
-    kept: int
-    pairs: Iterable[Pair]
     max_length: int | None
     micro_batch: int
     accumulation: int
     ranks: int
     data_ranks: int
-    epoch_steps: float
-    steps: int
     precision: str
     state: ModelState
-    warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
     margin: str = "dpo"
-    formats: list[str] = field(default_factory=list)
     terms: Sequence[tuple[str, float]] | None = (("sigmoid", 1.0),)
+    tokenizer: Any = None
+    rows: int = 0
+    kept: int = 0
+    pairs: Iterable[Pair] = ()
+    formats: Sequence[str] = ()
+    epoch_steps: float = 0
+    steps: int = 0
 
     def reversal(self) -> float:
         """The margin below which the loss pushes a pair the wrong way; ``-inf`` if there is none.

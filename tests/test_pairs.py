@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-from json_files import FILES
 
 from focalpo_plugins.guards import pairs
-from focalpo_plugins.guards.jsonl import check_file
+from focalpo_plugins.guards.faults import Policy
 
 BOS, EOS, TURN, SPACE, MARKER = 1, 2, 3, 4, 99
 
@@ -77,18 +74,20 @@ FINE: dict[str, tuple[Pair, dict[str, Any]]] = {
 }
 
 
-def check(rows: list[Pair], bos: int | None = BOS, **changes: Any) -> None:
-    given = {
-        "key": "max_length",
-        "limit": 10,
-        "allow": "allow_data: true",
-        "allowed": False,
-        "say": True,
-        **changes,
-    }
+def check(
+    rows: list[Pair],
+    bos: int | None = BOS,
+    allowed: bool = False,
+    say: bool = True,
+    evaluation: bool = False,
+    **changes: Any,
+) -> None:
     tokenizer = Tokenizer()
     tokenizer.bos_token_id = bos
-    pairs.check(((row, *pair) for row, pair in enumerate(rows)), tokenizer, **given)
+    cutting = pairs.Cutting("max_length", **{"limit": 10, **changes})
+    found = ((row, *pair) for row, pair in enumerate(rows))
+    faults = pairs.find(found, tokenizer, cutting, evaluation)
+    Policy("allow_data: true", allowed, say).check(faults)
 
 
 @pytest.mark.parametrize("fault", BAD)
@@ -100,7 +99,7 @@ def test_refused_where_most_have_it(fault: str, capsys):
     assert "the training data can't be learnt from, got 2 of 3 pairs have " in str(refused.value)
     shown = Tokenizer().decode([*pair[0], *pair[1]])
     assert str(refused.value).endswith(
-        f" Give allow_data: true to train on them all the same. The first is row 1 of the "
+        f" Give allow_data: true to train on them anyway. The first is row 1 of the "
         f"tokenized data, {shown!r}"
     )
     assert why in str(refused.value)
@@ -158,112 +157,15 @@ def test_no_pairs():
         check([], allowed=True)
 
 
-@pytest.mark.parametrize("case", FILES)
-def test_files(tmp_path, case: str):
-    content, line, why = FILES[case]
-    file = tmp_path / "pairs.jsonl"
-    file.write_bytes(content.encode())
-    if line is None:
-        check_file(file, "data")
-        return
-    with pytest.raises(ValueError) as refused:
-        check_file(file, "data")
-    start = f"data must be JSON lines, got {str(file)!r}, of which line {line} can't be used: "
-    assert str(refused.value).startswith(start + why)
-    assert str(refused.value).endswith(". Fix that line, or remove it.")
-
-
-@pytest.mark.parametrize(
-    "content, why",
-    [
-        (b"", "data must hold a pair, got "),
-        (b"\n \n", "data must hold a pair, got "),
-        (b"[]", "data must hold a pair, got "),
-        (b'{"a": 1}\n{"a": "\xff"}\n', "('utf-8' codec can't decode byte 0xff"),
-        ('{"a": 1}\n'.encode("utf-16"), "data must be in UTF-8, got "),
-    ],
-)
-def test_files_refused_as_a_whole(tmp_path, content: bytes, why: str):
-    file = tmp_path / "pairs.jsonl"
-    file.write_bytes(content)
-    with pytest.raises(ValueError) as refused:
-        check_file(file, "data")
-    assert why in str(refused.value) and repr(str(file)) in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    "content, place",
-    [
-        ('{"a": 1, "b": 2}\n{"a": 1, "c": 2}\n', "line 2"),
-        ('[{"a": 1, "b": 2},\n {"a": 1, "c": 2}]', "entry 2"),
-        ('{"a": 1,\n "c": 2}\n', "entry 1"),
-    ],
-)
-def test_an_entry_without_a_column(tmp_path, content: str, place: str):
-    (tmp_path / "p.jsonl").write_text(content)
-    check_file(tmp_path / "p.jsonl", "data", ["a"])
-    why = re.escape(f"{place} can't be used: it has no 'b', got a, c. Fix")
-    with pytest.raises(ValueError, match=why):
-        check_file(tmp_path / "p.jsonl", "data", ["a", "b"])
-
-
-def test_files_that_are_not_looked_at(tmp_path):
-    """Other formats, and names on a hub."""
-    for name in ("d.parquet", "e.jsonl.gz"):
-        (tmp_path / name).write_text("{")
-        check_file(tmp_path / name, "data")
-    check_file(tmp_path / "nobody" / "pairs", "data")
-
-
-PATTERNS = {
-    "a class": ("p[12].jsonl", "p1.jsonl"),
-    "a star": ("p*.jsonl", "p.jsonl, pairs.jsonl"),
-    "a question mark": ("p?.jsonl", "p1.jsonl"),
-    "a folder": ("run[1]/p.jsonl", "run1/p.jsonl"),
-    "nothing": ("q[12].jsonl", None),
-}
-
-
-@pytest.mark.parametrize("case", PATTERNS)
-def test_a_path_that_hosts_take_for_a_pattern(case: str, tmp_path, monkeypatch):
-    """The file is there, and they would read others."""
-    path, others = PATTERNS[case]
-    found = [] if others is None else others.split(", ")
-    for name in (path, *found):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text('{"a": 1}\n')
-    monkeypatch.chdir(tmp_path)
-    for given in (Path(path), tmp_path / path):
-        with pytest.raises(ValueError) as refused:
-            check_file(given, "data")
-        said = str(refused.value)
-        assert said.startswith(f"data must have a path without [ * ?, got {str(given)!r}: hosts")
-        assert ("matches nothing" in said) is (others is None)
-        assert all(str(tmp_path / name) in said for name in found)
-
-
-def test_a_folder_s_name_is_a_part_of_the_pattern(tmp_path, monkeypatch):
-    """Of the current folder too. A name that matches only itself is read, and so is a folder that
-    ``datasets`` has saved, which is no pattern."""
-    for name in ("run[1]", "run1", "saved[1]"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "p.jsonl").write_text('{"a": 1}\n')
-    (tmp_path / "saved[1]" / "state.json").write_text("{}")
-    (tmp_path / "a?b.jsonl").write_text('{"a": 1}\n')
-    for name in ("a?b.jsonl", "saved[1]", "run1/p.jsonl", "no[thing].jsonl"):
-        check_file(tmp_path / name, "data")
-    monkeypatch.chdir(tmp_path / "run[1]")
-    with pytest.raises(ValueError, match="data must have a path without"):
-        check_file(Path("p.jsonl"), "data")
-
-
-def test_places():
-    """All of a few; evenly spread, the first included, of many."""
-    assert list(pairs.places(0)) == [] and list(pairs.places(3)) == [0, 1, 2]
-    assert len(pairs.places(pairs.LOOKED_AT)) == pairs.LOOKED_AT
-    many = pairs.places(10**6)
-    assert pairs.LOOKED_AT / 2 < len(many) <= pairs.LOOKED_AT and many[0] == 0
-    assert many[-1] > 0.99 * 10**6
+def test_the_rows_that_are_checked():
+    """All of a few; evenly spread, the first included, of many; of a stream the first ones."""
+    assert list(pairs.sampled("")) == [] and list(pairs.sampled("abc")) == [*enumerate("abc")]
+    assert len([*pairs.sampled(range(pairs.SAMPLE))]) == pairs.SAMPLE
+    many = list(pairs.sampled(range(10**6)))
+    assert all(row == item for row, item in many)
+    assert pairs.SAMPLE / 2 < len(many) <= pairs.SAMPLE and many[0][0] == 0
+    assert many[-1][0] > 0.99 * 10**6
+    assert [*pairs.sampled(iter(range(10**6)))] == [(row, row) for row in range(pairs.FIRST)]
 
 
 def test_cut():

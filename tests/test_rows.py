@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from row_formats import BAD, FORMATS, GOOD, USER
 
-from focalpo_plugins.guards.rows import look
+from focalpo_plugins.guards.rows import describe
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_formats_of_the_docs(name: str):
     row = FORMATS[name][0]
-    seen = look([row, row])
+    seen = describe([row, row])
     assert (seen.format, seen.problem, seen.odd) == (name, None, None)
     assert seen.prompt == next((key for key in row if key in ("prompt", "messages")), None)
 
@@ -36,7 +36,7 @@ def test_the_formats_of_the_docs(name: str):
     ],
 )  # fmt: skip
 def test_words(row: dict, words: str):
-    assert look([row]).words == words
+    assert describe([row]).words == words
 
 
 @pytest.mark.parametrize(
@@ -58,23 +58,23 @@ def test_words(row: dict, words: str):
     ],
 )  # fmt: skip
 def test_what_no_host_reads(row: dict, problem: str):
-    seen = look([row])
+    seen = describe([row])
     assert seen.format is None and seen.problem.startswith(problem)
 
 
 def test_named_columns():
     """The user's own names count, before those that are usual."""
     row = {"question": "a", "prompt": "b", "good": "c", "bad": "d"}
-    seen = look([row], "good", "bad", "question")
+    seen = describe([row], "good", "bad", "question")
     assert (seen.format, seen.prompt) == ("strings", "question")
 
 
 def test_a_row_that_differs():
     """The first row that isn't as the first one, however many follow."""
     row = FORMATS["strings"][0]
-    seen = look([row, row, {**row, "chosen": None}, {**row, "prompt": [USER]}])
+    seen = describe([row, row, {**row, "chosen": None}, {**row, "prompt": [USER]}])
     assert seen.odd == "row 2 has chosen (nothing), rejected (text), prompt (text)"
 
 
 def test_no_rows():
-    assert look([]) is None
+    assert describe([]) is None

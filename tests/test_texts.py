@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from focalpo_plugins.guards import texts
+from focalpo_plugins.guards.faults import Fault, Policy
 from focalpo_plugins.guards.texts import Row, Side
 
 # A template of this kind renders `<user>Q</s><assistant>`, the answer and `</s>`.
@@ -92,8 +93,8 @@ def test_a_format_without_a_template(answer: str, name: str | None):
     assert texts.difference(Side(ASKED, answer, "good", None)) == name
 
 
-def found(*rows: Row, **given: Any) -> list[texts.Fault]:
-    words = {"host": "Host", "of_sides": "it mixes them", "of_cut": "it cuts", "allow": "KEY"}
+def found(*rows: Row, **given: Any) -> list[Fault]:
+    words = {"host": "Host", "of_sides": "it mixes them", "of_cut": "it cuts"}
     return texts.find(rows, **words, **given)
 
 
@@ -101,19 +102,25 @@ def test_most_rows_are_refused():
     (fault,) = found(*[Row("row 0", GOOD, CUT)] * 2, Row("row 2", GOOD, GOOD))
     assert fault.refused
     assert fault.words.startswith("2 of 3 rows have an answer that isn't trained as the chat ")
-    assert "Give KEY to train on them anyway. The first is row 0: " in fault.words
-    assert "'<user>Q</s><assistant>>' is trained where the template renders " in fault.words
-    with pytest.raises(ValueError, match="can't be trained as written, got 2 of 3 rows have"):
-        texts.check([fault], allowed=False, say=True)
+    assert str(fault).startswith(f"{fault.words}. The first is row 0: ")
+    assert "'<user>Q</s><assistant>>' is trained where the template renders " in str(fault)
+    with pytest.raises(
+        ValueError,
+        match="can't be trained as written, got 2 of 3 rows have .*"
+        "Give KEY to train on them anyway. The first is row 0: ",
+    ):
+        Policy("KEY", allowed=False, say=True).check([fault])
 
 
-@pytest.mark.parametrize("given", [{"allowed": True}, {"allowed": False, "evaluation": True}])
-def test_or_warned_of(capfd: pytest.CaptureFixture, given: dict[str, bool]):
-    faults = found(*[Row("row 0", CUT, GOOD)] * 2)
-    texts.check(faults, say=False, **given)
+@pytest.mark.parametrize(("allowed", "evaluation"), [(True, False), (False, True)])
+def test_or_warned_of(capfd: pytest.CaptureFixture, allowed: bool, evaluation: bool):
+    faults = found(*[Row("row 0", CUT, GOOD)] * 2, evaluation=evaluation)
+    Policy("KEY", allowed, say=False).check(faults)
     assert "warning" not in capfd.readouterr().err
-    texts.check(faults, say=True, **given)
-    assert "2 of 2 rows have an answer" in capfd.readouterr().err
+    Policy("KEY", allowed, say=True).check(faults)
+    of_data = " of the evaluation data" * evaluation
+    said = capfd.readouterr().err
+    assert f"2 of 2 rows{of_data} have an answer" in said and "KEY" not in said
 
 
 def test_half_of_the_rows_are_not_refused():

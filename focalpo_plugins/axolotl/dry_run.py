@@ -21,10 +21,13 @@ import yaml
 from ..errors import InvalidValue
 from ..guards import hub
 from ..guards.messages import explained
+from ..guards.sources import described
 from ..plan import ModelState, Pair, Plan, Tokens
 from ..registry import losses
-from . import PLUGIN, REQUESTED
-from .data import described, explain, faults, hub_names
+from . import FUSED, PLUGIN, REQUESTED
+from .conversations import text_faults
+from .data import explain, remote_names
+from .sources import listed
 
 # Assumed if there is no GPU to ask: an A100's capabilities, the least that train in bf16.
 _ASSUMED = {"bf16": True, "fp8": False, "tf32": True, "compute_capability": "sm_80"}
@@ -70,42 +73,36 @@ def plan(config: Path, gpus: int, scratch: Path, shape: Path | None = None) -> P
 
     def reason(error: Exception) -> str | None:
         written = yaml.safe_load(config.read_text(encoding="utf-8"))
-        return explain(written, error) or hub.explain(error, hub_names(written))
+        return explain(written, error) or hub.explain(error, remote_names(written))
 
     with explained(reason):
-        return _plan(config, gpus, scratch, shape)
+        cfg, notes = _load_cfg(config, gpus, scratch, shape)
+        _check(cfg)
+        bare = _without_data(cfg, gpus, notes)
+        return bare if shape is not None else _with_data(bare, cfg)
 
 
-def _plan(config: Path, gpus: int, scratch: Path, shape: Path | None) -> Plan:
-    cfg, notes = _load_cfg(config, gpus, scratch, shape)
-    rl = getattr(cfg.rl, "value", cfg.rl)
-    ours = cfg.get(REQUESTED) is not None
-    if rl not in ("dpo", "ipo") and not ours:
+def _check(cfg: Any) -> None:
+    """Refuse what a run would refuse later, or what there is nothing to say about."""
+    from .plugin import check_adapter
+
+    if cfg.get(REQUESTED) is not None:
+        check_adapter(cfg)
+    elif cfg.rl not in ("dpo", "ipo"):
         raise InvalidValue(
-            f"rl must be focalpo, or another loss of preference pairs, got {rl!r}: there is "
+            f"rl must be focalpo, or another loss of preference pairs, got {_rl(cfg)!r}: there is "
             "nothing here that could be checked. Set rl: focalpo."
         )
-    from axolotl.common.datasets import load_preference_datasets
-    from axolotl.loaders import load_tokenizer
-    from axolotl.utils.data import prepare_preference_datasets
-    from axolotl.utils.dict import DictDefault
 
-    from ..compute.fused_loss import LOGITS_AT_ONCE
-    from ..compute.output_layer import check_config
-    from .plugin import check_adapter, fused_key, ignored, margin, requested_loss
 
-    if ours:
-        check_adapter(cfg)
-    split = (cfg.tensor_parallel_size or 1) * (cfg.context_parallel_size or 1)
-    data_ranks = max(1, gpus // split)
-    if cfg.batch_size:
-        cfg.batch_size *= data_ranks  # as Axolotl does on each rank, to count the steps
-    state = _state(cfg)
-    fused = fused_key(cfg) if ours else None
-    if fused is not None:
-        check_config(state.config, fused)
-    state = replace(state, logits_at_once=LOGITS_AT_ONCE if fused else None)
-    host = f"Axolotl {version('axolotl')} with TRL {version('trl')}"
+def _rl(cfg: Any) -> Any:
+    return getattr(cfg.rl, "value", cfg.rl)
+
+
+def _without_data(cfg: Any, gpus: int, notes: list[str]) -> Plan:
+    """The plan as far as it follows from the config."""
+    from .plugin import ignored, margin, requested_loss
+
     warnings = []
     if cfg.dpo_use_liger_kernel:
         warnings.append(
@@ -113,88 +110,88 @@ def _plan(config: Path, gpus: int, scratch: Path, shape: Path | None) -> Plan:
             "one; Axolotl swaps in Liger's Triton layers as well, which a CPU can't try. "
             "focalpo_fused is the fused path alone."
         )
-    warnings += filter(None, [ignored(cfg)])
-    if shape is not None:
-        beta = cfg.rl_beta or (cfg.trl or {}).get("beta")
-        return Plan(
-            host=host,
-            loss=requested_loss(cfg),
-            host_loss=rl,
-            beta=0.1 if beta is None else beta,
-            label_smoothing=cfg.dpo_label_smoothing or 0.0,
-            tokenizer=None,
-            rows=0,
-            kept=0,
-            pairs=(),
-            max_length=cfg.sequence_len,
-            micro_batch=cfg.micro_batch_size,
-            accumulation=cfg.gradient_accumulation_steps,
-            ranks=gpus,
-            data_ranks=data_ranks,
-            epoch_steps=0,
-            steps=0,
-            precision=_precision(cfg),
-            state=state,
-            warnings=warnings,
-            notes=notes,
-            margin=margin(cfg),
-            terms=_terms(cfg, state.config),
-        )
+    split = (cfg.tensor_parallel_size or 1) * (cfg.context_parallel_size or 1)
+    beta = cfg.rl_beta or (cfg.trl or {}).get("beta")
+    state = _state(cfg)
+    return Plan(
+        host=f"Axolotl {version('axolotl')} with TRL {version('trl')}",
+        loss=requested_loss(cfg),
+        host_loss=_rl(cfg),
+        margin=margin(cfg),
+        terms=_terms(cfg, state.config),
+        beta=0.1 if beta is None else beta,
+        label_smoothing=cfg.dpo_label_smoothing or 0.0,
+        max_length=cfg.sequence_len,
+        micro_batch=cfg.micro_batch_size,
+        accumulation=cfg.gradient_accumulation_steps,
+        ranks=gpus,
+        data_ranks=max(1, gpus // split),
+        precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(cfg.torch_dtype, "fp32"),
+        state=state,
+        warnings=[*warnings, *filter(None, [ignored(cfg)])],
+        notes=notes,
+    )
+
+
+def _with_data(bare: Plan, cfg: Any) -> Plan:
+    """The plan with what Axolotl's trainer makes of the data."""
+    from axolotl.common.datasets import load_preference_datasets
+    from axolotl.loaders import load_tokenizer
+
+    if cfg.batch_size:
+        cfg.batch_size *= bare.data_ranks  # as Axolotl does on each rank, to count the steps
     tokenizer = load_tokenizer(cfg)
     data = load_preference_datasets(cfg=cfg)
-    train, held_out = data.train_dataset, data.eval_dataset
-    rows = len(train)
-    if not cfg.skip_prepare_dataset:
-        # The training rows before Axolotl dropped or cut the ones that are too long.
-        uncut = DictDefault({**cfg, "skip_prepare_dataset": True, "test_datasets": None})
-        uncut["val_set_size"] = 0
-        whole = prepare_preference_datasets(uncut, tokenizer)[0]
-        split_off = len(held_out) if held_out is not None and not cfg.test_datasets else 0
-        rows = len(whole) - split_off
-    if len(train) == 0:
+    rows = _rows(cfg, tokenizer, data)
+    if len(data.train_dataset) == 0:
         raise InvalidValue(
             f"datasets must hold a pair that fits into sequence_len, got {rows} pairs, and "
             f"none fits into {cfg.sequence_len}. Raise sequence_len."
         )
-    trainer = _trainer(cfg, train, held_out, tokenizer, data.total_num_steps)
-    for key in ("datasets", "test_datasets"):
-        warnings += [fault.words for fault in faults(cfg, tokenizer, key)]
+    trainer = _trainer(cfg, data, tokenizer)
     dataset, args = trainer.train_dataset, trainer.args
-    of_dpo = margin(cfg) == "dpo"
+    found = [*text_faults(cfg, tokenizer), *text_faults(cfg, tokenizer, evaluation=True)]
     epoch_steps = _epoch_steps(
         len(dataset),
         args.per_device_train_batch_size,
         args.gradient_accumulation_steps,
-        data_ranks,
+        bare.data_ranks,
         args.dataloader_drop_last,
     )
-    return Plan(
-        host=host,
+    of_run = math.ceil(args.num_train_epochs * epoch_steps)
+    of_dpo = bare.margin == "dpo"
+    return replace(
+        bare,
         loss=getattr(trainer, "pairwise_loss", None),
-        host_loss=rl,
         beta=trainer.beta,
         label_smoothing=getattr(trainer, "label_smoothing", 0.0),
+        max_length=getattr(trainer.data_collator if of_dpo else trainer, "max_length", None),
+        micro_batch=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        warnings=[*bare.warnings, *map(str, found)],
         tokenizer=tokenizer,
         rows=rows,
         kept=len(dataset),
         pairs=_pairs(dataset, trainer.data_collator) if of_dpo else _pairs_of_cpo(trainer),
-        max_length=getattr(trainer.data_collator if of_dpo else trainer, "max_length", None),
-        micro_batch=args.per_device_train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        ranks=gpus,
-        data_ranks=data_ranks,
+        formats=described(listed(cfg)),
         epoch_steps=epoch_steps,
-        steps=(
-            args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch_steps)
-        ),
-        precision=_precision(cfg),
-        state=state,
-        warnings=warnings,
-        notes=notes,
-        margin=margin(cfg),
-        formats=described(cfg),
-        terms=_terms(cfg, state.config),
+        steps=args.max_steps if args.max_steps > 0 else of_run,
     )
+
+
+def _rows(cfg: Any, tokenizer: Any, data: Any) -> int:
+    """The number of training rows before Axolotl dropped or cut the ones that are too long."""
+    from axolotl.utils.data import prepare_preference_datasets
+    from axolotl.utils.dict import DictDefault
+
+    if cfg.skip_prepare_dataset:
+        return len(data.train_dataset)
+    uncut = DictDefault({**cfg, "skip_prepare_dataset": True, "test_datasets": None})
+    uncut["val_set_size"] = 0
+    whole = prepare_preference_datasets(uncut, tokenizer)[0]
+    held_out = data.eval_dataset
+    split_off = len(held_out) if held_out is not None and not cfg.test_datasets else 0
+    return len(whole) - split_off
 
 
 def _terms(cfg: Any, config: Any) -> list[tuple[str, float]] | None:
@@ -265,27 +262,27 @@ def _check_listed(config: Path, off: str) -> None:
         )
 
 
-def _trainer(cfg: Any, train: Any, held_out: Any, tokenizer: Any, steps: int) -> Any:
+def _trainer(cfg: Any, data: Any, tokenizer: Any) -> Any:
     """The trainer that Axolotl builds, with its preparation of the data and its collator."""
     from axolotl.utils.dict import DictDefault
     from axolotl.utils.trainer import setup_trainer
 
     from ..trl.stand_in import stand_in
-    from . import FUSED
     from .plugin import fused_key
 
+    held_out = data.eval_dataset
     few = held_out.select(range(min(4, len(held_out)))) if held_out is not None else None
     # Liger's key asks for the fused path too, and for layers that a CPU can't run.
     changed = {**_OFF_FOR_STAND_IN, FUSED: fused_key(cfg) is not None, "torch_dtype": torch.float32}
     return setup_trainer(
         cfg=DictDefault({**cfg, **changed}),
-        train_dataset=train,
+        train_dataset=data.train_dataset,
         eval_dataset=few,
         model=stand_in(len(tokenizer), cfg.base_model),
         model_ref=stand_in(len(tokenizer), cfg.base_model),
         tokenizer=tokenizer,
         processor=None,
-        total_num_steps=steps,
+        total_num_steps=data.total_num_steps,
     )
 
 
@@ -328,31 +325,17 @@ def _pairs_of_cpo(trainer: Any) -> Iterator[Pair]:
         trainer.max_length = limit
 
 
-def _precision(cfg: Any) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(cfg.torch_dtype, "fp32")
-
-
 def _state(cfg: Any) -> ModelState:
     from axolotl.loaders.utils import load_model_config
 
-    weight_bytes = 4 if cfg.torch_dtype == torch.float32 else 2
-    zero_stage: int | None = 0
-    offloaded = set()
-    master = 0
-    if cfg.deepspeed:
-        given = cfg.deepspeed
-        if not isinstance(given, dict):
-            given = json.loads(Path(given).read_text(encoding="utf-8"))
-        zero = given.get("zero_optimization", {})
-        zero_stage = int(zero.get("stage", 0))
-        master = 4 if weight_bytes == 2 else 0
-        for what, key in (("optimizer", "offload_optimizer"), ("weights", "offload_param")):
-            if (zero.get(key) or {}).get("device", "none") != "none":
-                offloaded.add(what)
-    elif cfg.fsdp or cfg.fsdp_config:
-        zero_stage = None
-    lora, adapter_bytes = None, weight_bytes
-    model_config = load_model_config(cfg)
+    from ..compute.fused_loss import LOGITS_AT_ONCE
+    from ..compute.output_layer import check_config
+    from .plugin import fused_key
+
+    weight_bytes = adapter_bytes = 4 if cfg.torch_dtype == torch.float32 else 2
+    zero_stage, offloaded = _sharding(cfg)
+    master = 4 if cfg.deepspeed and weight_bytes == 2 else 0
+    lora, model_config = None, load_model_config(cfg)
     if cfg.adapter:
         lora = _lora(cfg, model_config)
         # PEFT makes them float32; TRL makes those of a quantised model bf16, and DeepSpeed all.
@@ -360,6 +343,9 @@ def _state(cfg: Any) -> ModelState:
         if cfg.peft_autocast_adapter_dtype is not False and not (quantised or cfg.deepspeed):
             adapter_bytes = 4
     states = 2.0 if "8bit" in str(cfg.optimizer) else 2.0 * (4 if master else adapter_bytes)
+    fused = fused_key(cfg) if cfg.get(REQUESTED) is not None else None
+    if fused is not None:
+        check_config(model_config, fused)
     return ModelState(
         config=model_config,
         lora=lora,
@@ -371,10 +357,26 @@ def _state(cfg: Any) -> ModelState:
         reference=not cfg.adapter and not cfg.precompute_ref_log_probs and cfg.rl != "orpo",
         # Axolotl loads a reference for SimPO as well, and releases it.
         reference_freed=cfg.rl == "simpo",
-        offloaded=frozenset(offloaded),
+        offloaded=offloaded,
+        logits_at_once=LOGITS_AT_ONCE if fused else None,
         adapter_bytes=adapter_bytes,
         in_float32=_in_float32(cfg, model_config),
     )
+
+
+def _sharding(cfg: Any) -> tuple[int | None, frozenset[str]]:
+    """DeepSpeed's stage, None under FSDP, and what the CPU's memory holds."""
+    if not cfg.deepspeed:
+        return (None if cfg.fsdp or cfg.fsdp_config else 0), frozenset()
+    given = cfg.deepspeed
+    if not isinstance(given, dict):
+        given = json.loads(Path(given).read_text(encoding="utf-8"))
+    zero = given.get("zero_optimization", {})
+    keys = {"optimizer": "offload_optimizer", "weights": "offload_param"}
+    offloaded = (
+        what for what, key in keys.items() if (zero.get(key) or {}).get("device", "none") != "none"
+    )
+    return int(zero.get("stage", 0)), frozenset(offloaded)
 
 
 def _in_float32(cfg: Any, model_config: Any) -> tuple[str, ...]:

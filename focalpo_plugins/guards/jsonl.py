@@ -1,4 +1,4 @@
-"""Refuses files of preference pairs that a host can't read, and names file and line."""
+"""Refuses data files that a host can't read, and names file and line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import csv
 import glob
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,12 +16,11 @@ from typing import Any
 from ..errors import InvalidValue
 from .messages import one_line
 
-#: The suffixes of the files that are checked.
+#: The suffixes of the files whose content is checked.
 SUFFIXES = (".json", ".jsonl")
 
 _DECODER = json.JSONDecoder()
 _INK = re.compile(r"[^ \t\n\r]")  # characters that are not space in JSON
-_TOO_DEEP = "its brackets are nested too deeply"
 _NAMED = 3  # paths in a message
 _READERS = "datasets.packaged_modules."  # of datasets, one for each format
 
@@ -38,39 +39,46 @@ def check_file(path: Path, name: str, columns: Sequence[str] = ()) -> None:
     Raises:
         ValueError: the message names the line.
     """
-    _check_name(path, name)
+    _check_path(path, name)
     if path.suffix not in SUFFIXES or not path.is_file():
         return
-    entries = 0
+    got = f"got {str(path)!r}"
     try:
-        for place, row in _entries(path):
-            entries += 1
-            for column in columns:
-                if isinstance(row, dict) and column not in row:
-                    got = ", ".join(row) or "nothing"
-                    raise ValueError(f"{place} can't be used: it has no {column!r}, got {got}")
+        wrong = _wrong(path, columns)
     except UnicodeDecodeError as error:
         raise InvalidValue(
-            f"{name} must be in UTF-8, got {str(path)!r} ({error}). Write it again in UTF-8."
+            f"{name} must be in UTF-8, {got} ({error}). Write it again in UTF-8."
         ) from None
-    except ValueError as error:
+    if wrong == "":
+        raise InvalidValue(f"{name} must hold a pair, {got}, which is empty.")
+    if wrong is not None:
         raise InvalidValue(
-            f"{name} must be JSON lines, got {str(path)!r}, of which {error}. Fix that line, or "
-            "remove it."
-        ) from None
-    if not entries:
-        raise InvalidValue(f"{name} must hold a pair, got {str(path)!r}, which is empty.")
-    why = _refused_by_hosts(path)
-    if why:
-        line = _first_refused(path)
-        place = "an entry" if line is None else f"line {line}"
-        raise InvalidValue(
-            f"{name} must be JSON lines, got {str(path)!r}, of which {place} can't be used: {why}. "
-            "Fix that line, or remove it."
+            f"{name} must be JSON lines, {got}, of which {wrong}. Fix that line, or remove it."
         )
 
 
-def _check_name(path: Path, name: str) -> None:
+def _wrong(path: Path, columns: Sequence[str]) -> str | None:
+    """The first entry that can't be used, and why; empty if there is none, None if all can be."""
+    refused, place = _refused_by_hosts(path), ""
+    try:
+        for place, row in _entries(path):
+            missing = next((column for column in columns if column not in row), None)
+            if missing is not None:
+                has = ", ".join(row) or "nothing"
+                return f"{place} can't be used: it has no {missing!r}, got {has}"
+    except json.JSONDecodeError as error:
+        # The hosts' reader accepts a little more.
+        return None if refused is None else f"line {error.lineno} can't be used: {error.msg}"
+    if not place or refused is None:
+        return None if place else ""
+    text = path.read_text(encoding="utf-8")
+    if text[0] != "[" and text.lstrip("\ufeff \t\n\r")[0] == "[":  # not in all releases of datasets
+        return "line 1 can't be used: it must begin with the [ of its array"
+    line = f"line {_first_refused(path)}" if place.startswith("line") else "an entry"
+    return f"{line} can't be used: {refused}"
+
+
+def _check_path(path: Path, name: str) -> None:
     """Refuse the path of a file or folder that hosts take for a pattern of other paths.
 
     The path is a part of the pattern, and so is the current folder before a relative one.
@@ -128,151 +136,95 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: a line is broken; the message begins with its number.
     """
-    return (row for _, row in _entries(path) if isinstance(row, dict))
+    return (row for _, row in _entries(path))
 
 
-def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Place and value of each entry; the value is None if only the hosts can read it.
+def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and value of each object: on its own line, in an array, or over several lines.
 
     Raises:
-        ValueError: a line is broken; the message begins with its number.
+        json.JSONDecodeError: a line is broken.
     """
+    start, why = 0, ""
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = _object(line)
-            except RecursionError:
-                raise ValueError(f"line {number} can't be used: {_TOO_DEEP}") from None
-            if row is not None:
-                yield f"line {number}", row
-            elif line.strip():
-                break  # an array, an object over several lines, or broken
+                found = _objects(line.rstrip("\n"))
+            except json.JSONDecodeError as error:
+                why = error.msg
+                break
+            yield from ((f"line {number}", row) for row in found)
+            start += len(line)
         else:
             return
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        values = _values(text.removeprefix("\ufeff"))
-    except RecursionError:  # the hosts' reader may end the process
-        raise ValueError(f"an entry can't be used: {_TOO_DEEP}") from None
-    except ValueError:
-        if _refused_by_hosts(path) != "":
+        found = _objects(text)
+    except json.JSONDecodeError:
+        if line.lstrip().startswith("[") or not any(map(_is_object, text.split("\n"))):
             raise
-        values = [None]
-    # Some releases of datasets can't read an array after a byte order mark or a space.
-    if text[0] not in "[{" and _refused_by_hosts(path):
-        raise ValueError("line 1 can't be used: it must begin with the [ of an array, or a {")
-    yield from ((f"entry {number}", value) for number, value in enumerate(values, 1))
+        # JSON lines: a line that is cut may go on in the next one, and fail further down.
+        raise json.JSONDecodeError(why, text, start) from None
+    yield from ((f"entry {number}", row) for number, row in enumerate(found, 1))
+
+
+def _objects(text: str) -> list[dict[str, Any]]:
+    """The objects in ``text``, one after the other or in arrays.
+
+    Raises:
+        json.JSONDecodeError: there is something else.
+    """
+    objects: list[dict[str, Any]] = []
+    end = 0
+    while (ink := _INK.search(text, end)) is not None:
+        start = ink.start()
+        try:
+            value, end = _DECODER.raw_decode(text, start)
+        except RecursionError:
+            message = "its brackets are nested too deeply"
+            raise json.JSONDecodeError(message, text, start) from None
+        found = value if isinstance(value, list) else [value]
+        if not all(isinstance(row, dict | None) for row in found):
+            raise json.JSONDecodeError("it is not one JSON object", text, start)
+        objects += (row or {} for row in found)  # hosts read null as an entry without columns
+    return objects
+
+
+def _is_object(line: str) -> bool:
+    with suppress(json.JSONDecodeError):
+        return line.startswith("{") and bool(_objects(line))
+    return False
 
 
 def _refused_by_hosts(path: Path) -> str | None:
-    """Why ``datasets``, which the hosts use, can't read the file; empty if it can.
+    """Why ``datasets``, which the hosts use, can't read a JSON file; None if it can."""
+    from datasets import Features, load_dataset, logging
 
-    None if it is not installed.
-    """
-    try:
-        from datasets import Features, load_dataset, logging
-    except ImportError:
-        return None
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # it logs what is refused, without the line
     try:
         whole = glob.escape(str(Path.cwd() / path))  # data_files are patterns
         data = load_dataset("json", data_files=whole, split="train", streaming=True)
-        rows = 0
         for table in data.with_format("arrow").iter(batch_size=1000):
-            rows += len(table)
             _ = Features.from_arrow_schema(table.schema).arrow_schema  # as where it is written
     except Exception as error:  # of pyarrow, pandas or datasets
         # The number of its row is counted from somewhere in the file.
         return re.sub(r" in row \d+$", "", one_line(error)).rstrip(".") or type(error).__name__
     finally:
         logging.set_verbosity(verbosity)
-    return "" if rows else "no row is found in it"
-
-
-def _first_refused(path: Path) -> int | None:
-    """The first line up to which the hosts can't read a file, as a number from 1.
-
-    None if the file is not JSON lines: an array, or objects over several lines.
-    """
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = list(file)
-    if any(line.strip() and _object(line) is None for line in lines):
-        return None
-    good, bad = 0, len(lines)
-    with TemporaryDirectory() as folder:
-        part = Path(folder, "part.jsonl")
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            part.write_text("".join(lines[:middle]), encoding="utf-8", newline="")
-            # Nothing but blank lines is not refused.
-            if any(map(str.strip, lines[:middle])) and _refused_by_hosts(part):
-                bad = middle
-            else:
-                good = middle
-    return bad
-
-
-def _object(text: str) -> dict[str, Any] | None:
-    """``text`` as a JSON object; None if it is not one that the hosts can read."""
-    try:
-        value = json.loads(text)
-        _check_surrogates(text, value)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _values(text: str) -> list[Any]:
-    """The objects in ``text``, one after the other or in one array.
-
-    Raises:
-        ValueError: the text is broken; the message begins with the number of the line.
-    """
-    try:
-        return _parsed(text)
-    except json.JSONDecodeError as error:
-        whole = error
-    lines = text.split("\n")
-    opening = next((line for line in lines if line.strip()), "")
-    is_array = opening.lstrip().startswith("[") and _why_broken(opening) is not None
-    if not is_array and any(line.startswith("{") and _object(line) is not None for line in lines):
-        # JSON lines: a line that is cut may continue into the next one, and fail further down.
-        for number, line in enumerate(lines, 1):
-            if line.strip() and _object(line) is None:
-                why = _why_broken(line) or "it is not one JSON object"
-                raise ValueError(f"line {number} can't be used: {why}")
-    raise ValueError(f"line {whole.lineno} can't be used: {whole.msg}")
-
-
-def _parsed(text: str) -> list[Any]:
-    if text.lstrip().startswith("["):
-        value = json.loads(text)
-        _check_surrogates(text, value)
-        return list(value)
-    values: list[Any] = []
-    end = 0
-    while (start := _INK.search(text, end)) is not None:
-        value, end = _DECODER.raw_decode(text, start.start())
-        if not isinstance(value, dict | None):
-            raise json.JSONDecodeError("it is not one JSON object", text, start.start())
-        _check_surrogates(text[start.start() : end], value)
-        values.append(value or {})  # hosts read null as an entry without columns
-    return values
-
-
-def _why_broken(text: str) -> str | None:
-    try:
-        _parsed(text)
-    except json.JSONDecodeError as error:
-        return error.msg
     return None
 
 
-def _check_surrogates(text: str, value: Any) -> None:
-    """Refuse half of a surrogate pair, which Python reads and the hosts don't."""
-    if "\\ud" in text or "\\uD" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise json.JSONDecodeError("it has half of a surrogate pair", text, 0) from None
+def _first_refused(path: Path) -> int:
+    """The first line up to which the hosts can't read JSON lines, as a number from 1."""
+    with path.open("rb") as file:
+        lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+    with TemporaryDirectory() as folder:
+        part = Path(folder, "part.jsonl")
+
+        def refused(count: int) -> bool:
+            part.write_bytes(b"".join(line for _, line in lines[:count]))
+            return _refused_by_hosts(part) is not None
+
+        last = bisect_left(range(1, len(lines)), True, key=refused)
+    return lines[last][0]

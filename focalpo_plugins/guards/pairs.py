@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from ..errors import InvalidValue
-from . import messages
+from .faults import Catalogue, Fault
 
 #: Number of pairs that are checked, spread evenly over the data.  These show a fault of most pairs
 #: or of the template, and the check takes a second.
-LOOKED_AT = 2048
+SAMPLE = 2048
 #: Number of pairs that are checked if the data is streamed: the first ones.
 FIRST = 64
 _SHOWN = 40  # tokens
@@ -31,6 +34,31 @@ _WHY = {
     "doubled": "two BOS at their start: chat template and tokenizer both write one. Take it out of "
     "the template or of the text",
 }
+_CATALOGUE = Catalogue("can't be learnt from", "pairs", _WHY, harmless=("shared",))
+
+#: Row in the data, and token ids of prompt, chosen and rejected answer.
+Pair = tuple[int, Sequence[int], Sequence[int], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How a host cuts sequences, and takes prompt and answers apart.
+
+    Attributes:
+        key: the host's key or flag for the length that sequences are cut to.
+        limit: that length in tokens; None if nothing is cut.
+        keep_end: whether the start is cut off, and not the end.
+        shared: whether the host takes the common start of two texts as their prompt.  One answer
+            can then become empty.  Such a pair causes a warning but is never refused: it teaches
+            where to stop.
+        marker: a text that the host renders beside an answer, and never as a part of it.
+    """
+
+    key: str
+    limit: int | None
+    keep_end: bool = False
+    shared: bool = False
+    marker: str | None = None
 
 
 def blank(tokenizer: Any) -> Callable[[int], bool]:
@@ -45,7 +73,7 @@ def blank(tokenizer: Any) -> Callable[[int], bool]:
     return is_blank
 
 
-def faults(
+def faults_of_answers(
     chosen: Sequence[int], rejected: Sequence[int], is_blank: Callable[[int], bool]
 ) -> list[str]:
     """The faults of two answers' token ids: ``identical``, ``empty``, both or none.
@@ -76,72 +104,46 @@ def cut(
     return list(answer[: max(0, len(answer) - over)])
 
 
-def places(count: int) -> range:
-    """The rows that are checked, out of ``count``."""
-    return range(0, count, max(1, -(-count // LOOKED_AT)))
+def sampled(dataset: Any) -> Iterator[tuple[int, Any]]:
+    """Number and content of each row that is checked, spread evenly over the data.
+
+    Of a stream, these are the first ones.
+    """
+    if not hasattr(dataset, "__len__"):
+        yield from enumerate(islice(dataset, FIRST))
+        return
+    for row in range(0, len(dataset), max(1, -(-len(dataset) // SAMPLE))):
+        yield row, dataset[row]
 
 
-def check(
-    pairs: Iterable[tuple[int, Sequence[int], Sequence[int], Sequence[int]]],
-    tokenizer: Any,
-    *,
-    key: str,
-    limit: int | None,
-    keep_end: bool = False,
-    shared: bool = False,
-    marker: str | None = None,
-    allow: str,
-    allowed: bool,
-    say: bool,
-    evaluation: bool = False,
-) -> None:
-    """Refuse data if more than half of it has the same fault, and warn if less has one.
-
-    If the host takes the common start of two texts as their prompt, one answer can become empty.
-    Such a pair causes a warning but is never refused: it teaches where to stop.
+def find(
+    pairs: Iterable[Pair], tokenizer: Any, cutting: Cutting, evaluation: bool = False
+) -> list[Fault]:
+    """The faults of tokenized pairs.
 
     Args:
-        pairs: row in the data, and token ids of prompt, chosen and rejected answer.
         tokenizer: knows BOS and EOS, and decodes the first bad pair for the message: a row number
             isn't enough, as hosts shuffle and drop rows.
-        key: the host's key or flag for the length that sequences are cut to.
-        limit: that length in tokens; None if nothing is cut.
-        keep_end: whether the start is cut off, and not the end.
-        shared: whether the host takes the common start of two texts as their prompt.
-        marker: a text that the host renders beside an answer, and never as a part of it.
-        allow: what the user sets to train on data that is refused, for the message.
-        allowed: whether the user has set it; then there are only warnings.
-        say: whether this process writes the warnings.
-        evaluation: whether this is evaluation data, which is never refused.
+        evaluation: whether this is evaluation data, of which nothing is refused.
 
     Raises:
-        ValueError: there is no pair, or more than half of the pairs have the same fault.
+        ValueError: there is no pair to train on.
     """
-    rows: dict[str, int] = dict.fromkeys(_WHY, 0)
-    first: dict[str, tuple[int, list[int]]] = {}
-    looked_at = alike_once_cut = 0
+    found: dict[str, list[str]] = defaultdict(list)
+    checked = alike_once_cut = 0
     is_blank = blank(tokenizer)
     for row, prompt, *answers in pairs:
-        looked_at += 1
-        chosen, rejected = (cut(prompt, answer, limit, keep_end) for answer in answers)
-        found = faults(chosen, rejected, is_blank)
-        if "empty" in found and not any(all(map(is_blank, answer)) for answer in answers):
-            found = ["cut"]
-        if found == ["empty"] and shared:
-            found = ["shared"]
-        if "identical" in found:
+        checked += 1
+        names = _faults(prompt, answers, tokenizer, is_blank, cutting)
+        for name in names:
+            shown = tokenizer.decode([*prompt, *answers[0]][:_SHOWN])
+            found[name].append(f"row {row} of the tokenized data, {shown!r}")
+        if "identical" in names:
             # If the host has already cut the sequences, they have exactly this length.
-            at_limit = len(prompt) + len(answers[0]) == limit
+            at_limit = len(prompt) + len(answers[0]) == cutting.limit
             alike_once_cut += at_limit or list(answers[0]) != list(answers[1])
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        if bos not in (None, eos) and [*prompt, *answers[0]][:2] == [bos, bos]:
-            found.append("doubled")
-        if any(_strayed(prompt, answer, tokenizer, marker) for answer in answers):
-            found.append("strayed")
-        for name in found:
-            rows[name] += 1
-            first.setdefault(name, (row, [*prompt, *answers[0]]))
-    if not looked_at and not evaluation:
+    key, limit = cutting.key, cutting.limit
+    if not checked and not evaluation:
         raise InvalidValue(
             "the training data must hold a pair, got none: the file is empty, or every pair was "
             f"dropped as longer than {key}={limit}. Look at the file, or raise {key}."
@@ -150,19 +152,31 @@ def check(
     if alike_once_cut:
         once_cut = f", {alike_once_cut} of them once cut to {key}={limit}"
         fix = f"Raise {key}, remove them"
-    for name, (row, tokens) in first.items():
-        why = _WHY[name].format(key=key, limit=limit, cut=once_cut, fix=fix)
-        many = 2 * rows[name] > looked_at and name != "shared"
-        refused = many and not allowed and not evaluation
-        message = (
-            f"{rows[name]} of {looked_at} pairs{' of the evaluation data' * evaluation} have {why}."
-            f"{f' Give {allow} to train on them all the same.' * refused} The first is row {row} "
-            f"of the tokenized data, {tokenizer.decode(tokens[:_SHOWN])!r}"
-        )
-        if refused:
-            raise InvalidValue(f"the training data can't be learnt from, got {message}")
-        if say:
-            messages.say(f"warning: {message}")
+    return _CATALOGUE.faults(
+        found, checked, evaluation, key=key, limit=limit, cut=once_cut, fix=fix
+    )
+
+
+def _faults(
+    prompt: Sequence[int],
+    answers: Sequence[Sequence[int]],
+    tokenizer: Any,
+    is_blank: Callable[[int], bool],
+    cutting: Cutting,
+) -> list[str]:
+    """The names of a pair's faults, once its answers are cut."""
+    left = [cut(prompt, answer, cutting.limit, cutting.keep_end) for answer in answers]
+    found = faults_of_answers(left[0], left[1], is_blank)
+    if "empty" in found and not any(all(map(is_blank, answer)) for answer in answers):
+        found = ["cut"]
+    if found == ["empty"] and cutting.shared:
+        found = ["shared"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos not in (None, eos) and [*prompt, *answers[0]][:2] == [bos, bos]:
+        found.append("doubled")
+    if any(_strayed(prompt, answer, tokenizer, cutting.marker) for answer in answers):
+        found.append("strayed")
+    return found
 
 
 def _strayed(

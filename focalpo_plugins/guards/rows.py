@@ -1,9 +1,10 @@
-"""Describes rows of preference data: their columns in words, and their format."""
+"""Describes rows of preference data: their columns in words, their format, and empty cells."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 #: The formats that the hosts can read, by the names that docs/data.md gives them.
@@ -17,11 +18,12 @@ TEXTS = "two texts without a prompt"
 _PROMPTS = ("prompt", "messages", "question", "instruction", "input")
 _ANSWERING = ("assistant", "gpt", "model")
 _COLUMNS = 8  # shown in a message
-_LOOKED_AT = 100_000  # rows
+_CHECKED = 100_000  # rows
+_OF_CSV = " In a CSV, words such as None, NA and null are read as an empty cell."
 
 
 @dataclass(frozen=True)
-class Look:
+class Description:
     """A description of rows.
 
     Attributes:
@@ -38,33 +40,13 @@ class Look:
     problem: str | None
     odd: str | None
 
-    def line(self, name: str, read_by: str) -> str:
-        """One line on the rows of ``name``; ``read_by`` names what reads them."""
-        return f"{name} has {self.words}" + ("" if self.format is None else f": {read_by}")
 
-    def mismatch(self, start: str, fits: bool, advice: str, verb: str = "fits") -> str | None:
-        """Why rows could not be read, after ``start``; None if all rows fit.
-
-        Args:
-            fits: whether the type or the flags in use read rows of this format.
-            advice: what does.
-            verb: ``fit`` if ``start`` ends with the names of several flags.
-        """
-        if self.problem is not None:
-            return f"{start}: {self.problem}. docs/data.md lists the formats."
-        if not fits:
-            return f"{start}: these are {self.format}: {advice}. docs/data.md lists the formats."
-        if self.odd is not None:
-            return f"{start}, which {verb}; {self.odd}. Fix that row, or remove it."
-        return None
-
-
-def look(
+def describe(
     rows: Iterable[Mapping[str, Any]],
     chosen: str = "chosen",
     rejected: str = "rejected",
     prompt: str | None = None,
-) -> Look | None:
+) -> Description | None:
     """Describe the first row, and the first later one that differs from it; None without rows.
 
     Args:
@@ -72,22 +54,48 @@ def look(
         rejected: the column of the rejected answer.
         prompt: the column of the prompt, if the user has named one.
     """
-    first, odd = None, None
-    columns: Sequence[str] = ()
-    for number, row in zip(range(_LOOKED_AT), rows, strict=False):
-        if first is None:
-            first = row
-            names = _PROMPTS if prompt is None else (prompt, *_PROMPTS)
-            found = next((name for name in names if row.get(name) is not None), None)
-            columns = (chosen, rejected, *(() if found is None else (found,)))
-            continue
-        if any(_kind(row.get(name)) != _kind(first.get(name)) for name in columns):
-            odd = f"row {number} has {_in_words({name: row.get(name) for name in columns})}"
-            break
+    rows = islice(rows, _CHECKED)
+    first = next(iter(rows), None)
     if first is None:
         return None
+    names = _PROMPTS if prompt is None else (prompt, *_PROMPTS)
+    found = next((name for name in names if first.get(name) is not None), None)
+    columns = (chosen, rejected, *(() if found is None else (found,)))
+    kinds = [_kind(first.get(name)) for name in columns]
+    odd = None
+    for number, row in enumerate(rows, 1):
+        if [_kind(row.get(name)) for name in columns] != kinds:
+            odd = f"row {number} has {_in_words({name: row.get(name) for name in columns})}"
+            break
     format, problem = _format(first, chosen, rejected, found)
-    return Look(_in_words(first), format, found, problem, odd)
+    return Description(_in_words(first), format, found, problem, odd)
+
+
+def empty_cell(dataset: Any, columns: Iterable[str], name: str, path: str = "") -> str | None:
+    """The first row of a data set of ``datasets`` that has nothing in one of the columns, in words.
+
+    Hosts stop at such a row with an obscure error, or train on the word None.
+
+    Args:
+        name: the user's key or flag for the data set.
+        path: its file, folder or name on a hub; empty if it isn't known.
+    """
+    first = {}
+    for column in columns:
+        if column in dataset.column_names and dataset.data.column(column).null_count:
+            cells = dataset.select_columns([column]).with_format("arrow")[:].column(column)
+            row = cells.is_null().index(True).as_py()
+            if row >= 0:  # else the empty cells are in rows that were not selected
+                first[column] = row
+    if not first:
+        return None
+    column, row = min(first.items(), key=lambda found: found[1])
+    csv = "" if path and not path.endswith(".csv") else _OF_CSV
+    return (
+        f"{name} must have prompt and answers in every row, got row {row} (the first is 0)"
+        f"{f' of {path!r}' * bool(path)} with an empty cell in the column {column!r}. Fill it, or "
+        f"remove the row.{csv}"
+    )
 
 
 def _format(

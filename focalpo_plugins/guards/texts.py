@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable
+from os.path import commonprefix
 from typing import NamedTuple
 
-from ..errors import InvalidValue
-from . import messages
+from .faults import Catalogue, Fault
 
 _END = 16  # characters at the end of an answer, which every template keeps
 _BEFORE, _AFTER = 24, 60  # characters that a message shows around the first difference
@@ -31,8 +32,12 @@ _WHY = {
     "trained as the answer, the user's too. Give both sides the same turns before the last one if "
     "that isn't meant",
 }
-#: Faults that cause a warning, and never a refusal: the answers are trained in full.
-_NEVER_REFUSED = ("lacks", "turns")
+_CATALOGUE = Catalogue(
+    "can't be trained as written",
+    "rows",
+    _WHY,
+    harmless=("lacks", "turns"),  # the answers are trained in full
+)
 
 
 class Side(NamedTuple):
@@ -70,13 +75,6 @@ class Row(NamedTuple):
     in_answers: bool = False
 
 
-class Fault(NamedTuple):
-    """A fault that some rows have: its description, and whether a run is refused for it."""
-
-    words: str
-    refused: bool
-
-
 def difference(side: Side) -> str | None:
     """How prompt and answer differ from the template's rendering: ``cut``, ``twice`` or ``lacks``.
 
@@ -111,58 +109,32 @@ def find(
     host: str,
     of_sides: str,
     of_cut: str,
-    allow: str = "",
     marker: str | None = None,
+    evaluation: bool = False,
 ) -> list[Fault]:
-    """The faults of the rows, each described once, with its number of rows and the first of them.
+    """What the host would train of the rows otherwise than the chat template renders it.
 
     Args:
         host: the host's name.
         of_sides: what the host does with sides whose earlier turns differ.
         of_cut: why the host cuts an answer wrongly, and what to do.
-        allow: what the user sets to train on data that is refused.
         marker: a text that the host renders beside an answer.  An answer that holds it is left to
             the check of the tokens, which says more about it.
+        evaluation: whether this is evaluation data, of which nothing is refused.
     """
-    count: dict[str, int] = dict.fromkeys(_WHY, 0)
-    first: dict[str, str] = {}
-    looked_at = 0
+    found: dict[str, list[str]] = defaultdict(list)
+    checked = 0
     for row in rows:
-        looked_at += 1
-        for name, side in _faults(row, marker):
-            count[name] += 1
-            first.setdefault(name, f"{row.place}{_shown(side)}")
-    faults = []
-    for name, where in first.items():
-        why = _WHY[name].format(host=host, of_sides=of_sides, of_cut=of_cut)
-        refused = 2 * count[name] > looked_at and name not in _NEVER_REFUSED
-        give = f" Give {allow} to train on them anyway." if refused and allow else ""
-        words = f"{count[name]} of {looked_at} rows have {why}.{give} The first is {where}"
-        faults.append(Fault(words, refused))
-    return faults
+        checked += 1
+        for name, side in _faults(row, marker).items():
+            found[name].append(f"{row.place}{_shown(side)}")
+    return _CATALOGUE.faults(
+        found, checked, evaluation, host=host, of_sides=of_sides, of_cut=of_cut
+    )
 
 
-def check(faults: Iterable[Fault], *, allowed: bool, say: bool, evaluation: bool = False) -> None:
-    """Refuse data for a fault that most rows have, and warn of the others.
-
-    Args:
-        faults: the result of :func:`find`.
-        allowed: whether the user has allowed such data; then there are only warnings.
-        say: whether this process writes the warnings.
-        evaluation: whether this is evaluation data, which is never refused.
-
-    Raises:
-        ValueError: more than half of the rows have the same fault.
-    """
-    for words, refused in faults:
-        if refused and not allowed and not evaluation:
-            raise InvalidValue(f"the training data can't be trained as written, got {words}")
-        if say:
-            messages.say(f"warning: {'in the evaluation data, ' * evaluation}{words}")
-
-
-def _faults(row: Row, marker: str | None) -> Iterator[tuple[str, Side]]:
-    """Each fault of a row once, with the side that shows it."""
+def _faults(row: Row, marker: str | None) -> dict[str, Side]:
+    """The names of a row's faults, each with the side that shows it."""
     found: dict[str, Side] = {}
     for side in (row.chosen, row.rejected):
         # Empty answers, too, are named by the check of the tokens.
@@ -173,9 +145,7 @@ def _faults(row: Row, marker: str | None) -> Iterator[tuple[str, Side]]:
             found.setdefault(name, side)
     if row.turns_differ and found:
         found = {"sides": next(iter(found.values()))}
-    if row.in_answers:
-        found["turns"] = row.rejected
-    yield from found.items()
+    return found | ({"turns": row.rejected} if row.in_answers else {})
 
 
 def _shown(side: Side) -> str:
@@ -185,11 +155,7 @@ def _shown(side: Side) -> str:
         return f": trained is {side.answer[:_AFTER]!r}, and not {side.said[:_AFTER]!r}"
     if trained == whole:
         return ""
-    both = zip(trained, whole, strict=False)
-    differ = next(
-        (place for place, (one, other) in enumerate(both) if one != other),
-        min(len(trained), len(whole)),
-    )
+    differ = len(commonprefix([trained, whole]))
     start = max(0, differ - _BEFORE)
     one, other = (repr(text[start : differ + _AFTER]) for text in (trained, whole))
     return f": {one} is trained where the template renders {other}"

@@ -2,69 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..guards import pairs, texts
-from .data import read, sources
+from ..guards.faults import Fault
+from .data import Source
 from .names import dotted
 
 
-def faults(
-    args: Any, tokenizer: Any, evaluation: bool = False, allow: str = ""
-) -> list[texts.Fault]:
+def text_faults(found: Iterable[Source], tokenizer: Any, evaluation: bool = False) -> list[Fault]:
     """What OpenRLHF would train of the rows otherwise than the chat template renders it.
 
     Args:
-        args: the parsed command line.
+        found: the sources that the command line names.
         tokenizer: the one whose template OpenRLHF applies.
-        allow: what the user gives to train on data that is refused.
+        evaluation: whether to look at the evaluation data, in place of the training data.
     """
     return texts.find(
-        _rendered(args, tokenizer, evaluation),
+        (
+            row
+            for source in found
+            if source.evaluation == evaluation
+            for row in _rendered(source, tokenizer)
+        ),
         host="OpenRLHF",
         of_sides="OpenRLHF cuts both off after as many characters as the chosen side's turns have, "
         "so that the rejected answer loses text or gains some",
         of_cut="OpenRLHF cuts it off at the length of the prompt, and with this template the row's "
         "rendering doesn't begin with the prompt's. Use another template",
-        allow=allow,
+        evaluation=evaluation,
     )
 
 
-def _rendered(args: Any, tokenizer: Any, evaluation: bool) -> Iterator[texts.Row]:
+def _rendered(source: Source, tokenizer: Any) -> Iterator[texts.Row]:
     from openrlhf.datasets.reward_dataset import preprocess_data
 
-    data = dotted(args).data
+    data = dotted(source.args).data
     if not data.apply_chat_template:
         return
     keys = data.prompt_key, data.chosen_key, data.rejected_key
     render = tokenizer.apply_chat_template
-    for source in sources(args):
-        if source.evaluation != evaluation:
-            continue
+    try:
+        rows = source.rows
+    except Exception:  # OpenRLHF reports what can't be read
+        return
+    for place, row in pairs.sampled(rows):
         try:
-            rows = read(args, source)
-        except Exception:  # OpenRLHF reports what can't be read
+            prompt, *trained, _ = preprocess_data(row, None, *keys, render, True)
+            chosen, rejected = (_messages(row, key, data.prompt_key) for key in keys[1:])
+            sides = [
+                texts.Side(prompt, answer, said[-1]["content"], render(said, tokenize=False))
+                for answer, said in zip(trained, (chosen, rejected), strict=True)
+            ]
+        except Exception:  # the template can't render the row: OpenRLHF reports it
             continue
-        for place in pairs.places(len(rows)):
-            row = rows[place]
-            try:
-                prompt, *trained, _ = preprocess_data(row, None, *keys, render, True)
-                chosen, rejected = (_messages(row, key, data.prompt_key) for key in keys[1:])
-                sides = [
-                    texts.Side(prompt, answer, said[-1]["content"], render(said, tokenize=False))
-                    for answer, said in zip(trained, (chosen, rejected), strict=True)
-                ]
-            except Exception:  # the template can't render the row: OpenRLHF reports it
-                continue
-            differ = chosen[:-1] != rejected[:-1]
-            yield texts.Row(
-                f"row {place} of {source.flag} {source.path!r}",
-                sides[0],
-                sides[1],
-                turns_differ=differ,
-                in_answers=bool(data.prompt_key) and differ,
-            )
+        differ = chosen[:-1] != rejected[:-1]
+        yield texts.Row(
+            f"row {place} of {source.key} {source.path!r}",
+            sides[0],
+            sides[1],
+            turns_differ=differ,
+            in_answers=bool(data.prompt_key) and differ,
+        )
 
 
 def _messages(row: Mapping[str, Any], key: str, prompt: str | None) -> list[Mapping[str, Any]]:

@@ -6,27 +6,30 @@ tokenizer with the same calls as the rest of the command.
 
 from __future__ import annotations
 
+import functools
 import os
 import runpy
 import sys
 import warnings
 from argparse import ArgumentParser
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import InvalidValue, RunError
-from ..guards import hub
+from ..guards import hub, pairs
+from ..guards.faults import Policy
 from ..guards.messages import explained
-from ..guards.pairs import blank, faults
+from ..guards.sources import described
 from ..plan import ModelState, Pair, Plan, Tokens
 from ..registry import get_loss
-from . import COMMAND, conversations, cpu
+from . import COMMAND, cpu
 from .autoload import patch
-from .data import check_cells, described, explain, hub_names
+from .conversations import text_faults
+from .data import Source, check_cells, explain, listed, remote_names, tokenized
 from .names import dotted, given_options, spelled
 
 _OURS = "focalpo_plugins.openrlhf.train_dpo"
@@ -55,58 +58,78 @@ def plan(argv: Sequence[str], gpus: int, shape: Path | None = None) -> Plan:
     """
     of_host = _flags(argv)
     with _explained(of_host):
-        return _plan(of_host, gpus, shape)
+        bare = _without_data(of_host, gpus, shape)
+        return bare if shape is not None else _with_data(bare, of_host)
 
 
 def _explained(of_host: Any) -> AbstractContextManager[None]:
     """Adds to OpenRLHF's error what it means, if that is known."""
     return explained(
-        lambda error: explain(of_host, error) or hub.explain(error, hub_names(of_host))
+        lambda error: explain(of_host, error) or hub.explain(error, remote_names(of_host))
     )
 
 
-def _plan(of_host: Any, gpus: int, shape: Path | None) -> Plan:
+def _without_data(of_host: Any, gpus: int, shape: Path | None) -> Plan:
+    """The plan as far as it follows from the flags."""
+    import torch
+
     args = dotted(of_host)
     if not args.model.model_name_or_path or not args.data.dataset:
         missing = "model.model_name_or_path" if args.data.dataset else "data.dataset"
         missing = spelled(missing, vars(of_host)) if args is not of_host else missing
         raise InvalidValue(f"--{missing} must be given: there is nothing to train on.")
-    import torch
-
     loss, precomputed = None, False
-    if getattr(of_host, "loss", None) is not None:
+    if _asks_for_ours(of_host):
         options, flags = given_options(of_host)
-        loss, precomputed = (
-            get_loss(of_host.loss).bind(**options),
-            flags.get("precompute_ref", False),
-        )
+        loss = get_loss(of_host.loss).bind(**options)
+        precomputed = flags.get("precompute_ref", False)
     notes = []
     if not torch.cuda.is_available():
         notes.append("no GPU here: flags that need one were taken as on a machine that has them")
     data_ranks = max(1, gpus // (args.ds.ring_attn_size * args.ds.tensor_parallel_size))
-    accumulation, rest = divmod(args.train.batch_size, args.train.micro_batch_size * data_ranks)
-    shown: dict[str, Any] = {
-        "host": f"OpenRLHF {version('openrlhf')}",
-        "loss": loss,
-        "host_loss": "ipo" if args.model.ipo_enable else "dpo",
-        "beta": args.model.beta,
-        "label_smoothing": args.model.label_smoothing,
-        "max_length": args.data.max_len,
-        "micro_batch": args.train.micro_batch_size,
-        "accumulation": max(1, accumulation),
-        "ranks": gpus,
-        "data_ranks": data_ranks,
-        "precision": args.ds.param_dtype,
-        "state": _state(args, precomputed, shape),
-        "notes": notes,
-        "terms": _terms(args),
-    }
-    if shape is not None:
-        return Plan(tokenizer=None, rows=0, kept=0, pairs=(), epoch_steps=0, steps=0, **shown)
-    from openrlhf.datasets import RewardDataset
-    from openrlhf.datasets.utils import blending_datasets
+    of_step = args.train.micro_batch_size * data_ranks
+    warned = []
+    if args.train.batch_size % of_step:
+        warned.append(
+            f"--train.batch_size {args.train.batch_size} is no multiple of micro-batch x ranks, "
+            f"{args.train.micro_batch_size} x {data_ranks}: OpenRLHF rounds the accumulation down, "
+            "and DeepSpeed refuses a batch size that is no such multiple."
+        )
+    if args.ds.use_liger_kernel:
+        warned.append(
+            "--ds.use_liger_kernel swaps in Liger's Triton layers, which a CPU can't try; the loss "
+            "is not Liger's."
+        )
+    if args.model.ipo_enable:
+        warned.append("--model.ipo_enable: IPO is trained, a loss of its own.")
+    return Plan(
+        host=f"OpenRLHF {version('openrlhf')}",
+        loss=loss,
+        host_loss="ipo" if args.model.ipo_enable else "dpo",
+        terms=_terms(args),
+        beta=args.model.beta,
+        label_smoothing=args.model.label_smoothing,
+        max_length=args.data.max_len,
+        micro_batch=args.train.micro_batch_size,
+        accumulation=max(1, args.train.batch_size // of_step),
+        ranks=gpus,
+        data_ranks=data_ranks,
+        precision=args.ds.param_dtype,
+        state=_state(args, precomputed, shape),
+        warnings=warned,
+        notes=notes,
+    )
+
+
+def _asks_for_ours(of_host: Any) -> bool:
+    return getattr(of_host, "loss", None) is not None
+
+
+def _with_data(bare: Plan, of_host: Any) -> Plan:
+    """The plan with what OpenRLHF makes of the data."""
     from openrlhf.utils import get_strategy, get_tokenizer
 
+    args = dotted(of_host)
     strategy = get_strategy(of_host)
     tokenizer = get_tokenizer(
         args.model.model_name_or_path,
@@ -115,96 +138,98 @@ def _plan(of_host: Any, gpus: int, shape: Path | None) -> Plan:
         strategy,
         use_fast=not args.data.disable_fast_tokenizer,
     )
-    rows = blending_datasets(
-        args.data.dataset,
-        args.data.dataset_probs,
-        strategy,
-        args.train.seed,
-        max_count=args.data.max_samples,
-        dataset_split=args.data.dataset_split,
-    )
-    rows = rows.select(range(min(args.data.max_samples, len(rows))))
-    held_out = None
-    if args.eval.dataset:
-        held_out = blending_datasets(
-            args.eval.dataset, None, strategy, dataset_split=args.eval.split
-        )
-    check_cells(of_host)
-
-    def dataset(max_length: int, rows: Any = rows) -> Any:
-        return RewardDataset(
-            rows,
-            tokenizer,
-            max_length,
-            strategy,
-            input_template=args.data.input_template,
-            is_dpo=True,
-            num_processors=os.cpu_count() or 1,
-        )
-
-    trained, whole = dataset(args.data.max_len), dataset(_NO_LIMIT)
+    rows, held_out = _rows(args, strategy)
+    found = listed(of_host)
+    check_cells(found)
+    make = functools.partial(_dataset, args, tokenizer, strategy)
+    trained, whole = make(rows, args.data.max_len), make(rows, _NO_LIMIT)
     if len(trained) == 0:
         raise InvalidValue(
             f"--data.max_len must leave room for an answer, got {args.data.max_len}: no prompt of "
             f"the {len(rows)} pairs fits. Raise it."
         )
-
-    # Pairs that don't fill a rank's share or a micro-batch are dropped; a step may span two epochs.
-    batches = len(trained) // data_ranks // args.train.micro_batch_size
-    found = []
-    if accumulation == 0 or rest:
-        found.append(
-            f"--train.batch_size {args.train.batch_size} is no multiple of micro-batch x ranks, "
-            f"{args.train.micro_batch_size} x {data_ranks}: OpenRLHF rounds the accumulation down, "
-            "and DeepSpeed refuses a batch size that is no such multiple."
-        )
+    warned, notes = list(bare.warnings), list(bare.notes)
     if len(trained) < args.train.batch_size:
-        found.append(
+        warned.append(
             f"--train.batch_size {args.train.batch_size} is larger than the data, {len(trained)} "
             "pairs: OpenRLHF refuses to train."
         )
-    if args.ds.use_liger_kernel:
-        found.append(
-            "--ds.use_liger_kernel swaps in Liger's Triton layers, which a CPU can't try; the loss "
-            "is not Liger's."
-        )
+    evaluated = None
     if held_out is not None:
         flag = f"--{spelled('eval.dataset', vars(of_host))}"
-        evaluated = dataset(args.data.max_len, held_out)
+        evaluated = make(held_out, args.data.max_len)
         notes.append(f"{len(evaluated)} of {len(held_out)} pairs of {flag} are evaluated")
-        found += _of_evaluation(of_host, evaluated, tokenizer, flag)
-    for evaluation in (False, True):
-        found += [fault.words for fault in conversations.faults(of_host, tokenizer, evaluation)]
-    if args.model.ipo_enable:
-        found.append("--model.ipo_enable: IPO is trained, a loss of its own.")
-    return Plan(
+        if len(evaluated) == 0:
+            warned.append(f"{flag} holds no pair whose prompt leaves room for an answer.")
+    warned += _faults(of_host, found, tokenizer, trained, evaluated)
+    # Pairs that don't fill a rank's share or a micro-batch are dropped; a step may span two epochs.
+    batches = len(trained) // bare.data_ranks // bare.micro_batch
+    return replace(
+        bare,
+        warnings=warned,
+        notes=notes,
         tokenizer=tokenizer,
         rows=len(rows),
         kept=len(trained),
         pairs=_pairs(of_host, trained, whole, args.data.max_len),
-        epoch_steps=batches / max(1, accumulation),
-        steps=args.train.max_epochs * batches // max(1, accumulation),
-        warnings=found,
-        formats=described(of_host),
-        **shown,
+        formats=described(found),
+        epoch_steps=batches / bare.accumulation,
+        steps=args.train.max_epochs * batches // bare.accumulation,
     )
 
 
-def _of_evaluation(of_host: Any, evaluated: Any, tokenizer: Any, flag: str) -> list[str]:
-    """Warnings about evaluation data, a sentence each."""
-    if len(evaluated) == 0:
-        return [f"{flag} holds no pair whose prompt leaves room for an answer: no evaluation."]
-    is_blank = blank(tokenizer)
-    counts: Counter[str] = Counter()
-    for place in range(len(evaluated)):
-        with _explained(of_host):  # OpenRLHF joins prompt and answer here
-            chosen, _, rejected, _, length = evaluated[place]
-        ids = [side.flatten().tolist()[length:] for side in (chosen, rejected)]
-        counts.update(faults(ids[0], ids[1], is_blank))
-    return [
-        f"{count} of {len(evaluated)} pairs of {flag} are {fault}."
-        for fault, count in sorted(counts.items())
-    ]
+def _rows(args: Any, strategy: Any) -> tuple[Any, Any]:
+    """The rows to train on, and those to evaluate or None, as OpenRLHF reads them."""
+    from openrlhf.datasets.utils import blending_datasets
+
+    data, held_out = args.data, args.eval
+    rows = blending_datasets(
+        data.dataset,
+        data.dataset_probs,
+        strategy,
+        args.train.seed,
+        max_count=data.max_samples,
+        dataset_split=data.dataset_split,
+    )
+    rows = rows.select(range(min(data.max_samples, len(rows))))
+    if not held_out.dataset:
+        return rows, None
+    return rows, blending_datasets(held_out.dataset, None, strategy, dataset_split=held_out.split)
+
+
+def _dataset(args: Any, tokenizer: Any, strategy: Any, rows: Any, max_length: int) -> Any:
+    from openrlhf.datasets import RewardDataset
+
+    return RewardDataset(
+        rows,
+        tokenizer,
+        max_length,
+        strategy,
+        input_template=args.data.input_template,
+        is_dpo=True,
+        num_processors=os.cpu_count() or 1,
+    )
+
+
+def _faults(
+    of_host: Any, found: Sequence[Source], tokenizer: Any, trained: Any, evaluated: Any
+) -> list[str]:
+    """Warnings about the data's rows, a sentence each; the command counts those of its pairs.
+
+    Raises:
+        ValueError: a run would be refused for the data.
+    """
+    max_length = dotted(of_host).data.max_len
+    cutting = pairs.Cutting(f"--{spelled('data.max_len', vars(of_host))}", max_length)
+    of_pairs = pairs.find(tokenized(trained), tokenizer, cutting)
+    of_evaluation = pairs.find(tokenized(evaluated or ()), tokenizer, cutting, evaluation=True)
+    of_texts = text_faults(found, tokenizer)
+    if _asks_for_ours(of_host):
+        allowed = bool(given_options(of_host)[1].get("allow_data"))
+        policy = Policy(f"--{of_host.loss}.allow_data", allowed, say=False)
+        policy.check([*of_pairs, *of_texts])
+    of_texts += text_faults(found, tokenizer, evaluation=True)
+    return [*map(str, of_evaluation), *map(str, of_texts)]
 
 
 def _terms(args: Any) -> list[tuple[str, float]] | None:

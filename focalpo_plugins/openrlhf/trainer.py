@@ -382,7 +382,9 @@ def _token_ids(dataset: Any) -> Iterator[tuple[int, list[int], list[int], list[i
 
 def _check_shared(model: Any, key: str) -> None:
     """Refuse models with which a row of shared prompts would be trained otherwise."""
-    kind, config = type(getattr(model, "base_model", model)).__name__, model.config
+    if hasattr(model, "get_base_model"):  # PEFT's
+        model = model.get_base_model()
+    kind, config = type(model).__name__, model.config
     if getattr(config.get_text_config(), "output_router_logits", None) is not None:
         why = (
             "OpenRLHF asks for its routers' loss, which would be of a row, not of the padded batch"

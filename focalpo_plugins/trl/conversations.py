@@ -6,8 +6,6 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from datasets import Dataset
-
 from ..guards import pairs, texts
 
 _ANSWERS = ("chosen", "rejected")
@@ -19,12 +17,7 @@ def rendered(dataset: Any, tokenizer: Any) -> Iterator[texts.Row]:
     TRL takes for the answer all tokens of the whole row after the first ones, as many as the prompt
     alone has.  So the answer is complete if the row's rendering begins with the prompt's.
     """
-    if isinstance(dataset, Dataset):
-        rows = pairs.places(len(dataset))
-        found = dataset.select(rows)
-    else:
-        rows, found = range(pairs.FIRST), dataset.take(pairs.FIRST)
-    for place, row in zip(rows, found, strict=False):
+    for place, row in pairs.sampled(dataset):
         if not all(_is_conversation(row.get(name)) for name in ("prompt", *_ANSWERS)):
             return
         tools = row.get("tools")

@@ -68,8 +68,9 @@ def answers(once: Axolotl, focalpo: ManyFocalpo) -> dict[Any, Answer]:
     for number, (name, of_data) in enumerate(FAILS):
         rows = varied(FORMATS[name][0])
         words[name, number] = [config(f"bad{number}", rows, dataset=of_data)]
-    odd = [*varied(STRINGS)[:2], {**STRINGS, "prompt": None}]
-    words["odd"] = [config("odd", odd, dataset=OF_PROMPT)]
+    for name, cell in (("odd", ["a"]), ("empty", None)):
+        rows = [*varied(STRINGS)[:2], {**STRINGS, "prompt": cell}]
+        words[name] = [config(name, rows, dataset=OF_PROMPT)]
     other = [{"role_": "user", "text": "a"}]
     other_keys = {"chosen": other, "rejected": other}
     words["other keys"] = [config("keys", [other_keys], dataset={"type": ARGILLA})]
@@ -128,8 +129,8 @@ def test_each_format_is_named_with_what_reads_it(answers: dict, name: str):
     of_data += " and skip_prepare_dataset: true" * (of_data == "type: passthrough")
     plain = ", or type: passthrough for a model without a chat template"
     (said, *_) = found["formats"]
-    assert said.startswith("datasets[0] has ")
-    assert said.endswith(f": {name}, for {of_data}{plain * (name == 'strings')}")
+    assert said.startswith("datasets[0].path '") and ".jsonl' has " in said
+    assert said.endswith(f": {name}; to read them, set {of_data}{plain * (name == 'strings')}")
     assert found["pair"]["chosen"]["tokens"][-1] == "<|eot_id|>"
 
 
@@ -146,16 +147,22 @@ def test_a_type_that_fails(answers: dict, name: str, number: int):
 @shares_answers
 def test_a_row_that_differs(answers: dict):
     said = error_of(answers["odd"])
-    assert "and type is chat_template.default, which fits; row 2 has chosen (text)" in said
-    assert said.endswith("prompt (nothing). Fix that row, or remove it.")
+    assert "and type is chat_template.default, which is right; row 2 has chosen (text)" in said
+    assert said.endswith("prompt (list). Fix or remove that row.")
 
 
 @shares_answers
-def test_a_cell_of_a_csv(answers: dict):
-    said = error_of(answers["csv"])
-    assert "datasets[0].path " in said and "pairs.csv'" in said
-    assert "type is passthrough, which fits; row 1 has chosen (nothing), rejected (text)" in said
-    assert said.endswith("In a CSV, words such as None, NA and null are read as nothing.")
+@pytest.mark.parametrize(
+    ("case", "file", "row", "column"),
+    [("empty", "empty.jsonl", 2, "prompt"), ("csv", "pairs.csv", 1, "chosen")],
+)
+def test_an_empty_cell(answers: dict, case: str, file: str, row: int, column: str):
+    said = error_of(answers[case])
+    assert "datasets[0].path must have prompt and answers in every row, got " in said
+    assert f"got row {row} (the first is 0) of '" in said and f"/{file}' with an empty" in said
+    assert f"an empty cell in the column '{column}'. Fill it, or remove the row." in said
+    of_csv = "In a CSV, words such as None, NA and null are read as an empty cell."
+    assert said.endswith(of_csv) == (case == "csv")
 
 
 @shares_answers
@@ -206,10 +213,9 @@ def test_the_one_type_of_orpo(answers: dict):
     code, output, errors = answers["orpo"]
     assert code == 0, errors[-3000:]
     (said, *_) = json.loads(output)["formats"]
-    assert said.endswith(": whole conversations, for type: chat_template.argilla")
-    assert "these are whole conversations: set type: chat_template.argilla. " in error_of(
-        answers["orpo, chat"]
-    )
+    assert said.endswith("; to read them, set type: chat_template.argilla")
+    said = error_of(answers["orpo, chat"])
+    assert said.endswith("these are whole conversations: set type: chat_template.argilla.")
     assert "set type: chat_template.argilla, once they are made whole conversations" in error_of(
         answers["orpo, strings"]
     )

@@ -12,7 +12,7 @@ FILES: dict[str, tuple[str, int | None, str]] = {
     "lines": ("\n".join(LINES), None, ""),
     "the first line cut": ("\n".join([LINES[0][:9], *LINES]), 1, "Unterminated string"),
     "the first line's start cut": ("\n".join([LINES[0][9:], *LINES]), 1, "Expecting value"),
-    "the first line's start cut, to an array": ("\n".join([LINES[0][LINES[0].index("[") :], *LINES]), 1, "Extra data"),
+    "the first line's start cut, to an array": ("\n".join([LINES[0][LINES[0].index("[") :], *LINES]), 1, "Expecting value"),
     "the first line alone, cut": (LINES[0][:9], 1, "Unterminated string"),
     # Line 2 reads on into line 3, and the whole breaks on line 4.
     "a line cut before a value": ("\n".join([LINES[0], '{"a": ', *LINES]), 2, "Expecting value"),
@@ -23,7 +23,7 @@ FILES: dict[str, tuple[str, int | None, str]] = {
     "a string": ("\n".join(['"a"', *LINES]), 1, "it is not one JSON object"),
     "an array": ("\n".join([*LINES, '["a"]']), 4, "it is not one JSON object"),
     "an array first": ("\n".join(['["a"]', *LINES]), 1, "it is not one JSON object"),
-    "half a surrogate pair": ("\n".join([*LINES, '{"a": "\\ud800"}']), 4, "it has half of a surrogate"),
+    "half a surrogate pair": ("\n".join([*LINES, '{"a": "\\ud800"}']), 4, "JSON parse error: The surrogate pair in string is invalid"),
     "a surrogate pair": ("\n".join([*LINES, '{"a": "\\uD83D\\uDE00"}']), None, ""),
     "a raw line end": ("\n".join([*LINES, '{"a": "x\ny"}']), 4, "Unterminated string"),
     "blank lines": ("\n \n" + "\n\t\n".join(LINES) + "\n\n", None, ""),
