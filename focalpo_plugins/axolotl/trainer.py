@@ -13,12 +13,12 @@ from pyarrow.compute import list_slice
 from transformers import TrainerCallback
 
 from ..errors import RunError
-from ..guards.texts import Fault
+from ..guards.faults import Fault
 from ..registry import BoundLoss
 from ..trl.pairwise import TRL
 from ..trl.trainer import PairwiseLossMixin
 from . import ALLOW_CHANGED, ALLOW_DATA, SHARED
-from .data import faults
+from .conversations import text_faults
 from .plugin import FocalPOPlugin, fused_key, requested_loss
 
 
@@ -85,12 +85,7 @@ class OfConfig:
         host: Any = super()
         return [
             *host._faults(dataset, tokenizer, evaluation),
-            *faults(
-                FocalPOPlugin.building,
-                tokenizer,
-                "test_datasets" if evaluation else "datasets",
-                self._marker,
-            ),
+            *text_faults(FocalPOPlugin.building, tokenizer, evaluation, self._marker),
         ]
 
     def set_loss(self, loss: BoundLoss) -> None:

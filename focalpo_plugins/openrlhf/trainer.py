@@ -23,14 +23,15 @@ from openrlhf.trainer.dpo_trainer import DPOTrainer
 from torch import Tensor
 
 from ..errors import conflict
-from ..guards import embeddings, pairs, texts
+from ..guards import embeddings, pairs
+from ..guards.faults import Policy
 from ..reference import ReferenceLogps
 from ..registry import BoundLoss
 from ..run import Host, Now, Run
 from ..sharing import SharedPrompts
 from . import data
 from .checkpoints import Saved, check_folders, link_logs, read, save_with_record, with_run
-from .conversations import faults
+from .conversations import text_faults
 from .loss import PairwiseDPOLoss
 from .names import dotted, given_options, spelled
 from .ranks import StrategyRanks, on_all_ranks, on_rank_0
@@ -147,40 +148,36 @@ class PairwiseDPOTrainer(DPOTrainer):
 
     def _check_data(self) -> None:
         """Refuse data that can't be learnt from, or would be trained otherwise than written."""
-        allow, allowed = self._run.host.allow_data, bool(self._flags.get("allow_data"))
-        on_rank_0(self.strategy, lambda: data.check_cells(self.args))
-        for evaluation, loader in enumerate((self.train_dataloader, self.eval_dataloader)):
-            pairs.check(
-                _token_ids([] if loader is None else loader.dataset),
-                self.tokenizer,
-                key=f"--{spelled('data.max_len', vars(self.args))}",
-                limit=dotted(self.args).data.max_len,
-                allow=allow,
-                allowed=allowed,
-                say=self.strategy.is_rank_0(),
-                evaluation=bool(evaluation),
-            )
-        models = {"policy": self.model, "reference": self.ref_model}
-        embeddings.check(
-            {name: _embeddings_of(actor) for name, actor in models.items()},
-            self.tokenizer,
-            self._largest_id,
-            say=self.strategy.is_rank_0(),
-        )
+        is_first, limit = self.strategy.is_rank_0(), dotted(self.args).data.max_len
+        allowed = bool(self._flags.get("allow_data"))
+        policy = Policy(self._run.host.allow_data, allowed, is_first)
+        cutting = pairs.Cutting(f"--{spelled('data.max_len', vars(self.args))}", limit)
+        loaders = (self.train_dataloader, self.eval_dataloader)
+        sets = [[] if loader is None else loader.dataset for loader in loaders]
+        sources = data.listed(self.args)  # each is read once for both checks of the first rank
+        on_rank_0(self.strategy, lambda: data.check_cells(sources))
+
+        def check_tokens() -> None:
+            for evaluation, dataset in enumerate(sets):
+                rows = data.tokenized(dataset)
+                policy.check(pairs.find(rows, self.tokenizer, cutting, bool(evaluation)))
+
+        def largest_id() -> int:
+            tokenized = (row for dataset in sets for row in data.tokenized(dataset))
+            return max((max(map(max, filter(None, ids))) for _, *ids in tokenized), default=0)
+
+        def check_embeddings() -> None:
+            models = {"policy": self.model, "reference": self.ref_model}
+            known = {name: _embeddings_of(actor) for name, actor in models.items()}
+            embeddings.check(known, self.tokenizer, largest_id, say=is_first)
 
         def check_texts() -> None:
             for evaluation in (False, True):
-                found = faults(self.args, self.tokenizer, evaluation, allow)
-                texts.check(found, allowed=allowed, say=True, evaluation=evaluation)
+                policy.check(text_faults(sources, self.tokenizer, evaluation))
 
+        on_all_ranks(self.strategy, check_tokens)
+        on_all_ranks(self.strategy, check_embeddings)
         on_rank_0(self.strategy, check_texts)
-
-    def _largest_id(self) -> int:
-        loaders = (self.train_dataloader, self.eval_dataloader)
-        checked = (_token_ids(loader.dataset) for loader in loaders if loader is not None)
-        return max(
-            (max(map(max, filter(None, ids))) for of in checked for _, *ids in of), default=0
-        )
 
     def _check_resumed(self) -> None:
         """Refuse a checkpoint that another loss trained."""
@@ -370,14 +367,6 @@ def _embeddings_of(actor: Any) -> int | None:
     """The number of a model's input embeddings; None if that isn't known."""
     model: Any = getattr(actor.model, "module", actor.model)
     return getattr(model.get_input_embeddings(), "num_embeddings", None)
-
-
-def _token_ids(dataset: Any) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
-    """Row, and token ids of prompt and both answers, of the pairs that are checked."""
-    for row in pairs.places(len(dataset)):
-        chosen, _, rejected, _, length = dataset[row]
-        chosen, rejected = chosen.flatten().tolist(), rejected.flatten().tolist()
-        yield row, chosen[:length], chosen[length:], rejected[length:]
 
 
 def _check_shared(model: Any, key: str) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 from datasets import Dataset
 from pyarrow.compute import list_flatten
 from pyarrow.compute import max as max_of
-from pyarrow.types import is_large_string, is_string
 
 from ..errors import InvalidValue
 from ..guards import pairs
+from ..guards.rows import empty_cell
 from ..run import Host
 
 
@@ -28,44 +28,22 @@ def check_data(given: Mapping[str, Any], host: Host) -> None:
     if isinstance(evaluated, Mapping):
         sets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in evaluated.items()}
     for name, dataset in sets.items():
-        for column in ("prompt", "chosen", "rejected"):
-            if isinstance(dataset, Dataset) and column in dataset.column_names:
-                _check_cells(dataset, column, name)
+        if isinstance(dataset, Dataset):
+            columns = ["chosen", "rejected"]
+            # Messages may be missing: TRL then takes the prompt out of the answers.
+            if getattr(dataset.features.get("prompt"), "dtype", "") in ("string", "large_string"):
+                columns.append("prompt")
+            wrong = empty_cell(dataset, columns, name)
+            if wrong is not None:
+                raise InvalidValue(wrong)
 
 
-def _check_cells(dataset: Dataset, column: str, name: str) -> None:
-    """Refuse a column without a value in some row, on which TRL stops with an obscure error."""
-    stored = dataset.data.column(column)
-    is_text = is_string(stored.type) or is_large_string(stored.type)
-    # A prompt may be missing in all rows: TRL's CPO and ORPO then take it out of the answers.
-    if not stored.null_count or (column == "prompt" and not is_text):
-        return
-    cells = dataset.select_columns([column]).with_format("arrow")[:].column(column)
-    row = cells.is_null().index(True).as_py()
-    if row >= 0:  # else the empty cells are in rows that were not selected
-        raise InvalidValue(
-            f"{name} must have prompt and answers in every row, got row {row} (the first is 0) "
-            f"with nothing in the column {column!r}. Fill it, or remove the row. In a CSV, words "
-            "such as None, NA and null are read as nothing."
-        )
-
-
-def checked_rows(
-    dataset: Any, columns: Sequence[str] | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and content of the rows that are checked: spread over the data, or the first ones if
-    the data are streamed.
-
-    Args:
-        columns: the columns to read; None for all.
-    """
+def sampled_columns(dataset: Any, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Number and cells of each row that :func:`~.guards.pairs.sampled` picks."""
     if isinstance(dataset, Dataset):
-        numbers = pairs.places(len(dataset))
-        read = dataset if columns is None else dataset.select_columns(list(columns))
-        found = read.select(numbers)
-    else:
-        numbers, found = range(pairs.FIRST), dataset.take(pairs.FIRST)
-    yield from zip(numbers, found, strict=False)
+        dataset = dataset.select_columns(list(columns))
+    for number, row in pairs.sampled(dataset):
+        yield number, *(row[column] for column in columns)
 
 
 def largest_id(dataset: Any, columns: Sequence[str]) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..guards import embeddings, texts
+from ..guards import embeddings
+from ..guards.faults import Fault, Policy
 from ..guards.ranks import together
 from ..hf_trainer import RANKS, PairwiseTrainerMixin
 from ..registry import BoundLoss
@@ -65,18 +66,11 @@ class PairwiseBase(PairwiseTrainerMixin):
             say=RANKS.rank == 0,
         )
 
-    def _check_texts(self, dataset: Any, tokenizer: Any, evaluation: bool) -> None:
-        """Refuse rows that would be trained otherwise than they are written."""
-        together(
-            RANKS,
-            lambda: texts.check(
-                self._faults(dataset, tokenizer, evaluation),
-                allowed=self._allow_data,
-                say=RANKS.rank == 0,
-                evaluation=evaluation,
-            ),
-        )
+    def _check_faults(self, faults: Callable[[], Iterable[Fault]]) -> None:
+        """Refuse data for what ``faults`` finds, on all ranks together, and warn of the rest."""
+        policy = Policy(self._host.allow_data, self._allow_data, RANKS.rank == 0)
+        together(RANKS, lambda: policy.check(faults()))
 
-    def _faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> list[texts.Fault]:
+    def _faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> list[Fault]:
         """What the host trains of the rows otherwise than the chat template renders it."""
         return []

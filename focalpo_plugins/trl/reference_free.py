@@ -28,11 +28,10 @@ from torch import Tensor
 
 from ..errors import InvalidType, InvalidValue
 from ..guards import pairs
-from ..hf_trainer import RANKS
 from ..loss import check_beta, check_label_smoothing
 from .arguments import by_name, check_parallelism
 from .config import PairwiseFields
-from .data import check_data, checked_rows
+from .data import check_data, sampled_columns
 from .exchange import check_host, loss_exchanged
 from .pairwise import PairwiseBase
 from .parts import embeddings_of
@@ -48,6 +47,8 @@ with warnings.catch_warnings():
 MARGIN_OF = {"sigmoid": "cpo", "simpo": "simpo"}
 _IGNORED = -100
 _COLUMNS = ("chosen_input_ids", "rejected_input_ids")
+# The same for a model whose encoder gets the prompt, and whose decoder gets the answers.
+_OF_DECODER = ("prompt_input_ids", "chosen_labels", "rejected_labels")
 # What the start-up line shows of the host's values.
 _SAID = ("margin", "beta", "simpo_gamma", "cpo_alpha", "label_smoothing", "alpha")
 
@@ -110,18 +111,15 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
         """Refuse token ids that can't be learnt from; each rank checks the same rows."""
         # TRL cuts what an encoder and what a decoder gets each to a limit of its own.
         decoder: bool = self.is_encoder_decoder  # type: ignore[attr-defined]
-        pairs.check(
-            _of_decoder(dataset) if decoder else _answers(dataset),
-            self.processing_class,
-            key=self._host.key("max_length"),
-            limit=None if decoder else self.args.max_length,  # type: ignore[attr-defined]
+        cutting = pairs.Cutting(
+            self._host.key("max_length"),
+            None if decoder else self.args.max_length,  # type: ignore[attr-defined]
             marker=self._marker,
-            allow=self._host.allow_data,
-            allowed=self._allow_data,
-            say=RANKS.rank == 0,
-            evaluation=evaluation,
         )
-        self._check_texts(dataset, self.processing_class, evaluation)
+        rows = sampled_columns(dataset, _OF_DECODER) if decoder else _answers(dataset)
+        tokenizer = self.processing_class
+        self._check_faults(lambda: pairs.find(rows, tokenizer, cutting, evaluation))
+        self._check_faults(lambda: self._faults(dataset, tokenizer, evaluation))
 
     def _exchanged_loss(
         self, smoothing: Sequence[float | None], asked: str, logps: Sequence[Any]
@@ -263,19 +261,10 @@ def _answers(dataset: Any) -> Iterator[tuple[int, list[int], list[int], list[int
     names = [
         f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "labels")
     ]
-    for row, pair in checked_rows(dataset, names):
-        chosen, chosen_labels, rejected, rejected_labels = (pair[name] for name in names)
+    for row, chosen, chosen_labels, rejected, rejected_labels in sampled_columns(dataset, names):
         start = next((i for i, label in enumerate(chosen_labels) if label != _IGNORED), len(chosen))
         of_chosen, of_rejected = (
             [token for token, label in zip(*side, strict=True) if label != _IGNORED]
             for side in ((chosen, chosen_labels), (rejected, rejected_labels))
         )
         yield row, chosen[:start], of_chosen, of_rejected
-
-
-def _of_decoder(dataset: Any) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
-    """The same for a model whose encoder gets the prompt, and whose decoder gets the answers."""
-    names = ("prompt_input_ids", "chosen_labels", "rejected_labels")
-    for row, pair in checked_rows(dataset, names):
-        prompt, chosen, rejected = (pair[name] for name in names)
-        yield row, prompt, chosen, rejected

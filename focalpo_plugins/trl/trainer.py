@@ -16,12 +16,12 @@ from trl import DPOTrainer
 
 from ..errors import InvalidType, InvalidValue, RunError
 from ..guards import pairs, texts
+from ..guards.faults import Fault
 from ..guards.messages import say
-from ..hf_trainer import RANKS
 from .arguments import by_name, check_arguments
 from .config import FocalPOConfig
 from .conversations import rendered
-from .data import check_data, checked_rows
+from .data import check_data, sampled_columns
 from .exchange import check_host, loss_exchanged, smoothing_of
 from .fused_step import FusedStepMixin
 from .pairwise import PairwiseBase
@@ -125,29 +125,21 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self._check_embeddings(prepared, tokenizer, _IDS)
         shared = "prompt" not in first and isinstance(first.get("chosen"), str)
-        self._check_pairs(prepared, tokenizer, args, shared)
-        self._check_texts(prepared, tokenizer, self._train_data_seen)
-        self._train_data_seen = True
-        return prepared
-
-    def _check_pairs(self, dataset: Any, tokenizer: Any, args: Any, shared: bool) -> None:
-        """Refuse token ids that can't be learnt from; each rank checks the same rows."""
-        pairs.check(
-            ((row, *(pair[name] for name in _IDS)) for row, pair in checked_rows(dataset, _IDS)),
-            tokenizer,
-            key=self._host.key("max_length"),
+        evaluation, self._train_data_seen = self._train_data_seen, True
+        cutting = pairs.Cutting(
+            self._host.key("max_length"),
             # TRL's collator cuts to this length; before 1.0 its step did.
-            limit=args.max_length,
+            args.max_length,
             keep_end=getattr(args, "truncation_mode", None) == "keep_end",
             shared=shared,
             marker=self._marker,
-            allow=self._host.allow_data,
-            allowed=self._allow_data,
-            say=RANKS.rank == 0,
-            evaluation=self._train_data_seen,
         )
+        rows = sampled_columns(prepared, _IDS)
+        self._check_faults(lambda: pairs.find(rows, tokenizer, cutting, evaluation))
+        self._check_faults(lambda: self._faults(prepared, tokenizer, evaluation))
+        return prepared
 
-    def _faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> list[texts.Fault]:
+    def _faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> list[Fault]:
         return texts.find(
             rendered(dataset, tokenizer),
             host="TRL",
@@ -155,7 +147,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
             of_cut="TRL cuts it off at the length of the prompt, and with this template the row's "
             "rendering doesn't begin with the prompt's. Use another template, or give "
             "chat_template_kwargs, such as enable_thinking, that make them agree",
-            allow=self._host.allow_data,
+            evaluation=evaluation,
         )
 
     def _set_reference_aside(self) -> None:

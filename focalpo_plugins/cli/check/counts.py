@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...guards.pairs import blank, faults
+from ...guards.pairs import blank, faults_of_answers
 from ...plan import Pair, Plan, Tokens
 from .. import CommandError
 
@@ -80,7 +80,7 @@ def count(plan: Plan, number: int) -> tuple[Counts, Pair]:
         counts.longer.append(max(len(side.ids) for side in sides))
         counts.in_common += in_common(pair.chosen.ids, pair.rejected.ids)
         answers = [_answer(side) for side in sides]
-        wrong = faults(answers[0], answers[1], is_blank)
+        wrong = faults_of_answers(answers[0], answers[1], is_blank)
         counts.identical += "identical" in wrong
         counts.empty += "empty" in wrong
         for side, answer in zip(sides, answers, strict=True):
