@@ -1,150 +1,141 @@
 """Entry point of the group ``torch.backends``: ``import torch`` calls :func:`autoload`.
 
 This module is outside the package and imports only the standard library, so that a broken package
-can't break ``import torch``.  In a process that runs no host, :func:`autoload` looks at the command
-line and returns.  In a host's process, it waits for a module of the host and then calls our adapter
-for that host.  It never raises, and ``FOCALPO_AUTOLOAD=0`` turns it off.
+can't break ``import torch``.  :func:`autoload` puts one import finder before all others.  It waits
+for the modules of :data:`HOSTS`; every other import costs it one look into a set.  When such a
+module comes, the finder calls our adapter for it.  Nothing here raises, and ``FOCALPO_AUTOLOAD=0``
+turns it off.
 """
 
-import atexit
 import os
 import sys
+from importlib.machinery import ModuleSpec
 
-# The adapter replaces a function of this module; the other modules only have to be imported.
-_PATCHED = "axolotl.utils.config"
-# The host's command or package of commands, the host's module to wait for, and our adapter.
-_HOSTS = (
-    ("axolotl.cli", _PATCHED, "focalpo_plugins.axolotl.autoload"),
-    ("axolotl.cli", "axolotl.cli.utils", "focalpo_plugins.axolotl.flags"),
-    # The CPU mode has to be active before OpenRLHF imports anything.
-    ("openrlhf.cli.train_dpo", "openrlhf", "focalpo_plugins.openrlhf.autoload"),
+# A module of a host, when our adapter is called, and the adapter.
+# "imported": after the module's last line; if the module is run as the command, before its first.
+# "run": only if the module is run as the command, before its first line.
+HOSTS = (
+    ("axolotl.utils.config", "imported", "focalpo_plugins.axolotl.autoload"),
+    ("axolotl.cli.main", "imported", "focalpo_plugins.axolotl.flags"),
+    # The adapter replaces calls to CUDA: a process that only imports OpenRLHF keeps its own.
+    ("openrlhf.cli.train_dpo", "run", "focalpo_plugins.openrlhf.autoload"),
+    # These start the processes of a run.
+    ("axolotl.cli.main", "imported", "focalpo_plugins.guards.last_line"),
+    ("accelerate.commands.launch", "imported", "focalpo_plugins.guards.last_line"),
+    ("deepspeed.launcher.runner", "imported", "focalpo_plugins.guards.last_line"),
+    ("torch.distributed.run", "imported", "focalpo_plugins.guards.last_line"),
 )
-# The variable that names the file to which a process writes why it failed.
-_LAST_LINE = "FOCALPO_LAST_LINE"
-# Commands whose names are not the names of modules.
-_SCRIPTS = {"axolotl": "axolotl.cli"}
 
 
 def autoload():
-    """Prepare the adapter of the host that this process runs, if it runs one."""
+    """Wait for the modules of the hosts, and call the adapters of those that are there already."""
     try:
         if os.environ.get("FOCALPO_AUTOLOAD", "1") == "0":
             return
-        commands = _commands()
-        armed = False
-        for host, awaited, adapter in _HOSTS:
-            if any(f"{command}.".startswith(f"{host}.") for command in commands):
-                _when_imported(awaited, adapter)
-                armed = True
-        if armed:
-            _show_last_line()
+        waiting = {module for module, _, _ in HOSTS}
+        sys.meta_path.insert(0, _Waiting(waiting))
+        running = _running(sys._getframe())
+        for name in list(waiting):
+            if name == running:
+                waiting.remove(name)
+                _call_adapters(name, None)
+            elif name in sys.modules and _acts_on_import(name):
+                waiting.remove(name)
+                _call_when_complete(sys.modules[name].__spec__)
     except Exception as error:
         _warn(error)
 
 
-def _commands():
-    """The modules that the command line names, by name or by file.
+def command_of(namespace):
+    """The module of a host whose globals these are, if it runs as ``__main__``; else None."""
+    if namespace.get("__name__") == "__main__":
+        name = getattr(namespace.get("__spec__"), "name", None)
+        path = os.path.abspath(str(namespace.get("__file__")))
+        for module, _, _ in HOSTS:
+            # A script that is run by its path has no name.
+            if name == module or path.endswith(f"{os.sep}{module.replace('.', os.sep)}.py"):
+                return module
+    return None
 
-    A profiler, debugger or launcher is a command itself, and the host's command follows it, so each
-    word counts.  A word for a host that this process doesn't import costs nothing.
+
+def _running(frame):
+    """The host's command that imports torch; None if none does.
+
+    A profiler or debugger runs a command within a ``__main__`` of its own, so all frames count.
     """
-    found = []
-    script = sys.argv[0] if sys.argv else ""
-    for number, word in enumerate(map(str, [script, *sys.orig_argv[1:]])):
-        if "axolotl" not in word and "openrlhf" not in word:
-            if number or not word.endswith(".py"):
-                continue
-            word = os.path.abspath(word)
-        name = word.replace(os.sep, "/")
-        last = name.rpartition("/")[2].removesuffix(".exe").removesuffix("-script.py")
-        if last in _SCRIPTS and (number == 0 or os.path.isfile(word)):
-            found.append(_SCRIPTS[last])
-        elif name.endswith(".py"):
-            found.append(".".join(name.removesuffix(".py").split("/")[-3:]))
-        else:  # -m axolotl.cli.train, -maxolotl.cli.train, --module=axolotl.cli.train
-            found.append(name.rpartition("=")[2].removeprefix("-m"))
-    return found
+    command = None
+    while frame is not None and command is None:
+        command, frame = command_of(frame.f_globals), frame.f_back
+    return command
 
 
-def _show_last_line():
-    """Have the outermost process of a run print, as its last line, why the run failed.
-
-    The processes that it starts inherit the variable, and so does a command that replaces this one.
-    """
-    process = str(os.getpid())
-    name = os.environ.get(_LAST_LINE, "")
-    parts = name.split("-")
-    digits = set("0123456789abcdef")
-    # Any other value could name any file, which would be read and removed.
-    if not (
-        len(parts) == 3
-        and parts[0] == "focalpo_plugins"
-        and all(part and set(part) <= digits for part in parts[1:])
-    ):
-        name = os.environ[_LAST_LINE] = f"focalpo_plugins-{process}-{os.urandom(8).hex()}"
-    elif parts[1] != process:
-        return
-
-    def show():
-        import contextlib
-        from tempfile import gettempdir
-
-        with contextlib.suppress(Exception):  # at its end, a process has nobody who would catch it
-            path = os.path.join(gettempdir(), name)
-            if str(os.getpid()) != process or not os.path.isfile(path):  # a fork, or no failure
-                return
-            with open(path, encoding="utf-8", errors="replace") as file:
-                print(f"focalpo_plugins: {file.read()}", file=sys.stderr)
-            os.remove(path)
-
-    atexit.register(show)
+def _acts_on_import(name):
+    return any(module == name and when == "imported" for module, when, _ in HOSTS)
 
 
-def _when_imported(awaited, adapter):
-    """Call ``adapter.patch(module)`` as soon as the module ``awaited`` has been executed."""
-    module = sys.modules.get(awaited)
-    if module is None:
-        sys.meta_path.insert(0, _Awaiting(awaited, adapter))
-    elif awaited == _PATCHED and getattr(module.__spec__, "_initializing", False):
-        raise RuntimeError(f"{awaited} imported torch itself, before it was complete")
-    else:
-        _patch(adapter, module)
+class _Waiting:
+    """An import finder that finds nothing itself and notices the imports of some modules."""
 
-
-class _Awaiting:
-    """An import finder that changes nothing, and only notices the import of one module."""
-
-    def __init__(self, awaited, adapter):
-        self.awaited = awaited
-        self.adapter = adapter
+    def __init__(self, modules):
+        self.modules = modules
 
     def find_spec(self, name, path=None, target=None):
-        if name != self.awaited:
+        if name not in self.modules:
             return None
-        from importlib.util import find_spec
+        try:
+            if _runpy_asks(sys._getframe(1)):
+                self.modules.remove(name)
+                _call_adapters(name, None)
+            elif _acts_on_import(name):
+                from importlib.util import find_spec
 
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        if spec is not None and spec.loader is None:  # a folder without code
-            _patch(self.adapter, None)
-        elif spec is not None:
-            exec_module = spec.loader.exec_module
-
-            def exec_then_patch(module):
-                exec_module(module)
-                _patch(self.adapter, module)
-
-            spec.loader.exec_module = exec_then_patch
-        return spec
+                self.modules.remove(name)
+                spec = find_spec(name)
+                if spec is not None:
+                    _call_when_complete(spec)
+                return spec
+        except Exception as error:
+            _warn(error)
+        return None
 
 
-def _patch(adapter, module):
-    try:
-        from importlib import import_module
+def _runpy_asks(frame):
+    """Whether runpy looks for a module, which it then runs; an import statement only loads one."""
+    while str(frame.f_globals.get("__name__")).partition(".")[0] in ("importlib", "_frozen_importlib"):
+        frame = frame.f_back
+    of_frame = frame.f_globals
+    return "runpy" in (of_frame.get("__name__"), getattr(of_frame.get("__spec__"), "name", None))
 
-        import_module(adapter).patch(module)
-    except Exception as error:
-        _warn(error)
+
+class _Watched(ModuleSpec):
+    """Python sets ``_initializing`` of a module's spec to False after the module's last line."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "_initializing" and not value:
+            self.__class__ = ModuleSpec
+            if self.name in sys.modules:  # else the module failed
+                _call_adapters(self.name, sys.modules[self.name])
+
+
+def _call_when_complete(spec):
+    # Of a module that is being imported for the first time, the attribute is not there yet.
+    if spec.name in sys.modules and not getattr(spec, "_initializing", False):
+        _call_adapters(spec.name, sys.modules[spec.name])
+    else:
+        spec.__class__ = _Watched
+
+
+def _call_adapters(name, module):
+    """Call ``patch(module)`` of each adapter; the module is None if it is about to run."""
+    for awaited, _, adapter in HOSTS:
+        if awaited == name:
+            try:
+                from importlib import import_module
+
+                import_module(adapter).patch(module)
+            except Exception as error:
+                _warn(error)
 
 
 def _warn(error):

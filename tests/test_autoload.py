@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 from pathlib import Path
+from statistics import median
 
 import pytest
 from harness import run_python
@@ -12,12 +14,16 @@ from harness import run_python
 import _focalpo_plugins_autoload
 
 HOSTS = ("axolotl", "openrlhf", "trl", "transformers")
-# The last that is asked for is the first that is looked at.
-AXOLOTL = ["axolotl.cli.utils", "axolotl.utils.config"]
 REPORT = """
 import sys, torch
-waiting = [finder.awaited for finder in sys.meta_path if type(finder).__name__ == "_Awaiting"]
-print("waiting for", waiting, "package loaded", "focalpo_plugins" in sys.modules)
+(finder,) = [finder for finder in sys.meta_path if type(finder).__name__ == "_Waiting"]
+print("waits", sorted(finder.modules), "package loaded", "focalpo_plugins" in sys.modules)
+"""
+AWAITED = sorted({module for module, _, _ in _focalpo_plugins_autoload.HOSTS})
+WAITS = f"waits {AWAITED} package loaded False\n"
+VALIDATES = """
+import torch, axolotl.utils.config as config
+print(config.validate_config)
 """
 
 
@@ -55,18 +61,14 @@ def test_import_torch_survives_half_a_package(package_copy: Path, half: str, sai
     """In a process that is no host nothing is said, and in a host's at most one warning."""
     HALVES[half](package_copy / "focalpo_plugins")
     run = run_python("-c", REPORT, path=package_copy)
-    assert run.stdout == "waiting for [] package loaded False\n"
+    assert run.stdout == WAITS
     assert run.stderr == said_by_torch
     utils = package_copy / "axolotl" / "utils"
     utils.mkdir(parents=True)
     for folder in (utils, utils.parent):
         (folder / "__init__.py").touch()
     (utils / "config.py").write_text("def validate_config(cfg): return cfg\n")
-    script = Path(host_script(package_copy))
-    script.write_text(
-        "import torch, warnings, axolotl.utils.config as config\nprint(config.validate_config)\n"
-    )
-    run = run_python(str(script), path=package_copy)
+    run = run_python("-c", VALIDATES, path=package_copy)
     assert run.stdout.startswith("<function validate_config at"), run.stderr
     lost = half in ("adapter missing", "one module")
     assert run.stderr.count("autoload failed (") == lost
@@ -76,7 +78,7 @@ def test_import_torch_survives_half_a_package(package_copy: Path, half: str, sai
 
 def test_silent_in_a_process_that_is_no_host(said_by_torch: str):
     run = run_python("-c", REPORT)
-    assert run.stdout == "waiting for [] package loaded False\n"
+    assert run.stdout == WAITS
     assert run.stderr == said_by_torch
 
 
@@ -91,31 +93,11 @@ def test_loads_no_host_module():
     assert run_python("-c", script).stdout == "[]\n"
 
 
-def host_script(folder: Path) -> str:
-    """A command named as Axolotl's, which is all that the autoload looks at."""
-    (folder / "bin").mkdir()
-    (folder / "bin" / "axolotl").write_text(REPORT)
-    return str(folder / "bin" / "axolotl")
-
-
-def test_waits_in_a_host_process(tmp_path: Path, said_by_torch: str):
-    run = run_python(host_script(tmp_path))
-    assert run.stdout == f"waiting for {AXOLOTL} package loaded False\n"
-    assert run.stderr == said_by_torch
-
-
-@pytest.mark.parametrize("imports_torch", ("__init__", "train"))
-def test_waits_in_a_process_run_as_a_module(tmp_path: Path, imports_torch: str):
-    """``python -m`` imports the parents first: torch may come in before ``__main__`` has a spec."""
-    package = tmp_path / "axolotl" / "cli"
-    package.mkdir(parents=True)
-    (tmp_path / "axolotl" / "__init__.py").write_text("")
-    (package / "__init__.py").write_text("")
-    (package / "train.py").write_text(REPORT)
-    if imports_torch == "__init__":
-        (package / "__init__.py").write_text("import torch\n")
-    run = run_python("-m", "axolotl.cli.train", path=tmp_path)
-    assert run.stdout == f"waiting for {AXOLOTL} package loaded False\n", run.stderr
+def test_no_command_line_changes_what_it_waits_for(said_by_torch: str):
+    """Not even one that a program has made nonsense of, before it imports torch."""
+    for argv in ("[]", "[1]", "['axolotl']", "[__import__('pathlib').Path('axolotl')]"):
+        run = run_python("-c", f"import sys; sys.argv = {argv}; del sys.orig_argv\n{REPORT}")
+        assert (run.stdout, run.stderr) == (WAITS, said_by_torch), argv
 
 
 # How a process can come to run a host's command, with the command's file in {}; what comes before
@@ -139,6 +121,7 @@ RUNS_AXOLOTL = (
     "-m other.runner --module=axolotl.cli.train c.yml",
     "{}/bin/axolotl train c.yml",
 )
+# OpenRLHF's command, which is `__main__` in each.
 RUNS_OPENRLHF = (
     "-m openrlhf.cli.train_dpo --loss focalpo",
     "{}/openrlhf/cli/train_dpo.py --loss focalpo",
@@ -146,6 +129,8 @@ RUNS_OPENRLHF = (
     "-m pdb -c continue -m openrlhf.cli.train_dpo",
     "-m trace --count -C counts --module openrlhf.cli.train_dpo",
     "-m other.runner -m openrlhf.cli.train_dpo",
+    "-m cProfile {}/openrlhf/cli/train_dpo.py --loss focalpo",
+    "-m trace --count -C counts {}/openrlhf/cli/train_dpo.py",
 )
 # What has a host's name in its command line and runs none.
 RUNS_NONE = (
@@ -156,117 +141,199 @@ RUNS_NONE = (
     "-m other.runner --output_dir axolotl -m mine.axolotl",
     "-m openrlhf.cli.train_sft",
     "{}/openrlhf/cli/train_sft.py",
+    "{}/mine/library.py",
+    "-m mine.library",
 )
+
+
+LAUNCHERS = ("accelerate.commands.launch", "deepspeed.launcher.runner", "torch.distributed.run")
+AT_ONCE = "import torch\n"
+CALLED = "print(torch.called())\n"
+SOURCES = {
+    "axolotl/utils/config.py": "import os, torch\n"
+    "if 'FAILS' in os.environ: raise OSError\n"
+    "validate_config = len\n",
+    "axolotl/cli/main.py": "from axolotl.cli import train\n",
+    "axolotl/cli/train.py": f"import torch, axolotl.utils.config\n{CALLED}",
+    "bin/axolotl": "import axolotl.cli.main\n",
+    "openrlhf/cli/train_dpo.py": AT_ONCE + CALLED,
+    "openrlhf/cli/train_sft.py": AT_ONCE + CALLED,
+    "mine/axolotl.py": AT_ONCE + CALLED,
+    "mine/cli/train.py": AT_ONCE + CALLED,
+    "mine/library.py": f"import openrlhf.cli.train_dpo, torch\n{CALLED}",
+    "other/runner.py": "import runpy, sys, torch\n"
+    "named = [word for before, word in zip(sys.argv, sys.argv[1:]) if before == '-m']\n"
+    "named += [word[9:] for word in sys.argv if word.startswith('--module=')]\n"
+    "sys.argv[:] = ['', *sys.argv[-1:]]\n"
+    "runpy.run_module(named[0], run_name='__main__') if named else print(torch.called())\n",
+    # What torch does with us, and what our adapters are called with.
+    "torch/__init__.py": "import sys, _focalpo_plugins_autoload as autoload\n"
+    "calls = []\n"
+    "def called(): return 'CALLED', calls, 'focalpo_plugins' in sys.modules\n"
+    "def call(name, module):\n"
+    "    state = None if module is None else hasattr(module, 'validate_config')\n"
+    "    calls.append((name, state))\n"
+    "autoload._call_adapters = call\n"
+    "autoload.autoload()\n",
+    "torch/distributed/run.py": "",
+    "accelerate/commands/launch.py": AT_ONCE,
+    "deepspeed/launcher/runner.py": AT_ONCE,
+}
 
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Packages with the hosts' names, whose commands say what they wait for, and a `torch` that does
-    what torch does with us; so that each run is a few milliseconds."""
+    """Packages with the hosts' names, whose commands say which adapters were called, and a `torch`
+    that does what torch does with us; so that each run is a few milliseconds."""
     folder = tmp_path_factory.mktemp("commands")
-    said = "import sys, torch\nprint(torch.waiting())\nsys.exit(0)\n"
-    for command in ("axolotl/cli/train.py", "axolotl/cli/main.py", "bin/axolotl",
-                    "openrlhf/cli/train_dpo.py", "openrlhf/cli/train_sft.py",
-                    "mine/axolotl.py", "mine/cli/train.py"):  # fmt: skip
+    for command, source in SOURCES.items():
         path = folder / command
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(said)
+        path.write_text(source)
         for package in (path.parent, path.parent.parent):
             if package.is_relative_to(folder) and package != folder:
                 (package / "__init__.py").touch()
-    (folder / "other").mkdir()
-    (folder / "other" / "runner.py").write_text(
-        "import runpy, sys, torch\n"
-        "named = [word for before, word in zip(sys.argv, sys.argv[1:]) if before == '-m']\n"
-        "named += [word[9:] for word in sys.argv if word.startswith('--module=')]\n"
-        "sys.argv[:] = ['', *sys.argv[-1:]]\n"
-        "runpy.run_module(named[0], run_name='__main__') if named else print(torch.waiting())\n"
-    )
-    (folder / "torch.py").write_text(
-        "import sys, _focalpo_plugins_autoload\n"
-        "patched = []\n"
-        "_focalpo_plugins_autoload._patch = lambda adapter, module: patched.append(module.__name__)\n"
-        "_focalpo_plugins_autoload.autoload()\n"
-        "def waiting():\n"
-        "    found = [f.awaited for f in sys.meta_path if type(f).__name__ == '_Awaiting']\n"
-        "    return f'waiting for {found} patched {patched} loaded {\"focalpo_plugins\" in sys.modules}'\n"
-    )
     return folder
 
 
-def said(commands: Path, command: str) -> str:
-    words = [word.format(commands) for word in command.split()]
+def called(commands: Path, *words: str) -> list[tuple[str, bool | None]]:
+    """The modules that our adapters were called for in a process that ends so, each with None before
+    its first line, False in the middle of it, and True after it."""
     path = Path(_focalpo_plugins_autoload.__file__).parent
     run = run_python(*words, path=f"{commands}{os.pathsep}{path}", cwd=commands)
-    lines = [line for line in run.stdout.splitlines() if line.startswith("waiting for")]
+    lines = [line for line in run.stdout.splitlines() if line.startswith("('CALLED'")]
     assert lines, run.stderr
-    return lines[-1]
+    _, calls, loaded = ast.literal_eval(lines[-1])
+    assert not loaded
+    return calls
+
+
+def split(commands: Path, command: str) -> list[str]:
+    return [word.format(commands) for word in command.split()]
+
+
+CONFIG = ("axolotl.utils.config", True)
 
 
 @pytest.mark.parametrize("command", RUNS_AXOLOTL)
 def test_knows_axolotl_whoever_runs_it(commands: Path, command: str):
-    assert said(commands, command) == f"waiting for {AXOLOTL} patched [] loaded False"
+    """The config's module imports torch in the middle, and is patched when it is complete.  The
+    module of the command is still being imported then, or runs as `__main__`."""
+    calls = called(commands, *split(commands, command))
+    main = [("axolotl.cli.main", None)] * ("-m axolotl.cli.main" in command)
+    assert calls == [*main, CONFIG]
 
 
 @pytest.mark.parametrize("command", RUNS_OPENRLHF)
 def test_knows_openrlhf_whoever_runs_it(commands: Path, command: str):
-    """Patched before its command imports anything of it: at once if the package is there already,
-    else when it comes, which a script that is run by its path does itself; this one doesn't."""
-    by_path = "waiting for ['openrlhf'] patched [] loaded False"
-    by_name = "waiting for [] patched ['openrlhf'] loaded False"
-    assert said(commands, command) == (by_path if command.startswith("{}") else by_name)
+    """Before its command imports anything of it."""
+    calls = called(commands, *split(commands, command))
+    assert calls == [("openrlhf.cli.train_dpo", None)]
 
 
 @pytest.mark.parametrize("command", RUNS_NONE)
 def test_leaves_every_other_process_alone(commands: Path, command: str):
-    assert said(commands, command) == "waiting for [] patched [] loaded False"
+    """Among them one that imports the module of OpenRLHF's command as a library."""
+    assert called(commands, *split(commands, command)) == []
 
 
-@pytest.mark.parametrize("argv", [[], [""], ["-c"], [1], [Path("train.py")]], ids=repr)
-def test_any_command_line(argv: list):
-    """Whatever a program makes of `sys.argv` before it imports torch."""
-    script = f"""
-import sys
-from pathlib import Path, PosixPath
-sys.argv = {argv!r}
-import _focalpo_plugins_autoload
-_focalpo_plugins_autoload.autoload()
-print([finder for finder in sys.meta_path if type(finder).__name__ == "_Awaiting"])
-"""
-    run = run_python("-c", script)
-    assert (run.stdout, run.stderr) == ("[]\n", "")
+# How a program that no host's name starts comes to a host's module.
+IMPORTS = {
+    "after torch": "import torch, axolotl.utils.config",
+    "before torch": "import axolotl.utils.config, torch",
+    "as a name": "from axolotl.utils.config import validate_config; import torch",
+    "through its command": "import axolotl.cli.train, torch",
+    "by its name": "from importlib import import_module; import_module('axolotl.utils.config')\n"
+    "import torch",
+}
 
 
-def test_can_be_turned_off(tmp_path: Path):
-    run = run_python(host_script(tmp_path), FOCALPO_AUTOLOAD="0")
-    assert run.stdout == "waiting for [] package loaded False\n"
+@pytest.mark.parametrize("how", IMPORTS)
+def test_knows_axolotl_by_its_module(commands: Path, how: str):
+    assert called(commands, "-c", f"{IMPORTS[how]}\n{CALLED}") == [CONFIG]
+
+
+def test_once_only(commands: Path):
+    again = "sys.meta_path[0].find_spec('axolotl.utils.config'); importlib.reload(config)"
+    script = f"import importlib, sys, torch, axolotl.utils.config as config\n{again}\n{CALLED}"
+    assert called(commands, "-c", script) == [CONFIG]
+
+
+def test_a_module_that_fails_is_not_patched(commands: Path):
+    """Axolotl's own error passes through."""
+    failing = "import os, torch; os.environ['FAILS'] = ''"
+    script = f"{failing}\ntry: import axolotl.utils.config\nexcept OSError: print(torch.called())"
+    assert called(commands, "-c", script) == []
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("how", ["imported", "run"])
+def test_knows_a_launcher(commands: Path, launcher: str, how: str):
+    """As its console script imports it, and as a module."""
+    if how == "imported":
+        calls = called(commands, "-c", f"import {launcher}, torch\n{CALLED}")
+        assert calls == [(launcher, False)]
+    else:
+        ran = f"import runpy; runpy.run_module({launcher!r}, run_name='__main__'); import torch"
+        assert called(commands, "-c", f"{ran}\n{CALLED}") == [(launcher, None)]
+
+
+def test_can_be_turned_off():
+    found = "print([f for f in sys.meta_path if type(f).__name__ == '_Waiting'])"
+    run = run_python("-c", f"import sys, torch; {found}", FOCALPO_AUTOLOAD="0")
+    assert run.stdout == "[]\n"
 
 
 def test_import_torch_survives_a_broken_package(broken_package: Path, said_by_torch: str):
     run = run_python("-c", REPORT, path=broken_package)
-    assert run.stdout == "waiting for [] package loaded False\n"
+    assert run.stdout == WAITS
     assert run.stderr == said_by_torch
 
 
-def test_a_host_survives_a_broken_package(broken_package: Path, tmp_path: Path):
+def test_a_host_survives_a_broken_package(broken_package: Path):
     """The module waited for is imported as without us, and one warning says what is missing."""
     config = broken_package / "axolotl" / "utils"
     config.mkdir(parents=True)
     (config.parent / "__init__.py").write_text("")
     (config / "__init__.py").write_text("")
     (config / "config.py").write_text("validate_config = 'the host\\'s own'\n")
-    script = Path(host_script(tmp_path))
-    script.write_text(
-        REPORT + "import axolotl.utils.config as config; print(config.validate_config)\n"
-    )
-    run = run_python(str(script), path=broken_package)
-    assert run.stdout.splitlines()[1] == "the host's own", run.stderr
+    run = run_python("-c", VALIDATES, path=broken_package)
+    assert run.stdout.splitlines() == ["the host's own"], run.stderr
+    assert run.stderr.count("autoload failed (RuntimeError: broken on purpose)") == 1
+
+
+def test_a_launcher_survives_a_broken_package(broken_package: Path):
+    script = "import torch.distributed.run as launcher; print(callable(launcher.main))"
+    run = run_python("-c", script, path=broken_package)
+    assert run.stdout == "True\n", run.stderr
     assert run.stderr.count("autoload failed (RuntimeError: broken on purpose)") == 1
 
 
 def test_never_raises_where_warnings_are_errors():
     """`python -W error` makes an exception of a warning."""
-    lost = "import sys; del sys.argv, sys.orig_argv\n"
+    lost = "import sys; sys.meta_path = tuple(sys.meta_path)\n"
     script = "import _focalpo_plugins_autoload as a; a.autoload(); print('on')"
     run = run_python("-W", "error", "-c", lost + script)
     assert run.stdout == "on\n", run.stderr
+
+
+def test_costs_less_than_a_millisecond():
+    """Of a process that is no host: the median of five, and of a thousand imports of modules that
+    no row of the table names, which is what the process's imports cost it from then on."""
+    script = """
+import sys, time
+clock = time.perf_counter()
+import _focalpo_plugins_autoload as autoload
+autoload.autoload()
+print(1e3 * (time.perf_counter() - clock))
+clock = time.perf_counter()
+for _ in range(1000):
+    sys.meta_path[0].find_spec("another.module")
+print(1e3 * (time.perf_counter() - clock))
+print("focalpo_plugins" in sys.modules)
+"""
+    before = "import os, importlib.machinery\n"  # as torch has imported them
+    runs = [run_python("-c", before + script).stdout.split() for _ in range(5)]
+    assert {loaded for _, _, loaded in runs} == {"False"}
+    assert median(float(once) for once, _, _ in runs) < 1
+    assert median(float(imports) for _, imports, _ in runs) < 1

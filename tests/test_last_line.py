@@ -17,9 +17,9 @@ last_line.install(lambda error: "it has no %r" % error.args[0] if type(error) is
 print("began", flush=True)
 {}
 """
-# A launcher: `import torch` arms it by its name, as it does any command that names Axolotl's.
+# A launcher, which the autoload knows by the module of one that it imports.
 LAUNCHES = """
-import subprocess, sys, torch
+import subprocess, sys, torch.distributed.run
 subprocess.run([sys.executable, {failing!r}], check=True)
 """
 OURS = "focalpo_plugins: beta must be a finite number above 0, got -1"
@@ -32,12 +32,11 @@ CASES = {
 
 
 def launched(folder: Path, failing: str, launcher: str = LAUNCHES, **variables: str):
-    (folder / "bin").mkdir()
-    (folder / "bin" / "axolotl").write_text(launcher.format(failing=str(folder / "failing.py")))
+    (folder / "launcher.py").write_text(launcher.format(failing=str(folder / "failing.py")))
     (folder / "failing.py").write_text(FAILS.format(failing))
     (folder / "tmp").mkdir()
     tmp = str(folder / "tmp")
-    run = run_python(str(folder / "bin" / "axolotl"), TMPDIR=tmp, **variables)
+    run = run_python(str(folder / "launcher.py"), TMPDIR=tmp, **variables)
     assert run.returncode == 1 and run.stdout.startswith("began\n"), run.stderr
     assert not list((folder / "tmp").iterdir()), "the file is left"
     return run.stderr.splitlines()
@@ -57,10 +56,10 @@ def test_the_launchers_last_line(tmp_path: Path, case: str):
 
 def test_a_launcher_that_another_command_takes_the_place_of(tmp_path: Path):
     """As `axolotl train` does with `accelerate launch`: the same process goes on under its name."""
-    (tmp_path / "axolotl").write_text(LAUNCHES.format(failing=str(tmp_path / "failing.py")))
+    (tmp_path / "next.py").write_text(LAUNCHES.format(failing=str(tmp_path / "failing.py")))
     replaced = (
-        f"import os, sys, torch\nos.execv(sys.executable, [sys.executable, "
-        f"{str(tmp_path / 'axolotl')!r}])\n"
+        "import os, sys, torch.distributed.run\nos.execv(sys.executable, [sys.executable, "
+        f"{str(tmp_path / 'next.py')!r}])\n"
     )
     *_, before, last = launched(tmp_path, "check_beta(-1)", replaced.replace("{", "{{"))
     assert last.startswith(OURS) and before.startswith("subprocess.CalledProcessError: ")
@@ -71,6 +70,26 @@ def test_of_several_ranks_the_first(tmp_path: Path):
                            "subprocess.run(")  # fmt: skip
     failing = "if len(sys.argv) > 1: {}['first']\ncheck_beta(-1)"
     assert launched(tmp_path, failing, two)[-1] == "focalpo_plugins: it has no 'first'"
+
+
+def test_of_torchrun(tmp_path: Path):
+    """The real one, whose last lines are a table of the processes that failed."""
+    (tmp_path / "failing.py").write_text(FAILS.format("check_beta(-1)"))
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "failing.py"))
+    run = run_python(*launch, OMP_NUM_THREADS="1")
+    assert run.returncode == 1
+    *_, before, last = run.stderr.splitlines()
+    assert last.startswith(OURS) and before.startswith("======")
+    assert "ChildFailedError" in run.stderr
+
+
+def test_a_launcher_within_a_launcher(tmp_path: Path):
+    """As the launcher on each machine is for DeepSpeed's: the outermost one prints."""
+    (tmp_path / "within.py").write_text(LAUNCHES.format(failing=str(tmp_path / "failing.py")))
+    outer = LAUNCHES.format(failing=str(tmp_path / "within.py")).replace("{", "{{")
+    *lines, last = launched(tmp_path, "check_beta(-1)", outer)
+    assert last.startswith(OURS) and not any(line.startswith(OURS) for line in lines)
+    assert sum(line.startswith("subprocess.CalledProcessError: ") for line in lines) == 2
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -107,13 +126,13 @@ def test_a_file_of_the_user_is_kept_at_the_end_of_a_process(tmp_path: Path):
     """The name holds the process's own number, as if it had given it; it comes from a shell that
     the process replaces."""
     notes = tmp_path / "x-PID-notes.txt"
-    script = tmp_path / "axolotl"
+    script = tmp_path / "launcher.py"
     script.write_text(
         "import os, sys, pathlib\n"
         f"path = {str(notes)!r}.replace('PID', str(os.getpid()))\n"
         "pathlib.Path(path).write_text('mine')\n"
         "os.environ['FOCALPO_LAST_LINE'] = path\n"
-        "import torch\nprint(path)\n"
+        "import torch.distributed.run\nprint(path)\n"
     )
     run = run_python(str(script))
     assert run.returncode == 0 and run.stderr == ""
@@ -122,9 +141,9 @@ def test_a_file_of_the_user_is_kept_at_the_end_of_a_process(tmp_path: Path):
 
 def test_a_name_without_a_file_ends_quietly(tmp_path: Path):
     """A folder of that name, and a folder for temporary files that is gone."""
-    script = tmp_path / "axolotl"
+    script = tmp_path / "launcher.py"
     script.write_text(
-        "import os, sys, torch\n"
+        "import os, sys, torch.distributed.run\n"
         "folder = os.path.join(os.environ['TMPDIR'], os.environ['FOCALPO_LAST_LINE'])\n"
         "os.mkdir(folder) if len(sys.argv) < 2 else os.rmdir(os.environ['TMPDIR'])\n"
     )

@@ -141,9 +141,7 @@ def test_the_autoload_imports_the_standard_library_alone():
     file = PACKAGE.parent / "_focalpo_plugins_autoload.py"
     assert {"os", "sys", "importlib"} <= imports_of(file) <= {*sys.stdlib_module_names}
     of_module = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import)]
-    assert {alias.name for node in of_module for alias in node.names} == {
-        "atexit", "os", "sys"
-    }  # fmt: skip
+    assert {alias.name for node in of_module for alias in node.names} == {"os", "sys"}
 
 
 # What would run or fetch something that a user's data or config names.

@@ -1,38 +1,53 @@
 """The reason why a run ended, as the last line that its user reads.
 
 A launcher prints its own traceback after the traceback of the process that it started.  So the
-process that fails writes the reason to a file, and the outermost process of the run prints it when
-it ends.  The autoload of this package prepares the outermost process, and names the file in the
-environment.
+process that fails writes the reason to a file, whose name it finds in the environment, and the
+launcher prints it when it ends.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from tempfile import gettempdir
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 from ..errors import FocalPOError
 from .messages import say
 
-#: The variable that names the file; ``_focalpo_plugins_autoload`` sets it.
+#: The variable that names the file, in the system's folder for temporary files.
 VARIABLE = "FOCALPO_LAST_LINE"
-# A name that the autoload gives: with any other, nothing is written.
-_NAME = re.compile("focalpo_plugins-[0-9a-f]+-[0-9a-f]+")
+# A name that `patch` gives, with the launcher's process.  With any other, no file is touched.
+_NAME = re.compile("focalpo_plugins-([0-9]+)-[0-9a-f]{16}")
 _explain: Callable[[BaseException], str | None] | None = None
 
 
+def patch(module: ModuleType | None = None) -> None:
+    """Have this process, a launcher, print the reason when it ends.
+
+    The autoload calls this in every launcher.  The outermost launcher of a run prints, also after
+    another command has taken its place, as ``accelerate launch`` does in ``axolotl train``.
+    """
+    process = os.getpid()
+    given = _NAME.fullmatch(os.environ.get(VARIABLE, ""))
+    if given is None:
+        os.environ[VARIABLE] = f"focalpo_plugins-{process}-{os.urandom(8).hex()}"
+    elif given[1] != str(process):
+        return
+    atexit.register(_show, process)
+
+
 def install(explain: Callable[[BaseException], str | None]) -> None:
-    """Print the reason after the traceback of an exception that ends this process.
+    """Make the reason the last line if an exception ends this process.
 
     The reason is the message of an error that this package raised, or else what ``explain`` returns
     for the exception.  If that is None, nothing is added.  A later call replaces ``explain``: a
-    sweep loads one config after the other.
+    notebook loads one config after the other.
     """
     global _explain
     installed, _explain = _explain is not None, explain
@@ -45,11 +60,42 @@ def install(explain: Callable[[BaseException], str | None]) -> None:
         with suppress(Exception):  # an error while explaining a failure must not hide it
             ours = isinstance(error, FocalPOError) or _explain is None
             reason = str(error) if ours else _explain(error)
-            name = os.environ.get(VARIABLE)
-            if reason is not None and (name is None or not _leave(name, reason)):
+            if reason is not None and not repeat(reason):
                 say(reason)
 
     sys.excepthook = hook
+
+
+def repeat(reason: str) -> bool:
+    """Make the launcher print the reason when it ends, and return whether there is one that can.
+
+    If several ranks fail, the first reason is kept.
+    """
+    given = _NAME.fullmatch(os.environ.get(VARIABLE, ""))
+    if given is None:
+        return False
+    try:
+        path = os.path.join(gettempdir(), given[0])
+        # A path may hold bytes that are no text, which Python reads as lone surrogates.
+        with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(" ".join(reason.split()))
+    except FileExistsError:
+        return True
+    except OSError:  # a full disk, which may leave the file empty
+        return False
+    return True
+
+
+def _show(process: int) -> None:
+    if os.getpid() != process:  # a fork of the launcher
+        return
+    with suppress(Exception):  # at its end, a process has nobody who would catch it
+        path = os.path.join(gettempdir(), os.environ[VARIABLE])
+        with open(path, encoding="utf-8", errors="replace") as file:
+            reason = file.read()
+        if reason:
+            say(reason)
+        os.remove(path)
 
 
 def modules_of(error: BaseException) -> Iterator[tuple[str, str]]:
@@ -59,33 +105,3 @@ def modules_of(error: BaseException) -> Iterator[tuple[str, str]]:
         frame: Any = trace.tb_frame
         yield str(frame.f_globals.get("__name__")), frame.f_code.co_name
         trace = trace.tb_next
-
-
-def repeat(reason: str) -> None:
-    """Make this process's launcher print the reason at its end; without a launcher, do nothing."""
-    name = os.environ.get(VARIABLE)
-    if name is not None and f"-{os.getpid()}-" not in name:
-        _leave(name, reason)
-
-
-def _leave(name: str, reason: str) -> bool:
-    """Write the reason to the file that the outermost process reads; False if it can't be written.
-
-    If several ranks fail, the first reason is kept.
-    """
-    if _NAME.fullmatch(name) is None:
-        return False
-    path = None
-    try:
-        path = os.path.join(gettempdir(), name)
-        # A path may hold bytes that are no text, which Python reads as lone surrogates.
-        with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(" ".join(reason.split()))
-    except FileExistsError:
-        return True
-    except OSError:
-        if path is not None:
-            with suppress(OSError):
-                os.remove(path)  # a part of it would mislead
-        return False
-    return True

@@ -11,9 +11,10 @@ import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from _focalpo_plugins_autoload import command_of
 
 from . import COMMAND, cpu
 
@@ -47,9 +48,4 @@ def patch(module: ModuleType | None = None) -> None:
 
 
 def _is_openrlhf(caller: Mapping[str, Any]) -> bool:
-    name = str(caller.get("__name__"))
-    if name == "__main__":
-        file = Path(str(caller.get("__file__")))  # a script run by its path has no spec
-        spec = caller.get("__spec__")
-        name = ".".join(file.with_suffix("").parts[-3:]) if spec is None else spec.name
-    return name == COMMAND or name.startswith("openrlhf.")
+    return command_of(caller) == COMMAND or str(caller.get("__name__")).startswith("openrlhf.")
