@@ -7,9 +7,13 @@ module comes, the finder calls our adapter for it.  Nothing here raises, and ``F
 turns it off.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 from importlib.machinery import ModuleSpec
+from types import FrameType, ModuleType
+from typing import Any
 
 # A module of a host, when our adapter is called, and the adapter.
 # "imported": after the module's last line; if the module is run as the command, before its first.
@@ -27,7 +31,7 @@ HOSTS = (
 )
 
 
-def autoload():
+def autoload() -> None:
     """Wait for the modules of the hosts, and call the adapters of those that are there already."""
     try:
         if os.environ.get("FOCALPO_AUTOLOAD", "1") == "0":
@@ -41,16 +45,16 @@ def autoload():
                 _call_adapters(name, None)
             elif name in sys.modules and _acts_on_import(name):
                 waiting.remove(name)
-                _call_when_complete(sys.modules[name].__spec__)
+                _call_when_complete(name, sys.modules[name].__spec__)
     except Exception as error:
         _warn(error)
 
 
-def command_of(namespace):
+def command_of(namespace: dict[str, Any]) -> str | None:
     """The module of a host whose globals these are, if it runs as ``__main__``; else None."""
     if namespace.get("__name__") == "__main__":
         name = getattr(namespace.get("__spec__"), "name", None)
-        path = os.path.abspath(str(namespace.get("__file__")))
+        path = f"{os.sep}{namespace.get('__file__')}"
         for module, _, _ in HOSTS:
             # A script that is run by its path has no name.
             if name == module or path.endswith(f"{os.sep}{module.replace('.', os.sep)}.py"):
@@ -58,7 +62,7 @@ def command_of(namespace):
     return None
 
 
-def _running(frame):
+def _running(frame: FrameType | None) -> str | None:
     """The host's command that imports torch; None if none does.
 
     A profiler or debugger runs a command within a ``__main__`` of its own, so all frames count.
@@ -69,17 +73,17 @@ def _running(frame):
     return command
 
 
-def _acts_on_import(name):
+def _acts_on_import(name: str) -> bool:
     return any(module == name and when == "imported" for module, when, _ in HOSTS)
 
 
 class _Waiting:
     """An import finder that finds nothing itself and notices the imports of some modules."""
 
-    def __init__(self, modules):
+    def __init__(self, modules: set[str]) -> None:
         self.modules = modules
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name not in self.modules:
             return None
         try:
@@ -92,41 +96,47 @@ class _Waiting:
                 self.modules.remove(name)
                 spec = find_spec(name)
                 if spec is not None:
-                    _call_when_complete(spec)
+                    _call_when_complete(name, spec)
                 return spec
         except Exception as error:
             _warn(error)
         return None
 
 
-def _runpy_asks(frame):
+def _runpy_asks(frame: FrameType | None) -> bool:
     """Whether runpy looks for a module, which it then runs; an import statement only loads one."""
-    while str(frame.f_globals.get("__name__")).partition(".")[0] in ("importlib", "_frozen_importlib"):
+    while frame is not None and _name(frame).startswith(("importlib.", "_frozen_importlib")):
         frame = frame.f_back
-    of_frame = frame.f_globals
-    return "runpy" in (of_frame.get("__name__"), getattr(of_frame.get("__spec__"), "name", None))
+    return frame is not None and _name(frame) == "runpy"
+
+
+def _name(frame: FrameType) -> str:
+    """The module that a frame runs in, by its own name if it runs as ``__main__``."""
+    spec = frame.f_globals.get("__spec__")
+    return str(getattr(spec, "name", None) or frame.f_globals.get("__name__"))
 
 
 class _Watched(ModuleSpec):
     """Python sets ``_initializing`` of a module's spec to False after the module's last line."""
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "_initializing" and not value:
-            self.__class__ = ModuleSpec
+            self.__class__ = ModuleSpec  # type: ignore[assignment]
             if self.name in sys.modules:  # else the module failed
                 _call_adapters(self.name, sys.modules[self.name])
 
 
-def _call_when_complete(spec):
-    # Of a module that is being imported for the first time, the attribute is not there yet.
-    if spec.name in sys.modules and not getattr(spec, "_initializing", False):
-        _call_adapters(spec.name, sys.modules[spec.name])
+def _call_when_complete(name: str, spec: ModuleSpec | None) -> None:
+    # A module that was not found yet has no such attribute.
+    complete = name in sys.modules and not getattr(spec, "_initializing", False)
+    if spec is None or complete:
+        _call_adapters(name, sys.modules.get(name))
     else:
         spec.__class__ = _Watched
 
 
-def _call_adapters(name, module):
+def _call_adapters(name: str, module: ModuleType | None) -> None:
     """Call ``patch(module)`` of each adapter; the module is None if it is about to run."""
     for awaited, _, adapter in HOSTS:
         if awaited == name:
@@ -138,7 +148,7 @@ def _call_adapters(name, module):
                 _warn(error)
 
 
-def _warn(error):
+def _warn(error: Exception) -> None:
     import contextlib
     import warnings
 

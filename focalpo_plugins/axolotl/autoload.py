@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -31,20 +32,30 @@ def patch(config_module: ModuleType) -> None:
 
 def _rewritten(cfg: Any) -> Any:
     """A copy that Axolotl can train, if the config asks for one of our losses; else the config."""
-    from importlib.metadata import entry_points
-
-    from axolotl.utils.schemas.enums import RLType
-
-    # Our own modules are imported only if the config may ask for them: a broken one must not stop
-    # a run that doesn't use our losses.
-    is_hosts = cfg.get("rl") in (None, *(rl.value for rl in RLType))
-    asks = not is_hosts or any("focalpo" in str(word) for word in (*cfg, cfg.get("trainer_cls")))
     try:
-        if not asks and not entry_points(group="focalpo_plugins"):
+        if not may_ask(cfg):
             return cfg
-        from .plugin import rewritten
+        from .rewriting import rewritten
     except Exception:
-        if asks:
+        if names_us(cfg):
             raise
         return cfg
     return rewritten(cfg)
+
+
+def may_ask(cfg: Mapping[str, Any]) -> bool:
+    """Whether a config may ask for one of our losses.
+
+    Our other modules are imported only then: a broken one must not stop a run that doesn't use our
+    losses.
+    """
+    from importlib.metadata import entry_points
+
+    return names_us(cfg) or bool(entry_points(group="focalpo_plugins"))
+
+
+def names_us(cfg: Mapping[str, Any]) -> bool:
+    from axolotl.utils.schemas.enums import RLType
+
+    is_hosts = cfg.get("rl") in (None, *(rl.value for rl in RLType))
+    return not is_hosts or any("focalpo" in str(word) for word in (*cfg, cfg.get("trainer_cls")))

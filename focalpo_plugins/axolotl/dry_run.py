@@ -84,7 +84,7 @@ def plan(config: Path, gpus: int, scratch: Path, shape: Path | None = None) -> P
 
 def _check(cfg: Any) -> None:
     """Refuse what a run would refuse later, or what there is nothing to say about."""
-    from .plugin import check_adapter
+    from .refusals import check_adapter
 
     if cfg.get(REQUESTED) is not None:
         check_adapter(cfg)
@@ -101,7 +101,8 @@ def _rl(cfg: Any) -> Any:
 
 def _without_data(cfg: Any, gpus: int, notes: list[str]) -> Plan:
     """The plan as far as it follows from the config."""
-    from .plugin import ignored, margin, requested_loss
+    from .keys import margin, requested_loss
+    from .refusals import ignored
 
     warnings = []
     if cfg.dpo_use_liger_kernel:
@@ -268,7 +269,7 @@ def _trainer(cfg: Any, data: Any, tokenizer: Any) -> Any:
     from axolotl.utils.trainer import setup_trainer
 
     from ..trl.stand_in import stand_in
-    from .plugin import fused_key
+    from .keys import fused_key
 
     held_out = data.eval_dataset
     few = held_out.select(range(min(4, len(held_out)))) if held_out is not None else None

@@ -10,13 +10,17 @@ import difflib
 import functools
 import json
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
 import click
+import yaml
 
-from ..errors import InvalidValue
+from ..errors import FocalPOError, InvalidValue
 from . import REQUESTED, TRAINERS
+from .autoload import may_ask
 
 _KINDS = {int: int, float: float, str: str}
 
@@ -24,15 +28,17 @@ _KINDS = {int: int, float: float, str: str}
 def patch(module: ModuleType | None = None) -> None:
     """Add our options to each command that takes the keys of a config, when click parses it.
 
-    Called in the process of the ``axolotl`` command, before click parses.
+    Called in the process of the ``axolotl`` command, before click parses.  A config that can't be
+    trained is refused there too.
     """
     parse_args = click.Command.parse_args
 
     @functools.wraps(parse_args)
     def with_ours(self: click.Command, ctx: click.Context, args: list[str]) -> list[str]:
-        rest: list[str] = parse_args(
-            self, ctx, _with_ours(self, args) if _takes_keys(self) else args
-        )
+        takes_keys = _takes_keys(self)
+        rest: list[str] = parse_args(self, ctx, _with_ours(self, args) if takes_keys else args)
+        if takes_keys:
+            _check_config(ctx.params)
         return rest
 
     click.Command.parse_args = with_ours  # type: ignore[method-assign]
@@ -60,6 +66,45 @@ def check_arrived(cfg: Any) -> None:
                     f"{word} would be dropped under strict: true, which takes from the command "
                     f"line what the YAML has. Write {_key(word)} in the YAML, or remove strict."
                 )
+
+
+def _check_config(given: Mapping[str, Any]) -> None:
+    """Refuse a config of ours before a launcher is started.
+
+    What isn't found here is found where Axolotl loads the config, in the launcher's processes.
+
+    Args:
+        given: the command's arguments and options by name.
+
+    Raises:
+        click.ClickException: the config can't be trained; the message names the key.
+    """
+    # Another machine reads the first; of the second, each run has a config of its own.
+    if given.get("cloud") or given.get("sweep"):
+        return
+    try:
+        cfg = _loaded(given)
+        if may_ask(cfg):
+            from .refusals import check
+
+            check(cfg)
+    except FocalPOError as error:
+        raise click.ClickException(str(error)) from None
+    except Exception:  # Axolotl reports a config that can't be read
+        return
+
+
+def _loaded(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as Axolotl loads it: with the values of the command line."""
+    cfg: dict[str, Any] = yaml.safe_load(Path(given["config"]).read_text(encoding="utf-8"))
+    in_file = set(cfg)
+    for name, value in given.items():
+        key, _, inner = name.partition("__")
+        if value is None or (cfg.get("strict") and key not in in_file):
+            continue
+        value = yaml.safe_load(value) if isinstance(value, str) else value
+        cfg[key] = {**(cfg.get(key) or {}), inner: value} if inner else value
+    return cfg
 
 
 def _any(text: str) -> Any:

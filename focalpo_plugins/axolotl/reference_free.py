@@ -7,7 +7,7 @@ from typing import Any
 from axolotl.core.trainers import AxolotlCPOTrainer, AxolotlORPOTrainer
 
 from ..trl.reference_free import CPOLossMixin, ORPOLossMixin
-from .plugin import margin
+from .keys import margin
 from .trainer import AxolotlPairwiseTrainer, OfConfig
 
 

@@ -19,7 +19,8 @@ from ..trl.pairwise import TRL
 from ..trl.trainer import PairwiseLossMixin
 from . import ALLOW_CHANGED, ALLOW_DATA, SHARED
 from .conversations import text_faults
-from .plugin import FocalPOPlugin, fused_key, requested_loss
+from .keys import fused_key, requested_loss
+from .plugin import config_of
 
 
 class _OneBosTrainer(AxolotlDPOTrainer):
@@ -52,7 +53,7 @@ class OfConfig:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Not PluginManager's config, which is the last one that was loaded.
-        cfg = FocalPOPlugin.building
+        self._cfg = cfg = config_of(kwargs.get("callbacks"))
         loss = None if cfg is None else requested_loss(cfg)
         if loss is None:
             raise RunError(
@@ -85,7 +86,7 @@ class OfConfig:
         host: Any = super()
         return [
             *host._faults(dataset, tokenizer, evaluation),
-            *text_faults(FocalPOPlugin.building, tokenizer, evaluation, self._marker),
+            *text_faults(self._cfg, tokenizer, evaluation, self._marker),
         ]
 
     def set_loss(self, loss: BoundLoss) -> None:

@@ -10,7 +10,7 @@ import functools
 import sys
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -47,5 +47,5 @@ def patch(module: ModuleType | None = None) -> None:
         setattr(ArgumentParser, name, watched(parse))
 
 
-def _is_openrlhf(caller: Mapping[str, Any]) -> bool:
+def _is_openrlhf(caller: dict[str, Any]) -> bool:
     return command_of(caller) == COMMAND or str(caller.get("__name__")).startswith("openrlhf.")

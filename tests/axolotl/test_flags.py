@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import PLUGIN, Axolotl, Server, axolotl_environment
@@ -57,7 +58,10 @@ PASSED_ON: dict[str, tuple[list[str], list[str]]] = {
         [*TRAIN, "--focalpo-gamma", "0", "--rl-beta", "0.2", "--focalpo-allow-reversed"],
         ["--focalpo-gamma=0.0", "--rl-beta=0.2", "--focalpo-allow-reversed=True"],
     ),
-    "a third party's": ([*TRAIN, "--hinge-offset", "2"], ["--hinge-offset=2.0"]),
+    "a third party's": (
+        [*TRAIN, "--rl", "hinge", "--hinge-offset", "2"],
+        ["--rl=hinge", "--hinge-offset=2.0"],
+    ),
     "torchrun": (
         [*TRAIN, "--launcher", "torchrun", "--focalpo-gamma", "0.5", "--", "--nproc_per_node", "2"],
         ["--focalpo-gamma=0.5"],
@@ -71,7 +75,8 @@ PASSED_ON: dict[str, tuple[list[str], list[str]]] = {
 @pytest.mark.parametrize("case", PASSED_ON)
 def test_passed_on_to_the_launcher(command: Server, axolotl: Axolotl, case: str):
     argv, passed = PASSED_ON[case]
-    code, output = outcome(command, axolotl.config(), argv)
+    of_other = dict.fromkeys(("focalpo_gamma", "focalpo_variant")) if "hinge" in argv else {}
+    code, output = outcome(command, axolotl.config(**of_other), argv)
     assert code == 0, output
     (started,) = [line for line in output.splitlines() if line.startswith("STARTED")]
     before, after = started.split(f" -m axolotl.cli.{argv[0]} ")
@@ -162,6 +167,97 @@ def test_refused(command: Server, axolotl: Axolotl, case: str):
     assert "?." not in output.partition("Error:")[2]
 
 
+# What is in the YAML and on the command line, and what the command says before it starts anything;
+# None: it starts the launcher.
+IN_YAML: dict[str, tuple[dict[str, Any], list[str], str | None]] = {
+    "gamma": ({"focalpo_gamma": 7}, [], "focalpo_gamma must be below 1/ln 2 = 1.4427 for variant"),
+    "gamma, put right": ({"focalpo_gamma": 7}, ["--focalpo-gamma", "0.5"], None),
+    "gamma, made wrong": ({}, ["--focalpo-gamma", "7"], "focalpo_gamma must be below 1/ln 2"),
+    "misspelt": ({"focalpo_gama": 1}, [], "focalpo_gama is no key of focalpo_plugins, got 1; did"),
+    "under dpo": (
+        {"rl": "dpo"},
+        [],
+        "focalpo_gamma belongs to rl: focalpo, got 0.05 under rl: dpo",
+    ),
+    "a nested option": (
+        {"rl_beta": None},
+        ["--trl.beta", "-1"],
+        "trl.beta must be a finite number above 0, got -1",
+    ),
+    "a list": ({}, ["--dpo-loss-weights", "[2.0]", "--dpo-loss-type", "[sigmoid]"], None),
+    "a list, fused": (
+        {"focalpo_fused": True},
+        ["--dpo-loss-weights", "[2.0]"],
+        "focalpo_fused can't be combined with dpo_loss_weights, got [2.0]",
+    ),
+    "strict": ({"strict": True, "focalpo_gamma": None}, ["--rl-beta", "-1"], "rl_beta must be"),
+    "as it is": ({}, [], None),
+    "the host's": ({"rl": "ipo", "focalpo_gamma": None, "focalpo_variant": None}, [], None),
+}
+
+
+@shares_command
+@pytest.mark.releases
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+@pytest.mark.parametrize("case", IN_YAML)
+def test_refused_before_the_launcher_starts(
+    command: Server, axolotl: Axolotl, case: str, launcher: str
+):
+    """In one line, the last one, without a traceback."""
+    changes, given, message = IN_YAML[case]
+    argv = [*TRAIN, "--launcher", launcher, *given]
+    code, output = outcome(command, axolotl.config(**changes), argv)
+    *_, last = output.splitlines()
+    if message is None:
+        assert code == 0 and last.startswith("STARTED"), output
+    else:
+        assert code == 1 and last.startswith(f"Error: {message}"), output
+        assert "STARTED" not in output and "Traceback" not in output
+
+
+@shares_command
+def test_a_broken_file_is_refused_before_the_launcher_starts(command: Server, axolotl: Axolotl):
+    path = axolotl.folder / "pairs.jsonl"
+    path.write_text('{"prompt": "Hi"}]\n')
+    data = {"path": str(path), "ds_type": "json", "type": "chat_template.argilla_chat"}
+    code, output = outcome(command, axolotl.config(datasets=[data]), TRAIN)
+    start = f"Error: datasets[0].path must be JSON lines, got {str(path)!r}, of which line "
+    assert code == 1 and output.splitlines()[-1].startswith(start), output
+
+
+@shares_command
+@pytest.mark.parametrize("text", ["rl: [", "- rl", "", "\xff"])
+def test_a_config_that_is_none_is_left_to_axolotl(command: Server, axolotl: Axolotl, text: str):
+    config = axolotl.folder / "other.yml"
+    config.write_text(text, encoding="latin-1")
+    code, output = outcome(command, config, TRAIN)
+    assert code == 0 and output.splitlines()[-1].startswith("STARTED"), output
+
+
+@shares_command
+def test_the_runs_of_a_sweep_are_left_to_their_own_processes(command: Server, axolotl: Axolotl):
+    """The config alone may lack what the sweep sets."""
+    sweep = axolotl.folder / "sweep.yaml"
+    sweep.write_text("focalpo_gamma: [0.1, 0.2]\n")
+    code, output = outcome(
+        command, axolotl.config(focalpo_gamma=7), [*TRAIN, "--sweep", str(sweep)]
+    )
+    assert code == 0 and output.count("STARTED") == 2, output
+
+
+def test_the_last_line_where_no_command_of_axolotls_is_the_parent(axolotl: Axolotl):
+    """The launcher's own traceback stands between the error and this line."""
+    config = axolotl.config(focalpo_gamma=7)
+    launch = ("accelerate", "launch", "-m", "axolotl.cli.train", str(config))
+    run = subprocess.run(
+        launch, env=axolotl_environment(), cwd=axolotl.folder, capture_output=True, text=True
+    )
+    *_, before, last = run.stderr.splitlines()
+    assert run.returncode != 0
+    assert before.startswith("subprocess.CalledProcessError: ")
+    assert last.startswith("focalpo_plugins: focalpo_gamma must be below 1/ln 2 = 1.4427"), before
+
+
 @shares_command
 def test_strict_takes_what_the_yaml_has(command: Server, axolotl: Axolotl):
     """Axolotl drops the other options there without a word."""
@@ -227,7 +323,7 @@ def test_a_broken_package_stops_no_option_of_axolotls(axolotl: Axolotl, package_
         "    except Exception as error:\n"
         "        print('ERROR', error)\n"
     )
-    script = axolotl.folder / "axolotl"
+    script = axolotl.folder / "script.py"
     script.write_text(source)
     (axolotl.folder / "run.yml").touch()
     done = subprocess.run(

@@ -16,7 +16,8 @@ from axolotl.utils.schemas.enums import RLType
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from focalpo_plugins.axolotl.plugin import requested_loss, rewritten
+from focalpo_plugins.axolotl.keys import requested_loss
+from focalpo_plugins.axolotl.rewriting import rewritten
 
 KEYS = (
     "focalpo_gamma",

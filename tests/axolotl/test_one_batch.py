@@ -21,22 +21,22 @@ def trainer(tmp_path_factory: pytest.TempPathFactory):
     from focalpo_plugins.axolotl.trainer import AxolotlPairwiseTrainer
 
     pair = {"prompt": "w0", "chosen": " w1", "rejected": " w2"}
-    with pytest.MonkeyPatch.context() as patch:
-        # As Axolotl has our plugin note it, before it builds the trainer.
-        patch.setattr(FocalPOPlugin, "building", DictDefault({"focalpo_rl": "focalpo"}))
-        return AxolotlPairwiseTrainer(
-            one_batch.model(1),
-            one_batch.model(2),
-            args=AxolotlDPOConfig(
-                str(tmp_path_factory.mktemp("one_batch")),
-                beta=one_batch.BETA,
-                use_cpu=True,
-                bf16=False,
-                report_to="none",
-            ),
-            train_dataset=Dataset.from_list([pair]),
-            processing_class=tokenizer(),
-        )
+    cfg = DictDefault({"focalpo_rl": "focalpo"})
+    return AxolotlPairwiseTrainer(
+        one_batch.model(1),
+        one_batch.model(2),
+        args=AxolotlDPOConfig(
+            str(tmp_path_factory.mktemp("one_batch")),
+            beta=one_batch.BETA,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_list([pair]),
+        processing_class=tokenizer(),
+        # As Axolotl gives the callbacks of our plugin to a trainer that it builds.
+        callbacks=FocalPOPlugin().add_callbacks_pre_trainer(cfg, None),
+    )
 
 
 def inputs(rows: list[int]) -> dict[str, torch.Tensor]:

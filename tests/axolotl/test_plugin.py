@@ -1,7 +1,7 @@
 """What the plug-in does to a config: the rewriting, and every refusal.
 
-A config goes through Axolotl's own ``load_cfg``, in one process that is named as Axolotl's command
-is, so that the autoload is armed in it as in ``axolotl train``.
+A config goes through Axolotl's own ``load_cfg``, in a script of the user's: the autoload knows
+Axolotl by its modules.
 """
 
 from __future__ import annotations
@@ -390,7 +390,7 @@ def results(
     source: str, folder: Path, *arguments: str, path: tuple[Path, ...] = (), **variables: str
 ) -> list[Any]:
     """What the script prints behind ``RESULTS``."""
-    script = folder / "axolotl"  # the name that the autoload knows
+    script = folder / "script.py"
     script.write_text(source)
     run = run_python(
         str(script),
@@ -448,7 +448,7 @@ def test_a_rewritten_config_stays_as_it_is():
     from axolotl.utils.dict import DictDefault
 
     from focalpo_plugins.axolotl import FocalPOPlugin
-    from focalpo_plugins.axolotl.plugin import rewritten
+    from focalpo_plugins.axolotl.rewriting import rewritten
 
     given = DictDefault({"rl": "focalpo", "focalpo_gamma": 0.3, "rl_beta": 0.1})
     FocalPOPlugin().register(given)
@@ -482,6 +482,31 @@ def test_one_config_for_several_losses(once: Axolotl, tmp_path: Path, way: str):
     assert loaded[6:] == [[*OURS, 0.5], ["dpo", None, None, None]]
 
 
+# Scripts of the user's that hand a config to Axolotl themselves; {} is the import of torch.
+SCRIPTS = {
+    "load_cfg": "from axolotl.cli.config import load_cfg\n{}\n",
+    "validate_config": "from axolotl.utils.config import validate_config\n{}\n"
+    "load_cfg = lambda path: validate_config(DictDefault(yaml.safe_load(open(path))))\n",
+    # As Ray's worker does, which never imports the command.
+    "train": "from axolotl.cli.train import _lazy_attr\n{}\n"
+    "validate_config = _lazy_attr('validate_config')\n"
+    "load_cfg = lambda path: validate_config(DictDefault(yaml.safe_load(open(path))))\n",
+}
+
+
+@pytest.mark.parametrize("torch", ["before", "after"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_axolotls_python_interface(once: Axolotl, tmp_path: Path, script: str, torch: str):
+    """Where no command line names Axolotl, whichever of the two modules comes first."""
+    source = SCRIPTS[script].format("import torch" if torch == "after" else "")
+    source = f"{'import torch' if torch == 'before' else ''}\n{source}"
+    source += "print('RESULTS', json.dumps([load_cfg(sys.argv[1]).focalpo_rl]))\n"
+    needed = "import json, sys, yaml\n" + source.replace(
+        "load_cfg =", "from axolotl.utils.dict import DictDefault\nload_cfg ="
+    )
+    assert results(needed, tmp_path, str(once.config())) == ["focalpo"]
+
+
 @pytest.mark.releases
 def test_no_loss_may_have_a_name_of_axolotls():
     from axolotl.utils.schemas.enums import RLType
@@ -495,7 +520,7 @@ def test_a_loss_with_a_key_of_axolotls_is_refused_where_it_is_asked_for(add_loss
     """`chat` is no name of a host's, `chat_template` is a key of Axolotl's."""
     from axolotl.utils.dict import DictDefault
 
-    from focalpo_plugins.axolotl.plugin import rewritten
+    from focalpo_plugins.axolotl.rewriting import rewritten
 
     add_loss("chat", lambda margins, template: -margins, options={"template": 1.0})
     other = DictDefault({"rl": "focalpo", "chat_template": "llama3"})
@@ -525,7 +550,7 @@ def test_a_loss_with_a_key_of_axolotls_is_refused_where_it_is_asked_for(add_loss
 def test_keys_of_any_loss_of_ours(add_loss, cfg: dict[str, Any], message: str):
     from axolotl.utils.dict import DictDefault
 
-    from focalpo_plugins.axolotl.plugin import rewritten
+    from focalpo_plugins.axolotl.rewriting import rewritten
 
     def scaled(margins, scale):
         if scale <= 0:
@@ -549,15 +574,15 @@ def test_another_trainer_than_ours_never_trains():
 
 
 @pytest.mark.parametrize("cfg", [None, {"rl": "dpo"}])
-def test_our_trainer_trains_no_loss_of_the_hosts(monkeypatch, cfg):
+def test_our_trainer_trains_no_loss_of_the_hosts(cfg):
     from focalpo_plugins.axolotl import FocalPOPlugin
     from focalpo_plugins.axolotl.trainer import AxolotlPairwiseTrainer
 
-    monkeypatch.setattr(FocalPOPlugin, "building", cfg)
+    callbacks = [] if cfg is None else FocalPOPlugin().add_callbacks_pre_trainer(cfg, None)
     with pytest.raises(
         RuntimeError, match="^AxolotlPairwiseTrainer must be built by Axolotl for a"
     ):
-        AxolotlPairwiseTrainer()
+        AxolotlPairwiseTrainer(callbacks=callbacks)
 
 
 def test_what_the_user_set_aside_stays_so():

@@ -1,0 +1,293 @@
+"""What a config is refused for, before Axolotl validates it.
+
+Nothing here imports TRL or more of Axolotl than its schema: ``axolotl train`` checks the config
+before it starts the launcher.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from axolotl.utils.schemas.config import AxolotlInputConfig
+from axolotl.utils.schemas.enums import RLType
+
+from ..errors import InvalidValue, conflict
+from ..guards.jsonl import check_file
+from ..guards.messages import did_you_mean, named
+from ..loss import check_beta, check_label_smoothing
+from ..registry import PairwiseLoss, get_loss, losses
+from . import FUSED, MARGIN, MARGINS, OF_ANY, REQUESTED, SHARED, SWITCHES, TRAINERS
+from .keys import as_number, bind, fused_key, margin
+
+_OF_HOST = tuple(rl.value for rl in RLType)
+
+
+def check(cfg: Any) -> None:
+    """Refuse what a config asks for and can't be trained with, or what would be dropped.
+
+    Args:
+        cfg: a config as the user wrote it, whatever it trains.
+
+    Raises:
+        ValueError: the message names the key.
+    """
+    name, trainer = cfg.get("rl"), cfg.get("trainer_cls")
+    check_rl(name)
+    _check_keys(cfg, name)
+    if trainer is not None and (trainer in TRAINERS or name in losses()):
+        raise InvalidValue(
+            f"trainer_cls must be unset, got {trainer!r} under rl: {name}: a loss of ours "
+            "brings its trainer. Remove trainer_cls and set rl: focalpo."
+        )
+    if name is not None and name in losses():
+        loss = get_loss(name)
+        _check_names(loss)
+        _check_margin(cfg)
+        bind(cfg, loss)
+        _check_terms(cfg)
+        _check_switches(cfg)
+        _check_ranks(cfg)
+        _check_files(cfg)
+
+
+def check_rl(name: Any) -> None:
+    """Refuse a value of ``rl`` that neither Axolotl nor this package has."""
+    known = [*_OF_HOST, *losses()]
+    if name is not None and name not in known:
+        near = did_you_mean(str(name), known)
+        raise InvalidValue(f"rl must be one of {', '.join(known)}, got {name!r}{near}")
+
+
+def _check_names(loss: PairwiseLoss) -> None:
+    """Refuse a loss whose names this release of Axolotl already uses."""
+    taken = [f"{loss.name}_{option}" for option in loss.options]
+    taken = [key for key in taken if key in AxolotlInputConfig.model_fields]
+    if loss.name in _OF_HOST:
+        taken.insert(0, f"rl: {loss.name}")
+    if taken:
+        raise InvalidValue(
+            f"rl must be a loss that takes no name of Axolotl's own, got {loss.name!r}: the "
+            f"package {loss.package} brings {', '.join(taken)}, which Axolotl has itself. The "
+            "package has to rename it."
+        )
+
+
+def _check_keys(cfg: Any, rl: Any) -> None:
+    """Refuse our keys if they are misspelt or belong to another loss than the config trains."""
+    of_loss = {
+        f"{loss.name}_{option}": loss.name for loss in losses().values() for option in loss.options
+    }
+    of_any = rl if rl in losses() else "focalpo"
+    of_loss |= dict.fromkeys(OF_ANY, of_any)
+    for key in cfg:
+        if key in AxolotlInputConfig.model_fields:
+            continue
+        # Without the `no` and dashes of a command-line option that Axolotl's parser didn't see.
+        word = re.sub(r"\W", "_", str(key).lower()).removeprefix("no").strip("_")
+        if key == REQUESTED and cfg.get("trainer_cls") in TRAINERS:
+            raise InvalidValue(
+                f"{REQUESTED} must go with rl: {MARGINS[margin(cfg)][0]}, got {cfg[key]!r} under "
+                f"rl: {rl}: this config was loaded before, as rl: {cfg[key]}. Load the config as "
+                "it was written."
+            )
+        if key not in of_loss and f"{word}_".startswith(("focalpo_", f"{of_any}_")):
+            near = did_you_mean(word, of_loss)
+            raise InvalidValue(f"{key} is no key of focalpo_plugins, got {cfg[key]!r}{near}")
+        if key in of_loss and cfg[key] is not None and of_loss[key] != rl:
+            raise InvalidValue(
+                f"{key} belongs to rl: {of_loss[key]}, got {cfg[key]!r} under rl: {rl}. Set "
+                f"rl: {of_loss[key]}, or remove {key}."
+            )
+
+
+# Axolotl's keys that are part of one margin, and do nothing or something else with the others.
+_OF_MARGIN = {
+    "simpo_gamma": ("simpo",),
+    "cpo_alpha": ("simpo", "cpo"),
+    "orpo_alpha": ("orpo",),
+}
+_OF_REFERENCE = ("precompute_ref_log_probs", "rl_adapter_ref_model")
+
+
+def _check_margin(cfg: Any) -> None:
+    """Refuse an unknown margin, and keys that contradict the chosen one."""
+    chosen = margin(cfg)
+    if cfg.get(MARGIN) not in (None, *MARGINS):
+        raise InvalidValue(
+            f"{MARGIN} must be one of {', '.join(MARGINS)}, got {cfg[MARGIN]!r}"
+            f"{did_you_mean(str(cfg[MARGIN]), MARGINS)}"
+        )
+    if not isinstance(cfg.get("trl") or {}, dict):
+        raise InvalidValue(f"trl must be a mapping such as {{beta: 0.1}}, got {cfg['trl']!r}.")
+    for key, margins in _OF_MARGIN.items():
+        if cfg.get(key) is not None and chosen not in margins:
+            raise InvalidValue(
+                f"{key} belongs to {MARGIN}: {' or '.join(margins)}, got {cfg[key]!r} with "
+                f"{MARGIN}: {chosen}. Set {MARGIN}, or remove {key}."
+            )
+    if chosen == "dpo":
+        return
+    if chosen == "simpo" and not isinstance(as_number(cfg.get("simpo_gamma")), float):
+        raise InvalidValue(
+            f"simpo_gamma must be a number with {MARGIN}: simpo, got {cfg.get('simpo_gamma')!r}: "
+            "the target margin, 0.3 (Llama-3) and 0.8 (Mistral) times rl_beta in its authors' "
+            "recipes. Set it."
+        )
+    _check_orpo_alpha(cfg)
+    of_dpo = [key for key in cfg if str(key).startswith("dpo_") or key in _OF_REFERENCE]
+    why = dict.fromkeys(
+        of_dpo, "it is of DPO's trainer and its reference, which that margin doesn't have"
+    )
+    why[FUSED] = "its path computes DPO's log-probabilities alone"
+    for key, reason in why.items():
+        if cfg.get(key):
+            raise conflict(key, f"{MARGIN}: {chosen}", cfg[key], reason, f"Remove {key}")
+
+
+def _check_orpo_alpha(cfg: Any) -> None:
+    weight = cfg.get("orpo_alpha")
+    if weight is None:
+        return
+    try:
+        check_beta(as_number(weight))
+    except ValueError:
+        raise InvalidValue(
+            f"orpo_alpha must be a finite number above 0, got {weight!r}: ORPO's lambda, 0.1 "
+            "in its authors' recipe."
+        ) from None
+    if cfg.get("rl_beta") is not None or (cfg.get("trl") or {}).get("beta") is not None:
+        raise InvalidValue(
+            f"orpo_alpha must be given alone, got {weight!r} beside rl_beta or trl.beta: both "
+            "are ORPO's lambda, and Axolotl would take the other. Remove one of the two."
+        )
+
+
+def _check_terms(cfg: Any) -> None:
+    """Check Axolotl's own keys that go into the loss."""
+    betas = {"rl_": cfg.get("rl_beta"), "trl.": (cfg.get("trl") or {}).get("beta")}
+    for prefix, beta in betas.items():
+        if beta is not None:
+            with named(prefix):
+                check_beta(as_number(beta))
+    if None not in betas.values() and len({as_number(beta) for beta in betas.values()}) > 1:
+        raise InvalidValue(
+            f"rl_beta must equal trl.beta, got {betas['rl_']!r} and {betas['trl.']!r}: Axolotl "
+            "trains with trl.beta. Remove one of them."
+        )
+    smoothing = cfg.get("dpo_label_smoothing")
+    if smoothing is not None:
+        with named("dpo_"):
+            check_label_smoothing(as_number(smoothing))
+
+
+def _set_to_other_than(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value is not None and value not in values
+
+
+# For each of the two switches, the keys that it can't be combined with, by their values.  With
+# rl: dpo Axolotl replaces a model's attention, or its whole forward, by the ones named here.
+_CONFLICTS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
+    FUSED: {
+        "dpo_loss_type": _set_to_other_than("sigmoid", ["sigmoid"]),
+        "dpo_loss_weights": _set_to_other_than([1.0]),
+        "dpo_use_weighting": _set_to_other_than(False),
+        "tensor_parallel_size": _set_to_other_than(0, 1),
+    },
+    SHARED: {
+        "xformers_attention": bool,
+        "sage_attention": bool,
+        "flex_attention": bool,
+        "s2_attention": bool,
+        "torch_compile": bool,
+        "deepcompile": bool,
+        "attn_implementation": ("xformers", "sage", "fp8", "flex_attention", "s2").__contains__,
+        "tensor_parallel_size": _set_to_other_than(0, 1),
+    },
+}
+_WHY_CONFLICT = {
+    FUSED: "the fused path does not compute it",
+    SHARED: "it has to know how each layer's tokens see each other",
+}
+
+
+def _check_switches(cfg: Any) -> None:
+    for key in SWITCHES:
+        if cfg.get(key) not in (None, True, False):
+            raise InvalidValue(f"{key} must be true or false, got {cfg[key]!r}.")
+    if cfg.get("dpo_use_liger_kernel") and find_spec("liger_kernel") is None:
+        raise InvalidValue(
+            "dpo_use_liger_kernel needs the package liger-kernel, which is not installed. Install "
+            f"it, or set {FUSED} in its place, which needs nothing."
+        )
+    for switch, asked in ((FUSED, fused_key(cfg)), (SHARED, SHARED if cfg.get(SHARED) else None)):
+        for key, conflicts in _CONFLICTS[switch].items():
+            if asked is not None and conflicts(cfg.get(key)):
+                fix = f"Set {asked} to false, or remove {key}"
+                raise conflict(asked, key, cfg[key], _WHY_CONFLICT[switch], fix)
+
+
+def _check_ranks(cfg: Any) -> None:
+    for key in ("context_parallel_size", "sequence_parallel_degree"):
+        if cfg.get(key) not in (None, 0, 1):
+            raise InvalidValue(
+                f"{key} must be 1 under rl: {cfg['rl']}, got {cfg[key]!r}: Axolotl gives each rank "
+                "a part of a sequence and its logits, and a margin is of whole sequences. Remove "
+                f"it; {FUSED} and ZeRO-3 save memory too."
+            )
+
+
+def _check_files(cfg: Any) -> None:
+    """Refuse local files of pairs that can't be read."""
+    for key in ("datasets", "test_datasets"):
+        listed = cfg.get(key)
+        for number, dataset in enumerate(listed if isinstance(listed, list) else []):
+            if isinstance(dataset, dict) and isinstance(dataset.get("path"), str):
+                check_file(Path(dataset["path"]), f"{key}[{number}].path")
+
+
+def check_adapter(cfg: Any) -> None:
+    """Refuse an adapter to continue from, which Axolotl doesn't load for DPO's trainer.
+
+    Not a part of the validation: ``axolotl merge-lora`` gets the adapter by the same key.
+    """
+    folder = cfg.get("lora_model_dir")
+    if folder and margin(cfg) == "dpo" and not cfg.get("merge_lora"):
+        raise InvalidValue(
+            f"lora_model_dir must be unset under rl: {cfg[REQUESTED]}, got {folder!r}: Axolotl "
+            "doesn't load it here, and would train a new adapter on base_model. Merge it first, "
+            f"with the YAML that trained it: `axolotl merge-lora SFT.yml --lora-model-dir {folder} "
+            "--output-dir OUT`. Then set base_model to OUT/merged, and remove lora_model_dir."
+        )
+
+
+# Axolotl reads these keys for supervised fine-tuning, and under no value of `rl`.
+_OF_SFT = (
+    "auto_find_batch_size",
+    "curriculum_sampling",
+    "dataloader_drop_last",
+    "early_stopping_patience",
+    "group_by_length",
+    "jagged_restart_steps",
+    "lisa_step_interval",
+    "load_best_model_at_end",
+    "lr_quadratic_warmup",
+    "neftune_noise_alpha",
+    "relora",
+    "train_on_inputs",
+)
+
+
+def ignored(cfg: Any) -> str | None:
+    """What to know of keys that Axolotl accepts and doesn't use for preference pairs."""
+    given = [key for key in _OF_SFT if cfg.get(key)]
+    if not given:
+        return None
+    them = "them" if len(given) > 1 else "it"
+    return (
+        f"Axolotl ignores {', '.join(given)} when it trains preference pairs: it reads {them} only "
+        f"for supervised fine-tuning. Remove {them}."
+    )
