@@ -1,4 +1,4 @@
-"""The flags ``--loss`` and ``--NAME.option`` in OpenRLHF's parser, and checks of their values."""
+"""The flags ``--loss`` and ``--NAME.option`` in OpenRLHF's parser."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from ..errors import InvalidValue
 from ..guards import last_line
 from ..guards.jsonl import broken_file
 from ..guards.messages import did_you_mean, named
-from ..loss import check_beta, check_label_smoothing
 from ..options import OF_ANY_LOSS
 from ..registry import BoundLoss, PairwiseLoss, get_loss, losses
-from . import cpu, data
-from .names import FLAT, spelled, versions
+from . import cpu, data, refusals
+from .names import FLAT, versions
 
 # OpenRLHF's own loss, even if a package registers a loss under this name.
-_OF_HOST = "dpo"
+_HOSTS_LOSS = "dpo"
 
 # Flags under every loss's name that are not options of the loss.
-_OF_TRAINER = {
+_TRAINER_FLAGS = {
     "shared_prompts": False,
     "precompute_ref": False,
     "precompute_dir": "OpenRLHF's output folder",
@@ -76,7 +75,7 @@ def _offered(parser: ArgumentParser) -> dict[str, PairwiseLoss]:
     """The losses whose flags can be added to OpenRLHF's own."""
     of_host = _words(parser)
     return {
-        name: loss for name, loss in losses().items() if name != _OF_HOST and name not in of_host
+        name: loss for name, loss in losses().items() if name != _HOSTS_LOSS and name not in of_host
     }
 
 
@@ -96,12 +95,12 @@ def _flags(offered: Mapping[str, PairwiseLoss]) -> dict[str, tuple[PairwiseLoss,
     return {
         f"{loss.name}.{option}": (loss, option)
         for loss in offered.values()
-        for option in _defaults(loss)
+        for option in _options_of(loss)
     }
 
 
-def _defaults(loss: PairwiseLoss) -> dict[str, Any]:
-    return {**_OF_TRAINER, **loss.options}
+def _options_of(loss: PairwiseLoss) -> dict[str, Any]:
+    return {**_TRAINER_FLAGS, **loss.options}
 
 
 def _add(parser: ArgumentParser, argv: Sequence[str], offered: Mapping[str, PairwiseLoss]) -> bool:
@@ -123,12 +122,12 @@ def _add(parser: ArgumentParser, argv: Sequence[str], offered: Mapping[str, Pair
     group.add_argument(
         "--loss",
         type=functools.partial(_loss_name, offered),
-        choices=[_OF_HOST, *offered],
-        default=_OF_HOST,
+        choices=[_HOSTS_LOSS, *offered],
+        default=_HOSTS_LOSS,
         help="Loss to train with; dpo is OpenRLHF's own (default: dpo)",
     )
     for flag, (loss, option) in _flags(offered).items():
-        default = _defaults(loss)[option]
+        default = _options_of(loss)[option]
         kind: dict[str, Any] = {}
         if isinstance(default, bool):
             kind = {"action": "store_false" if default else "store_true"}
@@ -154,7 +153,7 @@ def _known(parser: ArgumentParser) -> set[str]:
 
 
 def _loss_name(offered: Mapping[str, PairwiseLoss], name: str) -> str:
-    known = [_OF_HOST, *offered]
+    known = [_HOSTS_LOSS, *offered]
     left_out = losses().get(name)
     if left_out is not None and name not in known:
         raise ArgumentTypeError(
@@ -226,16 +225,11 @@ def _check(
                     f"--{flag} is a flag of --loss {loss.name}, got {values[flag]!r} with --loss "
                     f"{name}. Give --loss {loss.name}, or remove --{flag}."
                 )
-        if name == _OF_HOST:
+        if name == _HOSTS_LOSS:
             del values["loss"]  # neither OpenRLHF nor its log sees our flag
             return None
         bound = _bind(get_loss(name), values)
-        _check_host_flags(values, name)
-        _check_precompute(values, bound.source)
-        if values.get(f"{name}.shared_prompts"):
-            _check_shared(values, f"--{name}.shared_prompts")
-        keys = (spelled(f"data.{of}_key", values) for of in ("chosen", "rejected", "prompt"))
-        data.check_local(namespace, [column for key in keys if (column := values.get(key))])
+        refusals.check(namespace, bound.source)
     except ValueError as error:
         _refuse(parser, str(error))
     for option, value in bound.options.items():
@@ -251,54 +245,3 @@ def _bind(loss: PairwiseLoss, values: dict[str, Any]) -> BoundLoss:
     }
     with named(f"--{loss.name}.", loss.options, ""):
         return loss.bind(**given)
-
-
-def _check_precompute(values: dict[str, Any], loss: PairwiseLoss) -> None:
-    """``precompute_dir`` needs ``precompute_ref``; its default is OpenRLHF's output folder."""
-    ref, folder = (f"{loss.name}.precompute_{of}" for of in ("ref", "dir"))
-    if values.get(ref):
-        values.setdefault(folder, values[spelled("ckpt.output_dir", values)])
-    elif folder in values:
-        raise InvalidValue(
-            f"--{folder} goes with --{ref}, got {values[folder]!r} alone. Give --{ref} as well, or "
-            f"remove --{folder}."
-        )
-
-
-def _check_shared(values: dict[str, Any], asked: str) -> None:
-    """Refuse flags that shared prompts can't be combined with."""
-    for name in ("ds.ring_attn_size", "ds.tensor_parallel_size"):
-        flag = spelled(name, values)
-        if values.get(flag, 1) != 1:
-            raise InvalidValue(
-                f"{asked} can't be combined with --{flag}, got {values[flag]!r}: each rank has a "
-                f"part of a sequence or of its heads. Remove one of the two."
-            )
-    for flag in ("ds.deepcompile", "deepcompile"):
-        if values.get(flag):
-            raise InvalidValue(
-                f"{asked} can't be combined with --{flag}, got both: each batch would be a graph "
-                "of its own. Remove one of the two."
-            )
-
-
-def _check_host_flags(values: dict[str, Any], name: str) -> None:
-    """Check OpenRLHF's own flags that go into the loss: OpenRLHF doesn't check them itself."""
-    flags = {
-        option: spelled(f"model.{option}", values)
-        for option in ("beta", "label_smoothing", "ipo_enable")
-    }
-    for flag in flags.values():
-        if flag not in values:
-            raise InvalidValue(
-                f"{versions()}: OpenRLHF has no flag --{flag}, which goes into the loss {name}. "
-                "Use an openrlhf release that the README lists."
-            )
-    for option, check in (("beta", check_beta), ("label_smoothing", check_label_smoothing)):
-        with named(f"--{flags[option].removesuffix(option)}"):
-            check(values[flags[option]])
-    if values[flags["ipo_enable"]]:
-        raise InvalidValue(
-            f"--{flags['ipo_enable']} must be left out with --loss {name}, got both: IPO is a loss "
-            "of its own. Remove one of the two."
-        )

@@ -1,0 +1,82 @@
+"""What a command line with one of our losses is refused for, before OpenRLHF begins."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from ..errors import InvalidValue, conflict
+from ..guards.messages import named
+from ..loss import check_beta, check_label_smoothing
+from ..registry import PairwiseLoss
+from . import data
+from .names import spelled, versions
+
+_PARTS = "each rank has a part of a sequence or of its heads"
+_GRAPHS = "each batch would be a graph of its own"
+# What shared prompts can't be combined with: a flag as OpenRLHF spells it, from 0.10.2 on or
+# before, the value that is fine, and why another one isn't.
+_CONFLICTS_OF_SHARED = (
+    (("ds.ring_attn_size", "ring_attn_size"), 1, _PARTS),
+    (("ds.tensor_parallel_size", "ds_tensor_parallel_size"), 1, _PARTS),
+    (("ds.deepcompile", "deepcompile"), False, _GRAPHS),
+)
+
+
+def check(namespace: Namespace, loss: PairwiseLoss) -> None:
+    """Refuse what can't be trained with the loss; ``precompute_dir`` gets its default.
+
+    Args:
+        namespace: the parsed command line, by the flags' names.
+
+    Raises:
+        ValueError: the message names the flag.
+    """
+    values = vars(namespace)
+    _check_host_flags(values, loss.name)
+    _check_precompute(values, loss)
+    if values.get(f"{loss.name}.shared_prompts"):
+        _check_shared(values, f"--{loss.name}.shared_prompts")
+    keys = (spelled(f"data.{of}_key", values) for of in ("chosen", "rejected", "prompt"))
+    data.check_local(namespace, [column for key in keys if (column := values.get(key))])
+
+
+def _check_host_flags(values: dict[str, Any], name: str) -> None:
+    """Check OpenRLHF's own flags that go into the loss: OpenRLHF doesn't check them itself."""
+    flags = {
+        option: spelled(f"model.{option}", values)
+        for option in ("beta", "label_smoothing", "ipo_enable")
+    }
+    for flag in flags.values():
+        if flag not in values:
+            raise InvalidValue(
+                f"{versions()}: OpenRLHF has no flag --{flag}, which goes into the loss {name}. "
+                "Use an openrlhf release that the README lists."
+            )
+    for option, check in (("beta", check_beta), ("label_smoothing", check_label_smoothing)):
+        with named(f"--{flags[option].removesuffix(option)}"):
+            check(values[flags[option]])
+    if values[flags["ipo_enable"]]:
+        raise InvalidValue(
+            f"--{flags['ipo_enable']} must be left out with --loss {name}, got both: IPO is a loss "
+            "of its own. Remove one of the two."
+        )
+
+
+def _check_precompute(values: dict[str, Any], loss: PairwiseLoss) -> None:
+    """``precompute_dir`` needs ``precompute_ref``; its default is OpenRLHF's output folder."""
+    ref, folder = (f"{loss.name}.precompute_{of}" for of in ("ref", "dir"))
+    if values.get(ref):
+        values.setdefault(folder, values[spelled("ckpt.output_dir", values)])
+    elif folder in values:
+        raise InvalidValue(
+            f"--{folder} goes with --{ref}, got {values[folder]!r} alone. Give --{ref} as well, or "
+            f"remove --{folder}."
+        )
+
+
+def _check_shared(values: dict[str, Any], asked: str) -> None:
+    for flags, fine, why in _CONFLICTS_OF_SHARED:
+        for flag in flags:
+            if values.get(flag, fine) != fine:
+                raise conflict(asked, f"--{flag}", values[flag], why, "Remove one of the two")
