@@ -250,3 +250,19 @@ def test_run_by_a_profiler_or_by_its_path(tmp_path: Path, runner: list[str]):
     assert run.returncode == 0, run.stderr
     assert "--focalpo.gamma" in run.stdout.split("\nfocalpo_plugins:\n")[1]
     assert run.stderr.count("focalpo_plugins: CPU mode") == 1
+
+
+def test_openrlhf_as_a_library_keeps_cuda():
+    """In a notebook on a CPU, say: nothing of torch or argparse is replaced."""
+    script = """
+import argparse, sys, torch
+names = ("set_device", "current_device", "synchronize")
+before = [getattr(torch.cuda, name) for name in names], argparse.ArgumentParser.parse_args
+import openrlhf.cli
+from importlib.util import find_spec
+assert find_spec("openrlhf.cli.train_dpo") is not None
+print(before == ([getattr(torch.cuda, name) for name in names], argparse.ArgumentParser.parse_args))
+print([name for name in sys.modules if name.startswith(("focalpo_plugins", "flash_attn_2_cuda"))])
+"""
+    run = run_python("-c", script)
+    assert run.stdout == "True\n[]\n", run.stderr
