@@ -22,9 +22,9 @@ SWITCHES = (FUSED, SHARED, ALLOW_CHANGED, ALLOW_DATA)
 #: The key for the margin that a loss is computed from, for any of our losses.
 MARGIN = "focalpo_margin"
 #: The keys that all our losses share.
-OF_ANY = (*SWITCHES, MARGIN)
+COMMON_KEYS = (*SWITCHES, MARGIN)
 #: Written by the plugin, not by the user: the loss that `rl` named before Axolotl's own value.
-REQUESTED = "focalpo_rl"
+RL_AS_WRITTEN = "focalpo_rl"
 #: For each margin, Axolotl's value of `rl` that computes it, and our trainer.
 MARGINS = {
     "dpo": ("dpo", "focalpo_plugins.axolotl.trainer.AxolotlPairwiseTrainer"),

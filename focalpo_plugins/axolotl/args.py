@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, create_model
 
 from ..options import OF_ANY_LOSS
 from ..registry import losses
-from . import MARGIN, OF_ANY, REQUESTED
+from . import COMMON_KEYS, MARGIN, RL_AS_WRITTEN
 
 
 def _keys() -> dict[str, Any]:
@@ -28,11 +28,11 @@ def _keys() -> dict[str, Any]:
     }
     # If a loss takes one of Axolotl's own keys, it is refused when a config asks for it.
     keys = {key: kind for key, kind in keys.items() if key not in AxolotlInputConfig.model_fields}
-    for key in OF_ANY:
+    for key in COMMON_KEYS:
         description = OF_ANY_LOSS[key.removeprefix("focalpo_")]
         kind = str if key == MARGIN else bool
         keys[key] = (kind | None, Field(default=None, description=description))
-    return {**keys, REQUESTED: (str | None, None)}
+    return {**keys, RL_AS_WRITTEN: (str | None, None)}
 
 
 FocalPOArgs: type[BaseModel] = create_model("FocalPOArgs", **_keys())

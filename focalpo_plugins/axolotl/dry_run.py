@@ -24,7 +24,7 @@ from ..guards.messages import explained
 from ..guards.sources import described
 from ..plan import ModelState, Pair, Plan, Tokens
 from ..registry import losses
-from . import FUSED, PLUGIN, REQUESTED
+from . import FUSED, PLUGIN, RL_AS_WRITTEN
 from .conversations import text_faults
 from .data import explain, remote_names
 from .sources import listed
@@ -86,7 +86,7 @@ def _check(cfg: Any) -> None:
     """Refuse what a run would refuse later, or what there is nothing to say about."""
     from .refusals import check_adapter
 
-    if cfg.get(REQUESTED) is not None:
+    if cfg.get(RL_AS_WRITTEN) is not None:
         check_adapter(cfg)
     elif cfg.rl not in ("dpo", "ipo"):
         raise InvalidValue(
@@ -331,7 +331,7 @@ def _state(cfg: Any) -> ModelState:
 
     from ..compute.fused_loss import LOGITS_AT_ONCE
     from ..compute.output_layer import check_config
-    from .plugin import fused_key
+    from .keys import fused_key
 
     weight_bytes = adapter_bytes = 4 if cfg.torch_dtype == torch.float32 else 2
     zero_stage, offloaded = _sharding(cfg)
@@ -344,7 +344,7 @@ def _state(cfg: Any) -> ModelState:
         if cfg.peft_autocast_adapter_dtype is not False and not (quantised or cfg.deepspeed):
             adapter_bytes = 4
     states = 2.0 if "8bit" in str(cfg.optimizer) else 2.0 * (4 if master else adapter_bytes)
-    fused = fused_key(cfg) if cfg.get(REQUESTED) is not None else None
+    fused = fused_key(cfg) if cfg.get(RL_AS_WRITTEN) is not None else None
     if fused is not None:
         check_config(model_config, fused)
     return ModelState(

@@ -19,7 +19,7 @@ import click
 import yaml
 
 from ..errors import FocalPOError, InvalidValue
-from . import REQUESTED, TRAINERS
+from . import RL_AS_WRITTEN, TRAINERS
 from .autoload import may_ask
 
 _KINDS = {int: int, float: float, str: str}
@@ -128,7 +128,7 @@ def _keys() -> dict[str, tuple[Any, str]]:
     return {
         key: (next(iter(get_args(field.annotation)), object), field.description or "")
         for key, field in fields
-        if key != REQUESTED
+        if key != RL_AS_WRITTEN
     }
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from ..guards.messages import named
 from ..registry import BoundLoss, PairwiseLoss, get_loss
-from . import FUSED, MARGIN, REQUESTED
+from . import FUSED, MARGIN, RL_AS_WRITTEN
 
 
 def requested_loss(cfg: Any) -> BoundLoss | None:
     """Our loss that a rewritten config asks for; None if it asks for none."""
-    name = cfg.get(REQUESTED)
+    name = cfg.get(RL_AS_WRITTEN)
     return None if name is None else bind(cfg, get_loss(name))
 
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from ..errors import InvalidValue, RunError
 from ..guards.messages import say
-from . import MARGINS, REQUESTED
+from . import MARGINS, RL_AS_WRITTEN
 from .autoload import patch
 from .keys import margin, requested_loss
 from .refusals import check_adapter, ignored
@@ -62,7 +62,7 @@ class FocalPOPlugin(BasePlugin):
             if trainer is not None:
                 raise InvalidValue(
                     f"plugins holds {name}, whose trainer {trainer.__name__} would run instead of "
-                    f"the one that trains rl: {cfg[REQUESTED]}. Remove one of the two."
+                    f"the one that trains rl: {cfg[RL_AS_WRITTEN]}. Remove one of the two."
                 )
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:

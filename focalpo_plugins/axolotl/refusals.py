@@ -20,7 +20,7 @@ from ..guards.jsonl import check_file
 from ..guards.messages import did_you_mean, named
 from ..loss import check_beta, check_label_smoothing
 from ..registry import PairwiseLoss, get_loss, losses
-from . import FUSED, MARGIN, MARGINS, OF_ANY, REQUESTED, SHARED, SWITCHES, TRAINERS
+from . import COMMON_KEYS, FUSED, MARGIN, MARGINS, RL_AS_WRITTEN, SHARED, SWITCHES, TRAINERS
 from .keys import as_number, bind, fused_key, margin
 
 _OF_HOST = tuple(rl.value for rl in RLType)
@@ -82,15 +82,15 @@ def _check_keys(cfg: Any, rl: Any) -> None:
         f"{loss.name}_{option}": loss.name for loss in losses().values() for option in loss.options
     }
     of_any = rl if rl in losses() else "focalpo"
-    of_loss |= dict.fromkeys(OF_ANY, of_any)
+    of_loss |= dict.fromkeys(COMMON_KEYS, of_any)
     for key in cfg:
         if key in AxolotlInputConfig.model_fields:
             continue
         # Without the `no` and dashes of a command-line option that Axolotl's parser didn't see.
         word = re.sub(r"\W", "_", str(key).lower()).removeprefix("no").strip("_")
-        if key == REQUESTED and cfg.get("trainer_cls") in TRAINERS:
+        if key == RL_AS_WRITTEN and cfg.get("trainer_cls") in TRAINERS:
             raise InvalidValue(
-                f"{REQUESTED} must go with rl: {MARGINS[margin(cfg)][0]}, got {cfg[key]!r} under "
+                f"{key} must go with rl: {MARGINS[margin(cfg)][0]}, got {cfg[key]!r} under "
                 f"rl: {rl}: this config was loaded before, as rl: {cfg[key]}. Load the config as "
                 "it was written."
             )
@@ -257,7 +257,7 @@ def check_adapter(cfg: Any) -> None:
     folder = cfg.get("lora_model_dir")
     if folder and margin(cfg) == "dpo" and not cfg.get("merge_lora"):
         raise InvalidValue(
-            f"lora_model_dir must be unset under rl: {cfg[REQUESTED]}, got {folder!r}: Axolotl "
+            f"lora_model_dir must be unset under rl: {cfg[RL_AS_WRITTEN]}, got {folder!r}: Axolotl "
             "doesn't load it here, and would train a new adapter on base_model. Merge it first, "
             f"with the YAML that trained it: `axolotl merge-lora SFT.yml --lora-model-dir {folder} "
             "--output-dir OUT`. Then set base_model to OUT/merged, and remove lora_model_dir."

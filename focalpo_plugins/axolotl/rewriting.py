@@ -16,7 +16,7 @@ from axolotl.integrations.base import PluginManager, load_plugin
 from ..guards import last_line
 from ..guards.jsonl import broken_file
 from ..registry import losses
-from . import MARGINS, PLUGIN, REQUESTED, TRAINERS, data, flags
+from . import MARGINS, PLUGIN, RL_AS_WRITTEN, TRAINERS, data, flags
 from .keys import margin, requested_loss
 from .refusals import check, check_rl
 
@@ -31,7 +31,7 @@ def rewritten(cfg: Any) -> Any:
         RuntimeError: the installed TRL computes its loss elsewhere.
     """
     name = cfg.get("rl")
-    ours = (isinstance(name, str) and name in losses()) or cfg.get(REQUESTED) is not None
+    ours = (isinstance(name, str) and name in losses()) or cfg.get(RL_AS_WRITTEN) is not None
     written = copy.deepcopy(cfg)  # validation puts its own objects into the config
     last_line.install(
         lambda error: (data.explain(written, error) or broken_file(error)) if ours else None
@@ -48,7 +48,7 @@ def rewritten(cfg: Any) -> Any:
     _check_trl(cfg)
     cfg = copy.deepcopy(cfg)
     cfg["rl"], cfg["trainer_cls"] = MARGINS[margin(cfg)]
-    cfg[REQUESTED] = name
+    cfg[RL_AS_WRITTEN] = name
     _use_plugin(cfg)
     return cfg
 

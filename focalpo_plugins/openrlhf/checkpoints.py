@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..errors import InvalidValue
 from ..guards.folders import check_folder, write_whole
 from ..guards.resume import RECORD_FILE
-from .names import dotted, spelled
+from .names import installed_flag, nested_args
 from .ranks import on_rank_0
 
 # The key of a record whose value tells of the run, and is not compared.
@@ -76,11 +76,11 @@ def check_folders(args: Any, saves: bool) -> None:
     Raises:
         ValueError: no file can be written to one of them.
     """
-    ckpt = dotted(args).ckpt
+    ckpt = nested_args(args).ckpt
     # -1, the default, asks for no checkpoints; OpenRLHF makes it infinity later.
     used = ("output_dir", "path") if saves and ckpt.save_steps != -1 else ("output_dir",)
     for name in used:
-        check_folder(Path(getattr(ckpt, name)), f"--{spelled(f'ckpt.{name}', vars(args))}")
+        check_folder(Path(getattr(ckpt, name)), f"--{installed_flag(f'ckpt.{name}', vars(args))}")
 
 
 def save_with_record(

@@ -8,7 +8,7 @@ from typing import Any
 from ..guards import pairs, texts
 from ..guards.faults import Fault
 from .data import Source
-from .names import dotted
+from .names import nested_args
 
 
 def text_faults(found: Iterable[Source], tokenizer: Any, evaluation: bool = False) -> list[Fault]:
@@ -38,7 +38,7 @@ def text_faults(found: Iterable[Source], tokenizer: Any, evaluation: bool = Fals
 def _rendered(source: Source, tokenizer: Any) -> Iterator[texts.Row]:
     from openrlhf.datasets.reward_dataset import preprocess_data
 
-    data = dotted(source.args).data
+    data = nested_args(source.args).data
     if not data.apply_chat_template:
         return
     keys = data.prompt_key, data.chosen_key, data.rejected_key

@@ -58,17 +58,17 @@ def check(namespace: SimpleNamespace | Any) -> None:
     """
     if not active:
         return
-    from .names import spelled
+    from .names import installed_flag
 
     values = vars(namespace)
     for name, what in (("ds.packing_samples", "flash-attn"), ("ds.use_liger_kernel", "Triton")):
-        flag = spelled(name, values)
+        flag = installed_flag(name, values)
         if values.get(flag):
             raise InvalidValue(
                 f"--{flag} must be left out without CUDA, got it on a CPU: it needs the compiled "
                 f"kernels of {what}. Remove it, or run on a CUDA machine."
             )
-    flag = spelled("ds.attn_implementation", values)
+    flag = installed_flag("ds.attn_implementation", values)
     attention = values.get(flag, "eager")
     if "flash" in attention:
         raise InvalidValue(

@@ -22,7 +22,7 @@ from ..guards.rows import (
     Description,
 )
 from ..guards.sources import Advice
-from .names import dotted, spelled
+from .names import installed_flag, nested_args
 
 # Whether --data.apply_chat_template reads the format, and whether --data.prompt_key does.
 _FLAGS = {
@@ -66,7 +66,7 @@ class Source(sources.Source):
 
     def in_use(self) -> str:
         template, key = self._flags()
-        data = dotted(self.args).data
+        data = nested_args(self.args).data
         given = [template] * bool(data.apply_chat_template)
         given += [f"{key} {data.prompt_key}"] * bool(data.prompt_key)
         return f"the flags are {' '.join(given) or f'neither {template} nor {key}'}"
@@ -76,7 +76,7 @@ class Source(sources.Source):
         prompt = f"{key} {rows.prompt}"
         if rows.format not in _FLAGS:  # one message an answer
             return Advice(f"put each answer into a list, and give {template} {prompt}", False)
-        needed, data = _FLAGS[rows.format], dotted(self.args).data
+        needed, data = _FLAGS[rows.format], nested_args(self.args).data
         taken = needed == (bool(data.apply_chat_template), bool(data.prompt_key))
         given = [flag for flag, gives in zip((template, prompt), needed, strict=True) if gives]
         without = [flag for flag, gives in zip((template, key), needed, strict=True) if not gives]
@@ -112,14 +112,14 @@ class Source(sources.Source):
         )
 
     def _flags(self) -> list[str]:
-        """How ``--data.apply_chat_template`` and ``--data.prompt_key`` are spelled."""
+        """How ``--data.apply_chat_template`` and ``--data.prompt_key`` are installed_flag."""
         names = ("data.apply_chat_template", "data.prompt_key")
-        return [f"--{spelled(name, vars(self.args))}" for name in names]
+        return [f"--{installed_flag(name, vars(self.args))}" for name in names]
 
 
 def listed(args: Any) -> list[Source]:
     """What is read for training and for evaluation, in order."""
-    data, held_out, spell = dotted(args).data, dotted(args).eval, vars(args)
+    data, held_out, spell = nested_args(args).data, nested_args(args).eval, vars(args)
     columns = {"chosen": data.chosen_key, "rejected": data.rejected_key}
     if data.prompt_key:
         columns["prompt"] = data.prompt_key
@@ -129,11 +129,11 @@ def listed(args: Any) -> list[Source]:
     )
     return [
         Source(
-            f"--{spelled(flag, spell)}",
+            f"--{installed_flag(flag, spell)}",
             path.strip(),
             flag == "eval.dataset",
             columns,
-            f"--{spelled(of_split, spell)}",
+            f"--{installed_flag(of_split, spell)}",
             split,
             most,
             args,
@@ -191,9 +191,11 @@ def explain(args: Any, error: BaseException) -> str | None:
 
 def remote_names(args: Any) -> dict[str, str]:
     """The names in the command line that may come from a hub, by flag."""
-    models = {"model": dotted(args).model, "ref": dotted(args).ref}
+    models = {"model": nested_args(args).model, "ref": nested_args(args).ref}
     names = {f"{of}.model_name_or_path": model.model_name_or_path for of, model in models.items()}
-    given = {f"--{spelled(flag, vars(args))}": str(name) for flag, name in names.items() if name}
+    given = {
+        f"--{installed_flag(flag, vars(args))}": str(name) for flag, name in names.items() if name
+    }
     return sources.remote_names(given, listed(args))
 
 

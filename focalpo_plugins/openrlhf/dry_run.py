@@ -30,7 +30,7 @@ from . import COMMAND, cpu
 from .autoload import patch
 from .conversations import text_faults
 from .data import Source, check_cells, explain, listed, remote_names, tokenized
-from .names import dotted, given_options, spelled
+from .names import given_options, installed_flag, nested_args
 
 _OURS = "focalpo_plugins.openrlhf.train_dpo"
 _NO_LIMIT = 10**9  # tokens
@@ -73,10 +73,10 @@ def _without_data(of_host: Any, gpus: int, shape: Path | None) -> Plan:
     """The plan as far as it follows from the flags."""
     import torch
 
-    args = dotted(of_host)
+    args = nested_args(of_host)
     if not args.model.model_name_or_path or not args.data.dataset:
         missing = "model.model_name_or_path" if args.data.dataset else "data.dataset"
-        missing = spelled(missing, vars(of_host)) if args is not of_host else missing
+        missing = installed_flag(missing, vars(of_host)) if args is not of_host else missing
         raise InvalidValue(f"--{missing} must be given: there is nothing to train on.")
     loss, precomputed = None, False
     if _asks_for_ours(of_host):
@@ -129,7 +129,7 @@ def _with_data(bare: Plan, of_host: Any) -> Plan:
     """The plan with what OpenRLHF makes of the data."""
     from openrlhf.utils import get_strategy, get_tokenizer
 
-    args = dotted(of_host)
+    args = nested_args(of_host)
     strategy = get_strategy(of_host)
     tokenizer = get_tokenizer(
         args.model.model_name_or_path,
@@ -156,7 +156,7 @@ def _with_data(bare: Plan, of_host: Any) -> Plan:
         )
     evaluated = None
     if held_out is not None:
-        flag = f"--{spelled('eval.dataset', vars(of_host))}"
+        flag = f"--{installed_flag('eval.dataset', vars(of_host))}"
         evaluated = make(held_out, args.data.max_len)
         notes.append(f"{len(evaluated)} of {len(held_out)} pairs of {flag} are evaluated")
         if len(evaluated) == 0:
@@ -219,8 +219,8 @@ def _faults(
     Raises:
         ValueError: a run would be refused for the data.
     """
-    max_length = dotted(of_host).data.max_len
-    cutting = pairs.Cutting(f"--{spelled('data.max_len', vars(of_host))}", max_length)
+    max_length = nested_args(of_host).data.max_len
+    cutting = pairs.Cutting(f"--{installed_flag('data.max_len', vars(of_host))}", max_length)
     of_pairs = pairs.find(tokenized(trained), tokenizer, cutting)
     of_evaluation = pairs.find(tokenized(evaluated or ()), tokenizer, cutting, evaluation=True)
     of_texts = text_faults(found, tokenizer)

@@ -58,7 +58,7 @@ FLAT = {
 }
 
 
-def spelled(flag: str, values: Mapping[str, Any]) -> str:
+def installed_flag(flag: str, values: Mapping[str, Any]) -> str:
     """``flag``, a key of :data:`FLAT`, as the installed OpenRLHF spells it.
 
     Args:
@@ -67,7 +67,7 @@ def spelled(flag: str, values: Mapping[str, Any]) -> str:
     return flag if flag in values or FLAT[flag] not in values else FLAT[flag]
 
 
-def dotted(args: Any) -> Any:
+def nested_args(args: Any) -> Any:
     """OpenRLHF's arguments, nested by the names in the keys of :data:`FLAT`.
 
     The result is a copy if the arguments are flat, or are as the parser leaves them.

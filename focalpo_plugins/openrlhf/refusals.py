@@ -10,7 +10,7 @@ from ..guards.messages import named
 from ..loss import check_beta, check_label_smoothing
 from ..registry import PairwiseLoss
 from . import data
-from .names import spelled, versions
+from .names import installed_flag, versions
 
 _PARTS = "each rank has a part of a sequence or of its heads"
 _GRAPHS = "each batch would be a graph of its own"
@@ -37,14 +37,14 @@ def check(namespace: Namespace, loss: PairwiseLoss) -> None:
     _check_precompute(values, loss)
     if values.get(f"{loss.name}.shared_prompts"):
         _check_shared(values, f"--{loss.name}.shared_prompts")
-    keys = (spelled(f"data.{of}_key", values) for of in ("chosen", "rejected", "prompt"))
+    keys = (installed_flag(f"data.{of}_key", values) for of in ("chosen", "rejected", "prompt"))
     data.check_local(namespace, [column for key in keys if (column := values.get(key))])
 
 
 def _check_host_flags(values: dict[str, Any], name: str) -> None:
     """Check OpenRLHF's own flags that go into the loss: OpenRLHF doesn't check them itself."""
     flags = {
-        option: spelled(f"model.{option}", values)
+        option: installed_flag(f"model.{option}", values)
         for option in ("beta", "label_smoothing", "ipo_enable")
     }
     for flag in flags.values():
@@ -67,7 +67,7 @@ def _check_precompute(values: dict[str, Any], loss: PairwiseLoss) -> None:
     """``precompute_dir`` needs ``precompute_ref``; its default is OpenRLHF's output folder."""
     ref, folder = (f"{loss.name}.precompute_{of}" for of in ("ref", "dir"))
     if values.get(ref):
-        values.setdefault(folder, values[spelled("ckpt.output_dir", values)])
+        values.setdefault(folder, values[installed_flag("ckpt.output_dir", values)])
     elif folder in values:
         raise InvalidValue(
             f"--{folder} goes with --{ref}, got {values[folder]!r} alone. Give --{ref} as well, or "

@@ -33,7 +33,7 @@ from . import data
 from .checkpoints import Saved, check_folders, link_logs, read, save_with_record, with_run
 from .conversations import text_faults
 from .loss import PairwiseDPOLoss
-from .names import dotted, given_options, spelled
+from .names import given_options, installed_flag, nested_args
 from .ranks import StrategyRanks, on_all_ranks, on_rank_0
 from .reference import precompute
 
@@ -119,10 +119,10 @@ class PairwiseDPOTrainer(DPOTrainer):
         self._precompute()
 
     def _start(self, loss: BoundLoss) -> Run:
-        of_host, flags = dotted(self.args), vars(self.args)
+        of_host, flags = nested_args(self.args), vars(self.args)
         in_loss = {key: getattr(of_host.model, key) for key in _IN_LOSS}
         keys = {key: f"--{key}" for key in loss.record(".", **in_loss)}
-        keys |= {key: f"--{spelled(f'model.{key}', flags)}" for key in _IN_LOSS}
+        keys |= {key: f"--{installed_flag(f'model.{key}', flags)}" for key in _IN_LOSS}
         host = replace(
             _HOST,
             allow_changed=f"--{loss.name}.allow_changed",
@@ -148,10 +148,10 @@ class PairwiseDPOTrainer(DPOTrainer):
 
     def _check_data(self) -> None:
         """Refuse data that can't be learnt from, or would be trained otherwise than written."""
-        is_first, limit = self.strategy.is_rank_0(), dotted(self.args).data.max_len
+        is_first, limit = self.strategy.is_rank_0(), nested_args(self.args).data.max_len
         allowed = bool(self._flags.get("allow_data"))
         policy = Policy(self._run.host.allow_data, allowed, is_first)
-        cutting = pairs.Cutting(f"--{spelled('data.max_len', vars(self.args))}", limit)
+        cutting = pairs.Cutting(f"--{installed_flag('data.max_len', vars(self.args))}", limit)
         loaders = (self.train_dataloader, self.eval_dataloader)
         sets = [[] if loader is None else loader.dataset for loader in loaders]
         sources = data.listed(self.args)  # each is read once for both checks of the first rank
@@ -181,7 +181,7 @@ class PairwiseDPOTrainer(DPOTrainer):
 
     def _check_resumed(self) -> None:
         """Refuse a checkpoint that another loss trained."""
-        ckpt = dotted(self.args).ckpt
+        ckpt = nested_args(self.args).ckpt
         if not ckpt.load_enable or self._flags.get("allow_changed"):
             return
         found: Saved | None = None
@@ -239,7 +239,7 @@ class PairwiseDPOTrainer(DPOTrainer):
             self._reference = precompute(self, self.strategy, folder, flag, shared)
 
     def fit(self, args: Any, consumed_samples: int = 0, *more: Any, **kwargs: Any) -> None:
-        resumed = consumed_samples // dotted(args).train.batch_size
+        resumed = consumed_samples // nested_args(args).train.batch_size
         self._batches = resumed * self.strategy.accumulated_gradient
         whole = not resumed or bool(self._losses)
         before = None if self._resumed is None else self._resumed.log
@@ -250,8 +250,8 @@ class PairwiseDPOTrainer(DPOTrainer):
         self._run.say_done(
             self._losses,
             {} if self._accuracy is None else {"accuracy": self._accuracy},
-            dotted(args).ckpt.output_dir,
-            dotted(args).logger.tensorboard_dir,
+            nested_args(args).ckpt.output_dir,
+            nested_args(args).logger.tensorboard_dir,
             since=0 if whole else resumed + 1,
             moved=self._run.moved_options(since, self._now().step - 1),
         )
@@ -308,7 +308,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         # Before a checkpoint is saved, whose record has them.
         self._losses = [*self._losses[:1], (logged or {})["loss_mean"]]
         super().save_logs_and_checkpoints(args, global_step, *more, **kwargs)
-        if global_step % dotted(args).logger.logging_steps == 0:
+        if global_step % nested_args(args).logger.logging_steps == 0:
             self._run.forget()
 
     def evaluate(self, eval_dataloader: Any, *args: Any, **kwargs: Any) -> None:
