@@ -289,26 +289,31 @@ def test_a_seed_that_is_not_finite_ends_the_study(tmp_path: Path):
 def test_workers_end_with_a_parent_that_is_killed(quality: ModuleType, tmp_path: Path):
     words = [sys.executable, str(SCRIPT), "--jobs", "1", "--out", str(tmp_path / "out")]
 
-    def states(parent: int) -> list[str]:
-        """Of the processes that were started as its children, by their session."""
-        found = []
+    def children(parent: int) -> dict[Path, str]:
+        """The states of the processes that were started as its children, by their session."""
+        found = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
                 state, _, _, session = stat.read_text().rpartition(") ")[2].split()[:4]
                 if int(session) == parent and stat.parent.name != str(parent):
-                    found.append(state)
+                    found[stat.parent] = state
         return found
 
+    def at_work(parent: int) -> bool:
+        """Whether a worker has imported torch; the other child tracks its semaphores."""
+        with contextlib.suppress(OSError):
+            return any("libtorch" in (each / "maps").read_text() for each in children(parent))
+        return False
+
     with subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL) as parent:
-        for _ in range(600):
-            if len(states(parent.pid)) >= 2:  # the worker, and the tracker of its semaphores
+        for _ in range(1200):
+            if at_work(parent.pid):
                 break
             time.sleep(0.1)
-        assert states(parent.pid)
-        time.sleep(8)  # the worker imports torch first
+        assert at_work(parent.pid)
         parent.kill()
-    for _ in range(300):
-        if set(states(parent.pid)) <= {"Z"}:
+    for _ in range(600):
+        if {*children(parent.pid).values()} <= {"Z"}:
             break
         time.sleep(0.1)
-    assert set(states(parent.pid)) <= {"Z"}
+    assert {*children(parent.pid).values()} <= {"Z"}
