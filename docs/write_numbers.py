@@ -105,8 +105,8 @@ def option(name: str, spelled: str, default: str, text: str) -> list[str]:
 
 def keys() -> str:
     """Of Axolotl's YAML: those of the loss, and those that every loss has."""
-    loss = get_loss("focalpo")
-    names = [*loss.options, *(key.removeprefix("focalpo_") for key in axolotl.OF_ANY)]
+    loss, shared = get_loss("focalpo"), (*axolotl.SWITCHES, axolotl.MARGIN)
+    names = [*loss.options, *(key.removeprefix("focalpo_") for key in shared)]
     given = {**dict.fromkeys(names, False), "margin": "dpo", **loss.options}
     texts = {**OF_ANY_LOSS, **loss.help}
     rows = [option(name, f"focalpo_{name}", str(given[name]), texts[name]) for name in names]
