@@ -88,20 +88,6 @@ def _without_data(of_host: Any, gpus: int, shape: Path | None) -> Plan:
         notes.append("no GPU here: flags that need one were taken as on a machine that has them")
     data_ranks = max(1, gpus // (args.ds.ring_attn_size * args.ds.tensor_parallel_size))
     of_step = args.train.micro_batch_size * data_ranks
-    warned = []
-    if args.train.batch_size % of_step:
-        warned.append(
-            f"--train.batch_size {args.train.batch_size} is no multiple of micro-batch x ranks, "
-            f"{args.train.micro_batch_size} x {data_ranks}: OpenRLHF rounds the accumulation down, "
-            "and DeepSpeed refuses a batch size that is no such multiple."
-        )
-    if args.ds.use_liger_kernel:
-        warned.append(
-            "--ds.use_liger_kernel swaps in Liger's Triton layers, which a CPU can't try; the loss "
-            "is not Liger's."
-        )
-    if args.model.ipo_enable:
-        warned.append("--model.ipo_enable: IPO is trained, a loss of its own.")
     return Plan(
         host=f"OpenRLHF {version('openrlhf')}",
         loss=loss,
@@ -116,9 +102,28 @@ def _without_data(of_host: Any, gpus: int, shape: Path | None) -> Plan:
         data_ranks=data_ranks,
         precision=args.ds.param_dtype,
         state=_state(args, precomputed, shape),
-        warnings=warned,
+        warnings=_warnings(args, data_ranks),
         notes=notes,
     )
+
+
+def _warnings(args: Any, data_ranks: int) -> list[str]:
+    """What OpenRLHF does with flags otherwise than one may think."""
+    micro_batch, warned = args.train.micro_batch_size, []
+    if args.train.batch_size % (micro_batch * data_ranks):
+        warned.append(
+            f"--train.batch_size {args.train.batch_size} is no multiple of micro-batch x ranks, "
+            f"{micro_batch} x {data_ranks}: OpenRLHF rounds the accumulation down, "
+            "and DeepSpeed refuses a batch size that is no such multiple."
+        )
+    if args.ds.use_liger_kernel:
+        warned.append(
+            "--ds.use_liger_kernel swaps in Liger's Triton layers, which a CPU can't try; the loss "
+            "is not Liger's."
+        )
+    if args.model.ipo_enable:
+        warned.append("--model.ipo_enable: IPO is trained, a loss of its own.")
+    return warned
 
 
 def _asks_for_ours(of_host: Any) -> bool:

@@ -68,7 +68,7 @@ REFUSED: dict[str, tuple[Callable[[list[Row]], str], tuple[str, ...]]] = {
     "empty answers, and words of the template": (
         lambda rows: lines([*map(without_answer, rows[:4]), *map(short_answer, rows[4:7]), *rows[7:]]),
         ("got 7 of 12 pairs have a BOS, or another turn, inside an answer", "for an empty answer",
-         "Give focalpo_allow_data: true to train on them all the same."),
+         "Give focalpo_allow_data: true to train on them anyway."),
     ),
     # The rows' end is `<|eot_id|>`, of which `find` leaves the last character.
     "white space that the template trims": (

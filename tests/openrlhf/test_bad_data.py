@@ -153,7 +153,7 @@ def test_an_answer_of_a_space_and_an_eos(runs: dict):
     assert not run.steps("train/")
     message = run.stderr.strip().splitlines()[-1]
     assert "got 16 of 16 pairs have an empty answer. Remove them" in message, run.output
-    assert "Give --focalpo.allow_data to train on them all the same." in message
+    assert "Give --focalpo.allow_data to train on them anyway." in message
 
 
 def test_allowed(runs: dict):

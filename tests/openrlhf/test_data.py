@@ -86,9 +86,25 @@ def answers(
     bad.write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n' * 3)
     held_out = ["--eval.dataset", f"{bad}, {hub}", "--eval.split", "train"]
     words["evaluated"] = argv(hub, [KEY, "prompt", *held_out], "--json")
+    words["alike"] = argv(bad, [KEY, "prompt"])
+    differ = folder / "differ.jsonl"
+    differ.write_text((json.dumps(after_other_turns()) + "\n") * 4)
+    words["differ"] = argv(differ, [APPLY])
+    words["differ, allowed"] = argv(differ, [APPLY, "--focalpo.allow_data"], "--json")
+    not_ours = (word for word in words["differ, allowed"] if word not in OURS)
+    words["differ, dpo"] = [word for word in not_ours if "allow_data" not in word]
     answers = {name: focalpo(*argv) for name, argv in words.items()}
     dpo = [word for word in words["held out"] if word not in OURS]
     return answers | {"held out, dpo": focalpo(*dpo)}
+
+
+def after_other_turns() -> dict[str, Any]:
+    """Two turns before the last question, the second of which is longer on the chosen side."""
+    said = {"chosen": "A long answer that is good.", "rejected": "Short."}
+    return {
+        side: [turns[0], {"role": "assistant", "content": said[side]}, *turns]
+        for side, turns in FORMATS["whole conversations"][0].items()
+    }
 
 
 # Files in which a row lacks an answer or the prompt.
@@ -232,6 +248,21 @@ def test_the_evaluation_data_is_looked_at(answers: dict):
     same = "3 of 7 pairs of the evaluation data have a chosen answer equal to the rejected one"
     assert any(warning.startswith(same) for warning in found["warnings"])
     assert len(found["formats"]) == 3
+
+
+@shares_answers
+def test_what_a_run_refuses_is_refused(answers: dict):
+    """And allowed and warned of by the same flag; OpenRLHF's own loss refuses nothing."""
+    said = error_of(answers["differ"])
+    fault = "4 of 4 rows have sides whose earlier turns differ: OpenRLHF cuts both off"
+    assert f"the training data can't be trained as written, got {fault}" in said
+    assert "Give --focalpo.allow_data to train on them anyway. The first is row 0 of " in said
+    alike = "the training data can't be learnt from, got 3 of 3 pairs have a chosen answer equal"
+    assert alike in error_of(answers["alike"])
+    for case in ("differ, allowed", "differ, dpo"):
+        code, output, errors = answers[case]
+        assert code == 0, errors[-3000:]
+        assert any(warning.startswith(fault) for warning in json.loads(output)["warnings"])
 
 
 def test_an_empty_cell_ends_a_run(forked: Callable, tiny: Path, tmp_path: Path):
