@@ -135,17 +135,12 @@ class _FocalPO:
         gamma: float,
         gamma_end: float | None,
         gamma_schedule: str | None,
-        variant: str,
-        allow_reversed: bool,
+        **fixed: Any,
     ) -> Mapping[str, Any]:
         if gamma_end is not None:
-            check_gamma(gamma_end, variant, allow_reversed=allow_reversed, name="gamma_end")
-            check_gamma(gamma, variant, allow_reversed=allow_reversed)
-        return {
-            "gamma": gamma_at(progress, gamma, gamma_end, gamma_schedule),
-            "variant": variant,
-            "allow_reversed": allow_reversed,
-        }
+            check_gamma(gamma_end, name="gamma_end", **fixed)
+            check_gamma(gamma, **fixed)
+        return {"gamma": gamma_at(progress, gamma, gamma_end, gamma_schedule), **fixed}
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compute.shared_prompts import Layout, kernel_for, shared_attention
-from ..errors import InvalidValue
+from ..errors import InvalidValue, conflict
 
 #: The keyword that passes a layout through a model.
 KEYWORD = "focalpo_layout"
@@ -167,11 +167,9 @@ def _check(
     for name, given in others.items():
         if name not in _NO_CHANGE and given is not None and given is not False:
             shown = tuple(given.shape) if isinstance(given, Tensor) else given
-            raise refusal(
-                key,
-                f"can't be combined with attention that is given {name}, as that of {layer} is, "
-                f"got {shown!r}",
-            )
+            what = f"attention that is given {name}, as that of {layer} is"
+            why = "the attention of a row of shared prompts does not know it"
+            raise conflict(key, what, shown, why, f"Set {key} to false")
     if both_ways:
         raise refusal(key, f"needs causal attention, got is_causal=False in {layer}")
     if window is None and _has_window(module):

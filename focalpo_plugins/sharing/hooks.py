@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..compute.shared_prompts import Layout, kernel_for, layout_of_batch, layout_of_packed
-from ..errors import InvalidValue, RunError
+from ..errors import InvalidValue, RunError, conflict
 from .attention import KEYWORD, follow_layouts, refusal, row_inputs
 from .comparison import REPLACED, compare, longest_pair, next_limit
 
@@ -206,8 +206,8 @@ class SharedPrompts:
             wanted = name.startswith("output_") and value
             if by_token or wanted or name == "past_key_values" and value is not None:
                 shown = tuple(value.shape) if isinstance(value, Tensor) else value
-                why = f"can't be combined with a model that is given {name}, got {shown!r}"
-                raise refusal(self.key, why)
+                what, why = f"a model that is given {name}", "a row of shared prompts has none"
+                raise conflict(self.key, what, shown, why, f"Set {self.key} to false")
 
     def _layout_of(self, ids: Tensor, mask: Any) -> Layout:
         if self._layout is None or self._layout[0] is not ids:
