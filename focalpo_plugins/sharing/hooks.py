@@ -226,23 +226,28 @@ class SharedPrompts:
     def _check_on_all_ranks(self, backbone: nn.Module, ids: Tensor, mask: Any, kwargs: Any) -> None:
         """Compare where any rank's sequences may show more than those that were compared.
 
-        A rank that can't lay its batch out says so there, since the other ranks would wait for it.
+        Before that, all ranks end if one can't lay out its batch: the others would wait for it.
         """
         limit = self._compared.get(backbone, 0)  # the same on all ranks
         if limit == math.inf:
             return
+
+        def lay_out() -> None:
+            self._layout_of(ids, mask)
+
         try:
             longest = self._layout_of(ids, mask).longest
         except InvalidValue:  # raised again on all ranks
             longest = _LONGER_THAN_ANY
         longest = _of_all_ranks(longest, ids.device)
+        if longest == _LONGER_THAN_ANY:
+            self._together(lay_out)
         if longest > limit:
             self._together(lambda: self._compare(backbone, ids, mask, kwargs))
             self._compared[backbone] = next_limit(backbone, longest)
 
     def _compare(self, backbone: nn.Module, ids: Tensor, mask: Any, kwargs: Any) -> None:
         """Compare the longest pair's hidden states with those of the model's own attention."""
-        self._layout_of(ids, mask)
         pairs, self._pairs = self._pairs, None  # so that the hooks don't act
         assert pairs is not None
         try:
