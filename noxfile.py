@@ -153,7 +153,7 @@ def axolotl(session: nox.Session) -> None:
 def openrlhf(session: nox.Session) -> None:
     """The adapter of OpenRLHF, with the real OpenRLHF."""
     install_openrlhf(session)
-    with meanwhile(session, "openrlhf_server"):
+    with meanwhile(session, "preloaded"):
         check_types(session, "openrlhf")
     test(session, ["tests/openrlhf"], *THREE_AT_A_TIME)
 
@@ -200,7 +200,7 @@ def axolotl_releases(session: nox.Session, release: str) -> None:
         newest_pip(session)
         install[release](session, f"axolotl=={release}")
         session.install("matplotlib")
-        with meanwhile(session, "axolotl_server"):
+        with meanwhile(session, "preloaded"):
             beside_the_host(session)
         test(session, [*OF_AXOLOTL, "tests/trl"], "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
 
@@ -286,7 +286,7 @@ def install_axolotl(session: nox.Session, *typed: str) -> None:
     newest_pip(session)
     session.install(TORCH)
     session.install(AXOLOTL, RAY, "matplotlib")
-    with meanwhile(session, "axolotl_server"):
+    with meanwhile(session, "preloaded"):
         beside_the_host(session)
         if typed:
             check_types(session, *typed)
@@ -347,7 +347,7 @@ def install_openrlhf(
     no_cuda = {"FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE", "FLASH_ATTENTION_FORCE_BUILD": "TRUE"}
     session.install(FLASH_ATTN, "--no-build-isolation", env=no_cuda)
     session.install(deepspeed, "--no-build-isolation", env={"DS_BUILD_OPS": "0"})
-    with meanwhile(session, "deepspeed_operators", "FusedAdamBuilder", "ShareMemCommBuilder"):
+    with meanwhile(session, "preloaded", "FusedAdamBuilder", "ShareMemCommBuilder"):
         session.install(openrlhf)
         beside_the_host(session)
 

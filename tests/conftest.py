@@ -15,8 +15,9 @@ import pytest
 from filelock import FileLock
 from harness import EXAMPLES, SUPPORT
 
+pytest.register_assert_rewrite("contract")
 os.environ["HF_HUB_OFFLINE"] = "1"
-gc.set_threshold(100_000, 20, 20)  # as in support/sitecustomize.py, for what the tests import
+gc.set_threshold(100_000, 20, 20)  # for what the tests import
 
 
 def pytest_collection_finish() -> None:
@@ -36,6 +37,31 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = EXAMPLES / "tiny"
     with FileLock(tmp_path_factory.getbasetemp().parent / "tiny.lock"):
         subprocess.run([sys.executable, str(EXAMPLES / "make_tiny.py")], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def few(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the first 40 pairs to train on, five steps of 8, and 12 to evaluate on."""
+    folder = tmp_path_factory.mktemp("few")
+    for name, count in (("train", 40), ("test", 12)):
+        lines = (tiny / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:count]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def another(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with its last norm times 1.1: a reference from which the policy differs."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("another")
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight *= 1.1
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(folder)
     return folder
 
 

@@ -8,10 +8,6 @@ from pathlib import Path
 import pytest
 from harness import Axolotl, ManyFocalpo
 
-# What `focalpo check` imports of Axolotl, and with it.
-MODULES = ("axolotl.cli.config", "axolotl.common.datasets", "axolotl.utils.trainer")
-MODULES += ("axolotl.core.builders", "focalpo_plugins.axolotl.trainer", "peft", "tqdm")
-
 
 @pytest.fixture
 def axolotl(tiny: Path, tmp_path: Path) -> Axolotl:
@@ -26,5 +22,5 @@ def once(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Axolotl:
 
 @pytest.fixture(scope="session")
 def focalpo(once: Axolotl) -> Iterator[ManyFocalpo]:
-    with ManyFocalpo(*MODULES, cwd=once.folder) as many:
+    with ManyFocalpo(cwd=once.folder) as many:
         yield many

@@ -18,7 +18,7 @@ from harness import (
     SUPPORT,
     Axolotl,
     Run,
-    axolotl_environment,
+    environment,
     zero3_on_cpu,
 )
 
@@ -36,7 +36,7 @@ def plain(once: Axolotl) -> Run:
     """Six steps with evaluation and two checkpoints, without a `plugins:` line, by Axolotl's default
     launcher, with worker processes for the data as by default."""
     workers = {"AXOLOTL_DATASET_NUM_PROC": "2"}
-    return once.train("--launcher", "accelerate", variables=workers, eval_steps=3)
+    return once.train("--launcher", "accelerate", how=workers, eval_steps=3)
 
 
 @pytest.fixture(scope="session")
@@ -118,7 +118,7 @@ def test_gamma_zero_is_rl_dpo_step_for_step(axolotl: Axolotl):
 @shares_plain
 @pytest.mark.releases
 def test_plugins_line_without_autoload(axolotl: Axolotl, plain: Run):
-    run = axolotl.train(plugins=[PLUGIN], variables={"FOCALPO_AUTOLOAD": "0"})
+    run = axolotl.train(plugins=[PLUGIN], how={"FOCALPO_AUTOLOAD": "0"})
     assert_same(run, plain)
     assert run.output.count("focalpo_plugins: active") == 1
 
@@ -277,7 +277,7 @@ def test_third_partys_loss(axolotl: Axolotl, hinge_package: Path):
         focalpo_gamma=None,
         focalpo_variant=None,
         max_steps=3,
-        variables={"PYTHONPATH": str(hinge_package)},
+        how={"path": [hinge_package]},
     )
     assert run.steps("loss")[0][0] == pytest.approx(0.75, abs=1e-6)
     assert "loss=hinge offset=0.75" in run.output
@@ -325,7 +325,7 @@ def test_two_ranks_agree_with_one_process(
         ranks=2,
         gradient_accumulation_steps=1,
         plugins=[f"test_only_plugins.{plugin}"],
-        variables=ON_CPU,
+        how=ON_CPU,
         **sharded,
         **path,
     )
@@ -353,7 +353,7 @@ def test_run_by_a_profiler_or_by_its_path(axolotl: Axolotl, runner: list[str]):
     config = axolotl.config(max_steps=1, save_steps=1)
     done = subprocess.run(
         [sys.executable, *runner, str(config)],
-        env=axolotl_environment(),
+        env=environment(),
         cwd=axolotl.folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -403,7 +403,7 @@ if __name__ == "__main__":
         assert gc.get_freeze_count() == 0
 """
     )
-    env = axolotl_environment()
+    env = environment()
     del env["PYTHONPATH"]  # where the tests themselves see to garbage
     done = subprocess.run(
         [sys.executable, str(script)],

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from harness import ON_CPU, SUPPORT, TWO_RANKS, Axolotl, Run, with_nan, zero3_on_cpu
+from harness import ON_CPU, TWO_RANKS, Axolotl, Run, with_nan, zero3_on_cpu
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def never_killed(once: Axolotl) -> dict[bool, Run]:
         changes, variables = setting(once, alone)
         folder = str(once.folder / f"whole_{alone}")
         ranks = 1 if alone else 2
-        found[alone] = once.train(ranks=ranks, variables=variables, output_dir=folder, **changes)
+        found[alone] = once.train(ranks=ranks, how=variables, output_dir=folder, **changes)
     return found
 
 
@@ -194,7 +194,7 @@ def test_a_folder_that_is_read_only(axolotl: Axolotl, key: str):
     folder = axolotl.folder / "read only"
     folder.mkdir(mode=0o555)
     config = axolotl.config(**{key: str(folder)})
-    faults = {"PYTHONPATH": str(SUPPORT / "disk_faults"), "PERMISSIONS_HOLD": "1"}
+    faults = {"first": ["disk_faults.sitecustomize"], "PERMISSIONS_HOLD": "1"}
     run = axolotl("train", config, **faults)
     assert run.code != 0
     assert run.output.splitlines()[-1].startswith(
@@ -211,8 +211,8 @@ def test_half_a_package(axolotl: Axolotl, package_copy: Path):
     `rl: focalpo` trains nothing."""
     (package_copy / "focalpo_plugins" / "loss.py").write_text("def focalpo_loss(:\n")
     (package_copy / "focalpo_plugins" / "registry.py").unlink()
-    broken = {"PYTHONPATH": str(package_copy)}
-    dpo = axolotl.train(**DPO, variables=broken)
+    broken = {"path": [package_copy], "fresh": True}
+    dpo = axolotl.train(**DPO, how=broken)
     assert dpo.steps("loss")[0][0] == pytest.approx(math.log(2), abs=1e-6)
     assert "focalpo" not in dpo.output.replace(str(axolotl.folder), "")
     folder = axolotl.folder / "focalpo"
@@ -225,6 +225,6 @@ def test_half_a_package(axolotl: Axolotl, package_copy: Path):
 
 
 def test_a_third_party_that_raises_at_import(axolotl: Axolotl, broken_third_party: Path):
-    run = axolotl.train(max_steps=1, variables={"PYTHONPATH": str(broken_third_party)})
+    run = axolotl.train(max_steps=1, how={"path": [broken_third_party]})
     assert run.steps("loss")[0][0] == pytest.approx(2**-0.05 * math.log(2), abs=1e-6)
     assert "the package bad failed to register its losses and is left out" in run.output

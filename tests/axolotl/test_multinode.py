@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from harness import ON_CPU, Axolotl, Run, at_once, axolotl_environment, free_port, zero3_on_cpu
+from harness import ON_CPU, Axolotl, Run, at_once, environment, free_port, zero3_on_cpu
 
 FIRST = 2**-0.05 * math.log(2)
 # Ray on a machine of any size, and on busy cores: it waits for ever for a core that it does not
@@ -47,7 +47,7 @@ def test_torchrun_on_two_nodes(axolotl: Axolotl, one_node: Run):
     command += ["--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
     ends = at_once(
         [[*command, "--node_rank", str(rank)] for rank in range(2)],
-        [axolotl_environment(**ON_CPU)] * 2,
+        [environment(**ON_CPU)] * 2,
         axolotl.folder,
     )
     for code, output in ends:
@@ -73,7 +73,7 @@ def test_ray_with_two_workers(axolotl: Axolotl, one_node: Run):
             max_steps=3,
             resources_per_worker={"CPU": 1},
             plugins=["test_only_plugins.GlooOnCPU", "test_only_plugins.RayOnCPU"],
-            variables={**ON_CPU, **RAY, "RAY_TMPDIR": folder},
+            how={**ON_CPU, **RAY, "RAY_TMPDIR": folder, "fresh": True},
         )
     assert run.output.count("focalpo_plugins: active") == 1
     names = ("loss", "grad_norm", "focalpo/p")

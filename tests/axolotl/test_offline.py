@@ -30,7 +30,7 @@ def test_a_step_needs_no_network(axolotl: Axolotl, tmp_path: Path):
     asked = tmp_path / "asked"
     run = axolotl.train(
         max_steps=1,
-        variables={"PYTHONPATH": str(CLOSED), "NETWORK_ASKED": str(asked)},
+        how={"path": [CLOSED], "NETWORK_ASKED": str(asked), "fresh": True},
     )
     assert run.log[0]["loss"] == pytest.approx(2**-0.05 * math.log(2), abs=1e-4)
     assert not asked.exists(), asked.read_text()[-4000:]

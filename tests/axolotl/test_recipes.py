@@ -29,7 +29,7 @@ from formats import (
     rows,
     zephyr_prompt,
 )
-from harness import EXAMPLES, ON_CPU, Axolotl, Run, axolotl_environment, loaded, zero3_on_cpu
+from harness import EXAMPLES, ON_CPU, Axolotl, Run, environment, loaded, zero3_on_cpu
 from transformers import AutoTokenizer
 
 YAMLS = [
@@ -376,7 +376,7 @@ def validated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     configs += [(str(RECIPES[name]), commented(name)) for name in PAPERS]
     done = subprocess.run(
         [sys.executable, str(script), json.dumps(configs)],
-        env=axolotl_environment(),
+        env=environment(),
         cwd=EXAMPLES.parent,
         capture_output=True,
         text=True,

@@ -79,7 +79,7 @@ def test_two_ranks_under_zero3(axolotl: Axolotl, simpo: Run):
     run = axolotl.train(
         focalpo_margin="simpo", focalpo_gamma=0.5, **of_host(axolotl, "simpo"),
         micro_batch_size=2, deepspeed=zero3_on_cpu(axolotl.folder),
-        plugins=["test_only_plugins.GlooOnCPU"], ranks=2, variables=ON_CPU,
+        plugins=["test_only_plugins.GlooOnCPU"], ranks=2, how=ON_CPU,
     )  # fmt: skip
     names = ("focalpo/p", "focalpo/weight")
     for two, one in zip(run.steps(*names), simpo.steps(*names), strict=True):

@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import subprocess
 import sys
+from multiprocessing.connection import Listener
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 
+import forked
 import numpy as np
 import pytest
-from harness import EXAMPLES, ManyFocalpo, Server, axolotl_environment, axolotl_server, loaded
+from harness import EXAMPLES, environment, loaded
 
 SCRIPT = EXAMPLES / "study" / "study.py"
 ARGUMENTS = ("--gamma", "1", "--exact", "--incorrect", "--seeds", "5")
 ARGUMENTS += ("--set", "rl_beta=null", "trl={beta: 0.5}", "max_steps=2")
 
-# A command that a server runs, in a process forked off one that has imported what it needs.
-COMMAND = """#!{python} -S
-import json, os, socket, sys
-client = socket.socket(socket.AF_UNIX)
-client.connect({path!r})
-lines = client.makefile("rw")
-start = {{"cwd": os.getcwd(), "env": {{}}}}
-asked = {{"argv": sys.argv[1:], "cwd": os.getcwd(), "env": {{}}, "ranks": 1}}
-print(json.dumps(start), json.dumps({asked}), sep="\\n", file=lines, flush=True)
-code, *outputs = json.loads(lines.readline())
+# A command that the test runs, in a process forked off one that has imported what it needs.
+COMMAND = """\
+#!{python}
+import os, sys
+from multiprocessing.connection import Client
+
+with Client({address!r}) as test:
+    test.send(({name!r}, sys.argv[1:], os.getcwd()))
+    code, *outputs = test.recv()
 print(*outputs)
 sys.exit(code)
 """
+FUNCTIONS = {"axolotl": "axolotl.cli.main:main", "focalpo": "focalpo_plugins.cli:main"}
+
+
+def answer(listener: Listener) -> None:
+    while True:
+        with contextlib.suppress(EOFError), listener.accept() as asking:
+            name, *asked = asking.recv()
+            asking.send(forked.run(FUNCTIONS[name], *asked))
 
 
 def study(*words: str, folder: Path) -> subprocess.CompletedProcess:
     """The command, in a folder where the YAML's paths lead to the tiny assets."""
-    env = axolotl_environment()
+    env = environment()
     return subprocess.run(
         [sys.executable, str(SCRIPT), *words],
         cwd=folder,
@@ -56,19 +67,17 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory, focalpo: ManyFocalpo) -> Path:
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DPO and FocalPO with gamma 1, two steps on one seed.  The first attempt finds a run of another
     gamma's folder occupied by a file, so it stops after DPO, and the second goes on from there."""
     folder = tmp_path_factory.mktemp("study")
     (folder / "examples").symlink_to(EXAMPLES)
     (folder / "bin").mkdir()
-    commands: dict[str, tuple[Server, str]] = {
-        "axolotl": (axolotl_server(), "asked"),
-        "focalpo": (focalpo, "sys.argv[1:]"),
-    }
-    for name, (server, asked) in commands.items():
+    listener = Listener()
+    Thread(target=answer, args=(listener,), daemon=True).start()
+    for name in FUNCTIONS:
         path = folder / "bin" / name
-        path.write_text(COMMAND.format(python=sys.executable, path=str(server.path), asked=asked))
+        path.write_text(COMMAND.format(python=sys.executable, address=listener.address, name=name))
         path.chmod(0o755)
     blocked = folder / "out" / "runs" / "correct_1"
     blocked.parent.mkdir(parents=True)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
-from harness import SUPPORT, ManyFocalpo, Server, at_once, free_port
+from harness import ManyFocalpo, at_once, environment, free_port
 from openrlhf_flags import of_host
 
 COMMAND = "openrlhf.cli.train_dpo"
@@ -48,16 +46,6 @@ def forward_only(openrlhf: SimpleNamespace) -> Any:
     trainer.tokenizer = SimpleNamespace(pad_token_id=one_batch.PAD)
     trainer.strategy = SimpleNamespace(ring_attn_group=None)
     return trainer
-
-
-@pytest.fixture(scope="session")
-def few(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the first 40 pairs to train on, five steps of 8, and 12 to evaluate on."""
-    folder = tmp_path_factory.mktemp("few")
-    for name, count in (("train", 40), ("test", 12)):
-        lines = (tiny / f"{name}.jsonl").read_text().splitlines(keepends=True)
-        (folder / f"{name}.jsonl").write_text("".join(lines[:count]))
-    return folder
 
 
 @dataclass
@@ -101,94 +89,50 @@ class Run:
         ]
 
 
-def environment(path: Sequence[Path | str] = (), **variables: str) -> dict[str, str]:
-    dropped = (
-        "FOCALPO_",
-        "PYTHONPATH",
-        "TORCH_DEVICE_BACKEND_AUTOLOAD",
-        "DS_ACCELERATOR",
-        "WANDB_",
-    )
-    env = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
-    env["PATH"] = str(Path(sys.executable).parent) + os.pathsep + env["PATH"]
-    env |= {"PYTHONPATH": os.pathsep.join(map(str, [*path, SUPPORT])), "OMP_NUM_THREADS": "1"}
-    env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**env, **variables}
-
-
-@pytest.fixture(scope="session")
-def forked() -> Iterator[Callable[..., list[tuple[int, str, str]]]]:
-    """``forked([(argv, folder, ranks), ...], *path)`` runs OpenRLHF's command with each, in processes
-    forked off one that has it and ``modules`` imported, from ``path`` before all else; exit codes,
-    stdout, stderr."""
-
-    def server(path: Sequence[Path | str] = (), modules: Sequence[str] = ()) -> Server:
-        env = environment(path, RANK="0", COLUMNS="200")
-        return Server("openrlhf_server.py", *modules, env=env)
-
-    with ExitStack() as stack:
-
-        @functools.cache
-        def plain() -> Server:
-            return stack.enter_context(server())
-
-        def run(
-            calls: Sequence[tuple[Sequence[str], Path, int]],
-            *path: Path | str,
-            modules: Sequence[str] = (),
-        ) -> list[tuple[int, str, str]]:
-            with server(path, modules) if path or modules else nullcontext(plain()) as ask:
-                return [
-                    ask({"argv": of_host(argv), "cwd": str(folder), "ranks": ranks})
-                    for argv, folder, ranks in calls
-                ]
-
-        yield run
-
-
 @pytest.fixture(scope="session")
 def focalpo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ManyFocalpo]:
-    """With what `focalpo check` imports of OpenRLHF, and with it."""
-    modules = ("focalpo_plugins.cli.check", "focalpo_plugins.openrlhf.dry_run", "peft", "tqdm")
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    with ManyFocalpo(*modules, cwd=tmp_path_factory.mktemp("focalpo"), **alone) as many:
+    with ManyFocalpo(cwd=tmp_path_factory.mktemp("focalpo"), **alone) as many:
         yield many
 
 
 @pytest.fixture(scope="session")
-def train(
-    tiny: Path, few: Path, forked: Callable, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Run]:
+def train(tiny: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     """``train(*flags, ranks=1)`` runs OpenRLHF's command on the tiny data, in processes forked off
-    one that has it imported; or, where a launcher, a module or what is read at import is named, in
-    processes as a user starts them."""
+    one that has it imported; or, if a launcher or a module is named, in processes as a user starts
+    them.  ``path`` comes before all else, and ``first`` is imported before the command."""
 
     def run(
         *flags: str,
         launcher: str | None = None,
         ranks: int = 1,
-        module: str = COMMAND,
+        module: str | None = None,
         folder: Path | None = None,
         path: Sequence[Path | str] = (),
+        first: Sequence[str] = (),
         **variables: str,
     ) -> Run:
         folder = folder or tmp_path_factory.mktemp("run")
-        argv = [*tiny_flags(tiny, few, folder), *flags]
-        if launcher is None and module == COMMAND and not path and not variables:
-            return Run(*forked([(argv, folder, ranks)])[0], folder)
+        argv = of_host([*tiny_flags(tiny, few, folder), *flags])
+        if launcher is None and module is None:
+            command = "focalpo_plugins.openrlhf.train_dpo:main"
+            variables = {"COLUMNS": "200", **variables}
+            return Run(
+                *forked.run(command, argv, folder, ranks, path=path, first=first, **variables),
+                folder,
+            )
         launcher = launcher or ("python" if ranks == 1 else "torchrun")
         start = {
-            "python": [sys.executable, "-m", module],
-            "torchrun": ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m", module],
+            "python": [sys.executable, "-m"],
+            "torchrun": ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m"],
             "deepspeed": ["deepspeed", f"--num_gpus={ranks}", f"--master_port={free_port()}"]
-            + ["--module", module],
+            + ["--module"],
         }[launcher]
         one_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         one_rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        env = environment(path, **(one_rank if launcher == "python" else {}), **variables)
         done = subprocess.run(
-            [*start, *of_host(argv)],
-            env=env,
+            [*start, module or COMMAND, *argv],
+            env=environment(*path, **(one_rank if launcher == "python" else {}), **variables),
             cwd=folder,
             capture_output=True,
             text=True,
@@ -232,7 +176,7 @@ def ranks_apart(tiny: Path, few: Path) -> Callable[..., list[Run]]:
         command = [sys.executable, "-m", module, *of_host(tiny_flags(tiny, few, folder))]
         ends = at_once(
             [[*command, *of_host(own)] for own in flags],
-            [environment(path, **world, RANK=str(rank), **more) for rank in range(len(flags))],
+            [environment(*path, **world, RANK=str(rank), **more) for rank in range(len(flags))],
             folder,
         )
         return [Run(code, "", output, folder) for code, output in ends]
@@ -258,58 +202,43 @@ def tiny_flags(tiny: Path, few: Path, folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def commands(
-    forked: Callable, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., list[tuple[int, str]]]:
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[tuple[int, str]]]:
     """``commands([argv, ...], *path)`` runs OpenRLHF's command with each; exit codes and output."""
 
     def run(argvs: Sequence[Sequence[str]], *path: Path | str) -> list[tuple[int, str]]:
-        folder = tmp_path_factory.mktemp("commands")
-        ends = forked([(argv, folder, 1) for argv in argvs], *path)
+        folder, command = (
+            tmp_path_factory.mktemp("commands"),
+            "focalpo_plugins.openrlhf.train_dpo:main",
+        )
+        ends = [
+            forked.run(command, of_host(argv), folder, 1, path=path, COLUMNS="200")
+            for argv in argvs
+        ]
         return [(code, stdout + stderr) for code, stdout, stderr in ends]
 
     return run
 
 
 @pytest.fixture(scope="session")
-def train_many(
-    tiny: Path, few: Path, forked: Callable, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., dict[str, Run]]:
-    """``train_many({name: flags, ...}, *path)`` trains one after the other, in processes forked off
-    one that has everything imported, and ``modules`` as well."""
+def train_many(train: Callable[..., Run]) -> Callable[..., dict[str, Run]]:
+    """``train_many({name: flags, ...}, *path)`` trains one after the other."""
 
-    def run(
-        runs: dict[str, Sequence[str]],
-        *path: Path | str,
-        ranks: int = 1,
-        modules: Sequence[str] = (),
-    ) -> dict[str, Run]:
-        folders = [tmp_path_factory.mktemp("run") for _ in runs]
-        calls = [
-            ([*tiny_flags(tiny, few, folder), *flags], folder, ranks)
-            for folder, flags in zip(folders, runs.values(), strict=True)
-        ]
-        ends = zip(runs, forked(calls, *path, modules=modules), folders, strict=True)
-        return {name: Run(*end, folder) for name, end, folder in ends}
+    def run(runs: dict[str, Sequence[str]], *path: Path | str, **how: Any) -> dict[str, Run]:
+        return {name: train(*flags, path=path, **how) for name, flags in runs.items()}
 
     return run
 
 
 @pytest.fixture(scope="session")
 def watched(
-    tiny: Path, few: Path, forked: Callable, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., dict[Any, Run]]:
-    """``watched({name: (flags, ranks, fault), ...})`` trains as ``train_many`` does, on so many ranks,
-    with ``watched_openrlhf`` to see it, and to make the fault."""
+    train: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Run]:
+    """``watched(flags, ranks, fault)`` trains with ``watched_openrlhf`` to see it, and to make the
+    fault."""
 
-    def run(runs: dict[Any, tuple[Sequence[str], int, dict]]) -> dict[Any, Run]:
-        folders = {name: tmp_path_factory.mktemp("run") for name in runs}
-        calls = []
-        for name, (flags, ranks, fault) in runs.items():
-            (folders[name] / "faults.json").write_text(json.dumps(fault))
-            argv = [*tiny_flags(tiny, few, folders[name]), *flags]
-            calls.append((argv, folders[name], ranks))
-        ends = zip(folders.items(), forked(calls, modules=["watched_openrlhf"]), strict=True)
-        return {name: Run(*end, folder) for (name, folder), end in ends}
+    def run(flags: Sequence[str], ranks: int, fault: dict[str, Any]) -> Run:
+        folder = tmp_path_factory.mktemp("run")
+        (folder / "faults.json").write_text(json.dumps(fault))
+        return train(*flags, ranks=ranks, folder=folder, first=["watched_openrlhf"])
 
     return run

@@ -94,12 +94,10 @@ def runs(tiny: Path, watched: Callable, tmp_path_factory: pytest.TempPathFactory
         }  # fmt: skip
         return [str(word) for flag in given.items() for word in flag]
 
-    asked: dict[Any, tuple] = {case: (flags(case), case.ranks, {}) for case in CASES}
-    asked |= {
-        name: (flags(case), case.ranks, dict(zip(PLACE, place, strict=True)))
-        for name, (case, _, place) in FAULTS.items()
-    }
-    return watched(asked)
+    found: dict[Any, Any] = {case: watched(flags(case), case.ranks, {}) for case in CASES}
+    for name, (case, _, place) in FAULTS.items():
+        found[name] = watched(flags(case), case.ranks, dict(zip(PLACE, place, strict=True)))
+    return found
 
 
 def of_kind(seen: list[list], kind: str) -> list[list]:

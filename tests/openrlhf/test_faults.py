@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import SUPPORT, with_nan
+from harness import with_nan
 from openrlhf_flags import of_host
 
 # One worker makes what several tests look at, once.
@@ -69,8 +69,7 @@ def test_killed_and_started_again(train, never_killed, tmp_path: Path, alone: bo
     norms of the run that was never killed, step for step."""
     launch = {"folder": tmp_path, "ranks": 1 if alone else 2}
     flags = (*OURS, *TWO_EPOCHS, *(LORA if alone else ZERO3))
-    killed = {"module": "killed_openrlhf", "path": [SUPPORT]}
-    run = train(*flags, **launch, **killed, KILLED_AT="4", KILLED_RANKS=ranks)
+    run = train(*flags, **launch, first=["killed_openrlhf"], KILLED_AT="4", KILLED_RANKS=ranks)
     assert run.returncode != 0
     checkpoints = tmp_path / "checkpoints"
     assert [path.name for path in checkpoints.glob("global_step*")] == ["global_step3"], run.output
@@ -217,7 +216,7 @@ def test_margins_that_are_not_finite_are_the_last_line(
     assert run.stderr.splitlines()[-1].startswith(start), run.output
 
 
-DISK_FAULTS = SUPPORT / "disk_faults"
+DISK_FAULTS = {"first": ["disk_faults.sitecustomize"]}
 
 
 @pytest.mark.releases
@@ -228,7 +227,7 @@ def test_a_full_disk(train, tmp_path: Path):
         *(*OURS, *ZERO3, "--ckpt.save_steps", "2"),
         ranks=2,
         folder=tmp_path,
-        path=[DISK_FAULTS],
+        **DISK_FAULTS,
         FULL_AT="focalpo_plugins.json",
     )
     assert run.returncode != 0
@@ -247,7 +246,7 @@ def test_a_folder_that_is_read_only(train, tmp_path: Path, name: str):
     folder = tmp_path / "read only"
     folder.mkdir(mode=0o555)
     asked = (*OURS, "--ckpt.save_steps", "2", f"--{name}", str(folder))
-    run = train(*asked, folder=tmp_path, path=[DISK_FAULTS], PERMISSIONS_HOLD="1")
+    run = train(*asked, folder=tmp_path, **DISK_FAULTS, PERMISSIONS_HOLD="1")
     assert run.returncode == 1
     (flag,) = of_host([f"--{name}"])
     assert run.said("that can be written to") == [
@@ -282,9 +281,7 @@ def test_a_folder_where_no_checkpoints_are_asked_for(train_many, tmp_path: Path)
 def test_killed_before_the_record_is_there(train, tmp_path: Path):
     """A checkpoint isn't named in `latest` before it says what it was trained with."""
     flags = (*OURS, "--ckpt.save_steps", "2")
-    run = train(
-        *flags, folder=tmp_path, path=[DISK_FAULTS], KILLED_AT_NAMING="focalpo_plugins.json"
-    )
+    run = train(*flags, folder=tmp_path, **DISK_FAULTS, KILLED_AT_NAMING="focalpo_plugins.json")
     assert run.returncode == -9, run.output
     assert not (tmp_path / "checkpoints" / "latest").exists()
     assert not list((tmp_path / "checkpoints").rglob("focalpo_plugins.json"))

@@ -15,6 +15,7 @@ def test_a_step_needs_no_network(train: Callable, tmp_path: Path):
     asked = tmp_path / "asked"
     run = train(
         *("--loss", "focalpo", "--focalpo.precompute_ref", "--data.max_samples", "8"),
+        launcher="python",  # what is imported asks for nothing either
         path=[SUPPORT / "no_network"],
         NETWORK_ASKED=str(asked),
     )

@@ -212,7 +212,9 @@ def same(ours, others, *, less: str = "") -> None:
 def test_gamma_zero_is_dpo(train: Callable, dpo, tmp_path: Path):
     """In a process, moreover, in which torch is imported before OpenRLHF's command is known."""
     (tmp_path / "sitecustomize.py").write_text("import torch\n")
-    gamma_0 = finished(train(*OURS, "--focalpo.gamma", "0", *WITH_NLL, path=[tmp_path]))
+    gamma_0 = finished(
+        train(*OURS, "--focalpo.gamma", "0", *WITH_NLL, launcher="python", path=[tmp_path])
+    )
     assert len(gamma_0.said("focalpo_plugins: active. loss=focalpo gamma=0.0")) == 1
     same(gamma_0, dpo, less="focalpo/")
 

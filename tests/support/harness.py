@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import functools
-import hashlib
 import json
 import os
-import secrets
-import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import forked
 import yaml
+from forked import SUPPORT, environment, free_port
 
-SUPPORT = Path(__file__).parent
+__all__ = ["SUPPORT", "environment", "free_port"]  # and what is below
 EXAMPLES = SUPPORT.parents[1] / "examples"
 PLUGIN = "focalpo_plugins.axolotl.FocalPOPlugin"
 
@@ -117,22 +114,14 @@ def with_nan(model: Path, pairs: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def free_port() -> str:
-    """One below those that the system gives out itself, as it may do before this one is used; and
-    of this test process's own, since another's would draw it in the meantime now and then."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 12
-    while True:
-        port = 20_000 + 1000 * worker + secrets.randbelow(1000)
-        with socket.socket() as server, contextlib.suppress(OSError):
-            server.bind(("127.0.0.1", port))
-            return str(port)
-
-
 TWO_RANKS = ("--launcher", "torchrun", "--", "--nproc_per_node", "2")
 # For ranks without a GPU.
 ON_CPU = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
-# What is read while a command runs; all else may be read where a module is imported.
-READ_LATE = {*ON_CPU, "KILLED_AT", "KILLED_RANKS"}
+
+
+def read_at_import(variables: Mapping[str, str]) -> bool:
+    """Whether a process forked off one that has torch imported would ignore one of them."""
+    return any(name.endswith("AUTOLOAD") for name in variables)
 
 
 def zero3_on_cpu(folder: Path) -> str:
@@ -143,100 +132,6 @@ def zero3_on_cpu(folder: Path) -> str:
     path = folder / "zero3.json"
     path.write_text(json.dumps(config))
     return str(path)
-
-
-def axolotl_environment(**variables: str) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("FOCALPO_", "PYTHONPATH"))}
-    env |= {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}",
-        "AXOLOTL_DO_NOT_TRACK": "1",
-        # Its worker processes take longer to start than some hundred rows; and they can't be forked
-        # off a fork of a process that has threads.
-        "AXOLOTL_DATASET_NUM_PROC": "0",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",  # the same sums in the same order, run after run
-        "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(SUPPORT),
-    }
-    if "PYTHONPATH" in variables:
-        variables["PYTHONPATH"] += os.pathsep + env["PYTHONPATH"]
-    return {**env, **variables}
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """No other test process is in here."""
-    folder = os.open(SUPPORT, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
-
-
-class Server:
-    """A script of this folder that answers a JSON line with a JSON line.  One that was started alike
-    is shared by the test processes of a run: to import a host takes longer than most tests."""
-
-    def __init__(
-        self,
-        script: str,
-        *arguments: str,
-        env: dict[str, str],
-        cwd: Path | None = None,
-        **process: Any,
-    ) -> None:
-        self.script = script
-        command = [sys.executable, str(SUPPORT / script), *arguments]
-        of_run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-        of_worker = {k: v for k, v in os.environ.items() if k == "PYTEST_XDIST_WORKER"}
-        env = {k: v for k, v in env.items() if not k.startswith("PYTEST_")}
-        name = hashlib.sha256(json.dumps([of_run, command, sorted(env.items())]).encode())
-        self.path = Path(tempfile.gettempdir()) / f"forks-{name.hexdigest()[:16]}"
-        client = socket.socket(socket.AF_UNIX)
-        with _alone():
-            try:
-                client.connect(str(self.path))
-            except (FileNotFoundError, ConnectionRefusedError):
-                self.path.unlink(missing_ok=True)
-                with socket.socket(socket.AF_UNIX) as listener:
-                    listener.bind(str(self.path))
-                    listener.listen()
-                    self.process = subprocess.Popen(
-                        command,
-                        env=env | {"FORKS_LISTENER": str(listener.fileno())},
-                        pass_fds=[listener.fileno()],
-                        stdin=subprocess.DEVNULL,
-                        stdout=subprocess.DEVNULL,
-                        **process,
-                    )
-                client.connect(str(self.path))
-        self.lines = client.makefile("rw")
-        client.close()
-        print(
-            json.dumps({"cwd": str(cwd or Path.cwd()), "env": of_worker}),
-            file=self.lines,
-            flush=True,
-        )
-
-    def __call__(self, asked: Any) -> tuple:
-        print(json.dumps(asked), file=self.lines, flush=True)
-        answer = self.lines.readline()
-        assert answer, f"{self.script} died; its error, if it is shown, is above"
-        return tuple(json.loads(answer))
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.lines.close()
-
-
-@functools.cache
-def axolotl_server() -> Server:
-    """One for this test process, started when it is first asked for."""
-    return Server("axolotl_server.py", env=axolotl_environment(), stderr=subprocess.DEVNULL)
 
 
 class Axolotl:
@@ -287,22 +182,29 @@ class Axolotl:
         return path
 
     def __call__(
-        self, command: str, config: Path, *more: str, ranks: int = 1, **variables: str
+        self,
+        command: str,
+        config: Path,
+        *more: str,
+        ranks: int = 1,
+        path: Sequence[Path | str] = (),
+        first: Sequence[str] = (),
+        fresh: bool = False,
+        **variables: str,
     ) -> Run:
-        """The command on the config, in a process forked off a waiting one; or, where ``more`` names
-        a launcher that starts another or ``variables`` are read at import, in one of its own from
-        the start."""
+        """The command on the config, in processes forked off a waiting one; or, if it has to be
+        ``fresh`` or ``more`` names a launcher that starts another, in one of its own from the
+        start.  ``path`` comes before all else, and ``first`` is imported before the command."""
         folder = Path(yaml.safe_load(config.read_text())["output_dir"])
         argv = [command, str(config), *more]
         launcher = more[more.index("--launcher") + 1] if "--launcher" in more else None
-        own = launcher not in (None, "python") or set(variables) - READ_LATE
         if command in ("train", "evaluate") and launcher is None:
             argv += ["--launcher", "python"]  # one process less to start
-        if own:
+        if fresh or launcher not in (None, "python") or read_at_import(variables):
             try:
                 done = subprocess.run(
                     ["axolotl", *argv],
-                    env=axolotl_environment(**variables),
+                    env=environment(*path, **variables),
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     text=True,
@@ -313,13 +215,18 @@ class Axolotl:
                 output = (late.stdout or b"").decode(errors="replace")
                 return Run(-1, f"{output}\n{late}", folder)
             return Run(done.returncode, done.stdout, folder)
-        asked = {"argv": argv, "cwd": str(self.folder), "env": variables, "ranks": ranks}
-        return Run(*axolotl_server()(asked), folder)
+        # With one rank Axolotl runs without the variables of a rank.
+        code, output, _ = forked.run(
+            "axolotl.cli.main:main", argv, self.folder, ranks if ranks > 1 else None,
+            path=path, first=first, merged=True, **variables,
+        )  # fmt: skip
+        return Run(code, output, folder)
 
     def train(
-        self, *more: str, ranks: int = 1, variables: dict[str, str] | None = None, **changes: Any
+        self, *more: str, ranks: int = 1, how: dict[str, Any] | None = None, **changes: Any
     ) -> Run:
-        run = self("train", self.config(**changes), *more, ranks=ranks, **(variables or {}))
+        """Of the config with ``changes``; ``how`` goes to the call."""
+        run = self("train", self.config(**changes), *more, ranks=ranks, **(how or {}))
         assert run.code == 0, run.output[-6000:]
         return run
 
@@ -357,18 +264,22 @@ def focalpo(
     return run_python(str(command), *map(str, arguments), path=path, **variables)
 
 
-class ManyFocalpo(Server):
+class ManyFocalpo:
     """``focalpo``, many times: each run is a process of its own, forked off one that has imported
-    ``modules``."""
+    what it needs."""
 
     def __init__(self, *modules: str, cwd: Path, **variables: str) -> None:
-        dropped = ("FOCALPO_", "PYTHONPATH", "TORCH_DEVICE_BACKEND_AUTOLOAD", "DS_ACCELERATOR")
-        env = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
-        env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        env |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
-        env |= {"AXOLOTL_DATASET_NUM_PROC": "0", "PYTHONPATH": str(SUPPORT), **variables}
-        super().__init__("many_focalpo.py", *modules, env=env, cwd=cwd)
+        self.cwd, self.variables = cwd, variables
+
+    def __enter__(self) -> ManyFocalpo:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
     def __call__(self, *argv: str | Path) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
-        return super().__call__([str(word) for word in argv])
+        if read_at_import(self.variables):
+            done = focalpo(*argv, **environment(**self.variables))
+            return done.returncode, done.stdout, done.stderr
+        return forked.run("focalpo_plugins.cli:main", argv, self.cwd, **self.variables)

@@ -1,14 +1,9 @@
-"""OpenRLHF's command with our flags, whose ranks that ``KILLED_RANKS`` names end without a word once
-the step ``KILLED_AT`` is done."""
+"""Ends the ranks that ``KILLED_RANKS`` names, without a word, once the step ``KILLED_AT`` is done."""
 
 import os
 import signal
 
-from focalpo_plugins.openrlhf import cpu
-from focalpo_plugins.openrlhf.train_dpo import main
-
-cpu.stand_in()
-from openrlhf.trainer.dpo_trainer import DPOTrainer  # noqa: E402
+from openrlhf.trainer.dpo_trainer import DPOTrainer
 
 log_and_save = DPOTrainer.save_logs_and_checkpoints
 
@@ -21,4 +16,3 @@ def killed(self, args, global_step, *more, **kwargs):
 
 
 DPOTrainer.save_logs_and_checkpoints = killed
-main()

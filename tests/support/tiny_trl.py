@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 from datasets import Dataset
-from harness import SUPPORT, Server, free_port, run_python
+from harness import SUPPORT, free_port, run_python
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
@@ -182,30 +181,16 @@ def launched_on_two_ranks(script: str, folder: Path, *words: str) -> str:
 
 
 def on_two_ranks(script: str, folder: Path, *words: str) -> str:
-    """The same in ranks forked off a waiting process: tests that use it are of the group "forked",
-    so that one such process is enough."""
+    """The same in ranks forked off a waiting process."""
     code, stdout, stderr = run_forked(script + LEAVE, folder, *words, ranks=2)
     assert code == 0, stderr[-4000:]
     return stdout
 
 
 def run_forked(
-    script: str, folder: Path, *words: str, path: Path | None = None, ranks: int = 1
+    script: str, folder: Path, *words: str, path: Path | None = None, ranks: int | None = None
 ) -> tuple[int, str, str]:
     """Exit code, stdout and stderr; ``path`` is before everything else that it imports from."""
     (folder / "script.py").write_text(script)
-    paths = [str(each) for each in (path, SUPPORT) if each is not None]
-    argv = [str(folder / "script.py"), str(folder), *words]
-    return _waiting()({"argv": argv, "path": paths, "ranks": ranks, "cwd": str(folder)})
-
-
-@functools.cache
-def _waiting() -> Server:
-    """It has imported what TRL imports, but not TRL, of which a script may import its own copy."""
-    dropped = ("FOCALPO_", "PYTHONPATH")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
-    names = ("accelerate", "datasets", "peft", "transformers.trainer")
-    models = [
-        f"transformers.models.{name}.modeling_{name}" for name in ("llama", "gemma2", "mixtral")
-    ]
-    return Server("python_server.py", *names, *models, env=env)
+    command = str(folder / "script.py")
+    return forked.run(command, [folder, *words], folder, ranks, path=[path] if path else [])

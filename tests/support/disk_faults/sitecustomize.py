@@ -11,8 +11,6 @@ import os
 import resource
 import signal
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 FULL_AT, KILLED_AT, PERMISSIONS_HOLD = (
     os.environ.get(name) for name in ("FULL_AT", "KILLED_AT_NAMING", "PERMISSIONS_HOLD")
@@ -34,9 +32,3 @@ if PERMISSIONS_HOLD:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()):
         raise OSError(ctypes.get_errno(), "capset")
-
-# Python imports one module of this name, and Axolotl's processes need the other one as well.
-spec = spec_from_file_location(
-    "axolotl_sitecustomize", Path(__file__).parents[1] / "sitecustomize.py"
-)
-spec.loader.exec_module(module_from_spec(spec))
