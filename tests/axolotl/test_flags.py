@@ -10,33 +10,37 @@ import ast
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
-from harness import PLUGIN, Axolotl, Server, axolotl_environment
+from harness import PLUGIN, Axolotl, environment
 
 # One worker starts the command's process, once.
 shares_command = pytest.mark.xdist_group("command")
 
 
 @pytest.fixture(scope="module")
-def command(hinge_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def command(hinge_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
     """`axolotl`, with a third party's loss installed and stand-ins for its launchers."""
     folder = tmp_path_factory.mktemp("launchers")
     for launcher in ("accelerate", "torchrun"):
         (folder / launcher).write_text('#!/bin/sh\nprintf "STARTED %s\\n" "$*"\n')
         (folder / launcher).chmod(0o755)
-    env = axolotl_environment(PYTHONPATH=str(hinge_package))
-    env["PATH"] = f"{folder}{os.pathsep}{env['PATH']}"
-    with Server("axolotl_server.py", env=env, stderr=subprocess.DEVNULL) as server:
-        yield server
+    first = f"{folder}{os.pathsep}{environment()['PATH']}"
+
+    def run(config: Path, argv: list[str]) -> tuple[int, str]:
+        words = [str(config) if word == "run.yml" else word for word in argv]
+        how = {"path": [hinge_package], "PATH": first, "merged": True}
+        return forked.run("axolotl.cli.main:main", words, config.parent, **how)[:2]
+
+    return run
 
 
-def outcome(command: Server, config: Path, argv: list[str]) -> tuple[int, str]:
-    words = [str(config) if word == "run.yml" else word for word in argv]
-    return command({"argv": words, "cwd": str(config.parent), "env": {}, "ranks": 1})
+def outcome(command: Callable, config: Path, argv: list[str]) -> tuple[int, str]:
+    return command(config, argv)
 
 
 TRAIN = ["train", "run.yml"]
@@ -73,7 +77,7 @@ PASSED_ON: dict[str, tuple[list[str], list[str]]] = {
 @shares_command
 @pytest.mark.releases
 @pytest.mark.parametrize("case", PASSED_ON)
-def test_passed_on_to_the_launcher(command: Server, axolotl: Axolotl, case: str):
+def test_passed_on_to_the_launcher(command: Callable, axolotl: Axolotl, case: str):
     argv, passed = PASSED_ON[case]
     of_other = dict.fromkeys(("focalpo_gamma", "focalpo_variant")) if "hinge" in argv else {}
     code, output = outcome(command, axolotl.config(**of_other), argv)
@@ -88,7 +92,7 @@ def test_passed_on_to_the_launcher(command: Server, axolotl: Axolotl, case: str)
 
 
 @shares_command
-def test_passed_on_in_a_sweep(command: Server, axolotl: Axolotl):
+def test_passed_on_in_a_sweep(command: Callable, axolotl: Axolotl):
     """Each run of the sweep gets them."""
     sweep = axolotl.folder / "sweep.yaml"
     sweep.write_text("learning_rate: [1.0e-5, 1.0e-6]\n")
@@ -158,7 +162,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 @shares_command
 @pytest.mark.releases
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(command: Server, axolotl: Axolotl, case: str):
+def test_refused(command: Callable, axolotl: Axolotl, case: str):
     argv, message = REFUSED[case]
     dpo = dict.fromkeys(("focalpo_gamma", "focalpo_variant")) if "dpo" in argv else {}
     code, output = outcome(command, axolotl.config(**dpo), argv)
@@ -259,7 +263,7 @@ def test_the_last_line_where_no_command_of_axolotls_is_the_parent(axolotl: Axolo
 
 
 @shares_command
-def test_strict_takes_what_the_yaml_has(command: Server, axolotl: Axolotl):
+def test_strict_takes_what_the_yaml_has(command: Callable, axolotl: Axolotl):
     """Axolotl drops the other options there without a word."""
     strict = axolotl.config(strict=True, focalpo_gamma=None)
     code, output = outcome(command, strict, [*PYTHON, "--focalpo-gamma", "0.5"])
@@ -271,7 +275,7 @@ def test_strict_takes_what_the_yaml_has(command: Server, axolotl: Axolotl):
 
 
 @shares_command
-def test_help_lists_them(command: Server, axolotl: Axolotl):
+def test_help_lists_them(command: Callable, axolotl: Axolotl):
     code, output = outcome(command, axolotl.config(), ["train", "--help"])
     assert code == 0
     for option in ("--focalpo-gamma FLOAT", "--focalpo-variant TEXT", "--hinge-offset FLOAT",
@@ -328,7 +332,7 @@ def test_a_broken_package_stops_no_option_of_axolotls(axolotl: Axolotl, package_
     (axolotl.folder / "run.yml").touch()
     done = subprocess.run(
         [sys.executable, str(script)],
-        env=axolotl_environment(PYTHONPATH=str(package_copy)),
+        env=environment(package_copy),
         cwd=axolotl.folder,
         capture_output=True,
         text=True,

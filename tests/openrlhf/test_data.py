@@ -265,21 +265,19 @@ def test_what_a_run_refuses_is_refused(answers: dict):
         assert any(warning.startswith(fault) for warning in json.loads(output)["warnings"])
 
 
-def test_an_empty_cell_ends_a_run(forked: Callable, tiny: Path, tmp_path: Path):
+def test_an_empty_cell_ends_a_run(train: Callable, tiny: Path, tmp_path: Path):
     """On two ranks, before training: an answer, which OpenRLHF meets when it joins prompt and answer,
     and a prompt, of which an input template would make the word None."""
     cases = {"chosen": [], "prompt": ["--data.input_template", "Q: {}"]}
-    calls, paths = [], {}
     for column, flags in cases.items():
-        paths[column] = with_an_empty_cell(tmp_path / f"{column}.csv", column)
+        path = with_an_empty_cell(tmp_path / f"{column}.csv", column)
         flags += [*OURS, "--model.model_name_or_path", str(tiny / "model"), KEY, "prompt"]
-        flags += ["--data.dataset", str(paths[column]), "--ds.attn_implementation", "eager"]
+        flags += ["--data.dataset", str(path), "--ds.attn_implementation", "eager"]
         flags += ["--train.batch_size", "4", "--train.micro_batch_size", "2"]
-        calls.append((flags, tmp_path, 2))
-    for (column, path), (code, _, errors) in zip(paths.items(), forked(calls), strict=True):
-        assert code == 1
-        assert errors.count(f"focalpo_plugins: {empty('--data.dataset', path, column)}") == 1
-        assert "Traceback" not in errors and "Train step" not in errors
+        run = train(*flags, ranks=2)
+        assert run.returncode == 1
+        assert run.stderr.count(f"focalpo_plugins: {empty('--data.dataset', path, column)}") == 1
+        assert "Traceback" not in run.stderr and "Train step" not in run.stderr
 
 
 @shares_answers

@@ -77,7 +77,7 @@ def runs(train_many: Callable, on_two_ranks) -> tuple:
     flags = {"own": OURS, "precomputed": (*PRECOMPUTE, "--ckpt.save_steps", "3")}
     found = train_many(
         {name: (*on_two_ranks, *more) for name, more in flags.items()},
-        ranks=2, modules=["counted_forwards"],
+        ranks=2, first=["counted_forwards"],
     )  # fmt: skip
     return tuple(map(finished, found.values()))
 
@@ -368,7 +368,7 @@ def test_a_full_disk_and_a_kill(train: Callable, flags, in_turn, tmp_path: Path)
     """Neither leaves a file that is taken for one; the run after them computes it again."""
     whole = file_of(in_turn[0]["first"])
     asked = (*flags, *PRECOMPUTE, "--focalpo.precompute_dir", str(tmp_path / "cache"))
-    faults = {"path": [SUPPORT / "disk_faults"]}
+    faults = {"first": ["disk_faults.sitecustomize"]}
     full = train(*asked, **faults, FULL_AT="reference_logps")
     line = stopped(full)
     assert "must be a folder with room for 0.0 MiB that can be written to" in line
@@ -397,7 +397,7 @@ def test_pairs_that_one_rank_alone_does_not_know(watched: Callable):
     """The second rank's training pairs are others than they were when training began: both ranks
     end, each with what is wrong on the second, and no step is logged."""
     flags = (*PRECOMPUTE, "--ds.zero_stage", "3")
-    run = watched({"": (flags, 2, {"rank": 1, "edited": True})})[""]
+    run = watched(flags, 2, {"rank": 1, "edited": True})
     assert run.returncode == 1, run.output
     error = (
         "RunError: focalpo_plugins: on rank 1, the reference's log-probabilities of pair 0 of "
