@@ -1,0 +1,374 @@
+"""What every host's users are promised: one class of tests, which each host runs in real processes.
+
+A host is an object with what ``Host`` lists.  ``tests/HOST/test_contract.py`` subclasses ``Contract``
+with a fixture ``host``; what holds in one host alone is in its other files.  A run is made once and
+serves every test that looks at it, as starting processes is what takes the time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+from harness import with_nan
+
+DPO = math.log(2)  # the loss of a margin that is 0
+FIRST = 2**-0.05 * DPO  # 0.66953, and FocalPO's
+# Seven pairs or fewer of sixteen are warned of.
+PAIRS, FEW = 16, 4
+# Ten steps of eight pairs, twice through 40.  At a rate that changes nothing every margin stays.
+WHOLE = {"steps": 10, "save": 3, "evaluate": 5}
+AT_REST = {"rate": 1e-12, "steps": 10}
+MOVING = {**AT_REST, "gamma": 0.45, "gamma_end": 0.0}
+GAMMAS = [0.45 - 0.05 * step for step in range(10)]
+
+
+@dataclass
+class Result:
+    """What a run left behind; steps and evaluations by the names that the host logs."""
+
+    code: int
+    output: str
+    folder: Path
+    steps: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+
+    def said(self, what: str) -> list[str]:
+        """This package's lines that hold this, without the prefix."""
+        lines = [line.partition("focalpo_plugins: ")[2] for line in self.output.splitlines()]
+        return [line for line in lines if what in line]
+
+    def each(self, name: str) -> list[float]:
+        return [step[name] for step in self.steps]
+
+
+class Host(Protocol):
+    near: float  # what rounding leaves between two layouts of a batch
+    apart: dict[str, Any]  # options by which margins aren't 0
+    spread: float  # and the losses of five steps differ by so much
+    names: dict[str, str]  # the host's names for loss, grad_norm, accuracy and margin in its log
+    refused: dict[str, str]  # by the name of one of CASES, what the refusal says
+    unknown: str  # what is said of an option that there isn't
+
+    def key(self, option: str) -> str:
+        """An option of a loss, or ``beta``, as the user writes it."""
+
+    def run(
+        self,
+        options: dict[str, Any],
+        pairs: Path | None = None,
+        ranks: int = 1,
+        resume: Path | None = None,
+        fault: str | None = None,
+    ) -> Result:
+        """Train on ``pairs``, 40 of the tiny data if None, eight a step, whatever the ranks.
+
+        Args:
+            options: ``loss`` (this package's or "dpo", the host's own), its options, ``beta``,
+                ``steps``, ``save`` and ``evaluate`` (every so many steps), ``rate``, ``model``,
+                ``reference`` ("another": the policy's norm, times 1.1).
+            resume: the checkpoint to resume from; the run goes on in its folder's copy.
+            fault: "read-only", of the folder for checkpoints; "no network".
+        """
+
+    def checkpoint(self, run: Result, step: int) -> Path: ...
+
+
+# Data that nothing can be learnt from.
+Row = dict[str, Any]
+
+
+def says(row: Row, side: str, answer: str) -> Row:
+    return {**row, side: [*row[side][:-1], {"role": "assistant", "content": answer}]}
+
+
+def alike(row: Row) -> Row:
+    return says(row, "rejected", row["chosen"][-1]["content"])
+
+
+def empty(row: Row) -> Row:
+    return says(row, "chosen", "")
+
+
+def after_other_turns(row: Row) -> Row:
+    """Two turns before the last question, the second of which is longer on the chosen side."""
+    said = {"chosen": "A long answer that is good.", "rejected": "Short."}
+    return {
+        side: [turns[0], {"role": "assistant", "content": said[side]}, turns[0], turns[-1]]
+        for side, turns in row.items()
+    }
+
+
+def long_prompt(row: Row) -> Row:
+    question = {"role": "user", "content": "And how many words are in this? " * 60}
+    return {side: [question, row[side][-1]] for side in ("chosen", "rejected")}
+
+
+def lines(rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+CASES: dict[str, Callable[[list[Row]], str]] = {
+    "equal answers": lambda rows: lines(map(alike, rows)),
+    "most answers equal": lambda rows: lines([*rows[:7], *map(alike, rows[7:])]),
+    "empty answers": lambda rows: lines(map(empty, rows)),
+    "earlier turns that differ": lambda rows: lines(map(after_other_turns, rows)),
+    "prompts beyond the limit": lambda rows: lines(map(long_prompt, rows)),
+    "an empty file": lambda rows: "",
+    "a cut first line": lambda rows: lines(rows)[9:],
+    "a cut last line": lambda rows: lines(rows)[:-40],
+    "no column chosen": lambda rows: lines({"rejected": row["rejected"]} for row in rows),
+    "no column rejected": lambda rows: lines({"chosen": row["chosen"]} for row in rows),
+}
+
+
+class Contract:
+    """Balanced batches (equal to plain ones) belong here as well, beside shared prompts."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def whole(cls, host: Host) -> Result:
+        return trained(host.run(WHOLE, ranks=2))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def moving(cls, host: Host) -> Result:
+        return trained(host.run({**MOVING, "save": 3}))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def apart(cls, host: Host) -> Result:
+        return trained(host.run({"steps": 5, "evaluate": 5, **host.apart}))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def pairs(cls, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+        """A file of 16 pairs, as ``write`` makes it of them."""
+        found = (tiny / "train.jsonl").read_text().splitlines()[:PAIRS]
+        rows = [{side: json.loads(line)[side] for side in ("chosen", "rejected")} for line in found]
+
+        def make(write: Callable[[list[Row]], str]) -> Path:
+            path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+            path.write_text(write(rows))
+            return path
+
+        return make
+
+    # The loss.
+
+    def test_the_first_loss(self, host: Host, whole: Result):
+        """Every margin is 0 then."""
+        assert len(whole.steps) == 10
+        assert whole.each(host.names["loss"])[0] == pytest.approx(FIRST, abs=1e-5)
+        agrees = "first step: policy and reference agree, largest margin 0."
+        assert len(whole.said(agrees)) == 1
+
+    def test_says_once_that_it_is_active(self, whole: Result):
+        """Whatever the ranks; the weight of a pair turns negative below z* = log(p / (1 - p)) with
+        p = e^-20."""
+        (line,) = whole.said("active.")
+        for part in ("loss=focalpo gamma=0.05 variant=correct z*=-20.00", "beta=0.1 ", "trainer=",
+                     "focalpo_plugins=", "torch="):  # fmt: skip
+            assert part in line
+
+    def test_gamma_zero_is_the_hosts_own(self, host: Host):
+        """To the last bit, step for step, and the host's own trains without a word."""
+        own, zero = (
+            trained(host.run({"steps": 5, **options}))
+            for options in ({"loss": "dpo"}, {"loss": "focalpo", "gamma": 0.0})
+        )
+        assert own.each(host.names["loss"])[0] == pytest.approx(DPO, abs=1e-5)
+        assert len(own.steps) == len(zero.steps) == 5
+        for ours, theirs in zip(zero.steps, own.steps, strict=True):
+            assert {name: ours[name] for name in host.names.values()} == {
+                name: theirs[name] for name in host.names.values()
+            }
+        assert not own.said("active.") and not own.said("done.")
+        assert "gamma=0.0" in zero.said("active.")[0]
+
+    # The log.
+
+    def test_diagnostics(self, host: Host, whole: Result):
+        """At the first step p is 1/2 and the weight 2^-0.05 (1 - 0.05 ln 2) = 0.93246."""
+        assert len(whole.evaluations) >= 2
+        for entry in (*whole.steps, *whole.evaluations):
+            assert {f"focalpo/{name}" for name in ("p", "weight", "reversed")} <= {*entry}
+            assert {"focalpo/margin_correct", "focalpo/margin_incorrect"} & {*entry}
+            assert not any(name.startswith("focalpo/gamma") for name in entry)
+        first = whole.steps[0]
+        assert first["focalpo/p"] == pytest.approx(0.5, abs=1e-6)
+        assert first["focalpo/weight"] == pytest.approx(0.93246, abs=1e-5)
+        assert first["focalpo/margin_incorrect"] == 0
+        assert 0 < whole.evaluations[-1]["focalpo/p"] < 1
+
+    def test_each_pair_is_counted_once(self, host: Host, whole: Result):
+        """The host's mean margin over all ranks is the mean of the two groups' margins, weighted by
+        its share of pairs ranked right."""
+        mixed = 0
+        for step in whole.steps:
+            right, wrong = (
+                step.get(f"focalpo/margin_{which}", 0) for which in ("correct", "incorrect")
+            )
+            share = step[host.names["accuracy"]]
+            margin = share * right + (1 - share) * wrong
+            assert margin == pytest.approx(step[host.names["margin"]], abs=1e-4)
+            mixed += 0 < share < 1
+        assert mixed, "no step had pairs ranked right and pairs ranked wrong"
+
+    def test_the_closing_line(self, host: Host, whole: Result):
+        losses = whole.each(host.names["loss"])
+        (line,) = whole.said("done.")
+        assert line.startswith(
+            f"done. 10 steps; loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last; held out: "
+        )
+        accuracy = whole.evaluations[-1][host.names["accuracy"]]
+        assert f"; held out: accuracy {accuracy:.3f}" in line
+        assert "; next: focalpo report " in line
+
+    # Resuming.
+
+    def test_resuming_is_exact(self, host: Host, whole: Result):
+        """From the checkpoint of step 3, inside the first epoch: to the last bit what was trained
+        without a stop."""
+        rest = trained(host.run(WHOLE, ranks=2, resume=host.checkpoint(whole, 3)))
+        assert [step["step"] for step in rest.steps][-7:] == [*range(4, 11)]
+        names = [*host.names.values(), "focalpo/p"]
+        for again, before in zip(rest.steps[-7:], whole.steps[3:], strict=True):
+            assert {n: again[n] for n in names} == {n: before[n] for n in names}
+
+    @pytest.mark.parametrize("option, was, got", [("gamma", 0.05, 0.1), ("beta", 0.1, 0.2)])
+    def test_resuming_with_another_value(
+        self, host: Host, whole: Result, option: str, was: float, got: float
+    ):
+        """Refused with key and both values."""
+        run = host.run({**WHOLE, option: got}, ranks=2, resume=host.checkpoint(whole, 9))
+        message = f"{host.key(option)} was {was}, got {got}: resuming would change the loss"
+        stopped(run, message, host.key("allow_changed"))
+
+    def test_resuming_with_another_value_that_is_allowed(self, host: Host, whole: Result):
+        """Its own checkpoints then say the value of their last steps."""
+        changed = {**WHOLE, "beta": 0.2, "allow_changed": True, "save": 1}
+        run = trained(host.run(changed, ranks=2, resume=host.checkpoint(whole, 9)))
+        assert run.steps[-1]["step"] == 10
+        again = host.run({**WHOLE, "steps": 15}, ranks=2, resume=host.checkpoint(run, 10))
+        stopped(again, f"{host.key('beta')} was 0.2, got 0.1: ")
+
+    def test_resuming_the_hosts_own(self, host: Host):
+        own = trained(host.run({"loss": "dpo", "steps": 5, "save": 3}))
+        run = host.run({"steps": 5, "save": 3}, resume=host.checkpoint(own, 3))
+        stopped(run, "does not say that it was trained with a loss of focalpo_plugins")
+
+    # A gamma that moves.
+
+    def test_gamma_of_each_step(self, host: Host, moving: Result):
+        """.45, .40, ... 0; the loss of margin 0 is 2^-gamma ln 2, so .5074 at first and .6931."""
+        assert moving.each("focalpo/gamma") == pytest.approx(GAMMAS, abs=1e-6)
+        losses = [2**-gamma * DPO for gamma in GAMMAS]
+        assert moving.each(host.names["loss"]) == pytest.approx(losses, abs=1e-4)
+        (line,) = moving.said("active.")
+        assert "gamma=0.45 gamma_end=0.0 variant=correct" in line
+        (line,) = moving.said("done.")
+        ends = "loss 0.5074 at first (gamma 0.45), 0.6931 at last (gamma 0); "
+        assert f"done. 10 steps; {ends}" in line
+
+    def test_a_moving_gamma_survives_resuming(self, host: Host, moving: Result):
+        checkpoint = host.checkpoint(moving, 3)
+        rest = trained(host.run({**MOVING, "save": 3}, resume=checkpoint))
+        assert rest.each("focalpo/gamma")[-7:] == pytest.approx(GAMMAS[3:], abs=1e-6)
+        assert not rest.said("changes over the run")
+        changed = host.run({**MOVING, "save": 3, "gamma_end": 0.1}, resume=checkpoint)
+        stopped(changed, f"{host.key('gamma_end')} was 0.0, got 0.1")
+
+    # Other ways to the same numbers.
+
+    def test_shared_prompts_equal_plain(self, host: Host, apart: Result):
+        shared = trained(
+            host.run({"steps": 5, "evaluate": 5, **host.apart, "shared_prompts": True})
+        )
+        names = [host.names[name] for name in ("loss", "margin")] + ["focalpo/p"]
+        assert len(shared.steps) == len(apart.steps) == 5
+        for ours, plain in zip(shared.steps, apart.steps, strict=True):
+            for name in names:
+                assert ours[name] == pytest.approx(plain[name], abs=host.near), name
+            grad_norm = host.names["grad_norm"]
+            assert ours[grad_norm] == pytest.approx(plain[grad_norm], rel=host.near)
+            assert 0.1 < ours["focalpo/tokens_saved"] < 0.9
+        of_eval = [run.evaluations[-1]["focalpo/p"] for run in (shared, apart)]
+        assert of_eval[0] == pytest.approx(of_eval[1], abs=host.near)
+        losses = apart.each(host.names["loss"])
+        assert max(losses) - min(losses) > host.spread
+        assert " prompts=shared attention=" in shared.said("active.")[0]
+        assert "prompts=" not in apart.said("active.")[0]
+        assert not any("tokens" in name for name in apart.steps[0])
+
+    # Faults.
+
+    def test_margins_that_are_not_finite(self, host: Host, tiny: Path, few: Path, tmp_path: Path):
+        """A pair whose token has lost its weights: both ranks stop in its step, before it is logged
+        or saved, and say which row on which rank."""
+        with_nan(tiny / "model", few / "train.jsonl", tmp_path)
+        run = host.run({"steps": 5, "save": 1, "model": tmp_path}, ranks=2)
+        assert run.code != 0
+        found = re.findall(
+            r"NotFinite: focalpo: reward margins are not finite, step (\d): rank (\d), "
+            r"row (\d) of 4 \(nan, (?:float32|bfloat16)\)\.",
+            run.output,
+        )
+        assert len(found) == 2 and len(set(found)) == 1, run.output[-6000:]
+        step, rank, row = map(int, found[0])
+        assert 1 <= step <= 5 and rank in (0, 1) and row in range(4)
+        assert max((entry["step"] for entry in run.steps), default=0) < step
+        saved = [number for number in range(1, 6) if host.checkpoint(run, number).exists()]
+        assert max(saved, default=0) == step - 1
+
+    def test_a_folder_that_is_read_only(self, host: Host):
+        run = host.run({"steps": 5, "save": 2}, fault="read-only")
+        stopped(run, "Permission denied")
+
+    def test_no_network(self, host: Host):
+        """Nothing of it is asked for, by the imports neither: what asks for it is written down."""
+        run = trained(host.run({"steps": 5}, fault="no network"))
+        assert run.said("active.") and not (run.folder / "asked").exists()
+
+    def test_an_option_that_is_misspelt(self, host: Host):
+        stopped(host.run({"steps": 5, "gama": 0.1}), host.unknown)
+
+    # The data.
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_data_that_is_refused(self, host: Host, pairs: Callable[..., Path], case: str):
+        """The last line says what is wrong with it."""
+        run = host.run({"steps": 2}, pairs=pairs(CASES[case]))
+        stopped(run)
+        assert host.refused[case] in run.output.strip().splitlines()[-1], run.output[-4000:]
+
+    def test_equal_answers_that_are_allowed(self, host: Host, pairs: Callable[..., Path]):
+        run = trained(
+            host.run({"steps": 2, "allow_data": True}, pairs=pairs(CASES["equal answers"]))
+        )
+        assert len(run.said("warning: 16 of 16 pairs have a chosen answer equal")) == 1
+        assert len(run.steps) == 2
+
+    def test_a_few_equal_answers_are_warned_of(self, host: Host, pairs: Callable[..., Path]):
+        a_few = pairs(lambda rows: lines([*map(alike, rows[:FEW]), *rows[FEW:]]))
+        run = trained(host.run({"steps": 2}, pairs=a_few))
+        assert len(run.said("warning: 4 of 16 pairs have a chosen answer equal")) == 1
+
+
+def trained(run: Result) -> Result:
+    assert run.code == 0, run.output[-6000:]
+    return run
+
+
+def stopped(run: Result, *words: str) -> None:
+    """Before the first step."""
+    assert run.code != 0, run.output[-4000:]
+    for word in words:
+        assert word in run.output, run.output[-6000:]
+    assert not any(step["step"] and "focalpo/p" in step for step in run.steps)
