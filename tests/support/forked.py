@@ -131,7 +131,7 @@ def _start(
     for to, output in ((1, outputs[0]), (2, outputs[-1])):
         os.dup2(output.fileno(), to)
     # The server's may have been files, and would seek in them.
-    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.chdir(folder)
     os.environ.update(variables)
