@@ -33,21 +33,26 @@ class OpenRLHF:
         "margin": "margin",
     }
     refused = {
-        "equal answers": "the training data can't be learnt from, got 16 of 16 pairs have a chosen "
-        "answer equal to",
-        "most answers equal": "got 9 of 16 pairs have a chosen answer equal to the rejected one",
-        "empty answers": "got 16 of 16 pairs have an empty answer. Remove them",
-        "earlier turns that differ": "got 16 of 16 rows have sides whose earlier turns differ: "
-        "OpenRLHF cuts both off after as",
-        "prompts beyond the limit": f"every pair was dropped as longer than {MAX_LEN}=128. Look at "
-        f"the file, or raise {MAX_LEN}.",
-        "an empty file": "dataset must hold a pair, got ",
-        "a cut first line": "of which line 1 can't be used: Expecting value. Fix",
-        "a cut last line": "of which line 16 can't be used: Unterminated string",
-        "no column chosen": "of which line 1 can't be used: it has no 'chosen', got rejected. Fix "
-        "that line",
-        "no column rejected": "of which line 1 can't be used: it has no 'rejected', got chosen. Fix "
-        "that line",
+        "equal answers": (
+            "the training data can't be learnt from, got 16 of 16 pairs have a chosen answer equal to",
+        ),
+        "most answers equal": ("got 9 of 16 pairs have a chosen answer equal to the rejected one",),
+        "empty answers": ("got 16 of 16 pairs have an empty answer. Remove them",),
+        "earlier turns that differ": (
+            "got 16 of 16 rows have sides whose earlier turns differ: OpenRLHF cuts both off after as",
+        ),
+        "prompts beyond the limit": (
+            f"every pair was dropped as longer than {MAX_LEN}=128. Look at the file, or raise {MAX_LEN}.",
+        ),
+        "an empty file": ("dataset must hold a pair, got ",),
+        "a cut first line": ("of which line 1 can't be used: Expecting value. Fix",),
+        "a cut last line": ("of which line 16 can't be used: Unterminated string",),
+        "no column chosen": (
+            "of which line 1 can't be used: it has no 'chosen', got rejected. Fix that line",
+        ),
+        "no column rejected": (
+            "of which line 1 can't be used: it has no 'rejected', got chosen. Fix that line",
+        ),
     }
     unknown = "did you mean '--focalpo.gamma'?"
 
@@ -90,6 +95,7 @@ class OpenRLHF:
         if fault == "no network":
             how |= {"path": [SUPPORT / "no_network"], "NETWORK_ASKED": str(folder / "asked")}
             how["launcher"] = "python"
+            flags.append("--focalpo.precompute_ref")
         run = self.train(*flags, **how)
         steps = [
             {**values, "step": step, "margin": values["chosen_reward"] - values["reject_reward"]}
@@ -104,8 +110,10 @@ class OpenRLHF:
     def checkpoint(self, run: Result, step: int) -> Path:
         return run.folder / "checkpoints" / f"global_step{step}"
 
+    def log(self, run: Result) -> Path:
+        return run.folder / "tensorboard"
 
-@pytest.mark.releases
+
 @pytest.mark.xdist_group("contract")
 class TestOpenRLHF(Contract):
     @pytest.fixture(scope="class")
@@ -114,3 +122,7 @@ class TestOpenRLHF(Contract):
         cls, train: Callable, few: Path, another: Path, tmp_path_factory: pytest.TempPathFactory
     ) -> OpenRLHF:
         return OpenRLHF(train, few, another, tmp_path_factory.mktemp)
+
+    @pytest.mark.releases
+    def test_no_network(self, host: OpenRLHF):
+        super().test_no_network(host)

@@ -1,4 +1,4 @@
-"""A gamma that moves over a run, in OpenRLHF's own command."""
+"""A gamma that moves over a run, in what the contract doesn't ask: OpenRLHF's epochs and evaluations."""
 
 from __future__ import annotations
 
@@ -17,28 +17,12 @@ pytestmark = pytest.mark.xdist_group("schedule")
 RESTING = ("--adam.lr", "1e-12", "--train.max_epochs", "2", "--loss", "focalpo")
 MOVING = ("--focalpo.gamma", "0.45", "--focalpo.gamma_end", "0.0")
 EAGER = ("--ds.attn_implementation", "eager")
-EXPECTED = [0.45 - 0.05 * step for step in range(10)]
 
 
 def gammas(run) -> list[float]:
     assert run.returncode == 0, run.output
     found = run.steps("train/")
     return [found[step]["focalpo/gamma"] for step in sorted(found)]
-
-
-@pytest.fixture(scope="module")
-def whole(train: Callable):
-    return train(*RESTING, *MOVING, "--ckpt.save_steps", "5")
-
-
-@pytest.mark.releases
-def test_gamma_of_each_step(whole):
-    """.45, .40, ... 0 over both epochs; the loss of margin 0 is 2^-gamma ln 2."""
-    assert gammas(whole) == pytest.approx(EXPECTED, abs=1e-6)
-    losses = [values["loss"] for _, values in sorted(whole.steps("train/").items())]
-    assert losses == pytest.approx([2**-gamma * math.log(2) for gamma in EXPECTED], abs=1e-4)
-    (line,) = whole.said("active.")
-    assert "gamma=0.45 gamma_end=0.0 variant=correct" in line
 
 
 def test_evaluations_can_be_compared(train_many: Callable, few: Path):
@@ -53,28 +37,6 @@ def test_evaluations_can_be_compared(train_many: Callable, few: Path):
     assert gammas(run)[4] == pytest.approx(0.45 * (1 + math.cos(math.pi * 4 / 9)) / 2, abs=1e-6)
     accuracy = [values["acc_mean"] for _, values in sorted(run.steps("eval/").items())][-1]
     assert f"; held out: accuracy {accuracy:.3f}; " in run.said("done.")[0]
-
-
-def test_the_closing_line(whole, train_many: Callable):
-    """The first loss is 2^-.45 ln 2 = .5074, the last ln 2 = .6931; OpenRLHF has no other number."""
-    (line,) = whole.said("done.")
-    assert "done. 10 steps; loss 0.5074 at first (gamma 0.45), 0.6931 at last (gamma 0); " in line
-    assert "; the model goes to " in line
-    assert line.endswith(f"; next: focalpo report {whole.folder / 'tensorboard'}")
-    assert not train_many({"": ("--loss", "dpo")})[""].said("done.")
-
-
-def test_resuming_is_exact(train: Callable, whole, tmp_path: Path):
-    shutil.copytree(whole.folder / "checkpoints", tmp_path / "checkpoints")
-    (tmp_path / "checkpoints" / "latest").write_text("global_step5")
-    resumed = train(*RESTING, *MOVING, "--ckpt.load_enable", folder=tmp_path)
-    assert gammas(resumed) == pytest.approx(EXPECTED[5:], abs=1e-6)
-    changed = train(
-        *RESTING, "--focalpo.gamma", "0.45", "--focalpo.gamma_end", "0.1", "--ckpt.load_enable",
-        folder=tmp_path,
-    )  # fmt: skip
-    assert changed.returncode
-    assert "--focalpo.gamma_end was 0.0, got 0.1" in changed.output
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +87,7 @@ def test_resumed_inside_an_epoch(
     assert not run.said("changes over the run")
     (line,) = run.said("done.")
     assert f"done. {last} steps; loss 0.5074 at first (gamma 0.45), " in line
+    assert "; the model goes to " in line
     link = json.loads((tmp_path / "tensorboard" / "again" / "focalpo_plugins.json").read_text())
     (before,) = (whole.folder / "tensorboard").iterdir()
     assert link == {"resumed": {"after": step, "log": before.name}}

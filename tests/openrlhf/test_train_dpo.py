@@ -118,24 +118,6 @@ def test_diagnostics_of_the_first_step(zero3, checkpointed):
 
 
 @shares_runs
-@pytest.mark.releases
-def test_diagnostics_are_of_all_ranks(zero3):
-    """OpenRLHF logs mean rewards and the share ranked right, reduced over its ranks: the mean margin
-    is their difference, and ours, put together from the pairs ranked right and wrong, is the same.
-
-    Without accumulation both are of the eight pairs of one step."""
-    mixed = 0
-    for step in zero3.steps("train/").values():
-        right, wrong = (
-            step.get(f"focalpo/margin_{which}", 0) for which in ("correct", "incorrect")
-        )
-        margin = step["acc"] * right + (1 - step["acc"]) * wrong
-        assert margin == pytest.approx(step["chosen_reward"] - step["reject_reward"], abs=1e-4)
-        mixed += 0 < step["acc"] < 1
-    assert mixed, "no step had pairs ranked right and pairs ranked wrong"
-
-
-@shares_runs
 def test_diagnostics_are_of_all_accumulated_batches(zero3, checkpointed):
     """The same pairs, once as two batches of four and once as four batches of two: the diagnostics
     of a step are the same, to what bf16 makes of differently padded batches."""

@@ -53,7 +53,7 @@ class Host(Protocol):
     apart: dict[str, Any]  # options by which margins aren't 0
     spread: float  # and the losses of five steps differ by so much
     names: dict[str, str]  # the host's names for loss, grad_norm, accuracy and margin in its log
-    refused: dict[str, str]  # by the name of one of CASES, what the refusal says
+    refused: dict[str, tuple[str, ...]]  # by the name of one of CASES, words of the last line
     unknown: str  # what is said of an option that there isn't
 
     def key(self, option: str) -> str:
@@ -78,6 +78,9 @@ class Host(Protocol):
         """
 
     def checkpoint(self, run: Result, step: int) -> Path: ...
+
+    def log(self, run: Result) -> Path:
+        """What `focalpo report` is given."""
 
 
 # Data that nothing can be learnt from.
@@ -131,10 +134,17 @@ CASES: dict[str, Callable[[list[Row]], str]] = {
 class Contract:
     """Balanced batches (equal to plain ones) belong here as well, beside shared prompts."""
 
+    RESUMED_ON = 2  # ranks
+
     @pytest.fixture(scope="class")
     @classmethod
     def whole(cls, host: Host) -> Result:
         return trained(host.run(WHOLE, ranks=2))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def saved(cls, host: Host, whole: Result) -> Result:
+        return whole if cls.RESUMED_ON == 2 else trained(host.run(WHOLE, ranks=cls.RESUMED_ON))
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -162,6 +172,7 @@ class Contract:
 
     # The loss.
 
+    @pytest.mark.releases
     def test_the_first_loss(self, host: Host, whole: Result):
         """Every margin is 0 then."""
         assert len(whole.steps) == 10
@@ -169,6 +180,7 @@ class Contract:
         agrees = "first step: policy and reference agree, largest margin 0."
         assert len(whole.said(agrees)) == 1
 
+    @pytest.mark.releases
     def test_says_once_that_it_is_active(self, whole: Result):
         """Whatever the ranks; the weight of a pair turns negative below z* = log(p / (1 - p)) with
         p = e^-20."""
@@ -177,6 +189,7 @@ class Contract:
                      "focalpo_plugins=", "torch="):  # fmt: skip
             assert part in line
 
+    @pytest.mark.releases
     def test_gamma_zero_is_the_hosts_own(self, host: Host):
         """To the last bit, step for step, and the host's own trains without a word."""
         own, zero = (
@@ -186,14 +199,15 @@ class Contract:
         assert own.each(host.names["loss"])[0] == pytest.approx(DPO, abs=1e-5)
         assert len(own.steps) == len(zero.steps) == 5
         for ours, theirs in zip(zero.steps, own.steps, strict=True):
-            assert {name: ours[name] for name in host.names.values()} == {
-                name: theirs[name] for name in host.names.values()
-            }
+            same = [n for n in theirs if n in host.names.values() or "reward" in n or "logps" in n]
+            assert len(same) > 4
+            assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
         assert not own.said("active.") and not own.said("done.")
         assert "gamma=0.0" in zero.said("active.")[0]
 
     # The log.
 
+    @pytest.mark.releases
     def test_diagnostics(self, host: Host, whole: Result):
         """At the first step p is 1/2 and the weight 2^-0.05 (1 - 0.05 ln 2) = 0.93246."""
         assert len(whole.evaluations) >= 2
@@ -207,6 +221,7 @@ class Contract:
         assert first["focalpo/margin_incorrect"] == 0
         assert 0 < whole.evaluations[-1]["focalpo/p"] < 1
 
+    @pytest.mark.releases
     def test_each_pair_is_counted_once(self, host: Host, whole: Result):
         """The host's mean margin over all ranks is the mean of the two groups' margins, weighted by
         its share of pairs ranked right."""
@@ -229,36 +244,42 @@ class Contract:
         )
         accuracy = whole.evaluations[-1][host.names["accuracy"]]
         assert f"; held out: accuracy {accuracy:.3f}" in line
-        assert "; next: focalpo report " in line
+        assert line.endswith(f"; next: focalpo report {host.log(whole)}")
 
     # Resuming.
 
-    def test_resuming_is_exact(self, host: Host, whole: Result):
+    @pytest.mark.releases
+    def test_resuming_is_exact(self, host: Host, saved: Result):
         """From the checkpoint of step 3, inside the first epoch: to the last bit what was trained
         without a stop."""
-        rest = trained(host.run(WHOLE, ranks=2, resume=host.checkpoint(whole, 3)))
+        rest = trained(host.run(WHOLE, ranks=self.RESUMED_ON, resume=host.checkpoint(saved, 3)))
         assert [step["step"] for step in rest.steps][-7:] == [*range(4, 11)]
         names = [*host.names.values(), "focalpo/p"]
-        for again, before in zip(rest.steps[-7:], whole.steps[3:], strict=True):
+        for again, before in zip(rest.steps[-7:], saved.steps[3:], strict=True):
             assert {n: again[n] for n in names} == {n: before[n] for n in names}
 
     @pytest.mark.parametrize("option, was, got", [("gamma", 0.05, 0.1), ("beta", 0.1, 0.2)])
     def test_resuming_with_another_value(
-        self, host: Host, whole: Result, option: str, was: float, got: float
+        self, host: Host, saved: Result, option: str, was: float, got: float
     ):
         """Refused with key and both values."""
-        run = host.run({**WHOLE, option: got}, ranks=2, resume=host.checkpoint(whole, 9))
+        run = host.run(
+            {**WHOLE, option: got}, ranks=self.RESUMED_ON, resume=host.checkpoint(saved, 9)
+        )
         message = f"{host.key(option)} was {was}, got {got}: resuming would change the loss"
         stopped(run, message, host.key("allow_changed"))
 
-    def test_resuming_with_another_value_that_is_allowed(self, host: Host, whole: Result):
+    def test_resuming_with_another_value_that_is_allowed(self, host: Host, saved: Result):
         """Its own checkpoints then say the value of their last steps."""
         changed = {**WHOLE, "beta": 0.2, "allow_changed": True, "save": 1}
-        run = trained(host.run(changed, ranks=2, resume=host.checkpoint(whole, 9)))
+        run = trained(host.run(changed, ranks=self.RESUMED_ON, resume=host.checkpoint(saved, 9)))
         assert run.steps[-1]["step"] == 10
-        again = host.run({**WHOLE, "steps": 15}, ranks=2, resume=host.checkpoint(run, 10))
+        again = host.run(
+            {**WHOLE, "steps": 15}, ranks=self.RESUMED_ON, resume=host.checkpoint(run, 10)
+        )
         stopped(again, f"{host.key('beta')} was 0.2, got 0.1: ")
 
+    @pytest.mark.releases
     def test_resuming_the_hosts_own(self, host: Host):
         own = trained(host.run({"loss": "dpo", "steps": 5, "save": 3}))
         run = host.run({"steps": 5, "save": 3}, resume=host.checkpoint(own, 3))
@@ -266,6 +287,7 @@ class Contract:
 
     # A gamma that moves.
 
+    @pytest.mark.releases
     def test_gamma_of_each_step(self, host: Host, moving: Result):
         """.45, .40, ... 0; the loss of margin 0 is 2^-gamma ln 2, so .5074 at first and .6931."""
         assert moving.each("focalpo/gamma") == pytest.approx(GAMMAS, abs=1e-6)
@@ -287,6 +309,7 @@ class Contract:
 
     # Other ways to the same numbers.
 
+    @pytest.mark.releases
     def test_shared_prompts_equal_plain(self, host: Host, apart: Result):
         shared = trained(
             host.run({"steps": 5, "evaluate": 5, **host.apart, "shared_prompts": True})
@@ -305,10 +328,11 @@ class Contract:
         assert max(losses) - min(losses) > host.spread
         assert " prompts=shared attention=" in shared.said("active.")[0]
         assert "prompts=" not in apart.said("active.")[0]
-        assert not any("tokens" in name for name in apart.steps[0])
+        assert not any("focalpo/tokens" in name for name in apart.steps[0])
 
     # Faults.
 
+    @pytest.mark.releases
     def test_margins_that_are_not_finite(self, host: Host, tiny: Path, few: Path, tmp_path: Path):
         """A pair whose token has lost its weights: both ranks stop in its step, before it is logged
         or saved, and say which row on which rank."""
@@ -325,8 +349,10 @@ class Contract:
         assert 1 <= step <= 5 and rank in (0, 1) and row in range(4)
         assert max((entry["step"] for entry in run.steps), default=0) < step
         saved = [number for number in range(1, 6) if host.checkpoint(run, number).exists()]
-        assert max(saved, default=0) == step - 1
+        assert saved[-3:] == [*range(max(1, step - 3), step)]
+        assert all(math.isfinite(loss) for loss in run.each(host.names["loss"]))
 
+    @pytest.mark.releases
     def test_a_folder_that_is_read_only(self, host: Host):
         run = host.run({"steps": 5, "save": 2}, fault="read-only")
         stopped(run, "Permission denied")
@@ -334,8 +360,10 @@ class Contract:
     def test_no_network(self, host: Host):
         """Nothing of it is asked for, by the imports neither: what asks for it is written down."""
         run = trained(host.run({"steps": 5}, fault="no network"))
+        assert run.each(host.names["loss"])[0] == pytest.approx(FIRST, abs=1e-4)
         assert run.said("active.") and not (run.folder / "asked").exists()
 
+    @pytest.mark.releases
     def test_an_option_that_is_misspelt(self, host: Host):
         stopped(host.run({"steps": 5, "gama": 0.1}), host.unknown)
 
@@ -343,10 +371,14 @@ class Contract:
 
     @pytest.mark.parametrize("case", CASES)
     def test_data_that_is_refused(self, host: Host, pairs: Callable[..., Path], case: str):
-        """The last line says what is wrong with it."""
+        """The last line says what is wrong with it; a host that can train on it is warned."""
         run = host.run({"steps": 2}, pairs=pairs(CASES[case]))
+        if case not in host.refused:
+            assert len(trained(run).said("warning: 16 of 16 ")) == 1
+            return
         stopped(run)
-        assert host.refused[case] in run.output.strip().splitlines()[-1], run.output[-4000:]
+        for words in host.refused[case]:
+            assert words in run.output.strip().splitlines()[-1], run.output[-4000:]
 
     def test_equal_answers_that_are_allowed(self, host: Host, pairs: Callable[..., Path]):
         run = trained(
