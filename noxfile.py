@@ -42,9 +42,12 @@ EVERY_RELEASE = "releases and not fused"
 THREE_AT_A_TIME = ("-n", "3", "--dist", "loadgroup")
 # The files with the longest groups are first, so that no worker has one left at the end.
 OF_AXOLOTL = [
-    *(f"tests/axolotl/test_{name}.py" for name in ("recipes", "e2e", "plugin", "study", "check")),
+    *(f"tests/axolotl/test_{name}.py" for name in ("contract", "recipes", "e2e", "plugin")),
+    "tests/trl/test_contract.py",
+    *(f"tests/axolotl/test_{name}.py" for name in ("study", "check")),
     "tests/axolotl",
 ]
+OF_OPENRLHF = ["tests/openrlhf/test_contract.py", "tests/openrlhf"]
 # pytest-xdist 3.8.0 no longer keeps a group on one worker under pytest 9.2, and says nothing.
 TEST_TOOLS = ("pytest<9.2", "pytest-xdist", "setuptools", "pyyaml", "hypothesis")
 # examples/eval/README.md installs the same; alpaca-eval needs the upper bounds.
@@ -155,7 +158,7 @@ def openrlhf(session: nox.Session) -> None:
     install_openrlhf(session)
     with meanwhile(session, "preloaded"):
         check_types(session, "openrlhf")
-    test(session, ["tests/openrlhf"], *THREE_AT_A_TIME)
+    test(session, OF_OPENRLHF, *THREE_AT_A_TIME)
 
 
 @nox.session
@@ -211,7 +214,7 @@ def openrlhf_releases(session: nox.Session, release: str, deepspeed: str) -> Non
     """The same tests in other releases of OpenRLHF."""
     with environment(session):
         install_openrlhf(session, f"openrlhf=={release}", f"deepspeed=={deepspeed}")
-        test(session, ["tests/openrlhf"], "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
+        test(session, OF_OPENRLHF, "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
 
 
 @nox.session(tags=["torches"])
