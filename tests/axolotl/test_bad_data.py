@@ -1,4 +1,4 @@
-"""Data that nothing can be learnt from, through `axolotl train`: refused before the first step."""
+"""Data that nothing can be learnt from, in ways that only Axolotl has; the rest is in the contract."""
 
 from __future__ import annotations
 
@@ -7,17 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from contract import Row, alike, lines, says
 from harness import Axolotl
-
-Row = dict[str, list[dict[str, str]]]
-
-
-def says(row: Row, side: str, answer: str) -> Row:
-    return {**row, side: [*row[side][:-1], {"role": "assistant", "content": answer}]}
-
-
-def alike(row: Row) -> Row:
-    return says(row, "rejected", row["chosen"][-1]["content"])
 
 
 def without_answer(row: Row) -> Row:
@@ -35,36 +26,7 @@ def spaced(row: Row) -> Row:
     return says(row, "chosen", row["chosen"][-1]["content"] + "\n")
 
 
-def after_other_turns(row: Row) -> Row:
-    """Two turns more on each side, which differ."""
-    more = {"role": "user", "content": "Say it again."}
-    return {side: [*turns, more, turns[-1]] for side, turns in row.items()}
-
-
-def long_prompt(row: Row) -> Row:
-    question = {"role": "user", "content": "And how many words are in this? " * 60}
-    return {side: [question, row[side][-1]] for side in ("chosen", "rejected")}
-
-
-def without(side: str) -> Callable[[Row], Row]:
-    return lambda row: {key: value for key, value in row.items() if key != side}
-
-
 REFUSED: dict[str, tuple[Callable[[list[Row]], str], tuple[str, ...]]] = {
-    "chosen equal to rejected": (
-        lambda rows: lines(map(alike, rows)),
-        ("the training data can't be learnt from, got 12 of 12 pairs have a chosen answer equal to "
-         "the rejected one", "The first is row 0 of the tokenized data, "),
-    ),
-    "most of them equal": (
-        lambda rows: lines([*rows[:5], *map(alike, rows[5:])]),
-        ("got 7 of 12 pairs have a chosen answer equal",),
-    ),
-    "prompts longer than the limit": (
-        lambda rows: lines(map(long_prompt, rows)),
-        ("train_dataset must hold a pair, got none", "sequence_len"),
-    ),
-    "an empty file": (lambda rows: "", ("datasets[0].path must hold a pair, got ", "pairs.jsonl', which is empty")),
     "empty answers, and words of the template": (
         lambda rows: lines([*map(without_answer, rows[:4]), *map(short_answer, rows[4:7]), *rows[7:]]),
         ("got 7 of 12 pairs have a BOS, or another turn, inside an answer", "for an empty answer",
@@ -77,20 +39,7 @@ REFUSED: dict[str, tuple[Callable[[list[Row]], str], tuple[str, ...]]] = {
          "chat template renders it", "The first is row 5 of datasets[0].path ", "pairs.jsonl': ",
          "<|end_header_id|>\\n\\n>' is trained where the template renders "),
     ),
-    "sides whose earlier turns differ": (
-        lambda rows: lines(map(after_other_turns, rows)),
-        ("got 12 of 12 rows have sides whose earlier turns differ: Axolotl trains the rejected "
-         "answer after the chosen side's turns",),
-    ),
-    "the first line cut": (lambda rows: lines(rows)[9:], ("datasets[0].path must be JSON lines, got ", "pairs.jsonl', of which line 1 can't be used: ")),
-    "malformed JSON": (lambda rows: lines(rows)[:-40], ("datasets[0].path must be JSON lines, got ", "pairs.jsonl', of which line 12 can't be used: ")),
-    "no column chosen": (lambda rows: lines(map(without("chosen"), rows)), ("chosen",)),
-    "no column rejected": (lambda rows: lines(map(without("rejected"), rows)), ("rejected",)),
 }  # fmt: skip
-
-
-def lines(rows) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def run_on(axolotl: Axolotl, tiny: Path, write: Callable[[list[Row]], str]):
@@ -113,13 +62,6 @@ def test_refused(axolotl: Axolotl, tiny: Path, case: str):
     message = run.output.strip().splitlines()[-1]
     for word in words:
         assert word in message, run.output[-3000:]
-
-
-def test_a_few_are_warned_of(axolotl: Axolotl, tiny: Path):
-    run = run_on(axolotl, tiny, lambda rows: lines([*map(alike, rows[:4]), *rows[4:]]))
-    assert run.code == 0, run.output[-3000:]
-    warning = "focalpo_plugins: warning: 4 of 12 pairs have a chosen answer equal"
-    assert run.output.count(warning) == 1
 
 
 def test_a_few_of_other_text_are_warned_of(axolotl: Axolotl, tiny: Path):

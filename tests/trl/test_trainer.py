@@ -1355,16 +1355,6 @@ def test_what_one_rank_finds_ends_all(tmp_path):
         assert words[name] in message
 
 
-def test_resume_of_the_hosts_dpo(tokenizer, tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
-    trainer(DPOTrainer, tokenizer, tmp_path, **saving).train()
-    host = trainer(FocalPOTrainer, tokenizer, tmp_path, **{**saving, "max_steps": 2})
-    with pytest.raises(
-        ValueError, match="does not say that it was trained with a loss of focalpo_pl"
-    ):
-        host.train(resume_from_checkpoint=True)
-
-
 def test_the_closing_line(tokenizer, tmp_path: Path, capsys):
     """Each number is the one that the log has; without a checkpoint there is nothing to report on."""
     pairs = Dataset.from_list(PAIRS[:5])
