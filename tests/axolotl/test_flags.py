@@ -205,7 +205,7 @@ IN_YAML: dict[str, tuple[dict[str, Any], list[str], str | None]] = {
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 @pytest.mark.parametrize("case", IN_YAML)
 def test_refused_before_the_launcher_starts(
-    command: Server, axolotl: Axolotl, case: str, launcher: str
+    command: Callable, axolotl: Axolotl, case: str, launcher: str
 ):
     """In one line, the last one, without a traceback."""
     changes, given, message = IN_YAML[case]
@@ -220,7 +220,7 @@ def test_refused_before_the_launcher_starts(
 
 
 @shares_command
-def test_a_broken_file_is_refused_before_the_launcher_starts(command: Server, axolotl: Axolotl):
+def test_a_broken_file_is_refused_before_the_launcher_starts(command: Callable, axolotl: Axolotl):
     path = axolotl.folder / "pairs.jsonl"
     path.write_text('{"prompt": "Hi"}]\n')
     data = {"path": str(path), "ds_type": "json", "type": "chat_template.argilla_chat"}
@@ -231,7 +231,7 @@ def test_a_broken_file_is_refused_before_the_launcher_starts(command: Server, ax
 
 @shares_command
 @pytest.mark.parametrize("text", ["rl: [", "- rl", "", "\xff"])
-def test_a_config_that_is_none_is_left_to_axolotl(command: Server, axolotl: Axolotl, text: str):
+def test_a_config_that_is_none_is_left_to_axolotl(command: Callable, axolotl: Axolotl, text: str):
     config = axolotl.folder / "other.yml"
     config.write_text(text, encoding="latin-1")
     code, output = outcome(command, config, TRAIN)
@@ -239,7 +239,7 @@ def test_a_config_that_is_none_is_left_to_axolotl(command: Server, axolotl: Axol
 
 
 @shares_command
-def test_the_runs_of_a_sweep_are_left_to_their_own_processes(command: Server, axolotl: Axolotl):
+def test_the_runs_of_a_sweep_are_left_to_their_own_processes(command: Callable, axolotl: Axolotl):
     """The config alone may lack what the sweep sets."""
     sweep = axolotl.folder / "sweep.yaml"
     sweep.write_text("focalpo_gamma: [0.1, 0.2]\n")
@@ -254,7 +254,7 @@ def test_the_last_line_where_no_command_of_axolotls_is_the_parent(axolotl: Axolo
     config = axolotl.config(focalpo_gamma=7)
     launch = ("accelerate", "launch", "-m", "axolotl.cli.train", str(config))
     run = subprocess.run(
-        launch, env=axolotl_environment(), cwd=axolotl.folder, capture_output=True, text=True
+        launch, env=environment(), cwd=axolotl.folder, capture_output=True, text=True
     )
     *_, before, last = run.stderr.splitlines()
     assert run.returncode != 0
