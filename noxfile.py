@@ -40,10 +40,11 @@ EVERY_RELEASE = "releases and not fused"
 # More than the cores, two: some always wait, for a launcher or for another rank; but each of them
 # imports the host.
 THREE_AT_A_TIME = ("-n", "3", "--dist", "loadgroup")
-# The files with the longest groups are first, so that no worker has one left at the end.
+# The files with the longest groups are first, so that no worker has one left at the end. A folder's
+# stand together: pytest forgets its conftest.py between two of them.
+OF_TRL = ["tests/trl/test_contract.py", "tests/trl"]
 OF_AXOLOTL = [
     *(f"tests/axolotl/test_{name}.py" for name in ("contract", "recipes", "e2e", "plugin")),
-    "tests/trl/test_contract.py",
     *(f"tests/axolotl/test_{name}.py" for name in ("study", "check")),
     "tests/axolotl",
 ]
@@ -149,7 +150,7 @@ def test_core(session: nox.Session) -> None:
 def axolotl(session: nox.Session) -> None:
     """The adapters of TRL and Axolotl, with the real Axolotl."""
     install_axolotl(session, "trl", "axolotl", "cli")
-    test(session, [*OF_AXOLOTL, "tests/trl"], *THREE_AT_A_TIME)
+    test(session, [*OF_AXOLOTL, *OF_TRL], *THREE_AT_A_TIME)
 
 
 @nox.session
@@ -191,7 +192,7 @@ def trl_releases(session: nox.Session, release: str) -> None:
         if release == "0.28.0":
             session.run("python", str(Path("tests/support/refused_trl.py").resolve()))
         else:
-            test(session, ["tests/trl"], "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
+            test(session, OF_TRL, "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
 
 
 @nox.session(tags=["compat"])
@@ -205,7 +206,7 @@ def axolotl_releases(session: nox.Session, release: str) -> None:
         session.install("matplotlib")
         with meanwhile(session, "preloaded"):
             beside_the_host(session)
-        test(session, [*OF_AXOLOTL, "tests/trl"], "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
+        test(session, [*OF_AXOLOTL, *OF_TRL], "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
 
 
 @nox.session(tags=["compat"])
