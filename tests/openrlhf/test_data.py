@@ -100,7 +100,7 @@ def answers(
 
 def after_other_turns() -> dict[str, Any]:
     """Two turns before the last question, the second of which is longer on the chosen side."""
-    said = {"chosen": "A long answer that is good.", "rejected": "Short."}
+    said = {"chosen": "A long answer that is good.", "rejected": "A long answer that is bad."}
     return {
         side: [turns[0], {"role": "assistant", "content": said[side]}, *turns]
         for side, turns in FORMATS["whole conversations"][0].items()
