@@ -35,7 +35,7 @@ OF_HOST = {
 }
 CORE = {
     "errors", "loss", "hookspecs", "options", "pairwise_loss", "registry", "diagnostics", "plan",
-    "guards", "compute", "run", "reference", "reference_file",
+    "guards", "compute", "run",
 }  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "errors": set(),

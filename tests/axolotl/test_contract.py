@@ -47,8 +47,8 @@ class AxolotlHost:
             "datasets[0].path must be JSON lines, got ",
             "pairs.jsonl', of which line 16 can't be used: ",
         ),
-        "no column chosen": ("chosen",),
-        "no column rejected": ("rejected",),
+        "no column chosen": ("it has no 'chosen'",),
+        "no column rejected": ("it has no 'rejected'",),
     }
     unknown = "focalpo_gama is no key of focalpo_plugins, got 0.1; did you mean 'focalpo_gamma'?"
 
