@@ -355,9 +355,8 @@ class Run:
                     self._warn_of_resumed(resumed, now.steps)
 
     def _warn_of_resumed(self, resumed: _Resumed, steps: int) -> None:
-        moving = ", ".join(
-            f"{self.asked.name}{self.host.separator}{name}" for name in self.asked.moving()
-        )
+        of_loss = f"{self.asked.name}{self.host.separator}"
+        moving = ", ".join(self.host.key(of_loss + name) for name in self.asked.moving())
         if moving:
             warn_of_another_length(resumed.steps, steps, moving)
         if resumed.history is not None and self._in_loss.get("margin", "dpo") == "dpo":

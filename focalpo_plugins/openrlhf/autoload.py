@@ -18,9 +18,13 @@ from _focalpo_plugins_autoload import command_of
 
 from . import COMMAND, cpu
 
+_MARK = "_of_focalpo_plugins"
+
 
 def patch(module: ModuleType | None = None) -> None:
-    """Prepare this process, which runs OpenRLHF's command, for ``--loss``."""
+    """Prepare this process, which runs OpenRLHF's command, for ``--loss``; once."""
+    if hasattr(ArgumentParser.parse_args, _MARK):
+        return
     cpu.stand_in()
     originals = {name: getattr(ArgumentParser, name) for name in ("parse_args", "parse_known_args")}
 
@@ -41,6 +45,7 @@ def patch(module: ModuleType | None = None) -> None:
                 return parse(self, args, *more, **kwargs)
             return flags.parse(functools.partial(parse, self), self, args, *more, **kwargs)
 
+        setattr(parse_watched, _MARK, True)
         return parse_watched
 
     for name, parse in originals.items():

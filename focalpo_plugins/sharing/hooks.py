@@ -124,7 +124,7 @@ class SharedPrompts:
 
     def describe(self, device: torch.device) -> str:
         """Text for the start-up line: prompts are shared, and by which attention on ``device``."""
-        return f"prompts=shared attention={kernel_for(device)[0]!r} "
+        return f"prompts=shared attention={kernel_for(device)[0]!r}"
 
     @contextmanager
     def of(self, pairs: int, lengths: Sequence[int] | None = None) -> Iterator[None]:

@@ -73,4 +73,4 @@ class SharedStepMixin(_Host):
     def _said_of_sharing(self) -> str:
         """What the start-up line says of shared prompts, after a space; empty without them."""
         sharing = self._sharing
-        return "" if sharing is None else f" {sharing.describe(self.accelerator.device).strip()}"
+        return "" if sharing is None else f" {sharing.describe(self.accelerator.device)}"

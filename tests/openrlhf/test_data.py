@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from datasets import Dataset, DatasetDict
 from harness import ManyFocalpo
@@ -265,7 +266,7 @@ def test_what_a_run_refuses_is_refused(answers: dict):
         assert any(warning.startswith(fault) for warning in json.loads(output)["warnings"])
 
 
-def test_an_empty_cell_ends_a_run(train: Callable, tiny: Path, tmp_path: Path):
+def test_an_empty_cell_ends_a_run(tiny: Path, tmp_path: Path):
     """On two ranks, before training: an answer, which OpenRLHF meets when it joins prompt and answer,
     and a prompt, of which an input template would make the word None."""
     cases = {"chosen": [], "prompt": ["--data.input_template", "Q: {}"]}
@@ -274,10 +275,11 @@ def test_an_empty_cell_ends_a_run(train: Callable, tiny: Path, tmp_path: Path):
         flags += [*OURS, "--model.model_name_or_path", str(tiny / "model"), KEY, "prompt"]
         flags += ["--data.dataset", str(path), "--ds.attn_implementation", "eager"]
         flags += ["--train.batch_size", "4", "--train.micro_batch_size", "2"]
-        run = train(*flags, ranks=2)
-        assert run.returncode == 1
-        assert run.stderr.count(f"focalpo_plugins: {empty('--data.dataset', path, column)}") == 1
-        assert "Traceback" not in run.stderr and "Train step" not in run.stderr
+        command = "focalpo_plugins.openrlhf.train_dpo:main"
+        code, _, errors = forked.run(command, of_host(flags), tmp_path, 2)
+        assert code == 1
+        assert errors.count(f"focalpo_plugins: {empty('--data.dataset', path, column)}") == 1
+        assert "Traceback" not in errors and "Train step" not in errors
 
 
 @shares_answers

@@ -400,7 +400,7 @@ def test_pairs_that_one_rank_alone_does_not_know(watched: Callable):
     run = watched(flags, 2, {"rank": 1, "edited": True})
     assert run.returncode == 1, run.output
     error = (
-        "RunError: focalpo_plugins: on rank 1, the reference's log-probabilities of pair 0 of "
+        "RunError: on rank 1, the reference's log-probabilities of pair 0 of "
         "a batch were not precomputed: it is in neither data set as it was when training began."
     )
     assert run.stderr.count(error) == 2
