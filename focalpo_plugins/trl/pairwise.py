@@ -59,12 +59,13 @@ class PairwiseBase(PairwiseTrainerMixin):
 
     def _check_embeddings(self, dataset: Any, tokenizer: Any, columns: Sequence[str]) -> None:
         """Refuse tokenized data with a token for which a model has no embedding."""
-        embeddings.check(
-            self._embeddings,
-            tokenizer,
-            lambda: largest_id(dataset, columns),
-            say=RANKS.rank == 0,
-        )
+        known = self._embeddings
+
+        def check() -> None:
+            is_first = RANKS.rank == 0
+            embeddings.check(known, tokenizer, lambda: largest_id(dataset, columns), say=is_first)
+
+        together(RANKS, check)
 
     def _check_faults(self, faults: Callable[[], Iterable[Fault]]) -> None:
         """Refuse data for what ``faults`` finds, on all ranks together, and warn of the rest."""
