@@ -140,11 +140,15 @@ def _start(
     for module in first:
         import_module(module)
     sys.argv = [command.partition(":")[0], *argv]
-    if command.endswith(".py"):
-        runpy.run_path(command, run_name="__main__")
-    else:
-        module, _, name = command.partition(":")
-        sys.exit(getattr(import_module(module), name)())
+    try:
+        if command.endswith(".py"):
+            runpy.run_path(command, run_name="__main__")
+        else:
+            module, _, name = command.partition(":")
+            sys.exit(getattr(import_module(module), name)())
+    except Exception:  # as Python does for a program of its own
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
 
 
 def _forget(path: list[str]) -> None:

@@ -34,7 +34,7 @@ class TRL:
         ),
         "most answers equal": ("got 9 of 16 pairs have a chosen answer equal",),
         "empty answers": ("got 16 of 16 pairs have an empty answer",),
-        "prompts beyond the limit": ("no token of the answer within max_length=128",),
+        "prompts beyond the limit": ("max_length=128",),
         # The script reads the file, before this package is asked.
         "an empty file": (),
         "a cut first line": (),

@@ -350,17 +350,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from focalpo_plugins.sharing import SharedPrompts
 from focalpo_plugins.guards.ranks import together
 
-def gather(mine):
-    found = [None] * 2
-    dist.all_gather_object(found, mine)
-    return found
+class Two:
+    def gather(self, thing):
+        found = [None] * 2
+        dist.all_gather_object(found, thing)
+        return found
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
 network = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
 compared = []
-shared = SharedPrompts("the key", lambda check: (compared.append(1), together(check, gather)))
+shared = SharedPrompts("the key", lambda check: (compared.append(1), together(Two(), check)))
 shared.attach(network)
 for lengths in ((12, 12), (12, 18), (18, 12), (12, 40)):
     length = lengths[dist.get_rank()]
