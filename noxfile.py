@@ -196,6 +196,17 @@ def trl_releases(session: nox.Session, release: str) -> None:
 
 
 @nox.session(tags=["compat"])
+def trl_of_other_hosts(session: nox.Session) -> None:
+    """What a host can use that pins an older TRL."""
+    with environment(session):
+        newest_pip(session)
+        session.install(TORCH)
+        session.install("trl==0.24.0", "transformers<5", "peft")
+        session.install(wheel(session))
+        session.run("python", str(Path("tests/support/older_trl.py").resolve()))
+
+
+@nox.session(tags=["compat"])
 @nox.parametrize("release", [end("0.16.1"), "0.18.0", end("0.21.0")])
 def axolotl_releases(session: nox.Session, release: str) -> None:
     """The same tests in other releases of Axolotl."""

@@ -7,7 +7,18 @@ has the parts for.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import FocalPOConfig
+    from .exchange import check_host, check_loss_types
+    from .reference_free import (
+        FocalCPOConfig,
+        FocalCPOTrainer,
+        FocalORPOConfig,
+        FocalORPOTrainer,
+    )
+    from .trainer import FocalPOTrainer, PairwiseLossMixin
 
 _MODULE_OF = {
     "FocalCPOConfig": ".reference_free",
@@ -21,7 +32,17 @@ _MODULE_OF = {
     "check_loss_types": ".exchange",
 }
 
-__all__ = [*_MODULE_OF]
+__all__ = [
+    "FocalCPOConfig",
+    "FocalCPOTrainer",
+    "FocalORPOConfig",
+    "FocalORPOTrainer",
+    "FocalPOConfig",
+    "FocalPOTrainer",
+    "PairwiseLossMixin",
+    "check_host",
+    "check_loss_types",
+]
 
 
 def __getattr__(name: str) -> Any:
