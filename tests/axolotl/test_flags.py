@@ -200,10 +200,16 @@ IN_YAML: dict[str, tuple[dict[str, Any], list[str], str | None]] = {
 }
 
 
+# Axolotl 0.16 has no such key, and hands the option to the launcher.
+NOT_IN_0_16 = {"a list, fused"}
+
+
 @shares_command
-@pytest.mark.releases
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
-@pytest.mark.parametrize("case", IN_YAML)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[pytest.mark.releases] * (c not in NOT_IN_0_16)) for c in IN_YAML],
+)
 def test_refused_before_the_launcher_starts(
     command: Callable, axolotl: Axolotl, case: str, launcher: str
 ):

@@ -487,9 +487,11 @@ SCRIPTS = {
     "load_cfg": "from axolotl.cli.config import load_cfg\n{}\n",
     "validate_config": "from axolotl.utils.config import validate_config\n{}\n"
     "load_cfg = lambda path: validate_config(DictDefault(yaml.safe_load(open(path))))\n",
-    # As Ray's worker does, which never imports the command.
-    "train": "from axolotl.cli.train import _lazy_attr\n{}\n"
-    "validate_config = _lazy_attr('validate_config')\n"
+    # As Ray's worker does, which never imports the command; before 0.19 it has no `_lazy_attr`.
+    "train": "from axolotl.cli import train\n{}\n"
+    "from axolotl.utils import config\n"
+    "find = getattr(train, '_lazy_attr', lambda name: getattr(config, name))\n"
+    "validate_config = find('validate_config')\n"
     "load_cfg = lambda path: validate_config(DictDefault(yaml.safe_load(open(path))))\n",
 }
 
