@@ -10,7 +10,6 @@ import contextlib
 import gc
 import io
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -105,7 +104,6 @@ def axolotl_trainers(
     model, and on the pairs of ``data`` if there are any."""
     import yaml
 
-    sys.argv = ["axolotl"]  # a process that the autoload is meant for
     os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from axolotl.cli.config import load_cfg

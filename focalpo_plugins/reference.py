@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from .errors import InvalidValue
 from .guards.messages import say
-from .guards.ranks import Ranks, together
+from .guards.ranks import Ranks, on_first
 from .reference_file import MISSING, ReferenceFile
 
 _DIGEST = 16  # bytes
@@ -43,7 +43,7 @@ class Pairs(NamedTuple):
     prompt_lengths: Sequence[int]
 
 
-class Source(Protocol):
+class PairsAndReference(Protocol):
     """A host's pairs and its reference, on one rank.
 
     Attributes:
@@ -161,7 +161,7 @@ def _digest_of_weights(
 
 
 def precompute(
-    source: Source, ranks: Ranks, settings: Mapping[str, Any], folder: Path, key: str
+    source: PairsAndReference, ranks: Ranks, settings: Mapping[str, Any], folder: Path, key: str
 ) -> ReferenceLogps:
     """Read or compute the log-probabilities of all pairs, and free the reference.
 
@@ -191,10 +191,10 @@ def precompute(
     if not logps.isfinite().all():
         how = "computed and kept in"
         with ExitStack() as reserved:
-            _on_the_first(ranks, lambda: reserved.enter_context(file.reserved()))
+            on_first(ranks, lambda: reserved.enter_context(file.reserved()))
             logps = _compute(source, ranks, pairs)
             reserved.close()
-            _on_the_first(ranks, lambda: file.write(logps))
+            on_first(ranks, lambda: file.write(logps))
     held = source.free()
     if ranks.rank == 0:
         say(
@@ -214,7 +214,7 @@ class _AllPairs:
         lengths: length of each pair's longer side, in tokens.
     """
 
-    def __init__(self, source: Source, ranks: Ranks) -> None:
+    def __init__(self, source: PairsAndReference, ranks: Ranks) -> None:
         digests = torch.zeros(source.pairs, _DIGEST, dtype=torch.uint8)
         lengths = torch.zeros(source.pairs, dtype=torch.int64)
         # Each rank fills its share.  The maximum joins them: the other ranks have zeros there.
@@ -230,7 +230,7 @@ class _AllPairs:
         self.digests, self.lengths = digests[self.numbers], lengths[self.numbers].tolist()
 
 
-def _compute(source: Source, ranks: Ranks, pairs: _AllPairs) -> Tensor:
+def _compute(source: PairsAndReference, ranks: Ranks, pairs: _AllPairs) -> Tensor:
     """Use the host's own forward pass, on batches of pairs of similar length, longest first."""
     order = sorted(range(len(pairs.numbers)), key=lambda row: -pairs.lengths[row])
     size, (number, number_of_ranks) = source.batch_size, source.share
@@ -254,11 +254,6 @@ def _compute(source: Source, ranks: Ranks, pairs: _AllPairs) -> Tensor:
             "and at the reference's weights; fp16 overflows where bf16 does not."
         )
     return logps
-
-
-def _on_the_first(ranks: Ranks, do: Callable[[], Any]) -> None:
-    """Run ``do`` on the first rank; if it raises, all ranks raise."""
-    together(ranks, do if ranks.rank == 0 else lambda: None)
 
 
 def _bar(numbers: range, what: str, ranks: Ranks) -> Any:

@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -237,10 +236,8 @@ def test_without_matplotlib_the_numbers_come_all_the_same(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ManyFocalpo]:
-    modules = ("focalpo_plugins.cli.report", "focalpo_plugins.loss", "matplotlib.pyplot")
-    with ManyFocalpo(*modules, cwd=tmp_path_factory.mktemp("reports")) as many:
-        yield many
+def reports(tmp_path_factory: pytest.TempPathFactory) -> ManyFocalpo:
+    return ManyFocalpo(tmp_path_factory.mktemp("reports"))
 
 
 def write_state(folder: Path, log: list[dict[str, float]], step: int = 0) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..guards import sources
-from ..guards.last_line import modules_of
+from ..guards.messages import modules_of
 from .conversations import text_faults
 from .sources import listed
 

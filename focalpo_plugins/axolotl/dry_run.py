@@ -225,16 +225,10 @@ def _load_cfg(config: Path, gpus: int, scratch: Path, shape: Path | None) -> tup
     import axolotl.utils.config as config_module
     from axolotl.cli import config as cli_config
 
-    from .autoload import patch
-
     names = ("FOCALPO_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD")
     off = next((name for name in names if os.environ.get(name) == "0"), None)
     if off is not None:
         _check_listed(config, off)
-    # In Axolotl's own process the autoload has done this already.
-    if not off and not hasattr(cli_config.validate_config, "__wrapped__"):
-        patch(config_module)
-        cli_config.validate_config = config_module.validate_config
     notes = []
     if not torch.cuda.is_available():
         notes.append(f"no GPU here: Axolotl's validation was told of {gpus} x A100 (bf16, sm_80)")

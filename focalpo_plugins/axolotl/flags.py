@@ -69,7 +69,7 @@ def check_arrived(cfg: Any) -> None:
 
 
 def _check_config(given: Mapping[str, Any]) -> None:
-    """Refuse a config of ours before a launcher is started.
+    """Refuse a config that asks for one of our losses before a launcher is started.
 
     What isn't found here is found where Axolotl loads the config, in the launcher's processes.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .jsonl import broken_file
-from .last_line import modules_of
+from .messages import modules_of
 
 _LIBRARIES = ("huggingface_hub", "datasets.load", "transformers.utils.hub", "axolotl.utils.data")
 # Errors of this machine's disk, whatever was being read.

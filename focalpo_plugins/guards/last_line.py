@@ -11,11 +11,10 @@ import atexit
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from tempfile import gettempdir
 from types import ModuleType, TracebackType
-from typing import Any
 
 from ..errors import FocalPOError
 from .messages import say
@@ -96,12 +95,3 @@ def _show(process: int) -> None:
         if reason:
             say(reason)
         os.remove(path)
-
-
-def modules_of(error: BaseException) -> Iterator[tuple[str, str]]:
-    """Module and function of each call that the error came through, the outermost first."""
-    trace = error.__traceback__
-    while trace is not None:
-        frame: Any = trace.tb_frame
-        yield str(frame.f_globals.get("__name__")), frame.f_code.co_name
-        trace = trace.tb_next

@@ -6,6 +6,7 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from ..errors import FocalPOError, InvalidValue
 
@@ -76,3 +77,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(word.lower(), known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}."
+
+
+def modules_of(error: BaseException) -> Iterator[tuple[str, str]]:
+    """Module and function of each call that the error came through, the outermost first."""
+    trace = error.__traceback__
+    while trace is not None:
+        frame: Any = trace.tb_frame
+        yield str(frame.f_globals.get("__name__")), frame.f_code.co_name
+        trace = trace.tb_next

@@ -25,7 +25,7 @@ class Ranks(Protocol):
         """What each rank has passed, in the order of the ranks."""
 
 
-def together(ranks: Ranks, check: Callable[[], None]) -> None:
+def together(ranks: Ranks, check: Callable[[], Any]) -> None:
     """Run ``check`` on every rank, and raise on all ranks if it raises on one.
 
     If one rank ended alone, the others would wait for it.
@@ -49,3 +49,8 @@ def together(ranks: Ranks, check: Callable[[], None]) -> None:
             if ours:
                 raise InvalidValue(words)
             raise RunError(f"on rank {rank}: {words}") from mine
+
+
+def on_first(ranks: Ranks, do: Callable[[], Any]) -> None:
+    """Run ``do`` on the first rank only; all ranks raise if it raises, as in :func:`together`."""
+    together(ranks, do if ranks.rank == 0 else lambda: None)

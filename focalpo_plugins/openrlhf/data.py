@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import InvalidValue
 from ..guards import jsonl, pairs, sources
-from ..guards.last_line import modules_of
+from ..guards.messages import modules_of
 from ..guards.rows import (
     CONVERSATIONS,
     MESSAGES,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..errors import InvalidValue
 from ..guards import last_line
 from ..guards.messages import say
-from ..guards.ranks import together
+from ..guards.ranks import on_first, together
 
 
 class StrategyRanks:
@@ -37,7 +38,8 @@ class StrategyRanks:
 
 def on_rank_0(strategy: Any, do: Callable[[], None]) -> None:
     """Run ``do`` on the first rank; if it raises, all ranks end."""
-    on_all_ranks(strategy, do if strategy.is_rank_0() else lambda: None)
+    with _ended_together(strategy):
+        on_first(StrategyRanks(strategy), do)
 
 
 def on_all_ranks(strategy: Any, check: Callable[[], None]) -> None:
@@ -45,8 +47,14 @@ def on_all_ranks(strategy: Any, check: Callable[[], None]) -> None:
 
     The first rank prints the message of an error of this package.  Any other error is raised.
     """
-    try:
+    with _ended_together(strategy):
         together(StrategyRanks(strategy), check)
+
+
+@contextmanager
+def _ended_together(strategy: Any) -> Iterator[None]:
+    try:
+        yield
     except InvalidValue as error:
         stop_all(strategy, str(error))
 

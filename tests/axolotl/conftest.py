@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,5 @@ def once(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Axolotl:
 
 
 @pytest.fixture(scope="session")
-def focalpo(once: Axolotl) -> Iterator[ManyFocalpo]:
-    with ManyFocalpo(cwd=once.folder) as many:
-        yield many
+def focalpo(once: Axolotl) -> ManyFocalpo:
+    return ManyFocalpo(once.folder)

@@ -91,13 +91,7 @@ class AxolotlHost:
         log = run.log if run.checkpoints else []
         if not log and "'loss':" in run.output:
             log = [{"step": 1, "loss": float("nan"), "focalpo/p": float("nan")}]
-        steps = [entry for entry in log if "loss" in entry]
-        evaluations = [
-            {name.removeprefix("eval_"): value for name, value in entry.items()}
-            for entry in log
-            if "eval_loss" in entry
-        ]
-        return Result(run.code, run.output, run.folder, steps, evaluations)
+        return Result.of_history(run.code, run.output, run.folder, log)
 
     def checkpoint(self, run: Result, step: int) -> Path:
         return run.folder / f"checkpoint-{step}"

@@ -280,15 +280,15 @@ def test_without_autoload_the_missing_line_is_named(once: Axolotl, off: str):
     configs = [once.config()]
     if off == "FOCALPO_AUTOLOAD":
         configs.append(once.config(plugins=["focalpo_plugins.axolotl.FocalPOPlugin"]))
-    with ManyFocalpo("axolotl.cli.config", cwd=once.folder, **{off: "0"}) as focalpo:
-        code, _, errors = focalpo("check", configs[0])
-        last = errors.splitlines()[-1]
-        assert code == 2
-        assert "plugins must list focalpo_plugins.axolotl.FocalPOPlugin where " in last
-        assert f"{off}=0 turns the autoload off, got []. Add the lines `plugins:`" in last
-        for config in configs[1:]:
-            code, _, errors = focalpo("check", config)
-            assert code == 0, errors[-3000:]
+    focalpo = ManyFocalpo(once.folder, **{off: "0"})
+    code, _, errors = focalpo("check", configs[0])
+    last = errors.splitlines()[-1]
+    assert code == 2
+    assert "plugins must list focalpo_plugins.axolotl.FocalPOPlugin where " in last
+    assert f"{off}=0 turns the autoload off, got []. Add the lines `plugins:`" in last
+    for config in configs[1:]:
+        code, _, errors = focalpo("check", config)
+        assert code == 0, errors[-3000:]
 
 
 def test_the_last_line_of_a_launched_run(axolotl: Axolotl):

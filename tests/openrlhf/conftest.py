@@ -6,7 +6,7 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,10 +90,9 @@ class Run:
 
 
 @pytest.fixture(scope="session")
-def focalpo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ManyFocalpo]:
+def focalpo(tmp_path_factory: pytest.TempPathFactory) -> ManyFocalpo:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    with ManyFocalpo(cwd=tmp_path_factory.mktemp("focalpo"), **alone) as many:
-        yield many
+    return ManyFocalpo(tmp_path_factory.mktemp("focalpo"), **alone)
 
 
 @pytest.fixture(scope="session")

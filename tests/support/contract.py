@@ -47,6 +47,19 @@ class Result:
     def each(self, name: str) -> list[float]:
         return [step[name] for step in self.steps]
 
+    @classmethod
+    def of_history(
+        cls, code: int, output: str, folder: Path, history: list[dict[str, float]]
+    ) -> Result:
+        """What a ``transformers.Trainer`` left, by its log."""
+        steps = [entry for entry in history if "loss" in entry]
+        evaluations = [
+            {name.removeprefix("eval_"): value for name, value in entry.items()}
+            for entry in history
+            if "eval_loss" in entry
+        ]
+        return cls(code, output, folder, steps, evaluations)
+
 
 class Host(Protocol):
     near: float  # what rounding leaves between two layouts of a batch

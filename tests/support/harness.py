@@ -268,14 +268,8 @@ class ManyFocalpo:
     """``focalpo``, many times: each run is a process of its own, forked off one that has imported
     what it needs."""
 
-    def __init__(self, *modules: str, cwd: Path, **variables: str) -> None:
+    def __init__(self, cwd: Path, **variables: str) -> None:
         self.cwd, self.variables = cwd, variables
-
-    def __enter__(self) -> ManyFocalpo:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
     def __call__(self, *argv: str | Path) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""

@@ -27,7 +27,6 @@ TOOLS = ("torch", "peft", "tqdm", "matplotlib.pyplot")
 
 def load() -> None:
     host = next((name for name in HOSTS if find_spec(name)), None)
-    sys.argv = [host or "focalpo"]  # a process that the autoload is meant for
     if host == "openrlhf":
         on_a_cpu()
     for name in (*HOSTS.get(host, ()), *TOOLS):

@@ -86,13 +86,7 @@ class TRL:
             )  # fmt: skip
         log = folder / "log.json"
         history = json.loads(log.read_text()) if log.exists() else []
-        steps = [entry for entry in history if "loss" in entry]
-        evaluations = [
-            {name.removeprefix("eval_"): value for name, value in entry.items()}
-            for entry in history
-            if "eval_loss" in entry
-        ]
-        return Result(ended[0], ended[1] + ended[2], folder, steps, evaluations)
+        return Result.of_history(ended[0], ended[1] + ended[2], folder, history)
 
     def checkpoint(self, run: Result, step: int) -> Path:
         return run.folder / "out" / f"checkpoint-{step}"

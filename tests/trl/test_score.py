@@ -183,15 +183,15 @@ def ends(setting: dict[str, Path]) -> dict[str, tuple[int, str, str]]:
     (folder / "full").mkdir()
     (folder / "full" / "scores.jsonl").symlink_to("/dev/full")
     cases["full"] = argv("full", "--format", "csv")
-    with ManyFocalpo("focalpo_plugins.trl.score", cwd=folder) as focalpo:
-        found = {"whole": focalpo(*cases.pop("whole"))}
-        # Stopped in the middle of the fourth pair, and after the last.
-        content = (folder / "whole" / "scores.jsonl").read_text()
-        lines = content.splitlines(keepends=True)
-        for name, kept in (("resumed", "".join(lines[:4]) + lines[4][:30]), ("complete", content)):
-            (folder / name).mkdir()
-            (folder / name / "scores.jsonl").write_text(kept)
-        return found | {name: focalpo(*words) for name, words in cases.items()}
+    focalpo = ManyFocalpo(folder)
+    found = {"whole": focalpo(*cases.pop("whole"))}
+    # Stopped in the middle of the fourth pair, and after the last.
+    content = (folder / "whole" / "scores.jsonl").read_text()
+    lines = content.splitlines(keepends=True)
+    for name, kept in (("resumed", "".join(lines[:4]) + lines[4][:30]), ("complete", content)):
+        (folder / name).mkdir()
+        (folder / name / "scores.jsonl").write_text(kept)
+    return found | {name: focalpo(*words) for name, words in cases.items()}
 
 
 # Folder of the model, and what is said of it.
