@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from harness import (
     ON_CPU,
@@ -33,10 +34,9 @@ SPLIT = ("loss", "grad_norm", "rewards/margins", "focalpo/p", "focalpo/weight", 
 
 @pytest.fixture(scope="session")
 def plain(once: Axolotl) -> Run:
-    """Six steps with evaluation and two checkpoints, without a `plugins:` line, by Axolotl's default
-    launcher, with worker processes for the data as by default."""
-    workers = {"AXOLOTL_DATASET_NUM_PROC": "2"}
-    return once.train("--launcher", "accelerate", how=workers, eval_steps=3)
+    """Six steps with evaluation and two checkpoints, without a `plugins:` line, with worker processes
+    for the data as by default.  test_flags.py trains by Axolotl's default launcher."""
+    return once.train(how={"AXOLOTL_DATASET_NUM_PROC": "2"}, eval_steps=3)
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +104,7 @@ def test_model_card_names_the_method(plain: Run):
     assert "2501.06645" in card
 
 
-@shares_plain
+@pytest.mark.xdist_group("autoload off")
 @pytest.mark.releases
 def test_plugins_line_without_autoload(axolotl: Axolotl, plain: Run):
     run = axolotl.train(plugins=[PLUGIN], how={"FOCALPO_AUTOLOAD": "0"})
@@ -361,6 +361,8 @@ import gc
 import sys
 sys.path.append({str(SUPPORT)!r})
 import yaml
+
+gc.unfreeze()  # what the process is forked off has imported
 from axolotl.cli.config import load_cfg
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.train import do_train
@@ -380,19 +382,12 @@ if __name__ == "__main__":
         assert gc.get_freeze_count() == 0
 """
     )
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env=environment(),
-        cwd=axolotl.folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    code, output, _ = forked.run(str(script), [], axolotl.folder, merged=True)
+    assert code == 0, output[-4000:]
     first = {name: Run(0, "", Path(folder)).steps("loss")[0][0] for name, folder in folders.items()}
     expected = {"fused": math.log(2) / 2, "dpo": math.log(2), "plain": FIRST}
     assert first == pytest.approx(expected, abs=1e-6)
-    active = [line for line in done.stdout.splitlines() if "focalpo_plugins: active" in line]
+    active = [line for line in output.splitlines() if "focalpo_plugins: active" in line]
     assert ["path=fused" in line for line in active] == [False, True]
     looked_at = {
         name: json.loads((Path(folder) / "garbage.json").read_text())

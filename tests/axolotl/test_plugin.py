@@ -14,6 +14,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from harness import PLUGIN, SUPPORT, Axolotl, run_python
 
@@ -387,21 +388,31 @@ def load(
 
 
 def results(
-    source: str, folder: Path, *arguments: str, path: tuple[Path, ...] = (), **variables: str
+    source: str,
+    folder: Path,
+    *arguments: str,
+    path: tuple[Path, ...] = (),
+    fresh: bool = False,
+    **variables: str,
 ) -> list[Any]:
-    """What the script prints behind ``RESULTS``."""
+    """What the script prints behind ``RESULTS``, in a process forked off one that has imported
+    Axolotl; or in one of its own, if it is about the imports."""
     script = folder / "script.py"
     script.write_text(source)
-    run = run_python(
-        str(script),
-        *arguments,
-        path=os.pathsep.join(map(str, [*path, SUPPORT])),
-        AXOLOTL_DO_NOT_TRACK="1",
-        CUDA_VISIBLE_DEVICES="",
-        **variables,
-    )
-    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULTS ")]
-    assert lines, run.stderr[-6000:]
+    if fresh or path:
+        run = run_python(
+            str(script),
+            *arguments,
+            path=os.pathsep.join(map(str, [*path, SUPPORT])),
+            AXOLOTL_DO_NOT_TRACK="1",
+            CUDA_VISIBLE_DEVICES="",
+            **variables,
+        )
+        output, errors = run.stdout, run.stderr
+    else:
+        _, output, errors = forked.run(str(script), arguments, folder, **variables)
+    lines = [line for line in output.splitlines() if line.startswith("RESULTS ")]
+    assert lines, errors[-6000:]
     return json.loads(lines[0].removeprefix("RESULTS "))
 
 
@@ -423,7 +434,7 @@ def outcomes(once: Axolotl, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return found
 
 
-@pytest.mark.xdist_group("outcomes")
+@pytest.mark.xdist_group("autoload off")
 @pytest.mark.parametrize("way", ["autoload", "plugins line"])
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(outcomes, way, case):
@@ -433,7 +444,7 @@ def test_refused(outcomes, way, case):
     assert "?." not in outcome
 
 
-@pytest.mark.xdist_group("outcomes")
+@pytest.mark.xdist_group("autoload off")
 @pytest.mark.parametrize("way", ["autoload", "plugins line"])
 @pytest.mark.parametrize("case", ACCEPTED)
 def test_accepted(outcomes, way, case):
@@ -466,6 +477,7 @@ def test_a_rewritten_config_stays_as_it_is():
 OURS = ["dpo", "focalpo_plugins.axolotl.trainer.AxolotlPairwiseTrainer", "focalpo"]
 
 
+@pytest.mark.xdist_group("autoload off")
 @pytest.mark.parametrize("way", ["autoload", "plugins line", "listed by its module"])
 def test_one_config_for_several_losses(once: Axolotl, tmp_path: Path, way: str):
     """A notebook changes `rl` of one object between its cells: each trains what it says there."""
@@ -496,17 +508,46 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("torch", ["before", "after"])
+# The three with torch imported first: what Axolotl needs of others is the same in each.
+AFTER_TORCH = """
+import json, os, sys
+import torch, transformers, trl, peft, datasets, gradio
+
+found = []
+for script in {scripts!r}:
+    reader, writer = os.pipe()
+    if not os.fork():
+        exec(script, {{"__name__": "__main__", "tell": lambda what: os.write(writer, what.encode())}})
+        sys.stdout.flush()
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        found.append(told.read())
+    os.wait()
+print("RESULTS", json.dumps(found))
+"""
+
+
+def config_script(name: str, torch: str) -> str:
+    source = SCRIPTS[name].format("import torch" if torch == "after" else "")
+    source = source.replace("load_cfg =", "from axolotl.utils.dict import DictDefault\nload_cfg =")
+    return f"import json, sys, yaml\n{source}"
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_axolotls_python_interface(once: Axolotl, tmp_path: Path, script: str, torch: str):
-    """Where no command line names Axolotl, whichever of the two modules comes first."""
-    source = SCRIPTS[script].format("import torch" if torch == "after" else "")
-    source = f"{'import torch' if torch == 'before' else ''}\n{source}"
+def test_axolotls_python_interface(once: Axolotl, tmp_path: Path, script: str):
+    """Where no command line names Axolotl, and its module comes before torch."""
+    source = config_script(script, "after")
     source += "print('RESULTS', json.dumps([load_cfg(sys.argv[1]).focalpo_rl]))\n"
-    needed = "import json, sys, yaml\n" + source.replace(
-        "load_cfg =", "from axolotl.utils.dict import DictDefault\nload_cfg ="
-    )
-    assert results(needed, tmp_path, str(once.config())) == ["focalpo"]
+    assert results(source, tmp_path, str(once.config()), fresh=True) == ["focalpo"]
+
+
+def test_axolotls_python_interface_after_torch(once: Axolotl, tmp_path: Path):
+    told = "tell(load_cfg(sys.argv[1]).focalpo_rl)\n"
+    scripts = [config_script(name, "before") + told for name in SCRIPTS]
+    source = AFTER_TORCH.format(scripts=scripts)
+    found = results(source, tmp_path, str(once.config()), fresh=True)
+    assert found == ["focalpo"] * len(SCRIPTS) == ["focalpo"] * 3
 
 
 @pytest.mark.releases
@@ -627,6 +668,7 @@ def test_a_trl_without_the_seam_is_refused_before_the_model_loads(once: Axolotl,
     assert focalpo.startswith("RunError: focalpo_plugins 0.2.0 does not know where trl")
 
 
+@pytest.mark.xdist_group("autoload off")
 def test_axolotl_itself_would_train_dpo(once: Axolotl, tmp_path: Path):
     """Why stray keys are refused: without us Axolotl takes them, and drops them."""
     config = once.config(rl="dpo")

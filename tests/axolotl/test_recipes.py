@@ -11,11 +11,10 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import yaml
 from formats import (
@@ -29,7 +28,7 @@ from formats import (
     rows,
     zephyr_prompt,
 )
-from harness import EXAMPLES, ON_CPU, Axolotl, Run, environment, loaded, zero3_on_cpu
+from harness import EXAMPLES, ON_CPU, Axolotl, Run, loaded, zero3_on_cpu
 from transformers import AutoTokenizer
 
 YAMLS = [
@@ -370,19 +369,13 @@ print("ENDS", json.dumps(ends, default=lambda value: getattr(value, "value", str
 def validated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Each recipe through Axolotl's own validation, told of A100s: as it stands, and with all keys that
     are there to be uncommented."""
-    script = tmp_path_factory.mktemp("validate") / "axolotl"  # the name that our autoload looks at
+    script = tmp_path_factory.mktemp("validate") / "validate.py"
     script.write_text(VALIDATE)
     configs = [(str(path), {}) for path in RECIPES.values()]
     configs += [(str(RECIPES[name]), commented(name)) for name in PAPERS]
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(configs)],
-        env=environment(),
-        cwd=EXAMPLES.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    ends = next(line for line in done.stdout.splitlines() if line.startswith("ENDS "))
+    code, output, errors = forked.run(str(script), [json.dumps(configs)], EXAMPLES.parent)
+    assert code == 0, errors[-6000:]
+    ends = next(line for line in output.splitlines() if line.startswith("ENDS "))
     return json.loads(ends.removeprefix("ENDS "))
 
 

@@ -17,11 +17,12 @@ from importlib import import_module
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 SUPPORT = Path(__file__).parent
 LONGEST = 600  # seconds, after which a command that hangs is ended
+ONE_AT_A_TIME = Lock()
 
 
 def environment(*path: Path | str, **variables: str) -> dict[str, str]:
@@ -61,7 +62,8 @@ def run(
     ``ranks``, with the variables that torchrun sets, or in one without these.  The modules in
     ``first`` are imported before it; what the folders of ``path`` hold comes before all else.
     """
-    context = _server()
+    at_import = {name: variables[name] for name in variables if name.endswith("AUTOLOAD")}
+    context = multiprocessing.get_context("forkserver")
     outputs = [_Output(context) for _ in range(1 if merged else 2)]
     worlds: list[dict[str, str]] = [{}] if ranks is None else _worlds(ranks)
     processes = [
@@ -72,8 +74,9 @@ def run(
         )
         for world in worlds
     ]
-    for process in processes:
-        process.start()
+    with _starting(_server(**at_import)):
+        for process in processes:
+            process.start()
     for process in processes:
         process.join()
     code = max((process.exitcode for process in processes), key=abs)
@@ -163,13 +166,28 @@ def _forget(path: list[str]) -> None:
 
 
 @functools.cache
-def _server() -> Any:
-    """Started once in each test process, and gone with it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["preloaded"])
-    with _as(environment()):
-        forkserver.ensure_running()
-    return context
+def _server(**at_import: str) -> forkserver.ForkServer:
+    """Started once in each test process, and gone with it: one for each setting of what is read when
+    torch is imported."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(["preloaded"])
+    with _as(environment(**at_import)):
+        server.ensure_running()
+    return server
+
+
+@contextlib.contextmanager
+def _starting(server: forkserver.ForkServer) -> Iterator[None]:
+    """multiprocessing knows one server; the processes that are started meanwhile are of this one."""
+    with ONE_AT_A_TIME:
+        other, forkserver.connect_to_new_process = (
+            forkserver.connect_to_new_process,
+            server.connect_to_new_process,
+        )
+        try:
+            yield
+        finally:
+            forkserver.connect_to_new_process = other
 
 
 @contextlib.contextmanager

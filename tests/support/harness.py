@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -119,11 +119,6 @@ TWO_RANKS = ("--launcher", "torchrun", "--", "--nproc_per_node", "2")
 ON_CPU = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
 
 
-def read_at_import(variables: Mapping[str, str]) -> bool:
-    """Whether a process forked off one that has torch imported would ignore one of them."""
-    return any(name.endswith("AUTOLOAD") for name in variables)
-
-
 def zero3_on_cpu(folder: Path) -> str:
     """A copy of examples/deepspeed/zero3.json without ``overlap_comm``: without a GPU's streams the
     ranks' collectives come out of step."""
@@ -200,7 +195,7 @@ class Axolotl:
         launcher = more[more.index("--launcher") + 1] if "--launcher" in more else None
         if command in ("train", "evaluate") and launcher is None:
             argv += ["--launcher", "python"]  # one process less to start
-        if fresh or launcher not in (None, "python") or read_at_import(variables):
+        if fresh or launcher not in (None, "python"):
             try:
                 done = subprocess.run(
                     ["axolotl", *argv],
@@ -273,7 +268,4 @@ class ManyFocalpo:
 
     def __call__(self, *argv: str | Path) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
-        if read_at_import(self.variables):
-            done = focalpo(*argv, **environment(**self.variables))
-            return done.returncode, done.stdout, done.stderr
         return forked.run("focalpo_plugins.cli:main", argv, self.cwd, **self.variables)
