@@ -317,19 +317,12 @@ def test_one_batch_of_eight_agrees_with_two_of_four(whole: Run, plain: Run):
     assert_same(whole, plain, rel=1e-3, names=SPLIT)
 
 
-@pytest.mark.parametrize(
-    "runner",
-    [
-        ["-m", "cProfile", "-o", "prof", "-m", "axolotl.cli.train"],
-        [str(Path(find_spec("axolotl").origin).parent / "cli" / "train.py")],
-    ],
-    ids=["profiler", "path"],
-)
-def test_run_by_a_profiler_or_by_its_path(axolotl: Axolotl, runner: list[str]):
-    """`__main__` is the profiler's there, or has no name."""
+def test_run_by_a_profiler_and_by_its_path(axolotl: Axolotl):
+    """`__main__` is the profiler's there, and has no name.  Each alone is in tests/test_autoload.py."""
     config = axolotl.config(max_steps=1, save_steps=1)
+    train = str(Path(find_spec("axolotl").origin).parent / "cli" / "train.py")
     done = subprocess.run(
-        [sys.executable, *runner, str(config)],
+        [sys.executable, "-m", "cProfile", "-o", "prof", train, str(config)],
         env=environment(),
         cwd=axolotl.folder,
         stdout=subprocess.PIPE,

@@ -78,11 +78,11 @@ def test_a_half_written_checkpoint(axolotl: Axolotl, trained: Run, tmp_path: Pat
     assert "trainer_state.json can't be read" in run.output
 
 
-@pytest.mark.releases
 def test_margins_that_are_not_finite_are_the_last_line(
     axolotl: Axolotl, tiny: Path, tmp_path: Path
 ):
-    """On ZeRO-3 with two ranks, under the launcher's own lines."""
+    """On ZeRO-3 with two ranks, under the launcher's own lines, which are torch's in every release of
+    Axolotl; that both ranks stop is the contract's."""
     lines = (tiny / "train.jsonl").read_text().splitlines(keepends=True)[:48]
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(lines))

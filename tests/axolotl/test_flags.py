@@ -16,7 +16,7 @@ from typing import Any
 
 import forked
 import pytest
-from harness import PLUGIN, Axolotl, Run, environment
+from harness import PLUGIN, Axolotl, environment
 
 # One worker starts the command's process, once.
 shares_command = pytest.mark.xdist_group("command")
@@ -311,10 +311,7 @@ def test_refused_where_the_autoload_is_off(axolotl: Axolotl, launcher: str):
     """The launchers know no such option; for the python launcher, which gets none, we say it."""
     config = axolotl.config(plugins=[PLUGIN], max_steps=1)
     given = ("--focalpo-gamma", "0.5", "--launcher", launcher)
-    words = ["train", str(config), *given]
-    main = "axolotl.cli.main:main"
-    code, output, _ = forked.run(main, words, axolotl.folder, merged=True, FOCALPO_AUTOLOAD="0")
-    run = Run(code, output, axolotl.folder / "out")
+    run = axolotl("train", config, *given, FOCALPO_AUTOLOAD="0")
     assert run.code != 0 and not run.checkpoints
     said = {
         "accelerate": "unrecognized arguments: --focalpo-gamma",

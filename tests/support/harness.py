@@ -187,15 +187,15 @@ class Axolotl:
         fresh: bool = False,
         **variables: str,
     ) -> Run:
-        """The command on the config, in processes forked off a waiting one; or, if it has to be
-        ``fresh`` or ``more`` names a launcher that starts another, in one of its own from the
-        start.  ``path`` comes before all else, and ``first`` is imported before the command."""
+        """The command on the config, in processes forked off a waiting one, or if it has to be
+        ``fresh``, in one of its own from the start.  The launcher that ``more`` may name starts
+        fresh ones.  ``path`` comes before all else, and ``first`` is imported before the command."""
         folder = Path(yaml.safe_load(config.read_text())["output_dir"])
         argv = [command, str(config), *more]
-        launcher = more[more.index("--launcher") + 1] if "--launcher" in more else None
-        if command in ("train", "evaluate") and launcher is None:
+        launched = "--launcher" in more
+        if command in ("train", "evaluate") and not launched:
             argv += ["--launcher", "python"]  # one process less to start
-        if fresh or launcher not in (None, "python"):
+        if fresh:
             try:
                 done = subprocess.run(
                     ["axolotl", *argv],
@@ -212,7 +212,7 @@ class Axolotl:
             return Run(done.returncode, done.stdout, folder)
         # With one rank Axolotl runs without the variables of a rank.
         code, output, _ = forked.run(
-            "axolotl.cli.main:main", argv, self.folder, ranks if ranks > 1 else None,
+            "axolotl.cli.main:main", argv, self.folder, None if launched or ranks == 1 else ranks,
             path=path, first=first, merged=True, **variables,
         )  # fmt: skip
         return Run(code, output, folder)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import forked
 import pytest
 from harness import EXAMPLES, run_python
 from safetensors.torch import load_file
@@ -113,9 +114,9 @@ def test_trl_focalpo_trains_on_a_cpu(tiny: Path, tmp_path: Path):
     0.66953."""
     script = EXAMPLES / "trl_focalpo.py"
     words = ("--max-steps", "2", "--out", str(tmp_path / "out"))
-    run = run_python(str(script), *words, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert "active. loss=focalpo gamma=0.05 variant=correct" in run.stderr + run.stdout
+    code, output, errors = forked.run(str(script), words, tmp_path)
+    assert code == 0, errors[-4000:]
+    assert "active. loss=focalpo gamma=0.05 variant=correct" in errors + output
     state = json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())
     held_out, first, second = state["log_history"][:3]
     assert held_out["eval_loss"] == pytest.approx(0.66953, abs=1e-5)
@@ -123,12 +124,12 @@ def test_trl_focalpo_trains_on_a_cpu(tiny: Path, tmp_path: Path):
     assert first["loss"] == pytest.approx(0.66953, abs=1e-5)
     assert second["step"] == 2 and second["loss"] != first["loss"]
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert f"focalpo report {tmp_path / 'out'}" in run.stdout
+    assert f"focalpo report {tmp_path / 'out'}" in output
 
 
 def test_trl_focalpo_says_what_is_missing(tmp_path: Path):
     shutil.copy(EXAMPLES / "trl_focalpo.py", tmp_path)
-    run = run_python(str(tmp_path / "trl_focalpo.py"), cwd=tmp_path)
-    assert run.returncode == 2
+    code, _, errors = forked.run(str(tmp_path / "trl_focalpo.py"), [], tmp_path)
+    assert code == 2
     said = f"{tmp_path / 'tiny'} is not there: run python examples/make_tiny.py first"
-    assert said in run.stderr.splitlines()[-1]
+    assert said in errors.splitlines()[-1]

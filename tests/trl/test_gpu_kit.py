@@ -6,17 +6,19 @@ import json
 import re
 from pathlib import Path
 
+import forked
 import pytest
 from harness import EXAMPLES, run_python
 
 SCRIPT = EXAMPLES.parent / "benchmarks" / "gpu.py"
 
 
-def test_all_of_it_on_a_small_model():
+def test_all_of_it_on_a_small_model(tmp_path: Path):
     """It ends with an error where our ways differ in loss or gradients."""
-    run = run_python(str(SCRIPT), "--device", "cpu", "--tiny", "--rounds", "2")
-    assert run.returncode == 0, run.stderr[-3000:]
-    table = [line for line in run.stdout.splitlines() if line.startswith("|")]
+    words = ("--device", "cpu", "--tiny", "--rounds", "2")
+    code, output, errors = forked.run(str(SCRIPT), words, tmp_path, path=[SCRIPT.parent])
+    assert code == 0, errors[-3000:]
+    table = [line for line in output.splitlines() if line.startswith("|")]
     ways = ["DPOTrainer", "FocalPOTrainer", "fused", "shared", "shared + fused"]
     titles = " | ".join(["prompt, answers, pairs", *ways, "our ways agree"])
     assert table[0] == f"| {titles} |"
@@ -25,8 +27,8 @@ def test_all_of_it_on_a_small_model():
     assert len(table) == 4
     for row in table[2:]:
         assert re.fullmatch(rf"\| [\d, ]+ \|{own}({ours}){{4}}{agree}", row), row
-    assert re.search(r"^loss: within (0\.\d+|1) of what rounding explains", run.stdout, re.M)
-    assert "torch " in run.stdout.splitlines()[0]
+    assert re.search(r"^loss: within (0\.\d+|1) of what rounding explains", output, re.M)
+    assert "torch " in output.splitlines()[0]
 
 
 def test_without_cuda_the_device_has_to_be_named():
