@@ -9,7 +9,6 @@ from typing import Any
 import forked
 import torch
 from datasets import Dataset
-from harness import SUPPORT, free_port, run_python
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
@@ -170,18 +169,9 @@ os._exit(0)
 """
 
 
-def launched_on_two_ranks(script: str, folder: Path, *words: str) -> str:
-    """What the script prints on both, given the folder and ``words``, started by torchrun."""
-    (folder / "script.py").write_text(script + LEAVE)
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
-    command = (free_port(), str(folder / "script.py"), str(folder), *words)
-    run = run_python(*launcher, *command, path=SUPPORT)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return run.stdout
-
-
 def on_two_ranks(script: str, folder: Path, *words: str) -> str:
-    """The same in ranks forked off a waiting process."""
+    """What the script prints on both, given the folder and ``words``, with the variables that
+    torchrun sets."""
     code, stdout, stderr = run_forked(script + LEAVE, folder, *words, ranks=2)
     assert code == 0, stderr[-4000:]
     return stdout

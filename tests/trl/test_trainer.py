@@ -28,7 +28,6 @@ from tiny_trl import (
     PAIRS,
     SGD,
     batch,
-    launched_on_two_ranks,
     loss_and_grads,
     margins_of,
     model,
@@ -758,7 +757,7 @@ def test_the_same_batch_however_it_is_split(tokenizer, tmp_path):
     whole, halves = (steps(FocalPOTrainer, *n, focalpo_gamma=0.5) for n in ((4, 1), (2, 2)))
     of_dpo = [steps(DPOTrainer, *n)[0]["grad_norm"] for n in ((4, 1), (2, 2))]
     factor = of_dpo[1] / of_dpo[0]
-    said = launched_on_two_ranks(SPLIT, tmp_path).splitlines()
+    said = on_two_ranks(SPLIT, tmp_path).splitlines()
     log = json.loads(next(line for line in said if line.startswith("[{")))
     ranks = [entry for entry in log if "loss" in entry]
     names = [n for n in whole[0] if n.startswith("focalpo/")]
