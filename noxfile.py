@@ -193,7 +193,7 @@ def axolotl(session: nox.Session) -> None:
 def openrlhf(session: nox.Session) -> None:
     """The adapter of OpenRLHF, with the real OpenRLHF."""
     install_openrlhf(session)
-    with meanwhile(session, "preloaded"):
+    with meanwhile(session):
         check_types(session, "openrlhf")
     test(session, OF_OPENRLHF, *THREE_AT_A_TIME)
 
@@ -247,7 +247,7 @@ def axolotl_releases(session: nox.Session, release: str) -> None:
         install = {"0.16.1": axolotl_0_16, "0.18.0": axolotl_0_18, "0.21.0": axolotl_0_21}
         install[release](session, f"axolotl=={release}")
         session.install("matplotlib")
-        with meanwhile(session, "preloaded"):
+        with meanwhile(session):
             beside_the_host(session)
         # The newest TRL has a session of its own, with all tests of the one that 0.21.0 brings.
         paths = OF_AXOLOTL if release == "0.21.0" else [*OF_AXOLOTL, *OF_TRL]
@@ -328,7 +328,7 @@ def bench(session: nox.Session, host: str) -> None:
 def install_axolotl(session: nox.Session, *typed: str) -> None:
     session.install(TORCH)
     session.install(AXOLOTL, RAY, "matplotlib")
-    with meanwhile(session, "preloaded"):
+    with meanwhile(session):
         beside_the_host(session)
         if typed:
             check_types(session, *typed)
@@ -380,13 +380,13 @@ def install_openrlhf(
     no_cuda = {"FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE", "FLASH_ATTENTION_FORCE_BUILD": "TRUE"}
     session.install(FLASH_ATTN, "--no-build-isolation", env=no_cuda)
     session.install(deepspeed, "--no-build-isolation", env={"DS_BUILD_OPS": "0"})
-    with meanwhile(session, "preloaded", "FusedAdamBuilder", "ShareMemCommBuilder"):
+    with meanwhile(session, "FusedAdamBuilder", "ShareMemCommBuilder"):
         session.install(openrlhf)
         beside_the_host(session)
 
 
 def beside_the_host(session: nox.Session) -> None:
-    """Install the wheel, which must change nothing of the host's environment, and the assets."""
+    """Install the wheel, which must change nothing of the host's environment."""
     session.install(*TEST_TOOLS)
     ours = wheel(session)
     before = packages(session)
@@ -394,25 +394,28 @@ def beside_the_host(session: nox.Session) -> None:
     changed = {line.replace("==", " ").split()[0] for line in packages(session) ^ before}
     if not changed <= {"focalpo_plugins", "focalpo-plugins", "pluggy"}:
         session.error(f"installing focalpo_plugins changed the host's environment: {changed}")
-    session.run("python", "examples/make_tiny.py")
 
 
 @contextmanager
-def meanwhile(session: nox.Session, script: str, *words: str) -> Iterator[None]:
-    """Run a script of tests/support on the core that pip, mypy and a small model leave idle.
+def meanwhile(session: nox.Session, *builders: str) -> Iterator[None]:
+    """Run tests/support/preloaded.py, and make the assets, on the core that uv and mypy leave idle.
 
     What it imports has its bytecode then, and what it compiles is there: else each of the tests'
-    processes would do the one, and wait for the other.
+    processes would do the one, and wait for the other.  With names of DeepSpeed's builders it only
+    compiles these, before the host is there.
     """
     support = Path("tests/support").resolve()
-    command = ("python", str(support / f"{script}.py"), *words)
+    commands = [("python", str(support / "preloaded.py"), *builders)]
+    if not builders:
+        commands.append(("python", "examples/make_tiny.py"))
     env = {"PYTHONPATH": str(support), "CUDA_VISIBLE_DEVICES": ""}
     env |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
     session.env["TORCH_EXTENSIONS_DIR"] = str(Path(session.virtualenv.location) / "extensions")
     with ThreadPoolExecutor() as pool:
-        done = pool.submit(session.run, *command, env=env, silent=True)
+        done = [pool.submit(session.run, *each, env=env, silent=True) for each in commands]
         yield
-        done.result()
+        for each in done:
+            each.result()
 
 
 def check_types(session: nox.Session, *folders: str) -> None:
