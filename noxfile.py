@@ -75,7 +75,7 @@ def uv_as_pip() -> dict[str, str]:
     """uv reads none of pip's settings: this machine's, as variables for uv."""
     pip = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.run(pip, capture_output=True, text=True).stdout
-    # As pip does, which takes no index before another, and a variable before a command's section.
+    # pip takes no index before another, and a variable before a command's section.
     order = ("global", "install", ":env:")
     told = {"UV_INDEX_STRATEGY": "unsafe-best-match"}
     lines = [line.partition("=") for line in listed.splitlines()]
@@ -84,6 +84,9 @@ def uv_as_pip() -> dict[str, str]:
             name = key.removeprefix(section + ".").removeprefix("default-")
             if key.startswith(section) and name in OF_PIP:
                 words = ast.literal_eval(value).split()
+                # Of a release in two indexes uv takes the first one's wheel, pip the best. An index
+                # that stands behind another is there for what that one lacks.
+                words = words[::-1] if name == "extra-index-url" else words
                 told[OF_PIP[name]] = ("," if name == "find-links" else " ").join(words)
     return told
 
