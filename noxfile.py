@@ -340,9 +340,10 @@ def install_axolotl(session: nox.Session, *typed: str) -> None:
 def axolotl_0_16(session: nox.Session, axolotl: str) -> None:
     """A source distribution, which writes the torch that it sees into its wheel's metadata."""
     session.install(TORCH, "setuptools_scm", "packaging==26.0", "setuptools", "wheel")
-    deepspeed = "deepspeed>=0.18.6,<0.19"
-    options = ("--no-build-isolation", "--refresh-package", "axolotl")
-    session.install(axolotl, deepspeed, "peft==0.18.1", *options)
+    # uv would go by what the source distribution says of itself, which names another torch.
+    session.install(axolotl, "--no-deps", "--no-build-isolation", "--refresh-package", "axolotl")
+    found = (*requirements(session), "deepspeed>=0.18.6,<0.19", "peft==0.18.1", TORCH)
+    session.install(*found, "--no-build-isolation")
 
 
 def axolotl_0_18(session: nox.Session, axolotl: str) -> None:
