@@ -356,7 +356,7 @@ def axolotl_0_21(session: nox.Session, axolotl: str) -> None:
     """It asks for Python 3.12, where torch has no CPU build on the package index."""
     session.install(TORCH, "setuptools", "wheel")
     session.install(axolotl, "--no-deps", "--python-version", "3.12")
-    session.install(*requirements(session), "deepspeed==0.19.6", "--no-build-isolation")
+    session.install(*requirements(session), "deepspeed==0.19.6", TORCH, "--no-build-isolation")
 
 
 def requirements(session: nox.Session) -> list[str]:
