@@ -43,6 +43,7 @@ def check_arguments(args: DPOConfig, key: str | None = None) -> str | None:
     check_beta(args.beta)
     check_label_smoothing(args.label_smoothing)
     check_parallelism(args)
+    check_batches(args)
     types = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
     check_loss_types(types)
     divergence = str(getattr(args.f_divergence_type, "value", args.f_divergence_type))
@@ -83,6 +84,17 @@ def check_parallelism(args: TrainingArguments) -> None:
                 "a sequence and its logits, and a margin is of whole sequences. Remove it; "
                 "focalpo_fused and ZeRO-3 save memory too."
             )
+
+
+def check_batches(args: TrainingArguments) -> None:
+    """Raise ``ValueError`` if the host's batches would give pairs different weights."""
+    # A value that transformers has from 5.17 on.
+    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+        raise InvalidValue(
+            "train_sampling_strategy must be random or sequential, got 'batch_rebalance': its "
+            "micro-batches have different numbers of pairs, and TRL takes the mean of each, so a "
+            "pair's weight would depend on its length. Remove it."
+        )
 
 
 def _check_fused_arguments(args: DPOConfig, types: Sequence[str], key: str) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..errors import InvalidType, InvalidValue
 from ..guards import pairs
 from ..loss import check_beta, check_label_smoothing
-from .arguments import by_name, check_parallelism
+from .arguments import by_name, check_batches, check_parallelism
 from .config import PairwiseFields
 from .data import check_data, sampled_columns
 from .exchange import check_host, loss_exchanged
@@ -88,6 +88,7 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
         """Raise ``ValueError`` if TRL's arguments can't be combined with a pairwise loss."""
         check_beta(config.beta)
         check_parallelism(config)
+        check_batches(config)
 
     def _said_of_host(self) -> str:
         said = {key: value for key, value in self._in_loss().items() if key in _SAID}

@@ -316,6 +316,17 @@ def test_refused(arguments: dict[str, Any], message: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    "cls, config", [(FocalCPOTrainer, FocalCPOConfig), (FocalORPOTrainer, FocalORPOConfig)]
+)
+def test_batches_of_different_sizes(cls: type, config: type, tmp_path: Path):
+    """transformers has the value from 5.17 on, and trains pairs of short batches with more weight."""
+    args = config(str(tmp_path), use_cpu=True, bf16=False)
+    args.train_sampling_strategy = "batch_rebalance"
+    with pytest.raises(ValueError, match="^train_sampling_strategy must be random or sequential"):
+        cls(tiny_trl.model(0), args=args)
+
+
+@pytest.mark.parametrize(
     "cls, config, needed",
     [
         (FocalCPOTrainer, CPOConfig, "FocalCPOConfig"),

@@ -832,6 +832,14 @@ def test_sequences_over_several_ranks(tmp_path, monkeypatch):
         FocalPOTrainer("no/such-model", args=args)
 
 
+def test_batches_of_different_sizes(tmp_path):
+    """transformers has the value from 5.17 on, and trains pairs of short batches with more weight."""
+    args = FocalPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    args.train_sampling_strategy = "batch_rebalance"
+    with pytest.raises(ValueError, match=r"^train_sampling_strategy must be .* 'batch_rebalance'"):
+        FocalPOTrainer("no/such-model", args=args)
+
+
 def test_a_reference_that_is_the_policy(tokenizer, tmp_path):
     """TRL's own refusal; every margin would stay 0."""
     policy = model(0)
