@@ -75,7 +75,7 @@ def uv_as_pip() -> dict[str, str]:
     """uv reads none of pip's settings: this machine's, as variables for uv."""
     pip = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.run(pip, capture_output=True, text=True).stdout
-    # pip takes no index before another, and a variable before a command's section.
+    # A later one wins, as in pip: a command's section over the global one, a variable over both.
     order = ("global", "install", ":env:")
     told = {"UV_INDEX_STRATEGY": "unsafe-best-match"}
     lines = [line.partition("=") for line in listed.splitlines()]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Axolotl, ManyFocalpo, environment, focalpo
+from harness import Axolotl, ManyFocalpo
 from row_formats import ARGILLA, FORMATS, OF_PROMPT, TEMPLATE, USER
 
 from focalpo_plugins.cli.check.shapes import SHAPES
@@ -281,20 +281,14 @@ def test_without_autoload_the_missing_line_is_named(once: Axolotl, off: str):
     configs = [once.config()]
     if off == "FOCALPO_AUTOLOAD":
         configs.append(once.config(plugins=["focalpo_plugins.axolotl.FocalPOPlugin"]))
-    run = ManyFocalpo(once.folder, **{off: "0"})
-    if off == "TORCH_DEVICE_BACKEND_AUTOLOAD":  # of which there is one run
-
-        def run(*words: Any) -> Answer:
-            done = focalpo(*words, **environment(**{off: "0"}))
-            return done.returncode, done.stdout, done.stderr
-
-    code, _, errors = run("check", configs[0])
+    focalpo = ManyFocalpo(once.folder, **{off: "0"})
+    code, _, errors = focalpo("check", configs[0])
     last = errors.splitlines()[-1]
     assert code == 2
     assert "plugins must list focalpo_plugins.axolotl.FocalPOPlugin where " in last
     assert f"{off}=0 turns the autoload off, got []. Add the lines `plugins:`" in last
     for config in configs[1:]:
-        code, _, errors = run("check", config)
+        code, _, errors = focalpo("check", config)
         assert code == 0, errors[-3000:]
 
 

@@ -315,6 +315,7 @@ def test_refused(arguments: dict[str, Any], message: str, tmp_path: Path):
         trainer(FocalCPOTrainer, tmp_path, **{**SIMPO, **arguments})
 
 
+@pytest.mark.releases
 @pytest.mark.parametrize(
     "cls, config", [(FocalCPOTrainer, FocalCPOConfig), (FocalORPOTrainer, FocalORPOConfig)]
 )
