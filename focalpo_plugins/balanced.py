@@ -1,0 +1,197 @@
+"""Balanced batches: the pairs of each optimizer step, dealt to ranks and micro-batches by length.
+
+A micro-batch is padded to its longest sequence, and all ranks wait for the slowest in every
+micro-step.  So the pairs of one optimizer step are exchanged among its micro-batches.  No pair
+changes its step, and every micro-batch keeps its number of pairs: the step's mean loss and its
+gradient stay what they are, up to rounding.
+
+A step's pairs are a flat list in the layout ``[micro-step][rank][place]``, which every host cuts
+into micro-batches.  Nothing here depends on a host, and only :class:`BalancedSampler` needs torch.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+from torch.utils.data import Sampler
+
+#: What a micro-batch costs: ``padded`` is its pairs times the longest sequence, ``shared`` the sum
+#: of its rows' tokens with a padded output layer, ``shared_fused`` that sum alone.
+Cost = Literal["padded", "shared", "shared_fused"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a host cuts an epoch into micro-batches.
+
+    Attributes:
+        ranks: the number of ranks that get pairs of their own.
+        each: the number of pairs of a micro-batch on one rank.
+        accumulation: the number of micro-batches of a rank in one optimizer step.
+    """
+
+    ranks: int
+    each: int
+    accumulation: int
+
+    @property
+    def micro_step(self) -> int:
+        """The number of pairs that all ranks compute at a time."""
+        return self.ranks * self.each
+
+    @property
+    def step(self) -> int:
+        """The number of pairs of an optimizer step."""
+        return self.micro_step * self.accumulation
+
+
+def deal(pairs: Sequence[int], tokens: Sequence[int], geometry: Geometry, cost: Cost) -> list[int]:
+    """The pairs of one optimizer step in the order in which they are dealt.
+
+    The micro-step with the largest micro-batch comes first, so that a run that can't fit fails in
+    its first step.  The others, and the ranks, come as the host drew them: OpenRLHF logs the loss
+    of the first rank and the rewards of the last micro-step, and those of the longest or of the
+    shortest pairs would be no sample of the step's.
+
+    Args:
+        pairs: rows of the data, in the host's order.  Pairs behind the last whole micro-step stay
+            where they are, because a smaller batch gives its pairs more weight.
+        tokens: of each row of the data, the tokens of its longer sequence if ``cost`` is
+            ``padded``, else those of its row with shared prompts.
+        geometry: ``accumulation`` isn't read: a step at the end of an epoch may be shorter.
+        cost: what a micro-batch costs.
+    """
+    whole = len(pairs) // geometry.micro_step * geometry.micro_step
+    costs = [tokens[pair] for pair in pairs[:whole]]
+    places = _longest_first(costs)
+    if cost == "shared_fused":
+        batches = _even(places, costs, geometry.each)
+    else:
+        size = geometry.micro_step
+        batches = []
+        for start in range(0, whole, size):
+            step = places[start : start + size]
+            if cost == "shared":
+                # The output layer still sees the padded batch: only like pairs are exchanged.
+                batches += _even(step, costs, geometry.each)
+            else:
+                batches += [step[i : i + geometry.each] for i in range(0, size, geometry.each)]
+    dealt = _as_drawn(batches, geometry.ranks)
+    return [*(pairs[place] for place in dealt), *pairs[whole:]]
+
+
+def _longest_first(costs: Sequence[int]) -> list[int]:
+    return sorted(range(len(costs)), key=lambda place: (-costs[place], place))
+
+
+def _even(places: Sequence[int], costs: Sequence[int], each: int) -> list[list[int]]:
+    """Batches of ``each`` places with like sums of costs, the largest first.
+
+    The longest pair goes to the emptiest batch that has a place left.
+
+    Args:
+        places: the longest first.
+    """
+    batches: list[list[int]] = [[] for _ in range(len(places) // each)]
+    heap, full = [(0, number) for number in range(len(batches))], []
+    for place in places:
+        total, number = heapq.heappop(heap)
+        batches[number].append(place)
+        total += costs[place]
+        if len(batches[number]) < each:
+            heapq.heappush(heap, (total, number))
+        else:
+            full.append((-total, number))
+    return [batches[number] for _, number in sorted(full)]
+
+
+def _as_drawn(batches: Sequence[list[int]], ranks: int) -> list[int]:
+    """The places of all micro-steps: the first one first, the others and the ranks as drawn."""
+    steps = [sorted(batches[at : at + ranks], key=min) for at in range(0, len(batches), ranks)]
+    steps[1:] = sorted(steps[1:], key=lambda step: min(step[0]))
+    return [place for step in steps for batch in step for place in batch]
+
+
+class BalancedSampler(Sampler[int]):
+    """A host's order of rows, with the pairs of each optimizer step dealt.
+
+    Args:
+        order: the host's sampler.
+        tokens: as in :func:`deal`.
+        geometry: how the host cuts the order.
+        cost: what a micro-batch costs.
+        completed: whether the host completes the last micro-step of an epoch with the epoch's first
+            pairs.  They would be other pairs once they are dealt, so they are appended here.
+        cut: whether the host leaves out an epoch's last pairs that don't fill a micro-step.
+    """
+
+    def __init__(
+        self,
+        order: Any,
+        tokens: Sequence[int],
+        geometry: Geometry,
+        cost: Cost,
+        *,
+        completed: bool = False,
+        cut: bool = False,
+    ) -> None:
+        self.order = order
+        self.tokens = tokens
+        self.geometry = geometry
+        self.cost = cost
+        self._completed = completed
+        self._cut = cut
+
+    def __len__(self) -> int:
+        count, size = len(self.order), self.geometry.micro_step
+        if self._cut:
+            return count // size * size
+        return -(-count // size) * size if self._completed else count
+
+    def __iter__(self) -> Iterator[int]:
+        # The host draws a step's pairs at a time, as it does without us.
+        order, size = iter(self.order), self.geometry.micro_step
+        first: list[int] = []
+        while window := list(islice(order, self.geometry.step)):
+            first = first or window[:size]
+            rest = len(window) % size
+            if rest and self._cut:
+                del window[-rest:]
+            elif rest and self._completed:
+                repeats = -(-size // len(first))
+                window += (first * repeats)[: size - rest]
+            yield from deal(window, self.tokens, self.geometry, self.cost)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on to the host's sampler, if it takes one."""
+        if hasattr(self.order, "set_epoch"):
+            self.order.set_epoch(epoch)
+
+
+def critical_path(
+    order: Sequence[int], tokens: Sequence[int], geometry: Geometry, cost: Cost
+) -> tuple[int, int]:
+    """Tokens on the critical path of an epoch, and those of its largest micro-batch.
+
+    Both count the places of a padded batch of ``2 * each`` sequences, or the tokens of its row.
+
+    Args:
+        order: rows in the layout ``[micro-step][rank][place]``; what fills no micro-step is left
+            out.
+        tokens: as in :func:`deal`.
+    """
+    each, size = geometry.each, geometry.micro_step
+    path = largest = 0
+    for start in range(0, len(order) // size * size, size):
+        slowest = 0
+        for at in range(start, start + size, each):
+            of_pairs = [tokens[row] for row in order[at : at + each]]
+            batch = 2 * each * max(of_pairs) if cost == "padded" else sum(of_pairs)
+            slowest = max(slowest, batch)
+        path += slowest
+        largest = max(largest, slowest)
+    return path, largest
