@@ -17,11 +17,16 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
+import torch
 from torch.utils.data import Sampler
 
-#: What a micro-batch costs: ``padded`` is its pairs times the longest sequence, ``shared`` the sum
-#: of its rows' tokens with a padded output layer, ``shared_fused`` that sum alone.
-Cost = Literal["padded", "shared", "shared_fused"]
+from .errors import conflict
+from .registry import BoundLoss
+
+#: What a micro-batch costs: ``padded`` is its sequences times the longest of them, ``unpadded`` the
+#: sum of its pairs' tokens.  ``unpadded_backbone`` is that sum too, but the output layer still
+#: computes the padded batch.
+Cost = Literal["padded", "unpadded_backbone", "unpadded"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,23 @@ class Geometry:
         return self.micro_step * self.accumulation
 
 
+def check_loss(loss: BoundLoss, key: str) -> None:
+    """Refuse a loss of a pair that depends on the other pairs of its batch.
+
+    Args:
+        key: the key that asked for balanced batches, for the message.
+
+    Raises:
+        ValueError: the loss of a batch isn't that of its pairs one by one.
+    """
+    margins = torch.linspace(-3, 3, 8).double()
+    for at in (loss.at(0.0), loss.at(1.0)):
+        alone = torch.cat([at(margin[None]) for margin in margins])
+        if not torch.allclose(at(margins), alone, equal_nan=True):
+            why = "its loss of a pair depends on the other pairs of the batch"
+            raise conflict(key, "the loss", loss.name, why, f"Set {key} to false")
+
+
 def deal(pairs: Sequence[int], tokens: Sequence[int], geometry: Geometry, cost: Cost) -> list[int]:
     """The pairs of one optimizer step in the order in which they are dealt.
 
@@ -61,21 +83,21 @@ def deal(pairs: Sequence[int], tokens: Sequence[int], geometry: Geometry, cost: 
         pairs: rows of the data, in the host's order.  Pairs behind the last whole micro-step stay
             where they are, because a smaller batch gives its pairs more weight.
         tokens: of each row of the data, the tokens of its longer sequence if ``cost`` is
-            ``padded``, else those of its row with shared prompts.
+            ``padded``, else those that are computed of it without padding.
         geometry: ``accumulation`` isn't read: a step at the end of an epoch may be shorter.
         cost: what a micro-batch costs.
     """
     whole = len(pairs) // geometry.micro_step * geometry.micro_step
     costs = [tokens[pair] for pair in pairs[:whole]]
     places = _longest_first(costs)
-    if cost == "shared_fused":
+    if cost == "unpadded":
         batches = _even(places, costs, geometry.each)
     else:
         size = geometry.micro_step
         batches = []
         for start in range(0, whole, size):
             step = places[start : start + size]
-            if cost == "shared":
+            if cost == "unpadded_backbone":
                 # The output layer still sees the padded batch: only like pairs are exchanged.
                 batches += _even(step, costs, geometry.each)
             else:
@@ -177,7 +199,8 @@ def critical_path(
 ) -> tuple[int, int]:
     """Tokens on the critical path of an epoch, and those of its largest micro-batch.
 
-    Both count the places of a padded batch of ``2 * each`` sequences, or the tokens of its row.
+    Both count the places of a padded batch of ``2 * each`` sequences, or its tokens if nothing is
+    padded.
 
     Args:
         order: rows in the layout ``[micro-step][rank][place]``; what fills no micro-step is left

@@ -36,6 +36,10 @@ class AccelerateRanks:
     def rank(self) -> int:
         return int(PartialState().process_index)
 
+    @property
+    def count(self) -> int:
+        return int(PartialState().num_processes)
+
     def reduce(self, values: Tensor, how: Literal["sum", "max"]) -> Tensor:
         every: Any = gather(values[None]) if how == "max" else reduce(values, "sum")
         found: Tensor = every.amax(0) if how == "max" else every

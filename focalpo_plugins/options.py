@@ -17,6 +17,7 @@ OF_ANY_LOSS = {
     "margin": "Margin of the loss: dpo, or without a reference simpo, cpo or orpo",
     "fused": "Compute the loss without ever holding the logits of the batch",
     "shared_prompts": "Compute each pair's common start once, and no padding",
+    "balanced_batches": "Deal each optimizer step's pairs to ranks and micro-batches by length",
     "precompute_ref": "Compute the reference's log-probabilities once, keep them in a file, and "
     "free the reference before the first step",
     "precompute_dir": "Folder of precompute_ref's file",

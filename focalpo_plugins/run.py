@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 from torch import Tensor
 
-from .diagnostics import MARGINS, margin_sums, means
+from .diagnostics import MARGINS, margin_sums, means, of_ranks
 from .errors import NotFinite, RunError
 from .guards.messages import say
 from .guards.ranks import Ranks
@@ -107,11 +108,13 @@ class _Window:
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None
+        self.tokens: Tensor | None = None
         self.steps: set[int] = set()
         self.moving: dict[str, float] = {}  # options of the last batch
 
-    def add(self, sums: Tensor, step: int, moving: dict[str, float]) -> None:
+    def add(self, sums: Tensor, tokens: Tensor, step: int, moving: dict[str, float]) -> None:
         self.sums = sums if self.sums is None else self.sums + sums
+        self.tokens = tokens if self.tokens is None else self.tokens + tokens
         self.steps.add(step)
         self.moving = moving
 
@@ -172,7 +175,7 @@ class Run:
         *,
         counted: int | None = None,
         tokens: tuple[int, int] = (0, 0),
-        rows: Sequence[int] | None = None,
+        rows: Callable[[], Sequence[int | None]] | None = None,
         why: str = "",
     ) -> None:
         """Count the pairs of a batch, and stop every rank if a margin on any rank is not finite.
@@ -183,8 +186,10 @@ class Run:
             margins: reward margins ``(B,)`` of this rank's pairs.
             counted: how many of them are counted, the first ones; None for all.  A sampler repeats
                 pairs at the end of an evaluation.
-            tokens: with shared prompts, the numbers of tokens computed and of the padded batch.
-            rows: the pairs' rows in the data, if the host knows them.
+            tokens: the number of tokens that the policy computed, padding included, and with shared
+                prompts that of the padded batch; 0 if it isn't known.
+            rows: finds the pairs' rows in the data, None for one that isn't there; only called on a
+                rank with a margin that is not finite.
             why: what this rank knows of margins that are not finite.
 
         Raises:
@@ -193,11 +198,16 @@ class Run:
         self._counted += 1
         now, loss, margins = self.now(), self.loss, margins.detach()
         margins = margins[:counted]
-        sums = self.ranks.reduce(margin_sums(margins, loss, tokens), "sum")
+        own = margin_sums(margins, loss)
+        of_rank = own.new_zeros(self.ranks.count + 1)  # a place for each rank's tokens
+        of_rank[self.ranks.rank], of_rank[-1] = tokens
+        reduced = self.ranks.reduce(torch.cat([own, of_rank]), "sum")
+        sums, computed = reduced[: len(own)], reduced[len(own) :]
         if not sums[MARGINS].isfinite().all():
             self._stop(now, why, _not_finite(margins, self.ranks.rank, rows))
         moving = {f"{loss.name}/{name}": value for name, value in loss.moving().items()}
-        self._windows[now.training].add(sums, now.step, moving)
+        window = self._windows[now.training]
+        window.add(sums, of_ranks(computed[:-1], computed[-1]), now.step, moving)
         if now.training and (self._starts_at_zero or self._resumed is not None):
             self._check_first(now, self.ranks.reduce(margins.abs().max(), "max").item())
 
@@ -231,7 +241,8 @@ class Run:
         window = self._windows[training]
         if window.sums is None:
             return {}
-        return means(window.sums, self.asked, len(window.steps)) | window.moving
+        found = means(window.sums, self.asked, len(window.steps), window.tokens)
+        return found | window.moving
 
     def forget(self, *, training: bool = True) -> None:
         """Begin the diagnostics anew: what was counted is logged, or its evaluation is over."""
@@ -427,14 +438,18 @@ def check_resumed_margins(
         )
 
 
-def _not_finite(margins: Tensor, rank: int, rows: Sequence[int] | None) -> str:
+def _not_finite(
+    margins: Tensor, rank: int, find_rows: Callable[[], Sequence[int | None]] | None
+) -> str:
     """Text on a rank's reward margins ``(B,)`` that are NaN or infinite; empty if none is."""
     bad = (~margins.isfinite()).nonzero().flatten().tolist()
     if not bad:
         return ""
-    numbers = bad if rows is None else [rows[place] for place in bad]
+    rows = [None] * len(margins) if find_rows is None else find_rows()
+    known = all(rows[place] is not None for place in bad)
+    numbers = [rows[place] for place in bad] if known else bad
     shown = f"{', '.join(map(str, numbers[:_SHOWN]))}{', ...' * (len(bad) > _SHOWN)}"
-    of = f" of {len(margins)}" if rows is None else " of the data"
+    of = " of the data" if known else f" of {len(margins)}"
     values = sorted({str(value) for value in margins[bad].tolist()})
     dtype = str(margins.dtype).removeprefix("torch.")
     return f"rank {rank}, row{'s' * (len(bad) > 1)} {shown}{of} ({', '.join(values)}, {dtype})"

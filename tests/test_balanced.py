@@ -10,10 +10,10 @@ with the smaller row comes first, as it was drawn: 1, 3, 5, 7, then 2, 0, 6, 4. 
 critical path is ``4 * (8 + 6) = 56`` (longest of {0, 1, 2, 3} and of {4, 5, 6, 7}, four sequences a
 batch), and dealt ``4 * (8 + 4) = 48``.
 
-*Shared and fused.*  The four batches take 8, 7, 6, 5 and then, to the emptiest with a place, 4 to
+*Unpadded.*  The four batches take 8, 7, 6, 5 and then, to the emptiest with a place, 4 to
 the batch of 5, 3 to that of 6, 2 to that of 7, 1 to that of 8: all sums are 9.
 
-*Shared.*  Inside the first micro-step (8, 7, 6, 5) batches {8, 5} and {7, 6}, 13 each; in the
+*Unpadded but for the output layer.*  Inside the first micro-step (8, 7, 6, 5) batches {8, 5} and {7, 6}, 13 each; in the
 second (4, 3, 2, 1) {4, 1} and {3, 2}, 5 each: 13 + 5 = 18, as 9 + 9 is.
 """
 
@@ -22,14 +22,16 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from focalpo_plugins.balanced import BalancedSampler, Geometry, critical_path, deal
+from focalpo_plugins.balanced import BalancedSampler, Geometry, check_loss, critical_path, deal
+from focalpo_plugins.registry import PairwiseLoss, get_loss
 
 TOKENS = [1, 8, 2, 7, 3, 6, 4, 5]
 TWO = Geometry(ranks=2, each=2, accumulation=2)
-COSTS = ["padded", "shared", "shared_fused"]
+COSTS = ["padded", "unpadded_backbone", "unpadded"]
 
 
 def test_padded_batches_by_hand():
@@ -40,9 +42,9 @@ def test_padded_batches_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("cost", "sums"), [("shared_fused", (9, 9, 9, 9)), ("shared", (13, 13, 5, 5))]
+    ("cost", "sums"), [("unpadded", (9, 9, 9, 9)), ("unpadded_backbone", (13, 13, 5, 5))]
 )
-def test_shared_batches_by_hand(cost, sums):
+def test_unpadded_batches_by_hand(cost, sums):
     dealt = deal(range(8), TOKENS, TWO, cost)
     assert tuple(sum(TOKENS[row] for row in dealt[at : at + 2]) for at in (0, 2, 4, 6)) == sums
     assert critical_path(dealt, TOKENS, TWO, cost) == (18, max(sums))
@@ -72,3 +74,13 @@ def test_the_largest_micro_batch_is_in_the_first_micro_step(geometry, tokens, co
         step = dealt[start : start + geometry.step]
         first = critical_path(step[: geometry.micro_step], tokens, geometry, cost)[1]
         assert first == critical_path(step, tokens, geometry, cost)[1]
+
+
+def test_a_loss_that_depends_on_its_batch():
+    """Centred on the mean margin of the batch, a pair's loss is another one in another batch."""
+    check_loss(get_loss("focalpo").bind(gamma=0.5, gamma_end=0.0), "focalpo_balanced_batches")
+    centred = PairwiseLoss("centred", lambda z: -torch.nn.functional.logsigmoid(z - z.mean()))
+    with pytest.raises(ValueError, match="the other pairs of the batch") as refused:
+        check_loss(centred.bind(), "focalpo_balanced_batches")
+    assert "focalpo_balanced_batches" in str(refused.value)
+    assert "'centred'" in str(refused.value)

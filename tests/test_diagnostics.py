@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from focalpo_plugins.diagnostics import margin_sums, means
+from focalpo_plugins.diagnostics import margin_sums, means, of_ranks
 from focalpo_plugins.registry import BoundLoss, PairwiseLoss, get_loss
 
 LN3 = math.log(3)
@@ -59,10 +59,29 @@ def test_a_loss_without_a_weight():
 
 
 def test_tokens_of_a_step():
-    """3 of 4 places in one batch and 5 of 12 in another, over two steps: 4 a step, and half saved."""
+    """3 of 4 places in one batch and 5 of 12 in another, over two steps: 4 a step, and half saved.
+
+    One rank waits for none.
+    """
     loss = gamma_one()
-    margins = torch.tensor([LN3])
-    sums = margin_sums(margins, loss, (3, 4)) + margin_sums(margins, loss, (5, 12))
-    found = means(sums, loss, steps=2)
+    sums = margin_sums(torch.tensor([LN3]), loss)
+    batches = [
+        of_ranks(torch.tensor([tokens]), torch.tensor(of)) for tokens, of in ((3, 4), (5, 12))
+    ]
+    found = means(sums, loss, 2, sum(batches))
     assert (found["focalpo/tokens"], found["focalpo/tokens_saved"]) == (4, 0.5)
-    assert "focalpo/tokens" not in means(margin_sums(margins, loss), loss)
+    assert "focalpo/idle" not in found
+    assert "focalpo/tokens" not in means(sums, loss)
+
+
+def test_ranks_wait_for_the_one_with_the_most_tokens():
+    """Two ranks with 6 and 2 tokens, then with 4 and 4: 16 of ``2 * 6 + 2 * 4`` = 20, 20 % idle.
+
+    Without shared prompts there is no padded batch beside them.
+    """
+    loss = gamma_one()
+    batches = [of_ranks(torch.tensor(tokens), torch.tensor(0)) for tokens in ([6, 2], [4, 4])]
+    found = means(margin_sums(torch.tensor([LN3]), loss), loss, 1, sum(batches))
+    assert found["focalpo/idle"] == pytest.approx(0.2)
+    assert found["focalpo/tokens"] == 16
+    assert "focalpo/tokens_saved" not in found

@@ -50,6 +50,7 @@ ARROWS: dict[str, set[str]] = {
     "reference_file": {"errors", "guards"},
     "reference": {"errors", "guards", "reference_file"},
     "diagnostics": {"registry"},
+    "balanced": {"errors", "registry"},
     "plan": {"registry"},
     "run": {"errors", "guards", "diagnostics", "registry"},
     "hf_trainer": {"errors", "guards", "registry", "run"},

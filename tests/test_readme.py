@@ -23,7 +23,7 @@ from harness import EXAMPLES, run_python
 
 import focalpo_plugins
 from focalpo_plugins import axolotl, cli, focalpo_loss, focalpo_weight
-from focalpo_plugins.diagnostics import margin_sums, means
+from focalpo_plugins.diagnostics import margin_sums, means, of_ranks
 from focalpo_plugins.loss import VARIANTS, check_gamma
 from focalpo_plugins.openrlhf import flags
 from focalpo_plugins.registry import get_loss
@@ -170,7 +170,8 @@ def test_the_table_of_variants():
 
 def test_the_table_of_what_is_logged():
     loss = get_loss("focalpo").bind()
-    logged = means(margin_sums(torch.tensor([1.0, -1.0]), loss, tokens=(3, 4)), loss)
+    tokens = of_ranks(torch.tensor([1, 2]), torch.tensor(4))
+    logged = means(margin_sums(torch.tensor([1.0, -1.0]), loss), loss, 1, tokens)
     moving = {f"focalpo/{name}" for name in get_loss("focalpo").bind(gamma_end=0.0).moving()}
     assert {row[0].strip("`") for row in table(DOCS["run"], "name")} == {*logged}
     assert all(f"`{name}`" in DOCS["run"] for name in {*logged} | moving)

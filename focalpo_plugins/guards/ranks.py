@@ -18,6 +18,10 @@ class Ranks(Protocol):
     def rank(self) -> int:
         """This process's number among all of them."""
 
+    @property
+    def count(self) -> int:
+        """The number of processes."""
+
     def reduce(self, values: Tensor, how: Literal["sum", "max"]) -> Tensor:
         """The sum or the maximum over the ranks of each number."""
 

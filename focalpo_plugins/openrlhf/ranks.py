@@ -26,6 +26,10 @@ class StrategyRanks:
     def rank(self) -> int:
         return torch.distributed.get_rank()
 
+    @property
+    def count(self) -> int:
+        return torch.distributed.get_world_size()
+
     def reduce(self, values: Tensor, how: Literal["sum", "max"]) -> Tensor:
         reduced: Tensor = self._strategy.all_reduce(values, how)
         return reduced

@@ -298,7 +298,7 @@ class PairwiseDPOTrainer(DPOTrainer):
             self._batches += 1
         else:
             rows, self._evaluated = self._evaluated, self._evaluated[len(margins) :]
-            self._run.count(margins, counted=len(rows), rows=rows, why=why)
+            self._run.count(margins, counted=len(rows), rows=lambda: rows, why=why)
         return loss
 
     def save_logs_and_checkpoints(
