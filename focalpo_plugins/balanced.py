@@ -28,6 +28,9 @@ from .registry import BoundLoss
 #: computes the padded batch.
 Cost = Literal["padded", "unpadded_backbone", "unpadded"]
 
+#: Why a term of a loss can't be combined with balanced batches.
+MEAN_OF_TOKENS = "is a mean over the tokens of a micro-batch, which would be of other pairs"
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -188,10 +191,11 @@ class BalancedSampler(Sampler[int]):
                 window += (first * repeats)[: size - rest]
             yield from deal(window, self.tokens, self.geometry, self.cost)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on to the host's sampler, if it takes one."""
-        if hasattr(self.order, "set_epoch"):
-            self.order.set_epoch(epoch)
+    def __getattr__(self, name: str) -> Any:
+        """What the host asks of its own sampler, such as ``set_epoch``."""
+        if name == "order":  # before __init__, as when it is copied
+            raise AttributeError(name)
+        return getattr(self.order, name)
 
 
 def critical_path(

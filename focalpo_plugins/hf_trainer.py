@@ -15,10 +15,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from .errors import InvalidValue, RunError
+from .balanced import Cost, check_loss
+from .errors import InvalidValue, RunError, conflict
 from .guards.folders import check_folder
 from .guards.ranks import together
 from .guards.resume import IN_TRAINER_STATE, of_trainer_state
+from .hf_batches import balance
+from .hf_sequences import PairSequences
 from .registry import BoundLoss
 from .run import Host, Now, Run
 
@@ -67,6 +70,7 @@ class PairwiseTrainerMixin(_Trainer):
     _allow_data = False
     _host_saves = False  # whether the host saves the model to output_dir after training
     _starts_as_reference = False
+    _balanced_key: str | None = None  # the key that asked for balanced batches, for messages
     _run: Run | None = None
     _said_active = False
 
@@ -79,7 +83,17 @@ class PairwiseTrainerMixin(_Trainer):
             """What the start-up line shows of them."""
 
         def _tokens_of_step(self) -> tuple[int, int]:
-            """With shared prompts, tokens computed and of the padded batch; else zeros."""
+            """Tokens computed of the last batch, and with shared prompts those of the padded one;
+            zeros if neither batches are balanced nor prompts shared."""
+
+        def _sequences(self) -> PairSequences | None:
+            """Those of the training data; None if it isn't known."""
+
+        def _pairs_of_step(self) -> list[tuple[list[int], list[int]]]:
+            """The token ids of the chosen and the rejected sequences of the last batch."""
+
+        def _cost(self) -> Cost:
+            """What a micro-batch costs."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -97,6 +111,8 @@ class PairwiseTrainerMixin(_Trainer):
         Args:
             loss: a registered loss, bound to its options.
         """
+        if self._balanced_key is not None:
+            check_loss(loss, self._balanced_key)
         model: Any = self.model
         narrow = any(weight.dtype.itemsize < 4 for weight in model.parameters())
         self._run = Run(
@@ -136,12 +152,33 @@ class PairwiseTrainerMixin(_Trainer):
         if self._now().training:
             # Not gather_for_metrics: transformers fetches all batches of an update ahead, so in the
             # last update of an epoch each batch would be cut to the size of the last one.
-            run.count(margins, tokens=self._tokens_of_step())
+            run.count(margins, tokens=self._tokens_of_step(), rows=self._rows_of_step)
             return
         # gather_for_metrics drops the rows that the sampler repeats to fill the last batches.
         own = torch.full_like(margins, RANKS.rank, dtype=torch.long)
         kept: Any = self.accelerator.gather_for_metrics(own)
         run.count(margins, counted=int((kept == RANKS.rank).sum()))
+
+    def _rows_of_step(self) -> list[int | None] | None:
+        """The rows of the training data that the last batch has; None if they aren't known."""
+        sequences = self._sequences()
+        return None if sequences is None else sequences.rows_of(self._pairs_of_step())
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        key = self._balanced_key
+        if key is not None:
+
+            def balanced() -> None:
+                sequences, cost = self._sequences(), self._cost()
+                if sequences is None:
+                    data, why = type(self.train_dataset).__name__, "its lengths are not known"
+                    raise conflict(key, "training data", data, why, f"Set {key} to false")
+                tokens = sequences.tokens(cost, say=RANKS.rank == 0)
+                balance(loader, tokens, self.args.gradient_accumulation_steps, cost, key)
+
+            together(RANKS, balanced)
+        return loader
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any

@@ -175,7 +175,7 @@ class Run:
         *,
         counted: int | None = None,
         tokens: tuple[int, int] = (0, 0),
-        rows: Callable[[], Sequence[int | None]] | None = None,
+        rows: Callable[[], Sequence[int | None] | None] | None = None,
         why: str = "",
     ) -> None:
         """Count the pairs of a batch, and stop every rank if a margin on any rank is not finite.
@@ -188,8 +188,8 @@ class Run:
                 pairs at the end of an evaluation.
             tokens: the number of tokens that the policy computed, padding included, and with shared
                 prompts that of the padded batch; 0 if it isn't known.
-            rows: finds the pairs' rows in the data, None for one that isn't there; only called on a
-                rank with a margin that is not finite.
+            rows: finds the pairs' rows in the data, None for one that isn't there, or None if the
+                data aren't known; only called on a rank with a margin that is not finite.
             why: what this rank knows of margins that are not finite.
 
         Raises:
@@ -439,15 +439,15 @@ def check_resumed_margins(
 
 
 def _not_finite(
-    margins: Tensor, rank: int, find_rows: Callable[[], Sequence[int | None]] | None
+    margins: Tensor, rank: int, find_rows: Callable[[], Sequence[int | None] | None] | None
 ) -> str:
     """Text on a rank's reward margins ``(B,)`` that are NaN or infinite; empty if none is."""
     bad = (~margins.isfinite()).nonzero().flatten().tolist()
     if not bad:
         return ""
-    rows = [None] * len(margins) if find_rows is None else find_rows()
-    known = all(rows[place] is not None for place in bad)
-    numbers = [rows[place] for place in bad] if known else bad
+    rows = find_rows() if find_rows is not None else None
+    known = rows is not None and all(rows[place] is not None for place in bad)
+    numbers = [rows[place] for place in bad] if rows is not None and known else bad
     shown = f"{', '.join(map(str, numbers[:_SHOWN]))}{', ...' * (len(bad) > _SHOWN)}"
     of = " of the data" if known else f" of {len(margins)}"
     values = sorted({str(value) for value in margins[bad].tolist()})

@@ -53,12 +53,18 @@ ARROWS: dict[str, set[str]] = {
     "balanced": {"errors", "registry"},
     "plan": {"registry"},
     "run": {"errors", "guards", "diagnostics", "registry"},
-    "hf_trainer": {"errors", "guards", "registry", "run"},
-    "trl": {
-        "errors", "loss", "options", "registry", "run", "hf_trainer", "guards", "compute",
-        "sharing"
+    "hf_sequences": {"balanced"},
+    "hf_batches": {"errors", "balanced"},
+    "hf_trainer": {
+        "errors", "guards", "registry", "run", "balanced", "hf_batches", "hf_sequences"
     },
-    "axolotl": {"errors", "loss", "options", "registry", "plan", "guards", "compute", "trl"},
+    "trl": {
+        "errors", "loss", "options", "registry", "run", "balanced", "hf_trainer", "hf_batches",
+        "hf_sequences", "guards", "compute", "sharing"
+    },
+    "axolotl": {
+        "errors", "loss", "options", "registry", "balanced", "plan", "guards", "compute", "trl"
+    },
     "openrlhf": {
         "errors", "loss", "options", "registry", "run", "plan", "guards", "sharing", "reference"
     },

@@ -13,12 +13,14 @@ PLUGIN = "focalpo_plugins.axolotl.FocalPOPlugin"
 FUSED = "focalpo_fused"
 #: The key that asks for shared prompts, for any of our losses.
 SHARED = "focalpo_shared_prompts"
+#: The key that asks for balanced batches, for any of our losses.
+BALANCED = "focalpo_balanced_batches"
 #: The key that lets a run resume a checkpoint of another loss.
 ALLOW_CHANGED = "focalpo_allow_changed"
 #: The key that lets a run train on data that mostly can't be learnt from.
 ALLOW_DATA = "focalpo_allow_data"
-#: The four keys above; each is true or false.
-SWITCHES = (FUSED, SHARED, ALLOW_CHANGED, ALLOW_DATA)
+#: The keys above; each is true or false.
+SWITCHES = (FUSED, SHARED, BALANCED, ALLOW_CHANGED, ALLOW_DATA)
 #: The key for the margin that a loss is computed from, for any of our losses.
 MARGIN = "focalpo_margin"
 #: The keys that all our losses share.

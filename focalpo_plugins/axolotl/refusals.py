@@ -15,12 +15,23 @@ from typing import Any
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.enums import RLType
 
+from ..balanced import MEAN_OF_TOKENS
 from ..errors import InvalidValue, conflict
 from ..guards.jsonl import check_file
 from ..guards.messages import did_you_mean, named
 from ..loss import check_beta, check_label_smoothing
 from ..registry import PairwiseLoss, get_loss, losses
-from . import COMMON_KEYS, FUSED, MARGIN, MARGINS, RL_AS_WRITTEN, SHARED, SWITCHES, TRAINERS
+from . import (
+    BALANCED,
+    COMMON_KEYS,
+    FUSED,
+    MARGIN,
+    MARGINS,
+    RL_AS_WRITTEN,
+    SHARED,
+    SWITCHES,
+    TRAINERS,
+)
 from .keys import as_number, bind, fused_key, margin
 
 _OF_HOST = tuple(rl.value for rl in RLType)
@@ -50,6 +61,7 @@ def check(cfg: Any) -> None:
         bind(cfg, loss)
         _check_terms(cfg)
         _check_switches(cfg)
+        _check_balanced(cfg)
         _check_ranks(cfg)
         _check_files(cfg)
 
@@ -228,6 +240,27 @@ def _check_switches(cfg: Any) -> None:
             if asked is not None and conflicts(cfg.get(key)):
                 fix = f"Set {asked} to false, or remove {key}"
                 raise conflict(asked, key, cfg[key], _WHY_CONFLICT[switch], fix)
+
+
+def _check_balanced(cfg: Any) -> None:
+    """Refuse terms of the loss that depend on which pairs share a micro-batch."""
+    if not cfg.get(BALANCED):
+        return
+    chosen, alpha = margin(cfg), cfg.get("cpo_alpha")
+    alpha = 1.0 if alpha is None else alpha  # TRL's default
+    types = cfg.get("dpo_loss_type")
+    types = types if isinstance(types, list) else [types]
+    terms = {
+        "dpo_loss_type": types if "sft" in types else None,
+        "cpo_alpha": alpha if chosen in _OF_MARGIN["cpo_alpha"] and as_number(alpha) != 0 else None,
+        MARGIN: chosen if chosen == "orpo" else None,
+    }
+    fixes = {"dpo_loss_type": "remove sft", "cpo_alpha": "set cpo_alpha to 0"}
+    for key, value in terms.items():
+        if value is not None:
+            fix = f"Set {BALANCED} to false"
+            fix += f", or {fixes[key]}" if key in fixes else ""
+            raise conflict(BALANCED, key, value, f"a term of this loss {MEAN_OF_TOKENS}", fix)
 
 
 def _check_ranks(cfg: Any) -> None:

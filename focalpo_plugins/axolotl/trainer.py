@@ -17,7 +17,7 @@ from ..guards.faults import Fault
 from ..registry import BoundLoss
 from ..trl.pairwise import TRL
 from ..trl.trainer import PairwiseLossMixin
-from . import ALLOW_CHANGED, ALLOW_DATA, SHARED
+from . import ALLOW_CHANGED, ALLOW_DATA, BALANCED, SHARED
 from .conversations import text_faults
 from .keys import fused_key, requested_loss
 from .plugin import config_of
@@ -69,6 +69,7 @@ class OfConfig:
         self._host = replace(TRL, name="Axolotl", packages=packages, keys=keys)
         self._read(cfg, kwargs)
         self._shared_key = SHARED if cfg.get(SHARED) else None
+        self._balanced_key = BALANCED if cfg.get(BALANCED) else None
         self._allow_changed = bool(cfg.get(ALLOW_CHANGED))
         self._allow_data = bool(cfg.get(ALLOW_DATA))
         super().__init__(*args, **kwargs)

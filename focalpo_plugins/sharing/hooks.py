@@ -280,6 +280,25 @@ def _depends_on_padding(
     return last != layout.longest
 
 
+def rope_depends_on_batch(config: Any, max_length: int | None) -> bool:
+    """Whether a model's frequencies depend on the longest sequence of a batch.
+
+    Those of dynamic and long RoPE do, if a sequence is longer than those that the model was first
+    trained on.
+
+    Args:
+        config: transformers' config of the model.
+        max_length: the number of tokens that sequences are cut to; None if they aren't cut.
+    """
+    text = config.get_text_config()
+    if not _rope_by_length(text.to_dict()):
+        return False
+    of_rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    first = of_rope.get("original_max_position_embeddings")
+    first = first or getattr(text, "original_max_position_embeddings", None)
+    return max_length is None or max_length > (first or text.max_position_embeddings)
+
+
 def _rope_by_length(values: Mapping[str, Any]) -> bool:
     return any(
         _rope_by_length(value)

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from ..errors import InvalidValue, conflict
+from ..hf_batches import check_batches
 from ..loss import check_beta, check_label_smoothing
 from .exchange import check_loss_types
 
@@ -84,17 +85,6 @@ def check_parallelism(args: TrainingArguments) -> None:
                 "a sequence and its logits, and a margin is of whole sequences. Remove it; "
                 "focalpo_fused and ZeRO-3 save memory too."
             )
-
-
-def check_batches(args: TrainingArguments) -> None:
-    """Raise ``ValueError`` if the host's batches would give pairs different weights."""
-    # A value that transformers has from 5.17 on.
-    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
-        raise InvalidValue(
-            "train_sampling_strategy must be random or sequential, got 'batch_rebalance': its "
-            "micro-batches have different numbers of pairs, and TRL takes the mean of each, so a "
-            "pair's weight would depend on its length. Remove it."
-        )
 
 
 def _check_fused_arguments(args: DPOConfig, types: Sequence[str], key: str) -> None:

@@ -39,6 +39,8 @@ class PairwiseFields(_Host):
             with its options' defaults.
         focalpo_shared_prompts: compute the common start of a pair's two sequences once, and no
             padding: the same log-probs up to rounding, from fewer tokens.
+        focalpo_balanced_batches: deal the pairs of each optimizer step to ranks and
+            micro-batches by length: the same steps up to rounding, in less time.
         focalpo_allow_changed: resume from a checkpoint that was trained with another loss, or with
             another value of a setting that goes into the loss.
         focalpo_allow_data: train on data even if more than half of it can't be learnt from.
@@ -54,6 +56,7 @@ class PairwiseFields(_Host):
     focalpo_allow_reversed: bool = _field(False, OF_FOCALPO["allow_reversed"])
     focalpo_pairwise_loss: str = _field("focalpo", "Name of the registered pairwise loss")
     focalpo_shared_prompts: bool = _field(False, OF_ANY_LOSS["shared_prompts"])
+    focalpo_balanced_batches: bool = _field(False, OF_ANY_LOSS["balanced_batches"])
     focalpo_allow_changed: bool = _field(False, OF_ANY_LOSS["allow_changed"])
     focalpo_allow_data: bool = _field(False, OF_ANY_LOSS["allow_data"])
 

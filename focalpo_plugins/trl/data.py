@@ -8,10 +8,12 @@ from typing import Any
 from datasets import Dataset
 from pyarrow.compute import list_flatten
 from pyarrow.compute import max as max_of
+from torch import Tensor
 
 from ..errors import InvalidValue
 from ..guards import pairs
 from ..guards.rows import empty_cell
+from ..hf_sequences import PairSequences
 from ..run import Host
 
 
@@ -44,6 +46,25 @@ def sampled_columns(dataset: Any, columns: Sequence[str]) -> Iterator[tuple[Any,
         dataset = dataset.select_columns(list(columns))
     for number, row in pairs.sampled(dataset):
         yield number, *(row[column] for column in columns)
+
+
+def sequences_of(
+    dataset: Any, prompt: str | None, chosen: str, rejected: str, **cut: Any
+) -> PairSequences | None:
+    """The pairs' sequences in these columns; None if the data are streamed or have other columns.
+
+    Args:
+        cut: how the sequences are cut.
+    """
+    columns = [name for name in (prompt, chosen, rejected) if name is not None]
+    if not isinstance(dataset, Dataset) or not set(columns) <= {*dataset.column_names}:
+        return None
+    return PairSequences(dataset, prompt, chosen, rejected, **cut)
+
+
+def unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The token ids of each sequence of a batch ``(B, L)``, without padding."""
+    return [row[seen].tolist() for row, seen in zip(ids, mask.bool(), strict=True)]
 
 
 def largest_id(dataset: Any, columns: Sequence[str]) -> int:

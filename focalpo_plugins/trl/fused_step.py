@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
+from trl import DPOTrainer
 from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from ..balanced import Cost
 from ..compute.fused_loss import IGNORED, FusedLoss, fused_logps, fused_pairwise_loss
 from ..compute.output_layer import Head, check_config, check_logits
 from ..guards.ranks import together
@@ -62,6 +64,12 @@ class FusedStepMixin(SharedStepMixin, _Host):
     @use_liger_kernel.setter
     def use_liger_kernel(self, asked: bool) -> None:
         pass
+
+    def _cost(self) -> Cost:
+        # TRL's own path, from 1.14 on, computes the logits of the padded batch on a CPU only.
+        on_cpu = self.accelerator.device.type == "cpu"
+        answers_only = self._fused or not (hasattr(DPOTrainer, "_compute_loss_liger") or on_cpu)
+        return "unpadded" if answers_only and self._sharing is not None else super()._cost()
 
     def _fused_step(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """The loss of a batch by the fused path, with the metrics that TRL logs on Liger's path."""

@@ -1,4 +1,4 @@
-"""Checks of what a trainer is built of, against what the fused path and shared prompts can't do.
+"""Checks of what a trainer is built of, against what our switches can't be combined with.
 
 Each is called with a trainer's arguments before it loads or prepares anything, and again with the
 parts of the built trainer.
@@ -13,11 +13,13 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import AutoConfig, ProcessorMixin
+from trl import DPOTrainer
 
+from ..balanced import MEAN_OF_TOKENS
 from ..compute import output_layer
 from ..compute.output_layer import Head, check_config
 from ..errors import InvalidValue, conflict
-from ..sharing import check_layers
+from ..sharing import check_layers, rope_depends_on_batch
 from .arguments import not_fused
 
 
@@ -78,9 +80,7 @@ def check_shared_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
     model: Any = given.get("model")
     loaded = isinstance(model, nn.Module)
     config: Any = model.config if loaded else config_of(model)
-    for name, value, why in _not_shared(given, args, config):
-        if value:
-            raise conflict(key, name, value, why, f"Set {key} to false")
+    _refuse(key, _not_shared(given, args, config))
     if loaded and is_peft_model(model):
         check_forward_of_adapters(model, key)
     if not loaded and config is not None:
@@ -88,11 +88,79 @@ def check_shared_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
         check_layers(config, key, asked.get("attn_implementation"))
 
 
-def _not_shared(given: Mapping[str, Any], args: Any, config: Any) -> Iterator[tuple[str, Any, str]]:
+def check_balanced_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
+    """Refuse what makes a pair's loss depend on its batch, as far as it is known.
+
+    Args:
+        given: a trainer's arguments by name; only ``model`` and ``processing_class`` are read.
+        args: TRL's arguments.
+        key: the key that asked for balanced batches.
+
+    Raises:
+        ValueError: balanced batches would train something else.
+    """
+    model: Any = given.get("model")
+    config: Any = model.config if isinstance(model, nn.Module) else config_of(model)
+    _refuse(key, _not_balanced(given, args, config))
+
+
+_Settings = Iterator[tuple[str, Any, str]]
+
+
+def _refuse(key: str, settings: _Settings) -> None:
+    for name, value, why in settings:
+        if value:
+            raise conflict(key, name, value, why, f"Set {key} to false")
+
+
+def _not_balanced(given: Mapping[str, Any], args: Any, config: Any) -> _Settings:
+    """Each setting that excludes balanced batches, its value if it is set, and why it does."""
+    yield "a vision model", _vision(given), "the lengths of its pairs are not known in advance"
+    types = getattr(args, "loss_type", None) or []
+    types = [types] if isinstance(types, str) else list(types)
+    yield "loss_type", types if "sft" in map(str, types) else None, f"sft {MEAN_OF_TOKENS}"
+    alpha = getattr(args, "cpo_alpha", None)
+    yield "cpo_alpha", alpha, f"its term {MEAN_OF_TOKENS}; 0.0 switches it off"
+    noise = "its noise depends on the length that a batch is padded to"
+    yield "neftune_noise_alpha", args.neftune_noise_alpha, noise
+    # TRL 0.29 cuts the padded batch.
+    at_front = getattr(args, "truncation_mode", None) == "keep_end" and args.max_length
+    cuts = "keep_end" if at_front and hasattr(DPOTrainer, "_truncate_inputs") else None
+    yield "truncation_mode", cuts, "this TRL cuts a pair by the longest sequence of its batch"
+    dispatched = args.accelerator_config.dispatch_batches
+    yield "dispatch_batches", dispatched, "the first rank pads the batches of all ranks alike"
+    if config is None:
+        return
+    yield "an encoder", _encoder(config), "the lengths of its pairs are not known in advance"
+    balancing = "it is computed from all tokens of a micro-batch; 0.0 switches it off"
+    yield "router_aux_loss_coef", _router_coefficient(args, config), balancing
+    rope = rope_depends_on_batch(config, args.max_length) and config.model_type
+    yield "this model's RoPE", rope, "it depends on the longest sequence of a batch"
+
+
+def _vision(given: Mapping[str, Any]) -> str | None:
+    tokenizer = given.get("processing_class")
+    return type(tokenizer).__name__ if isinstance(tokenizer, ProcessorMixin) else None
+
+
+def _encoder(config: Any) -> str | None:
+    return config.model_type if config.is_encoder_decoder else None
+
+
+def _router_coefficient(args: Any, config: Any) -> Any:
+    """The weight of the loss of a mixture of experts' routers; None if there are none."""
+    asks = getattr(config.get_text_config(), "output_router_logits", None)
+    if asks is None:
+        return None
+    # TRL's CPO and ORPO read only the model's config.
+    of_model = asks and getattr(config, "router_aux_loss_coef", 0)
+    return getattr(args, "router_aux_loss_coef", of_model)
+
+
+def _not_shared(given: Mapping[str, Any], args: Any, config: Any) -> _Settings:
     """Each setting that excludes shared prompts, its value if it is set, and why it does."""
-    model, tokenizer = given.get("model"), given.get("processing_class")
-    vision = type(tokenizer).__name__ if isinstance(tokenizer, ProcessorMixin) else None
-    yield "a vision model", vision, "images are no tokens of a pair"
+    model = given.get("model")
+    yield "a vision model", _vision(given), "images are no tokens of a pair"
     yield "torch_compile", args.torch_compile, "each batch would be a graph of its own"
     processes = f"one process for {args.n_gpu} GPUs" if _is_data_parallel(model, args) else None
     start = f"start a process for each, with `torchrun --nproc_per_node {args.n_gpu}`"
@@ -107,15 +175,10 @@ def _not_shared(given: Mapping[str, Any], args: Any, config: Any) -> Iterator[tu
         yield "prompt learning", prompts, "its prompt is no token"
     if config is None:
         return
-    encoder = config.model_type if config.is_encoder_decoder else None
-    yield "an encoder", encoder, "its tokens see each other both ways"
-    asks = getattr(config.get_text_config(), "output_router_logits", None)
-    if asks is not None:
-        # TRL's CPO and ORPO read only the model's config.
-        of_model = asks and getattr(config, "router_aux_loss_coef", 0)
-        coefficient = getattr(args, "router_aux_loss_coef", of_model)
-        routers = "the routers would see a row, and count it as the padded batch"
-        yield "router_aux_loss_coef", coefficient, f"{routers}; 0.0 switches it off"
+    yield "an encoder", _encoder(config), "its tokens see each other both ways"
+    routers = "the routers would see a row, and count it as the padded batch"
+    coefficient = _router_coefficient(args, config)
+    yield "router_aux_loss_coef", coefficient, f"{routers}; 0.0 switches it off"
 
 
 def check_adapter(config: Any, key: str) -> None:

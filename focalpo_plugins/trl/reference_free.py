@@ -20,18 +20,21 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from ..errors import InvalidType, InvalidValue
+from ..balanced import MEAN_OF_TOKENS
+from ..errors import InvalidType, InvalidValue, conflict
 from ..guards import pairs
+from ..hf_batches import check_batches
+from ..hf_sequences import PairSequences
 from ..loss import check_beta, check_label_smoothing
-from .arguments import by_name, check_batches, check_parallelism
+from .arguments import by_name, check_parallelism
 from .config import PairwiseFields
-from .data import check_data, sampled_columns
+from .data import check_data, sampled_columns, sequences_of, unpadded
 from .exchange import check_host, loss_exchanged
 from .pairwise import PairwiseBase
 from .parts import embeddings_of
@@ -73,7 +76,7 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
         config = given.get("args")
         if config is not None:
             self._check_config(config)
-            self._ask_for_sharing(given, config)
+            self._ask(given, config)
         check_data(given, self._host)
         self._embeddings = {"policy": embeddings_of(given.get("model"))}
         super().__init__(*args, **kwargs)
@@ -95,7 +98,7 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
         if not said.get("alpha"):
             said.pop("alpha", None)  # AlphaPO's, 0 unless it is asked for
         shown = " ".join(f"{key}={value}" for key, value in said.items())
-        return shown + self._said_of_sharing()
+        return shown + self._said_of_batches()
 
     def _of_any(self) -> dict[str, Any]:
         """Values that go into both trainers' losses."""
@@ -130,8 +133,24 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
         self._count(margins[0])
         return result
 
+    def _sequences(self) -> PairSequences | None:
+        # An encoder's data have other columns.
+        return sequences_of(self.train_dataset, None, *_COLUMNS)
+
+    def _pairs_of_step(self) -> list[tuple[list[int], list[int]]]:
+        chosen, rejected = (
+            unpadded(self._batch[f"{side}_input_ids"], self._batch[f"{side}_attention_mask"])
+            for side in ("chosen", "rejected")
+        )
+        return list(zip(chosen, rejected, strict=True))
+
+    def _places(self) -> int:
+        sides = [self._batch[name] for name in _COLUMNS]
+        return sum(map(len, sides)) * max(int(ids.shape[1]) for ids in sides)
+
     def get_batch_loss_metrics(self, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         host: Any = super()
+        self._batch = batch
         with self._running().one_step(), self._prompts_shared(len(batch["chosen_labels"])):
             return host.get_batch_loss_metrics(model, batch, *args, **kwargs)
 
@@ -185,6 +204,13 @@ class ORPOLossMixin(ReferenceFreeMixin):
 
     def _in_loss(self) -> dict[str, Any]:
         return {"margin": "orpo", "beta": self.beta, **self._of_any()}
+
+    def _ask(self, given: Mapping[str, Any], config: Any) -> None:
+        super()._ask(given, config)
+        key = self._balanced_key
+        if key is not None:
+            why = f"its likelihood term {MEAN_OF_TOKENS}"
+            raise conflict(key, self._host.key("margin"), "orpo", why, f"Set {key} to false")
 
     def odds_ratio_loss(self, *logps: Tensor) -> Any:
         """TRL's own loss, which calls one log-sigmoid of the log odds ratio."""

@@ -1,4 +1,4 @@
-"""Shared prompts in a TRL trainer, for every batch of pairs that policy or reference gets."""
+"""Shared prompts and balanced batches in a TRL trainer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..balanced import Cost
 from ..guards.ranks import together
 from ..hf_trainer import RANKS
 from ..sharing import SharedPrompts
-from .parts import check_shared_parts
+from .parts import check_balanced_parts, check_shared_parts
 
 if TYPE_CHECKING:
     # The class of super() in the mixin's methods, by the order of the bases.
@@ -20,10 +21,17 @@ else:
 
 
 class SharedStepMixin(_Host):
-    """The part of a TRL trainer of pairs that shares their prompts."""
+    """The part of a TRL trainer of pairs that shares their prompts, and balances its batches."""
 
     ref_model: Any = None
     _shared_key: str | None = None  # the key that asked for shared prompts, for messages
+    _balanced_key: str | None = None  # the same of balanced batches
+    _batch: Mapping[str, Any]  # the last one that was trained or evaluated
+
+    if TYPE_CHECKING:
+
+        def _places(self) -> int:
+            """The tokens of the last batch, padding included."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._sharing: SharedPrompts | None = None
@@ -31,16 +39,18 @@ class SharedStepMixin(_Host):
             # Before TRL's __init__, which may precompute the reference.
             self._sharing = SharedPrompts(self._shared_key, partial(together, RANKS))
         super().__init__(*args, **kwargs)
+        built = {
+            "model": self.accelerator.unwrap_model(self.model),
+            "processing_class": self.processing_class,
+        }
         if self._sharing is not None:
-            built = {
-                "model": self.accelerator.unwrap_model(self.model),
-                "processing_class": self.processing_class,
-            }
             check_shared_parts(built, self.args, self._sharing.key)
             self._attach(self._sharing)
+        if self._balanced_key is not None:
+            check_balanced_parts(built, self.args, self._balanced_key)
 
-    def _ask_for_sharing(self, given: Mapping[str, Any], config: Any) -> None:
-        """Keep whether a config asks for shared prompts, and refuse what can't be combined.
+    def _ask(self, given: Mapping[str, Any], config: Any) -> None:
+        """Keep which of the two a config asks for, and refuse what can't be combined.
 
         Args:
             given: the trainer's arguments by name.
@@ -50,6 +60,10 @@ class SharedStepMixin(_Host):
             self._shared_key = "focalpo_shared_prompts"
         if self._shared_key is not None:
             check_shared_parts(given, config, self._shared_key)
+        if self._balanced_key is None and getattr(config, "focalpo_balanced_batches", False):
+            self._balanced_key = "focalpo_balanced_batches"
+        if self._balanced_key is not None:
+            check_balanced_parts(given, config, self._balanced_key)
 
     def _attach(self, sharing: SharedPrompts) -> None:
         for wrapper in (self.model, self.ref_model):
@@ -66,11 +80,18 @@ class SharedStepMixin(_Host):
         with self._sharing.of(pairs):
             yield
 
+    def _cost(self) -> Cost:
+        return "padded" if self._sharing is None else "unpadded_backbone"
+
     def _tokens_of_step(self) -> tuple[int, int]:
         """Tokens that the policy computed for the last batch, and tokens of the padded batch."""
-        return (self._sharing.tokens, self._sharing.tokens_before) if self._sharing else (0, 0)
+        if self._sharing is not None:
+            return self._sharing.tokens, self._sharing.tokens_before
+        return (0 if self._balanced_key is None else self._places()), 0
 
-    def _said_of_sharing(self) -> str:
-        """What the start-up line says of shared prompts, after a space; empty without them."""
+    def _said_of_batches(self) -> str:
+        """What the start-up line says of the two, after a space; empty without them."""
         sharing = self._sharing
-        return "" if sharing is None else f" {sharing.describe(self.accelerator.device)}"
+        said = [] if sharing is None else [sharing.describe(self.accelerator.device)]
+        said += [] if self._balanced_key is None else ["batches=balanced"]
+        return "".join(f" {words}" for words in said)

@@ -18,10 +18,11 @@ from ..errors import InvalidType, InvalidValue, RunError
 from ..guards import pairs, texts
 from ..guards.faults import Fault
 from ..guards.messages import say
+from ..hf_sequences import PairSequences
 from .arguments import by_name, check_arguments
 from .config import FocalPOConfig
 from .conversations import rendered
-from .data import check_data, sampled_columns
+from .data import check_data, sampled_columns, sequences_of, unpadded
 from .exchange import check_host, loss_exchanged, smoothing_of
 from .fused_step import FusedStepMixin
 from .pairwise import PairwiseBase
@@ -56,7 +57,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
             self._fused_key = check_arguments(config, self._fused_key)
             if self._fused_key is not None:
                 check_fused_parts(given, config, self._fused_key)
-            self._ask_for_sharing(given, config)
+            self._ask(given, config)
         self._starts_as_reference = _same_weights(given.get("model"), given.get("ref_model"))
         self._embeddings = _embeddings(given)
         check_data(given, self._host)
@@ -85,7 +86,20 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         }
 
     def _said_of_host(self) -> str:
-        return f"beta={self.beta}{' path=fused' * self._fused}{self._said_of_sharing()}"
+        return f"beta={self.beta}{' path=fused' * self._fused}{self._said_of_batches()}"
+
+    def _sequences(self) -> PairSequences | None:
+        args: Any = self.args
+        keep_end = getattr(args, "truncation_mode", None) == "keep_end"
+        return sequences_of(self.train_dataset, *_IDS, limit=args.max_length, keep_end=keep_end)
+
+    def _pairs_of_step(self) -> list[tuple[list[int], list[int]]]:
+        whole = unpadded(self._batch["input_ids"], self._batch["attention_mask"])
+        pairs = len(whole) // 2
+        return list(zip(whole[:pairs], whole[pairs:], strict=True))
+
+    def _places(self) -> int:
+        return int(self._batch["input_ids"].numel())
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
@@ -95,6 +109,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
                 f"{self._fused_key} has no outputs to return, as predict() asks for: the "
                 f"logits are never there as a whole. Set {self._fused_key} to false."
             )
+        self._batch = inputs
         with self._running().one_step(), self._prompts_shared(len(inputs["input_ids"]) // 2):
             if self._fused:
                 return self._fused_step(model, inputs)

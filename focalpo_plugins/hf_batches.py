@@ -1,0 +1,71 @@
+"""The batches of a ``transformers.Trainer``: pairs of the same weight, and balanced if asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
+from torch.utils.data import BatchSampler
+from transformers import TrainingArguments
+
+from .balanced import BalancedSampler, Cost, Geometry
+from .errors import InvalidValue, conflict
+
+
+def check_batches(args: TrainingArguments) -> None:
+    """Raise ``ValueError`` if the host's batches would give pairs different weights."""
+    # A value that transformers has from 5.17 on.
+    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+        raise InvalidValue(
+            "train_sampling_strategy must be random or sequential, got 'batch_rebalance': its "
+            "micro-batches have different numbers of pairs, and TRL takes the mean of each, so a "
+            "pair's weight would depend on its length. Remove it, and set focalpo_balanced_batches "
+            "in its place."
+        )
+
+
+def balance(
+    loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, key: str
+) -> BalancedSampler:
+    """Balance the batches of a data loader, which accelerate has prepared.
+
+    Its innermost sampler is replaced.  So seeds, epochs, resuming and the split over ranks stay the
+    host's.
+
+    Args:
+        loader: the data loader.
+        tokens: as in :func:`~focalpo_plugins.balanced.deal`.
+        accumulation: the number of micro-batches in an optimizer step.
+        cost: what a micro-batch costs.
+        key: the key that asked for balanced batches, for messages.
+
+    Returns:
+        The new sampler.
+
+    Raises:
+        ValueError: it isn't known how the loader makes its batches.
+    """
+    if isinstance(loader, DataLoaderDispatcher):
+        why = "the first rank pads the batches of all ranks to one length"
+        raise conflict(key, "dispatch_batches", True, why, "Set dispatch_batches to false")
+    batches = loader.batch_sampler
+    shard = batches if type(batches) is BatchSamplerShard else None
+    if shard is not None:
+        batches = shard.batch_sampler
+    if type(batches) is not BatchSampler:
+        why = "it is not known which pairs it puts into a batch"
+        raise conflict(key, "a batch sampler", type(batches).__name__, why, f"Remove {key}")
+    ranks, each, drop_last = 1, batches.batch_size, batches.drop_last
+    if shard is not None:
+        ranks = shard.num_processes
+        each = each // ranks if shard.split_batches else each
+    batches.sampler = balanced = BalancedSampler(
+        batches.sampler,
+        tokens,
+        Geometry(ranks, each, accumulation),
+        cost,
+        completed=shard is not None and shard.even_batches and not drop_last,
+        cut=shard is not None and drop_last,
+    )
+    return balanced
