@@ -30,12 +30,14 @@ OF_HOST = {
     "openrlhf": {"openrlhf", "transformers", "peft", "deepspeed"},
     "trl": {"trl", "transformers", "accelerate", "peft", "deepspeed"},
     "sharing": {"transformers"},  # under each of them
-    "hf_trainer": {"transformers", "accelerate"},  # every host that is a transformers.Trainer
+    # For every host that is a transformers.Trainer.
+    "hf_trainer": {"transformers", "accelerate"},
+    "hf_batches": {"transformers", "accelerate"},
     "cli": {"transformers", "peft"},  # to count a model's parameters, whoever trains it
 }
 CORE = {
     "errors", "loss", "hookspecs", "options", "pairwise_loss", "registry", "diagnostics", "plan",
-    "guards", "compute", "run",
+    "guards", "compute", "balanced", "run",
 }  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "errors": set(),

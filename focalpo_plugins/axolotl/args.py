@@ -1,8 +1,8 @@
 """The keys that the plug-in adds to Axolotl's YAML.
 
 Option ``o`` of the loss ``NAME`` has the key ``NAME_o``.  All our losses share ``focalpo_margin``,
-``focalpo_fused``, ``focalpo_shared_prompts``, ``focalpo_balanced_batches``, ``focalpo_allow_changed``
-and ``focalpo_allow_data``.
+``focalpo_fused``, ``focalpo_shared_prompts``, ``focalpo_balanced_batches``,
+``focalpo_allow_changed`` and ``focalpo_allow_data``.
 """
 
 from __future__ import annotations

@@ -145,8 +145,6 @@ CASES: dict[str, Callable[[list[Row]], str]] = {
 
 
 class Contract:
-    """Balanced batches (equal to plain ones) belong here as well, beside shared prompts."""
-
     RESUMED_ON = 2  # ranks
 
     @pytest.fixture(scope="class")
@@ -343,6 +341,27 @@ class Contract:
         assert "prompts=" not in apart.said("active.")[0]
         assert not any("focalpo/tokens" in name for name in apart.steps[0])
 
+    @pytest.mark.releases
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_balanced_batches_equal_plain(self, host: Host, apart: Result, ranks: int):
+        """Each step has the same pairs on any number of ranks, dealt or not; on two ranks with shared
+        prompts besides."""
+        shared = {"shared_prompts": True} if ranks == 2 else {}
+        options = {"steps": 5, "evaluate": 5, **host.apart, "balanced_batches": True, **shared}
+        balanced = trained(host.run(options, ranks=ranks))
+        assert len(balanced.steps) == len(apart.steps) == 5
+        grad_norm = host.names["grad_norm"]
+        for ours, plain in zip(balanced.steps, apart.steps, strict=True):
+            for name in (host.names["loss"], host.names["margin"], "focalpo/p"):
+                assert ours[name] == pytest.approx(plain[name], abs=host.near), name
+            assert ours[grad_norm] == pytest.approx(plain[grad_norm], rel=host.near)
+            assert ours["focalpo/tokens"] > 0
+            assert ("focalpo/idle" in ours) == (ranks == 2)
+        of_eval = [run.evaluations[-1]["focalpo/p"] for run in (balanced, apart)]
+        assert of_eval[0] == pytest.approx(of_eval[1], abs=host.near)
+        assert " batches=balanced" in balanced.said("active.")[0]
+        assert "batches=" not in apart.said("active.")[0]
+
     # Faults.
 
     @pytest.mark.releases
@@ -354,12 +373,12 @@ class Contract:
         assert run.code != 0
         found = re.findall(
             r"NotFinite: focalpo: reward margins are not finite, step (\d): rank (\d), "
-            r"row (\d) of 4 \(nan, (?:float32|bfloat16)\)\.",
+            r"row (\d+) of the data \(nan, (?:float32|bfloat16)\)\.",
             run.output,
         )
         assert len(found) == 2 and len(set(found)) == 1, run.output[-6000:]
         step, rank, row = map(int, found[0])
-        assert 1 <= step <= 5 and rank in (0, 1) and row in range(4)
+        assert 1 <= step <= 5 and rank in (0, 1) and row in range(40)
         assert max((entry["step"] for entry in run.steps), default=0) < step
         saved = [number for number in range(1, 6) if host.checkpoint(run, number).exists()]
         assert saved[-3:] == [*range(max(1, step - 3), step)]

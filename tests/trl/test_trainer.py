@@ -865,7 +865,7 @@ def test_every_loss_type_of_this_trl_is_ours_or_refused_with_its_reason():
 def test_the_fields_say_what_they_do():
     helps = {f.name: f.metadata["help"] for f in fields(FocalPOConfig) if "focalpo" in f.name}
     assert helps["focalpo_gamma"] == "Focusing parameter; 0 is DPO."
-    assert all(text.endswith(".") for text in helps.values()) and len(helps) == 10
+    assert all(text.endswith(".") for text in helps.values()) and len(helps) == 11
 
 
 @pytest.mark.parametrize("part", ["Config", "Trainer"])
@@ -1068,13 +1068,14 @@ def test_loss_value_is_the_cores(tokenizer, tmp_path):
 @pytest.mark.parametrize("key", EACH_PATH)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_margins_that_are_not_finite(tokenizer, tmp_path, key, value):
-    """The host's log-probs of the second row of step 2: the run stops there, with the weights as
-    step 1 left them, and says where; nothing is skipped."""
+    """The host's log-probs of the second pair of step 2: the run stops there, with the weights as
+    step 1 left them, and says which row of the data it is; nothing is skipped."""
     policy = model(0)
     host = trainer(
         FocalPOTrainer, tokenizer, tmp_path, policy=policy, **(FUSED[key] if key else {})
     )
-    steps = []
+    steps, batches, collate = [], [], host.data_collator
+    host.data_collator = lambda rows: batches.append(rows) or collate(rows)
 
     def lose(module, given, states):
         if torch.is_grad_enabled() and host.state.global_step == 1:
@@ -1086,8 +1087,9 @@ def test_margins_that_are_not_finite(tokenizer, tmp_path, key, value):
     with pytest.raises(FloatingPointError) as stopped:
         host.train()
     # 0 * inf is NaN as well, and the log-softmax of logits that are infinite.
+    row = [row["prompt_ids"] for row in host.train_dataset].index(batches[1][1]["prompt_ids"])
     assert str(stopped.value).startswith(
-        "focalpo: reward margins are not finite, step 2: rank 0, row 1 of 4 (nan, float32). "
+        f"focalpo: reward margins are not finite, step 2: rank 0, row {row} of the data (nan, "
     )
     assert [entry["step"] for entry in host.state.log_history] == [1]
     for name, weight in policy.state_dict().items():
