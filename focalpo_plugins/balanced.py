@@ -151,7 +151,6 @@ class BalancedSampler(Sampler[int]):
         cost: what a micro-batch costs.
         completed: whether the host completes the last micro-step of an epoch with the epoch's first
             pairs.  They would be other pairs once they are dealt, so they are appended here.
-        cut: whether the host leaves out an epoch's last pairs that don't fill a micro-step.
     """
 
     def __init__(
@@ -162,19 +161,15 @@ class BalancedSampler(Sampler[int]):
         cost: Cost,
         *,
         completed: bool = False,
-        cut: bool = False,
     ) -> None:
         self.order = order
         self.tokens = tokens
         self.geometry = geometry
         self.cost = cost
         self._completed = completed
-        self._cut = cut
 
     def __len__(self) -> int:
         count, size = len(self.order), self.geometry.micro_step
-        if self._cut:
-            return count // size * size
         return -(-count // size) * size if self._completed else count
 
     def __iter__(self) -> Iterator[int]:
@@ -184,9 +179,7 @@ class BalancedSampler(Sampler[int]):
         while window := list(islice(order, self.geometry.step)):
             first = first or window[:size]
             rest = len(window) % size
-            if rest and self._cut:
-                del window[-rest:]
-            elif rest and self._completed:
+            if rest and self._completed:
                 repeats = -(-size // len(first))
                 window += (first * repeats)[: size - rest]
             yield from deal(window, self.tokens, self.geometry, self.cost)

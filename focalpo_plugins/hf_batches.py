@@ -25,9 +25,7 @@ def check_batches(args: TrainingArguments) -> None:
         )
 
 
-def balance(
-    loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, key: str
-) -> BalancedSampler:
+def balance(loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, key: str) -> None:
     """Balance the batches of a data loader, which accelerate has prepared.
 
     Its innermost sampler is replaced.  So seeds, epochs, resuming and the split over ranks stay the
@@ -39,9 +37,6 @@ def balance(
         accumulation: the number of micro-batches in an optimizer step.
         cost: what a micro-batch costs.
         key: the key that asked for balanced batches, for messages.
-
-    Returns:
-        The new sampler.
 
     Raises:
         ValueError: it isn't known how the loader makes its batches.
@@ -60,12 +55,10 @@ def balance(
     if shard is not None:
         ranks = shard.num_processes
         each = each // ranks if shard.split_batches else each
-    batches.sampler = balanced = BalancedSampler(
+    batches.sampler = BalancedSampler(
         batches.sampler,
         tokens,
         Geometry(ranks, each, accumulation),
         cost,
         completed=shard is not None and shard.even_batches and not drop_last,
-        cut=shard is not None and drop_last,
     )
-    return balanced
