@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import AutoConfig, ProcessorMixin
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 
 from ..balanced import MEAN_OF_TOKENS
 from ..compute import output_layer
@@ -123,9 +123,10 @@ def _not_balanced(given: Mapping[str, Any], args: Any, config: Any) -> _Settings
     yield "cpo_alpha", alpha, f"its term {MEAN_OF_TOKENS}; 0.0 switches it off"
     noise = "its noise depends on the length that a batch is padded to"
     yield "neftune_noise_alpha", args.neftune_noise_alpha, noise
-    # TRL 0.29 cuts the padded batch.
+    # TRL 0.29 cuts DPO's padded batch.
+    in_step = isinstance(args, DPOConfig) and hasattr(DPOTrainer, "_truncate_inputs")
     at_front = getattr(args, "truncation_mode", None) == "keep_end" and args.max_length
-    cuts = "keep_end" if at_front and hasattr(DPOTrainer, "_truncate_inputs") else None
+    cuts = "keep_end" if in_step and at_front else None
     yield "truncation_mode", cuts, "this TRL cuts a pair by the longest sequence of its batch"
     dispatched = args.accelerator_config.dispatch_batches
     yield "dispatch_batches", dispatched, "the first rank pads the batches of all ranks alike"
