@@ -280,7 +280,7 @@ FSDP_2 = {
     [
         pytest.param({}, id="plain"),
         pytest.param({"focalpo_fused": True}, id="fused", marks=pytest.mark.fused),
-        pytest.param({"focalpo_shared_prompts": True}, id="shared"),
+        pytest.param({**SHARED, "focalpo_balanced_batches": True}, id="shared and balanced"),
     ],
 )
 @pytest.mark.parametrize(

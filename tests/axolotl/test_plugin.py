@@ -231,6 +231,31 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"focalpo_shared_prompts": "always"},
         "focalpo_shared_prompts must be true or false, got 'always'",
     ),
+    "balanced, but how": (
+        {"focalpo_balanced_batches": 1.5},
+        "focalpo_balanced_batches must be true or false, got 1.5",
+    ),
+    "balanced beside sft": (
+        {"focalpo_balanced_batches": True, "dpo_loss_type": ["sigmoid", "sft"]},
+        "focalpo_balanced_batches can't be combined with dpo_loss_type, got ['sigmoid', 'sft']: a term",
+    ),
+    "balanced with CPO's own term": (
+        {"focalpo_balanced_batches": True, "focalpo_margin": "cpo"},
+        "focalpo_balanced_batches can't be combined with cpo_alpha, got 1.0: a term of this loss is a",
+    ),
+    "balanced with a likelihood in SimPO": (
+        {
+            "focalpo_balanced_batches": True,
+            "focalpo_margin": "simpo",
+            "simpo_gamma": 0.3,
+            "cpo_alpha": 0.1,
+        },
+        "focalpo_balanced_batches can't be combined with cpo_alpha, got 0.1: a term of this loss is a",
+    ),
+    "balanced under ORPO": (
+        {"focalpo_balanced_batches": True, "focalpo_margin": "orpo"},
+        "focalpo_balanced_batches can't be combined with focalpo_margin, got 'orpo': a term of this",
+    ),
     "shared under dpo": (
         {
             "rl": "dpo",

@@ -403,8 +403,9 @@ def test_axolotl_takes_what_can_be_uncommented(validated: dict[str, Any], name: 
     assert not isinstance(end, str), end
     tracking = {"use_tensorboard", "wandb_project", "wandb_name", "hub_model_id", "hub_strategy"}
     memory = {"focalpo_shared_prompts"} if "adapter" in CONFIGS[name] else set()
+    speed = {"focalpo_balanced_batches"} if CONFIGS[name]["rl"] == "focalpo" else set()
     other = {"adapter", "load_in_4bit"} if name.startswith("qwen3") else set()
-    assert set(more) == tracking | memory | other
+    assert set(more) == tracking | memory | speed | other
     assert end[-1] == more, "Axolotl drops a key that it doesn't know"
     assert more["wandb_name"] == name == Path(CONFIGS[name]["output_dir"]).name
     if name.startswith("llama3"):  # the licence asks for it
