@@ -40,6 +40,7 @@ SECTIONS = {
     "margin": "loss.md#other-margins",
     "fused": "loss.md#fused-loss",
     "shared_prompts": "loss.md#shared-prompts",
+    "balanced_batches": "loss.md#balanced-batches",
     "precompute_ref": "loss.md#precomputed-reference",
     "precompute_dir": "loss.md#precomputed-reference",
     "allow_reversed": "loss.md#gamma",
