@@ -74,13 +74,18 @@ def check_loss(loss: BoundLoss, key: str) -> None:
             raise conflict(key, "the loss", loss.name, why, f"Set {key} to false")
 
 
-def deal(pairs: Sequence[int], tokens: Sequence[int], geometry: Geometry, cost: Cost) -> list[int]:
+def deal(
+    pairs: Sequence[int],
+    tokens: Sequence[int],
+    geometry: Geometry,
+    cost: Cost,
+    *,
+    largest_first: bool = True,
+) -> list[int]:
     """The pairs of one optimizer step in the order in which they are dealt.
 
-    The micro-step with the largest micro-batch comes first, so that a run that can't fit fails in
-    its first step.  The others, and the ranks, come as the host drew them: OpenRLHF logs the loss
-    of the first rank and the rewards of the last micro-step, and those of the longest or of the
-    shortest pairs would be no sample of the step's.
+    The ranks of a micro-step come as the host drew their pairs, because a host may log the numbers
+    of one rank: those of the longest or of the shortest pairs would be no sample of the step's.
 
     Args:
         pairs: rows of the data, in the host's order.  Pairs behind the last whole micro-step stay
@@ -89,6 +94,8 @@ def deal(pairs: Sequence[int], tokens: Sequence[int], geometry: Geometry, cost: 
             ``padded``, else those that are computed of it without padding.
         geometry: ``accumulation`` isn't read: a step at the end of an epoch may be shorter.
         cost: what a micro-batch costs.
+        largest_first: whether the micro-step with the largest micro-batch comes first, so that a
+            step that can't fit into memory fails at once.  The others come as the host drew them.
     """
     whole = len(pairs) // geometry.micro_step * geometry.micro_step
     costs = [tokens[pair] for pair in pairs[:whole]]
@@ -105,7 +112,7 @@ def deal(pairs: Sequence[int], tokens: Sequence[int], geometry: Geometry, cost: 
                 batches += _even(step, costs, geometry.each)
             else:
                 batches += [step[i : i + geometry.each] for i in range(0, size, geometry.each)]
-    dealt = _as_drawn(batches, geometry.ranks)
+    dealt = _as_drawn(batches, geometry.ranks, largest_first)
     return [*(pairs[place] for place in dealt), *pairs[whole:]]
 
 
@@ -134,10 +141,10 @@ def _even(places: Sequence[int], costs: Sequence[int], each: int) -> list[list[i
     return [batches[number] for _, number in sorted(full)]
 
 
-def _as_drawn(batches: Sequence[list[int]], ranks: int) -> list[int]:
-    """The places of all micro-steps: the first one first, the others and the ranks as drawn."""
+def _as_drawn(batches: Sequence[list[int]], ranks: int, first_stays: bool) -> list[int]:
+    """The places of all micro-steps as they were drawn, or only of those after the first one."""
     steps = [sorted(batches[at : at + ranks], key=min) for at in range(0, len(batches), ranks)]
-    steps[1:] = sorted(steps[1:], key=lambda step: min(step[0]))
+    steps[first_stays:] = sorted(steps[first_stays:], key=lambda step: min(step[0]))
     return [place for step in steps for batch in step for place in batch]
 
 
