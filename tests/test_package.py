@@ -68,7 +68,8 @@ ARROWS: dict[str, set[str]] = {
         "errors", "loss", "options", "registry", "balanced", "plan", "guards", "compute", "trl"
     },
     "openrlhf": {
-        "errors", "loss", "options", "registry", "run", "plan", "guards", "sharing", "reference"
+        "errors", "loss", "options", "registry", "run", "plan", "balanced", "guards", "sharing",
+        "reference"
     },
     "cli": {"errors", "loss", "plan", "guards", "trl", "axolotl", "openrlhf"},
     "__main__": {"cli"},

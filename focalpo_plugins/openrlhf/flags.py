@@ -23,6 +23,7 @@ _HOSTS_LOSS = "dpo"
 # Flags under every loss's name that are not options of the loss.
 _TRAINER_FLAGS = {
     "shared_prompts": False,
+    "balanced_batches": False,
     "precompute_ref": False,
     "precompute_dir": "OpenRLHF's output folder",
     "allow_changed": False,
@@ -229,7 +230,7 @@ def _check(
             del values["loss"]  # neither OpenRLHF nor its log sees our flag
             return None
         bound = _bind(get_loss(name), values)
-        refusals.check(namespace, bound.source)
+        refusals.check(namespace, bound)
     except ValueError as error:
         _refuse(parser, str(error))
     for option, value in bound.options.items():

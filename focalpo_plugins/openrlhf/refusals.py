@@ -5,10 +5,11 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from ..balanced import check_loss
 from ..errors import InvalidValue, conflict
 from ..guards.messages import named
 from ..loss import check_beta, check_label_smoothing
-from ..registry import PairwiseLoss
+from ..registry import BoundLoss, PairwiseLoss
 from . import data
 from .names import installed_flag, versions
 
@@ -23,7 +24,7 @@ _CONFLICTS_OF_SHARED = (
 )
 
 
-def check(namespace: Namespace, loss: PairwiseLoss) -> None:
+def check(namespace: Namespace, loss: BoundLoss) -> None:
     """Refuse what can't be trained with the loss; ``precompute_dir`` gets its default.
 
     Args:
@@ -34,9 +35,11 @@ def check(namespace: Namespace, loss: PairwiseLoss) -> None:
     """
     values = vars(namespace)
     _check_host_flags(values, loss.name)
-    _check_precompute(values, loss)
+    _check_precompute(values, loss.source)
     if values.get(f"{loss.name}.shared_prompts"):
         _check_shared(values, f"--{loss.name}.shared_prompts")
+    if values.get(f"{loss.name}.balanced_batches"):
+        _check_balanced(values, loss, f"--{loss.name}.balanced_batches")
     keys = (installed_flag(f"data.{of}_key", values) for of in ("chosen", "rejected", "prompt"))
     data.check_local(namespace, [column for key in keys if (column := values.get(key))])
 
@@ -80,3 +83,12 @@ def _check_shared(values: dict[str, Any], asked: str) -> None:
         for flag in flags:
             if values.get(flag, fine) != fine:
                 raise conflict(asked, f"--{flag}", values[flag], why, "Remove one of the two")
+
+
+def _check_balanced(values: dict[str, Any], loss: BoundLoss, asked: str) -> None:
+    """Refuse what makes a pair's loss depend on the other pairs of its batch."""
+    check_loss(loss, asked)
+    flag = installed_flag("model.aux_loss_coef", values)
+    if values[flag] > 0:
+        why = "the routers' loss is computed from all tokens of a micro-batch"
+        raise conflict(asked, f"--{flag}", values[flag], why, "Remove one of the two")

@@ -29,7 +29,7 @@ from ..reference import ReferenceLogps
 from ..registry import BoundLoss
 from ..run import Host, Now, Run
 from ..sharing import SharedPrompts
-from . import data
+from . import batches, data
 from .checkpoints import Saved, check_folders, link_logs, read, save_with_record, with_run
 from .conversations import text_faults
 from .loss import PairwiseDPOLoss
@@ -90,8 +90,11 @@ class PairwiseDPOTrainer(DPOTrainer):
         options, self._flags = given_options(strategy.args)
         self._reference: ReferenceLogps | None = None
         self._sharing: SharedPrompts | None = None
+        self._balanced = False
         self._tokens = 0, 0  # of the policy's last batch: computed, and in the padded batch
         self._batches = 0  # that were trained
+        self._epoch: int | None = None  # of the last batch
+        self._before_epoch = 0  # batches that were trained before that epoch
         self._evaluated: list[int] = []  # rows of the evaluation's next pairs
         self._evaluating = 0  # batches of the evaluation
         self._losses: list[float] = []  # of the first step and the last
@@ -114,6 +117,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         saves = self.save_hf_ckpt or not self.disable_ds_ckpt
         on_rank_0(strategy, lambda: check_folders(self.args, saves))
         self._share_prompts()
+        self._balance()
         self._watch(model.model)
         self._say_active()
         self._precompute()
@@ -216,6 +220,27 @@ class PairwiseDPOTrainer(DPOTrainer):
         on_all_ranks(self.strategy, attach)
         self._sharing = sharing
 
+    def _balance(self) -> None:
+        if not self._flags.get("balanced_batches"):
+            return
+        key, loader = f"--{self._name}.balanced_batches", self.train_dataloader
+        max_len = nested_args(self.args).data.max_len
+        flag = f"--{installed_flag('data.max_len', vars(self.args))}"
+
+        def check() -> None:
+            batches.check_loader(loader, key)
+            for actor in (self.model, self.ref_model):
+                model: Any = getattr(actor.model, "module", actor.model)
+                batches.check_model(model, max_len, key, flag)
+
+        on_all_ranks(self.strategy, check)
+        shared = self._sharing is not None
+        cost = batches.cost_of(self.packing_samples, shared)
+        tokens = batches.read_tokens(loader.dataset, cost, shared, self._run.ranks)
+        accumulation = self.strategy.accumulated_gradient
+        batches.balance(loader, tokens, accumulation, cost, lambda: self._batches)
+        self._balanced = True
+
     def _watch(self, engine: Any) -> None:
         """Add our diagnostics to what OpenRLHF logs, and our record to its checkpoints."""
         strategy = self.strategy
@@ -230,6 +255,8 @@ class PairwiseDPOTrainer(DPOTrainer):
         said = [f"beta={self.loss_fn.beta} label_smoothing={self.loss_fn.label_smoothing}"]
         if self._sharing is not None:
             said.append(self._sharing.describe(device))
+        if self._balanced:
+            said.append("batches=balanced")
         self._run.say_active(" ".join(said), self)
 
     def _precompute(self) -> None:
@@ -241,6 +268,7 @@ class PairwiseDPOTrainer(DPOTrainer):
     def fit(self, args: Any, consumed_samples: int = 0, *more: Any, **kwargs: Any) -> None:
         resumed = consumed_samples // nested_args(args).train.batch_size
         self._batches = resumed * self.strategy.accumulated_gradient
+        self._epoch = None
         whole = not resumed or bool(self._losses)
         before = None if self._resumed is None else self._resumed.log
         if resumed and self._tensorboard is not None and before not in (None, self._log()):
@@ -272,10 +300,11 @@ class PairwiseDPOTrainer(DPOTrainer):
 
     def _forward(self, model: Any, *batch: Any) -> Any:
         """OpenRLHF's own forward pass, with shared prompts if they are asked for."""
-        sharing = self._sharing
+        sharing, chosen_mask, rejected_mask = self._sharing, batch[1], batch[3]
         if sharing is None:
+            if self._balanced and model is self.model:
+                self._tokens = self._computed(chosen_mask, rejected_mask), 0
             return super().concatenated_forward(model, *batch)
-        chosen_mask, rejected_mask = batch[1], batch[3]
         lengths = None
         if self.packing_samples:
             lengths = [*chosen_mask.sum(1).tolist(), *rejected_mask.sum(1).tolist()]
@@ -284,6 +313,11 @@ class PairwiseDPOTrainer(DPOTrainer):
         if model is self.model:
             self._tokens = sharing.tokens, sharing.tokens_before
         return result
+
+    def _computed(self, chosen_mask: Tensor, rejected_mask: Tensor) -> int:
+        # The ranks of a ring, or of a tensor-parallel group, compute a batch together.
+        ranks = self._run.ranks.count // self.train_dataloader.sampler.num_replicas
+        return batches.computed_tokens(chosen_mask, rejected_mask, self.packing_samples, ranks)
 
     def count(self, margins: Tensor) -> BoundLoss:
         """Count the pairs of a batch, before its gradients are computed; return its loss.
@@ -294,12 +328,22 @@ class PairwiseDPOTrainer(DPOTrainer):
         loss = self._run.loss
         why = "" if self._reference is None else self._reference.unknown
         if self.model.training:
-            self._run.count(margins, tokens=self._tokens, why=why)
+            self._note_epoch()
+            self._run.count(margins, tokens=self._tokens, rows=self._rows, why=why)
             self._batches += 1
         else:
             rows, self._evaluated = self._evaluated, self._evaluated[len(margins) :]
             self._run.count(margins, counted=len(rows), rows=lambda: rows, why=why)
         return loss
+
+    def _note_epoch(self) -> None:
+        epoch = getattr(self.train_dataloader.sampler, "epoch", None)
+        if epoch != self._epoch:
+            self._epoch, self._before_epoch = epoch, self._batches
+
+    def _rows(self) -> list[int] | None:
+        """The rows of this rank's next batch in the training data, if they are known."""
+        return batches.rows_of_batch(self.train_dataloader, self._batches - self._before_epoch)
 
     def save_logs_and_checkpoints(
         self, args: Any, global_step: int, *more: Any, **kwargs: Any
