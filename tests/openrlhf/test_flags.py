@@ -89,6 +89,17 @@ REFUSED = [
         [*OURS, "--focalpo.precompute"],
         "--focalpo.precompute is no flag, got '--focalpo.precompute'; did you mean",
     ),
+    # Balanced batches: a flag of each loss of ours, and what makes a pair's loss depend on its batch.
+    (
+        [*OURS, "--focalpo.balanced_batches", "--model.aux_loss_coef", "0.01"],
+        "--focalpo.balanced_batches can't be combined with --model.aux_loss_coef, got 0.01: the "
+        "routers' loss is computed from all tokens of a micro-batch. Remove one of the two.",
+    ),
+    (
+        ["--loss", "hinge", "--focalpo.balanced_batches"],
+        "--focalpo.balanced_batches is a flag of --loss focalpo, got True with --loss hinge.",
+    ),
+    ([*OURS, "--focalpo.balanced"], "--focalpo.balanced is no flag, got '--focalpo.balanced'; did you mean"),
     # argparse alone would take each of these for the one flag that begins so.
     ([*OURS, "--focalpo.gam", "0.1"], "--focalpo.gam is no flag, got '--focalpo.gam'; did you mean '--focalpo.gamma'?"),
     ([*OURS, "--focalpo.g=0.1"], "--focalpo.g is no flag, got '--focalpo.g=0.1'"),
@@ -126,6 +137,9 @@ LET_THROUGH = [
     ["--loss", "hinge", "--hinge.offset", "2"],
     ["--loss", "hinge", "--hinge.precompute_ref"],
     [*OURS, "--focalpo.precompute_ref", "--focalpo.precompute_dir", "kept"],
+    [*OURS, "--model.aux_loss_coef", "0.01"],
+    # A mean by sequence.
+    ["--loss", "hinge", "--hinge.balanced_batches", "--model.nll_loss_coef", "0.2"],
     # OpenRLHF's own loss is OpenRLHF's, values that ours would refuse included.
     ["--model.ipo_enable"],
     ["--model.beta", "0"],
