@@ -76,26 +76,16 @@ class BalancedDistributedSampler(DistributedSampler):
                 for of_rank in rows
                 for row in of_rank[at * each : (at + 1) * each]
             ]
-            dealt = deal(window, self.tokens, self.geometry, self.cost)
-            if begin:
-                # The epoch's first step is the one to fail in if the run can't fit.  In the others
-                # the longest pairs must not always come first: OpenRLHF logs the rewards of a
-                # step's last micro-batches.
-                dealt = _micro_steps_as_drawn(dealt, window, self.geometry.micro_step)
+            # The epoch's first step is the one to fail in if the run can't fit.  In the others the
+            # longest pairs must not come first: OpenRLHF logs the rewards of a step's last
+            # micro-batches, which would be a biased sample.
+            dealt = deal(window, self.tokens, self.geometry, self.cost, largest_first=not begin)
             for at in range(end - begin):
                 place = (at * self.geometry.ranks + self.rank) * each
                 yield from dealt[place : place + each]
             begin, end = end, end + accumulation
         # OpenRLHF's loader drops a last micro-batch that is not full.
         yield from rows[self.rank][whole * each :]
-
-
-def _micro_steps_as_drawn(dealt: list[int], drawn: list[int], size: int) -> list[int]:
-    """The micro-steps of ``size`` rows in the order in which the first row of each was drawn."""
-    place = {row: at for at, row in enumerate(drawn)}
-    steps = [dealt[at : at + size] for at in range(0, len(dealt), size)]
-    steps.sort(key=lambda step: min(place[row] for row in step))
-    return [row for step in steps for row in step]
 
 
 def check_model(model: Any, max_len: int, key: str, flag: str) -> None:
