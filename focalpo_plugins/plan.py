@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .balanced import Geometry
 from .registry import BoundLoss
 
 
@@ -32,6 +33,23 @@ class Pair:
     chosen: Tokens
     rejected: Tokens
     truncated: bool
+
+
+@dataclass(frozen=True)
+class Window:
+    """The pairs of an optimizer step, which balanced batches exchange among its micro-batches.
+
+    Attributes:
+        epoch: number of the epoch, from 1.
+        step: number of the optimizer step in the run, from 1.  A step that goes on into the next
+            epoch is two windows.
+        pairs: places among the pairs that are trained on, in the host's order and in the layout
+            ``[micro-step][rank][place]``.  The last micro-step may be short on a single rank.
+    """
+
+    epoch: int
+    step: int
+    pairs: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,11 @@ class Plan:
         formats: what the rows of each dataset look like, and what reads them.
         epoch_steps: optimizer steps of an epoch, a fraction if a step continues in the next epoch.
         steps: optimizer steps of the run.
+        windows: the run's pairs as the host draws them, before they are balanced.
+        balanced_batches: whether the run balances its batches.
+        shared_prompts: whether the run computes the common start of a pair's sequences once.
+        fused: whether the output layer, too, computes only the tokens that aren't padding.
+        packed: whether the host itself computes no padding.
     """
 
     host: str
@@ -121,6 +144,16 @@ class Plan:
     formats: Sequence[str] = ()
     epoch_steps: float = 0
     steps: int = 0
+    windows: Iterable[Window] = ()
+    balanced_batches: bool = False
+    shared_prompts: bool = False
+    fused: bool = False
+    packed: bool = False
+
+    @property
+    def geometry(self) -> Geometry:
+        """How an epoch is cut into micro-batches."""
+        return Geometry(self.data_ranks, self.micro_batch, self.accumulation)
 
     def reversal(self) -> float:
         """The margin below which the loss pushes a pair the wrong way; ``-inf`` if there is none.

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,11 @@ from typing import Any
 import pytest
 from harness import ManyFocalpo, focalpo, run_python
 
-from focalpo_plugins.cli.check.counts import (
-    Counts,
-    TokensPerStep,
-    in_common,
-    tokens_per_step,
-)
+from focalpo_plugins.balanced import Geometry
+from focalpo_plugins.cli.check.batches import Largest, Way, four_ways
+from focalpo_plugins.cli.check.counts import Counts, in_common
+from focalpo_plugins.cli.check.printing import _of_ways
+from focalpo_plugins.plan import Window
 
 COMMANDS = ("check", "curves", "report", "score")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -519,17 +519,99 @@ def test_a_run_without_evaluation_is_not_faint():
     assert len({line.get_color() for line in lines}) == 2
 
 
-def test_tokens_of_a_step_by_hand():
-    """Two pairs a batch, of 3 and 5, and 4 and 4 tokens, with 2 and 4 in common: 2 x 2 x 5 padded,
-    16 without padding, 10 shared; and twice that on two ranks.  A batch of one pair alone is padded
-    to its own longest: 2 x 5 + 2 x 4."""
-    counts = Counts(pairs=2, lengths=[3, 5, 4, 4], longer=[5, 4], in_common=6)
-    plan = SimpleNamespace(micro_batch=2, accumulation=1, data_ranks=1)
-    assert tokens_per_step(plan, counts) == TokensPerStep(padded=20, unpadded=16, shared=10)
-    plan.data_ranks = 2
-    assert tokens_per_step(plan, counts) == TokensPerStep(padded=40, unpadded=32, shared=20)
-    plan = SimpleNamespace(micro_batch=1, accumulation=2, data_ranks=1)
-    assert tokens_per_step(plan, counts).padded == 18
+# Of four pairs the tokens of both sequences, and of the start that they have in common: a pair's
+# longer sequence has 10, 3, 9 and 4 tokens, and its row with a shared prompt 14, 4, 12 and 4.
+FOUR = Counts(pairs=4, lengths=[10, 8, 2, 3, 9, 9, 4, 1], in_common=[4, 1, 6, 1])
+
+
+def planned(geometry: Geometry, *windows: Window, **more: Any) -> SimpleNamespace:
+    given = {"balanced_batches": False, "shared_prompts": False, "fused": False, "packed": False}
+    return SimpleNamespace(geometry=geometry, windows=windows, steps=len(windows), **given | more)
+
+
+def test_the_critical_path_by_hand():
+    """Two ranks with a pair each, two micro-steps to a step: 2 x 10 and 2 x 9 are the slowest as they
+    come, 2 x 10 and 2 x 4 once the pairs of 10 and 9 are side by side.  With shared prompts 14 and 12,
+    and 14 and 4."""
+    plan = planned(Geometry(2, 1, 2), Window(1, 1, [0, 1, 2, 3]))
+    found = four_ways(plan, FOUR)
+    tokens = {name: way.tokens_per_step for name, way in found.ways.items()}
+    assert tokens == {"plain": 38, "balanced": 28, "shared": 26, "both": 18}
+    largest = {name: way.largest for name, way in found.ways.items()}
+    of_padded, of_shared = Largest(20, 1, 1, 1), Largest(14, 1, 1, 1)
+    assert [*largest.values()] == [of_padded, of_padded, of_shared, of_shared]
+    # Without the fused path the output layer gets the padded batch in each way.
+    assert [way.logits for way in found.ways.values()] == [20, 20, 20, 20]
+
+
+def test_the_largest_micro_batch_by_hand():
+    """Two pairs at a time on one rank, in two epochs.  The first has 2 x 2 x 10, and 2 x 9 of a pair
+    that is left; the second 2 x 2 x 10, and 2 x 3.  With shared prompts 14 + 4 and 12, then 14 + 12,
+    which is the largest, and 4.  Four micro-batches are two steps."""
+    windows = Window(1, 1, [0, 1, 2]), Window(2, 2, [2, 0, 1])
+    found = four_ways(planned(Geometry(1, 2, 2), *windows), FOUR)
+    assert found.ways["plain"] == Way((40 + 18 + 40 + 6) / 2, Largest(40, 2, 1, 1), 40)
+    assert found.ways["shared"] == Way((18 + 12 + 26 + 4) / 2, Largest(26, 2, 2, 2), 40)
+    # A batch that is smaller gives its pairs more weight, so nothing is exchanged with it.
+    assert found.ways["balanced"] == found.ways["plain"]
+    assert found.ways["both"] == found.ways["shared"]
+    # The smaller batch may be the largest.
+    window = Window(1, 1, [1, 3, 0])
+    assert four_ways(planned(Geometry(1, 2, 2), window), FOUR).planned.largest == Largest(
+        20, 1, 1, 1
+    )
+
+
+def test_the_output_layer_gets_what_its_path_needs():
+    """Two pairs at a time, all in a step: shared prompts compute 14 + 12 and 4 + 4 in the order as it
+    comes here, of which the output layer gets 2 x 2 x 10 and 2 x 2 x 4 without the fused path.
+    Balanced with it, the pair of 14 goes with one of 4; without it, the two longest stay together."""
+    window = Window(1, 1, [0, 2, 1, 3])
+    found = four_ways(planned(Geometry(1, 2, 2), window), FOUR)
+    assert found.ways["shared"] == Way(26 + 8, Largest(26, 2, 1, 1), 40)
+    assert found.ways["both"] == Way(26 + 8, Largest(26, 2, 1, 1), 40)
+    found = four_ways(planned(Geometry(1, 2, 2), window, fused=True), FOUR)
+    assert found.ways["shared"] == Way(26 + 8, Largest(26, 2, 1, 1), 26)
+    assert found.ways["both"] == Way(18 + 16, Largest(18, 2, 1, 1), 18)
+
+
+def test_a_host_that_packs_computes_no_padding():
+    """18 tokens of the pairs 0 and 2, and 5 of the others: 18 and 18 as they come, 18 and 5 dealt."""
+    plan = planned(Geometry(2, 1, 2), Window(1, 1, [0, 1, 2, 3]), packed=True)
+    found = four_ways(plan, FOUR)
+    tokens = [way.tokens_per_step for way in found.ways.values()]
+    assert tokens == [36, 23, 26, 18]
+    assert [way.logits for way in found.ways.values()] == [18, 18, 14, 14]
+
+
+@pytest.mark.parametrize(
+    "balanced, shared, name",
+    [
+        (False, False, "plain"),
+        (True, False, "balanced"),
+        (False, True, "shared"),
+        (True, True, "both"),
+    ],
+)
+def test_the_way_of_the_run_is_marked(balanced: bool, shared: bool, name: str):
+    """Of 38 tokens 28, 26 and 18 are .74, .68 and .47."""
+    window = Window(3, 7, [0, 1, 2, 3])
+    plan = planned(Geometry(2, 1, 2), window, balanced_batches=balanced, shared_prompts=shared)
+    path, largest = (text for _, text in _of_ways(four_ways(plan, FOUR)))
+    said = "critical path a step: plain 1.00 (38 tokens), balanced 0.74, shared 0.68, both 0.47"
+    ratio = re.search(rf"{name} (\d.\d\d)", said)[1]
+    marked = said.replace("38 tokens", "38 tokens, this run")
+    if name != "plain":
+        marked = said.replace(f"{name} {ratio}", f"{name} {ratio} (this run)")
+    assert path == marked
+    of_plain = "20 tokens (1 pair) in step 7, epoch 3"
+    said = of_plain.replace("20", "14") if shared else of_plain
+    more = "" if name == "plain" else f"; plain: {of_plain}"
+    assert largest == f"largest micro-batch: {said}{more}"
+
+
+def test_a_run_without_a_batch_has_no_critical_path():
+    assert four_ways(planned(Geometry(8, 1, 2)), FOUR) is None
 
 
 @pytest.mark.parametrize(

@@ -12,19 +12,21 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from ..balanced import Geometry
 from ..errors import InvalidValue
 from ..guards import hub
 from ..guards.messages import explained
 from ..guards.sources import described
-from ..plan import ModelState, Pair, Plan, Tokens
+from ..plan import ModelState, Pair, Plan, Tokens, Window
 from ..registry import losses
-from . import FUSED, PLUGIN, RL_AS_WRITTEN
+from . import FUSED, PLUGIN, RL_AS_WRITTEN, SHARED
 from .conversations import text_faults
 from .data import explain, remote_names
 from .sources import listed
@@ -50,6 +52,8 @@ _OFF_FOR_STAND_IN: dict[str, Any] = {
     "torch_compile": False,
     "precompute_ref_log_probs": False,
     "dpo_use_liger_kernel": False,
+    "dataloader_num_workers": 0,
+    "dataloader_prefetch_factor": None,
     "use_wandb": False,
     "use_mlflow": False,
     "use_comet": False,
@@ -131,6 +135,9 @@ def _without_data(cfg: Any, gpus: int, notes: list[str]) -> Plan:
         state=state,
         warnings=[*warnings, *filter(None, [ignored(cfg)])],
         notes=notes,
+        balanced_batches=bool(cfg.get("focalpo_balanced_batches")),
+        shared_prompts=bool(cfg.get(SHARED)),
+        fused=state.logits_at_once is not None,
     )
 
 
@@ -150,34 +157,60 @@ def _with_data(bare: Plan, cfg: Any) -> Plan:
             f"none fits into {cfg.sequence_len}. Raise sequence_len."
         )
     trainer = _trainer(cfg, data, tokenizer)
-    dataset, args = trainer.train_dataset, trainer.args
+    dataset, args, geometry = trainer.train_dataset, trainer.args, _geometry(bare, trainer.args)
     found = [*text_faults(cfg, tokenizer), *text_faults(cfg, tokenizer, evaluation=True)]
     epoch_steps = _epoch_steps(
         len(dataset),
-        args.per_device_train_batch_size,
-        args.gradient_accumulation_steps,
-        bare.data_ranks,
+        geometry.each,
+        geometry.accumulation,
+        geometry.ranks,
         args.dataloader_drop_last,
     )
     of_run = math.ceil(args.num_train_epochs * epoch_steps)
+    steps = args.max_steps if args.max_steps > 0 else of_run
     of_dpo = bare.margin == "dpo"
+    order, unknown = _order(trainer)
     return replace(
         bare,
         loss=getattr(trainer, "pairwise_loss", None),
         beta=trainer.beta,
         label_smoothing=getattr(trainer, "label_smoothing", 0.0),
         max_length=getattr(trainer.data_collator if of_dpo else trainer, "max_length", None),
-        micro_batch=args.per_device_train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
+        micro_batch=geometry.each,
+        accumulation=geometry.accumulation,
         warnings=[*bare.warnings, *map(str, found)],
+        notes=[*bare.notes, *unknown],
         tokenizer=tokenizer,
         rows=rows,
         kept=len(dataset),
         pairs=_pairs(dataset, trainer.data_collator) if of_dpo else _pairs_of_cpo(trainer),
         formats=described(listed(cfg)),
         epoch_steps=epoch_steps,
-        steps=args.max_steps if args.max_steps > 0 else of_run,
+        steps=steps,
+        windows=_windows(order, geometry, args.dataloader_drop_last, steps),
     )
+
+
+def _geometry(bare: Plan, args: Any) -> Geometry:
+    each = args.per_device_train_batch_size
+    if args.accelerator_config.split_batches:  # then a batch is of all ranks
+        each = max(1, each // bare.data_ranks)
+    return Geometry(bare.data_ranks, each, args.gradient_accumulation_steps)
+
+
+def _order(trainer: Any) -> tuple[Any, list[str]]:
+    """The sampler that draws the pairs of an epoch, and a note if a run would draw others."""
+    from accelerate.data_loader import SeedableRandomSampler
+
+    order = trainer.get_train_dataloader().batch_sampler.sampler
+    order = getattr(order, "order", order)  # before this package balances it
+    if isinstance(order, SeedableRandomSampler):
+        return order, []
+    note = (
+        "this run draws its pairs without a fixed seed (accelerator_config.use_seedable_sampler): "
+        "the critical path and the largest micro-batch are those of another order"
+    )
+    return order, [note]
 
 
 def _rows(cfg: Any, tokenizer: Any, data: Any) -> int:
@@ -218,6 +251,33 @@ def _epoch_steps(
     batches = pairs // micro_batch + left_out * bool(pairs % micro_batch)
     of_rank = batches // ranks + left_out * bool(batches % ranks)
     return max(1, -(-of_rank // accumulation))
+
+
+def _windows(order: Any, geometry: Geometry, drop_last: bool, steps: int) -> Iterator[Window]:
+    """The pairs of a run of so many steps, as accelerate divides them among the ranks.
+
+    Args:
+        order: the sampler that draws the pairs of an epoch.
+    """
+    size, done = geometry.micro_step, 0
+    for epoch in count():
+        if hasattr(order, "set_epoch"):
+            order.set_epoch(epoch)
+        pairs = list(order)
+        rest = len(pairs) % size
+        if rest and drop_last:
+            del pairs[-rest:]
+        elif rest and geometry.ranks > 1:
+            # accelerate completes an epoch's last batches with the epoch's first pairs.
+            first = pairs[:size]
+            pairs += (first * -(-size // len(first)))[: size - rest]
+        if not pairs:
+            return
+        for start in range(0, len(pairs), geometry.step):
+            if done == steps:
+                return
+            done += 1
+            yield Window(epoch + 1, done, pairs[start : start + geometry.step])
 
 
 def _load_cfg(config: Path, gpus: int, scratch: Path, shape: Path | None) -> tuple[Any, list[str]]:

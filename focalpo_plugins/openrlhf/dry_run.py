@@ -16,15 +16,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..balanced import Geometry
 from ..errors import InvalidValue, RunError
 from ..guards import hub, pairs
 from ..guards.faults import Policy
 from ..guards.messages import explained
 from ..guards.sources import described
-from ..plan import ModelState, Pair, Plan, Tokens
+from ..plan import ModelState, Pair, Plan, Tokens, Window
 from ..registry import get_loss
 from . import COMMAND, cpu
 from .autoload import patch
@@ -78,11 +80,10 @@ def _without_data(of_host: Any, gpus: int, shape: Path | None) -> Plan:
         missing = "model.model_name_or_path" if args.data.dataset else "data.dataset"
         missing = installed_flag(missing, vars(of_host)) if args is not of_host else missing
         raise InvalidValue(f"--{missing} must be given: there is nothing to train on.")
-    loss, precomputed = None, False
+    loss, flags = None, dict[str, Any]()
     if _asks_for_ours(of_host):
         options, flags = given_options(of_host)
         loss = get_loss(of_host.loss).bind(**options)
-        precomputed = flags.get("precompute_ref", False)
     notes = []
     if not torch.cuda.is_available():
         notes.append("no GPU here: flags that need one were taken as on a machine that has them")
@@ -101,9 +102,12 @@ def _without_data(of_host: Any, gpus: int, shape: Path | None) -> Plan:
         ranks=gpus,
         data_ranks=data_ranks,
         precision=args.ds.param_dtype,
-        state=_state(args, precomputed, shape),
+        state=_state(args, bool(flags.get("precompute_ref")), shape),
         warnings=_warnings(args, data_ranks),
         notes=notes,
+        balanced_batches=bool(flags.get("balanced_batches")),
+        shared_prompts=bool(flags.get("shared_prompts")),
+        packed=bool(args.ds.packing_samples),
     )
 
 
@@ -180,7 +184,34 @@ def _with_data(bare: Plan, of_host: Any) -> Plan:
         formats=described(found),
         epoch_steps=batches / bare.accumulation,
         steps=args.train.max_epochs * batches // bare.accumulation,
+        windows=_windows(trained, bare.geometry, args.train.max_epochs, strategy.seed),
     )
+
+
+def _windows(data: Any, geometry: Geometry, epochs: int, seed: int) -> Iterator[Window]:
+    """The pairs of the run, as OpenRLHF's sampler and data loader divide them among the ranks."""
+    from openrlhf.utils.distributed_sampler import DistributedSampler
+
+    each, begun = geometry.each, 0  # micro-steps
+    for epoch in range(epochs):
+        of_ranks = []
+        for rank in range(geometry.ranks):
+            sampler = DistributedSampler(
+                data, num_replicas=geometry.ranks, rank=rank, seed=seed, drop_last=True
+            )
+            sampler.set_epoch(epoch)
+            of_ranks.append(list(sampler))
+        micro_steps = [
+            [pair for of_rank in of_ranks for pair in of_rank[at : at + each]]
+            for at in range(0, len(of_ranks[0]) - each + 1, each)
+        ]
+        start = 0
+        while start < len(micro_steps):
+            # A step goes on into the next epoch.
+            step, done = divmod(begun, geometry.accumulation)
+            window = micro_steps[start : start + geometry.accumulation - done]
+            yield Window(epoch + 1, step + 1, list(chain.from_iterable(window)))
+            start, begun = start + len(window), begun + len(window)
 
 
 def _rows(args: Any, strategy: Any) -> tuple[Any, Any]:

@@ -9,16 +9,20 @@ import shutil
 import statistics
 import subprocess
 from itertools import product
+from os.path import commonprefix
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
-from harness import EXAMPLES, Axolotl, ManyFocalpo
+from harness import EXAMPLES, ON_CPU, Axolotl, ManyFocalpo, zero3_on_cpu
+from planned import computed
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from focalpo_plugins.axolotl.dry_run import _epoch_steps
+from focalpo_plugins.axolotl.dry_run import _epoch_steps, _windows
+from focalpo_plugins.balanced import Geometry
 from focalpo_plugins.cli.check.counts import count
 from focalpo_plugins.cli.check.warnings import warnings
 from focalpo_plugins.plan import Pair, Tokens
@@ -147,6 +151,28 @@ def answers(
         "steps of two ranks": ["--json", "--gpus", "2", config(**EPOCHS)],
         "traps": ["--strict", config(base_model=str(doubling), rl_beta=1.0, fp16=True)],
         "fused": ["--json", config(focalpo_fused=True, micro_batch_size=4096, bf16=True)],
+        "fused, without data": [
+            "--json",
+            "--model-config",
+            str(without_weights / "config.json"),
+            config(focalpo_fused=True, micro_batch_size=4096),
+        ],
+        "shared": [
+            "--json",
+            "--gpus",
+            "2",
+            config(focalpo_shared_prompts=True, micro_batch_size=1, focalpo_fused=True),
+        ],
+        "batches of all ranks": [
+            "--json",
+            "--gpus",
+            "2",
+            config(accelerator_config={"split_batches": True}),
+        ],
+        "no seed": [
+            config(accelerator_config={"use_seedable_sampler": False}),
+        ],
+        "ignored": [config(group_by_length=True)],
         "simpo": ["--json", config(focalpo_margin="simpo", rl_beta=2.0, simpo_gamma=0.5)],
         "simpo, as text": [config(focalpo_margin="simpo", rl_beta=2.0, simpo_gamma=0.5)],
         "simpo, cut by TRL": [
@@ -293,6 +319,112 @@ def test_a_run_has_the_steps_that_were_said(answers, once: Axolotl, data: Path):
     assert state["global_step"] == read(answers["steps"])["steps"]
 
 
+@shares_answers
+def test_the_largest_micro_batch(answers, tiny: Path, data: Path):
+    """Plain it has four pairs, padded to the longest sequence of all.  A pair at a time with shared
+    prompts, it is the pair with the most tokens without the start that both sequences have in common;
+    before an empty answer Axolotl puts its own dummy message."""
+    found = read(answers["plain"])
+    largest = found["largest_micro_batch"]["plain"]
+    assert found["way"] == "plain"
+    assert (largest["tokens"], largest["pairs"]) == (2 * 4 * found["counts"]["lengths"]["max"], 4)
+    tokens, rows = ByHand(tiny, data), []
+    dummy = tokens.ids(tokens.prompt("[[dummy_message]]"))
+    for number, sides in enumerate(tokens.pairs[:12]):
+        chosen, rejected = (prompt + answer for prompt, answer in sides.values())
+        if number == 11:
+            prompt, answer = sides["chosen"]
+            chosen = prompt + dummy + answer
+        rows.append(len(chosen) + len(rejected) - len(commonprefix([chosen, rejected])))
+    found = read(answers["shared"])
+    assert found["way"] == "shared"
+    largest = found["largest_micro_batch"]["shared"]
+    assert (largest["tokens"], largest["pairs"]) == (max(rows), 1)
+    assert found["memory_bytes"]["logits"] % max(rows) == 0
+    # Two ranks wait for each other, so it is more than half of all rows' tokens, in steps of 4 pairs.
+    path = found["tokens_per_step"]
+    assert sum(rows) / 2 <= 3 * path["both"] <= 3 * path["shared"] <= 3 * path["plain"]
+
+
+@shares_answers
+def test_batches_that_are_split_over_the_ranks(answers):
+    """Of four pairs at a time each of two ranks computes two."""
+    found = read(answers["batches of all ranks"])
+    assert (found["micro_batch"], found["batch"]) == (2, 8)
+    assert found["largest_micro_batch"]["plain"]["pairs"] == 2
+
+
+@shares_answers
+def test_an_order_without_a_seed_is_said_to_be_unknown(answers):
+    said = "this run draws its pairs without a fixed seed (accelerator_config.use_seedable_sampler)"
+    assert said in answers["no seed"][1]
+    assert said not in answers["traps"][1]
+
+
+@shares_answers
+def test_a_key_for_the_order_that_axolotl_ignores_is_said(answers):
+    said = "WARNING  Axolotl ignores group_by_length when it trains preference pairs"
+    assert said in answers["ignored"][1]
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize("ranks, balanced", [(1, False), (2, False), (2, True)])
+def test_a_run_has_the_batches_that_were_planned(
+    once: Axolotl, data: Path, ranks: int, balanced: bool
+):
+    """In all its epochs, whose orders differ.  One rank trains on 5, 5 and 2 of 12 pairs an epoch,
+    with two batches to a step, in ceil(2.5 * 12 / 10) = 3 steps.  Two ranks train on 5 each, twice an
+    epoch, which is a step, and accelerate completes the second time with the epoch's first pairs; in
+    ceil(2.5 * 12 / 20) = 2 steps."""
+    pairs = {"path": str(data), "ds_type": "json", "split": "train"}
+    pairs["type"] = "chat_template.argilla_chat"
+    folder = str(once.folder / f"batches{ranks}{balanced}")
+    more: dict[str, Any] = {"datasets": [pairs], "output_dir": folder, "micro_batch_size": 5}
+    if ranks == 2:
+        more["deepspeed"] = zero3_on_cpu(once.folder)
+    if balanced:
+        more["focalpo_balanced_batches"] = True
+    given = [ranks, once.config(**EPOCHS, **more)]
+    code, said, errors = forked.run("planned:main", given, once.folder)
+    assert code == 0, errors[-3000:]
+    plan = json.loads(said.splitlines()[-1])
+    plugins = ["test_only_plugins.GlooOnCPU", "test_only_plugins.Batches"]
+    how = ON_CPU if ranks == 2 else {}
+    run = once.train(
+        **EPOCHS, **more, plugins=plugins[2 - ranks :], save_steps=50, ranks=ranks, how=how
+    )
+    files = sorted(run.folder.glob("batches*.jsonl"))
+    trained = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    sizes = [[5, 5, 2, 5, 5]] if ranks == 1 else [[5] * 4] * 2
+    assert [[*map(len, of_rank)] for of_rank in trained] == sizes
+    assert trained[0][0] != trained[0][4 - ranks]  # the second epoch's
+    assert (plan["batches"] == trained) is not balanced
+    said = plan["tokens_per_step"], plan["largest"]["tokens"], plan["largest"]["pairs"]
+    assert said == pytest.approx(computed(trained, 2))
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_pairs_of_each_rank_are_those_of_accelerate(drop_last: bool):
+    """Whatever the numbers of pairs, ranks and micro-batches, over two epochs of an order that does
+    not change."""
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler
+
+    for pairs, each, accumulation, ranks in product(range(1, 30), (1, 4), (1, 3), (1, 2, 3, 9)):
+        expected = []
+        for rank in range(ranks):
+            batches = BatchSampler(range(pairs), each, drop_last)
+            shard = BatchSamplerShard(batches, ranks, rank) if ranks > 1 else batches
+            expected.append(list(shard) * 2)
+        steps = 2 * -(-len(expected[0]) // 2 // accumulation)
+        geometry = Geometry(ranks, each, accumulation)
+        found: list[list[list[int]]] = [[] for _ in range(ranks)]
+        for window in _windows(range(pairs), geometry, drop_last, steps):
+            for place, start in enumerate(range(0, len(window.pairs), each)):
+                found[place % ranks].append(list(window.pairs[start : start + each]))
+        assert found == expected
+
+
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_steps_of_an_epoch_are_those_of_accelerate(drop_last: bool):
     from accelerate.data_loader import BatchSamplerShard
@@ -328,8 +460,11 @@ def test_memory(answers, tiny: Path):
     assert (zero3["precision"], zero3["zero_stage"], zero3["batch"]) == ("bf16", 3, 64)
     assert zero3["memory_bytes"]["state"] == n * (2 + 2 + 12 + 2) / 8
     # 2 x 4096 sequences have more logits than the fused path holds, 2^25 in float32.
-    fused = read(answers["fused"])["memory_bytes"]
+    fused = read(answers["fused, without data"])["memory_bytes"]
     assert fused["logits"] == 2**25 * 4
+    # There are only 12 pairs, which make one batch.
+    fused = read(answers["fused"])["memory_bytes"]
+    assert fused["logits"] == 2 * 12 * longest * vocabulary * 4
     # bf16 without DeepSpeed: Axolotl holds the embedding, which is the output layer too, and nine
     # norms in float32, and Adam's states are of each weight's dtype.
     wide = (vocabulary + 9) * 128

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -9,9 +10,12 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from harness import ManyFocalpo
+from openrlhf_flags import of_host
+from planned import computed
 from tokenizers import Tokenizer
 
 pytestmark = pytest.mark.xdist_group("check")
@@ -75,6 +79,9 @@ def answers(
         "precomputed": argv(*focal, "--focalpo.precompute_ref", before=()),
         "precomputed, json": argv(*focal, "--focalpo.precompute_ref"),
         "steps": argv(*focal, *STEPS),
+        "one at a time": argv(
+            *focal, "--focalpo.shared_prompts", "--train.micro_batch_size", "1", "--train.batch_size", "11"
+        ),
         "parallel": argv(*focal, *flash, "--ds.ring_attn_size", "2", "--ds.tensor_parallel_size", "2", before=eight),
         "dpo": argv("--ds.param_dtype", "fp16"),
         "ipo": argv("--model.ipo_enable", "--model.beta", "0.5"),
@@ -143,22 +150,31 @@ def test_what_is_counted(answers):
 
 
 def test_tokens_of_a_step(answers, tiny: Path, rows):
-    """16 pairs of the 11 a step: their tokens, and those without the starts that two sequences have
-    in common, which is at least a pair's prompt.  Padding depends on the order, within bounds."""
+    """A pair at a time, all 11 in a step: plain it has twice the tokens of each pair's longer sequence.
+    With shared prompts it has those of both sequences without the start that they have in common,
+    which is at least the prompt.  On one rank there is nothing to balance."""
     tokenizer = Tokenizer.from_file(str(tiny / "model" / "tokenizer.json"))
     pairs = [
         [sum(by_hand(tokenizer, row, side), []) for side in ("chosen", "rejected")]
         for row in rows[1][:11]
     ]
-    tokens = sum(len(side) for pair in pairs for side in pair)
-    common = sum(len(commonprefix(pair)) for pair in pairs)
-    longer = [max(map(len, pair)) for pair in pairs]
-    found = read(answers["plain"])["tokens_per_step"]
-    assert found["unpadded"] == pytest.approx(tokens * 16 / 11)
-    assert found["shared"] == pytest.approx((tokens - common) * 16 / 11)
-    assert 2 * sum(longer) < found["padded"] * 11 / 16 < 2 * 11 * max(longer)
+    padded = [2 * max(map(len, pair)) for pair in pairs]
+    shared = [sum(map(len, pair)) - len(commonprefix(pair)) for pair in pairs]
+    found = read(answers["one at a time"])
+    tokens = {
+        "plain": sum(padded),
+        "balanced": sum(padded),
+        "shared": sum(shared),
+        "both": sum(shared),
+    }
+    assert found["tokens_per_step"] == pytest.approx(tokens)
+    assert found["way"] == "shared"
+    for way, most in (("plain", max(padded)), ("shared", max(shared))):
+        largest = {"tokens": most, "pairs": 1, "epoch": 1, "step": 1}
+        assert found["largest_micro_batch"][way] == largest
     code, said, errors = answers["precomputed"]
-    assert f"{found['shared']:,.0f} with shared prompts (" in said, errors
+    assert "critical path a step: plain 1.00 (" in said, errors
+    assert "balanced" in said
 
 
 def test_what_is_cut_is_counted(answers, tiny: Path, rows):
@@ -191,6 +207,38 @@ def test_a_run_has_the_steps_that_were_said(answers, rows, train):
     run = train("--loss", "focalpo", *data, *STEPS)
     assert run.returncode == 0, run.output
     assert max(run.steps("train/")) == read(answers["steps"])["steps"]
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize("ranks, balanced", [(1, False), (2, False), (2, True)])
+def test_a_run_has_the_batches_that_were_planned(
+    tiny: Path, rows, watched, tmp_path: Path, ranks: int, balanced: bool
+):
+    """In all its epochs, whose orders differ.  One rank trains on five batches of two of the 11 pairs
+    an epoch, two ranks on two each; three epochs are 15 and 6.  Two batches make a step."""
+    flags = ["--loss", "focalpo", "--data.dataset", str(rows[0]), "--data.max_len", "64"]
+    flags += ["--train.batch_size", str(4 * ranks), "--train.max_epochs", "3"]
+    flags += ["--focalpo.balanced_batches"] * balanced
+    given = ["--model.model_name_or_path", str(tiny / "model"), "--data.apply_chat_template"]
+    argv = of_host([*given, "--train.micro_batch_size", "2", *flags])
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    code, said, errors = forked.run("planned:main", [ranks, "--", *argv], tmp_path, **alone)
+    assert code == 0, errors[-3000:]
+    plan = json.loads(said.splitlines()[-1])
+    by_digest = {
+        hashlib.sha256(str(pair).encode()).hexdigest()[:16]: pair for pair in plan["pairs"]
+    }
+    run = watched(flags, ranks, {})
+    assert run.returncode == 0, run.output
+    trained = [
+        [[by_digest[digest] for digest in what[1]] for what in seen if what[0] == "train"]
+        for seen in run.seen()
+    ]
+    assert [len(batches) for batches in trained] == ([15] if ranks == 1 else [6, 6])
+    assert trained[0][0] != trained[0][5 if ranks == 1 else 2]  # the second epoch's
+    assert (plan["batches"] == trained) is not balanced
+    said = plan["tokens_per_step"], plan["largest"]["tokens"], plan["largest"]["pairs"]
+    assert said == pytest.approx(computed(trained, 2))
 
 
 def test_ranks_that_share_their_pairs(answers):

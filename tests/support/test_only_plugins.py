@@ -81,6 +81,27 @@ class WhatIsTrained(BasePlugin):
         (folder / "seen.json").write_text(json.dumps(seen))
 
 
+class Batches(BasePlugin):
+    """Writes beside the model each rank's batches, as lists of pairs, which are the token ids of the
+    chosen and the rejected sequence."""
+
+    def post_trainer_create(self, cfg, trainer):
+        host_step, rank = trainer.training_step, os.environ.get("RANK", "0")
+        folder = Path(cfg.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def step(model, inputs, *args, **kwargs):
+            ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+            sequences = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
+            half = len(sequences) // 2
+            pairs = list(zip(sequences[:half], sequences[half:], strict=True))
+            with (folder / f"batches{rank}.jsonl").open("a") as file:
+                file.write(json.dumps(pairs) + "\n")
+            return host_step(model, inputs, *args, **kwargs)
+
+        trainer.training_step = step
+
+
 class Forwards(BasePlugin):
     """Writes beside the model, for every step, how often a backbone ran forward and how many of them
     there are, whoever holds them."""

@@ -9,11 +9,13 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from ...guards.messages import one_line
 from ...plan import Plan
 from .. import CommandError
+from .batches import FourWays, four_ways
 from .counts import count
 from .memory import estimate
 from .printing import as_json, print_text
@@ -32,27 +34,34 @@ def run(args: Namespace) -> int:
         try:
             plan = _plan(args, Path(scratch), shape)
             counts = shown = None
-            longest = plan.max_length or 0
+            ways = None
             if shape is None:
                 counts, shown = count(plan, args.pair)
-                longest = min(max(counts.lengths), plan.max_length or max(counts.lengths))
+                ways = four_ways(_with_bar(plan), counts)
         except CommandError:
             raise
         except Exception as error:  # every error of the host is an answer for the user
             if args.debug:
                 raise
             raise CommandError(f"{name}: {one_line(error)}") from None
-        memory = estimate(plan, longest)
+        memory = estimate(plan, _tokens_of_logits(plan, ways))
     found = warnings(plan, counts)
     if args.json:
-        print(json.dumps(as_json(name, plan, counts, shown, memory, found), indent=2))
+        print(json.dumps(as_json(name, plan, counts, shown, ways, memory, found), indent=2))
     else:
-        print_text(name, plan, counts, shown, memory, args.pair)
+        print_text(name, plan, counts, shown, ways, memory, args.pair)
         print()
         for warning in found:
             print(f"WARNING  {warning}")
         print(f"{len(found)} warning{'s' * (len(found) != 1)}, no errors")
     return 1 if found and args.strict else 0
+
+
+def _tokens_of_logits(plan: Plan, ways: FourWays | None) -> int:
+    """In the run's largest micro-batch; without data, in one of sequences as long as the limit."""
+    # Chosen and rejected answers go through the model together.
+    limit = 2 * plan.micro_batch * (plan.max_length or 0)
+    return limit if ways is None else ways.planned.logits
 
 
 def _plan(args: Namespace, scratch: Path, shape: Path | None) -> Plan:
@@ -75,6 +84,14 @@ def _plan(args: Namespace, scratch: Path, shape: Path | None) -> Plan:
     from ...axolotl import dry_run as axolotl
 
     return axolotl.plan(Path(args.config), gpus, scratch, shape)
+
+
+def _with_bar(plan: Plan) -> Plan:
+    """The plan whose windows show how many of them are left."""
+    from tqdm import tqdm
+
+    windows = tqdm(plan.windows, total=plan.steps, unit="step", leave=False)
+    return replace(plan, windows=windows)
 
 
 def _need(module: str, what: str) -> None:

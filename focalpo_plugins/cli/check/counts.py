@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,36 +28,8 @@ class Counts:
     uncut_without_eos: int = 0
     lengths: list[int] = field(default_factory=list)
     trained: list[int] = field(default_factory=list)
-    longer: list[int] = field(default_factory=list)
-    in_common: int = 0  # tokens, over all pairs
-
-
-@dataclass(frozen=True)
-class TokensPerStep:
-    """Tokens that the policy computes in a step, on average, on all ranks.
-
-    Attributes:
-        padded: with each batch padded to its longest sequence, as the hosts do it.
-        unpadded: without padding.
-        shared: without padding, with the common start of a pair's sequences counted once.
-    """
-
-    padded: float
-    unpadded: float
-    shared: float
-
-
-def tokens_per_step(plan: Plan, counts: Counts) -> TokensPerStep:
-    """Estimated from one random order of the pairs: the hosts draw a new one in each epoch."""
-    longer = random.Random(0).sample(counts.longer, len(counts.longer))
-    size = plan.micro_batch
-    batches = [longer[start : start + size] for start in range(0, len(longer), size)]
-    padded = sum(2 * len(batch) * max(batch) for batch in batches)
-    of_step = size * plan.accumulation * plan.data_ranks / counts.pairs
-    unpadded = sum(counts.lengths)
-    return TokensPerStep(
-        padded * of_step, unpadded * of_step, (unpadded - counts.in_common) * of_step
-    )
+    # Of each pair, the tokens of the start that both sequences have in common.
+    in_common: list[int] = field(default_factory=list)
 
 
 def count(plan: Plan, number: int) -> tuple[Counts, Pair]:
@@ -77,8 +48,7 @@ def count(plan: Plan, number: int) -> tuple[Counts, Pair]:
         counts.pairs += 1
         counts.truncated += pair.truncated
         sides = (pair.chosen, pair.rejected)
-        counts.longer.append(max(len(side.ids) for side in sides))
-        counts.in_common += in_common(pair.chosen.ids, pair.rejected.ids)
+        counts.in_common.append(in_common(pair.chosen.ids, pair.rejected.ids))
         answers = [_answer(side) for side in sides]
         wrong = faults_of_answers(answers[0], answers[1], is_blank)
         counts.identical += "identical" in wrong

@@ -41,8 +41,12 @@ class Estimate:
         return self.weights + self.gradients + self.optimizer + self.reference
 
 
-def estimate(plan: Plan, length: int) -> Estimate | None:
-    """The estimate for sequences of ``length`` tokens; None if the state's sharding is unknown."""
+def estimate(plan: Plan, tokens: int) -> Estimate | None:
+    """The estimate; None if the state's sharding is unknown.
+
+    Args:
+        tokens: the largest number of tokens of a micro-batch whose logits are computed.
+    """
     state = plan.state
     if state.zero_stage is None:
         return None
@@ -60,8 +64,7 @@ def estimate(plan: Plan, length: int) -> Estimate | None:
         gradients = trained * (state.adapter_bytes or each)
         held += gradients
     vocabulary = state.config.get_text_config().vocab_size
-    # Chosen and rejected answers go through the model together.
-    logits = 2 * plan.micro_batch * length * vocabulary
+    logits = tokens * vocabulary
     if state.logits_at_once is not None:
         logits = min(logits, max(state.logits_at_once, vocabulary))
     here = {what: what not in state.offloaded for what in ("weights", "optimizer", "reference")}

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...plan import Pair, Plan, Tokens
-from .counts import Counts, share, tokens_per_step
+from .batches import FourWays, Way
+from .counts import Counts, share
 from .memory import FORMULA, GIB, LEFT_OUT, Estimate
 
 _SHOWN = 80  # tokens of a prompt
@@ -23,12 +24,13 @@ def print_text(
     plan: Plan,
     counts: Counts | None,
     shown: Pair | None,
+    ways: FourWays | None,
     memory: Estimate | None,
     number: int,
 ) -> None:
     """Print the answer; if ``counts`` and ``shown`` are None, print only what needs no data."""
     lines = [*_of_run(name, plan), *_of_loss(plan), *_of_data(plan, counts)]
-    lines += [*_of_batch(plan, counts), *_of_memory(plan, memory)]
+    lines += [*_of_batch(plan, counts), *_of_ways(ways), *_of_memory(plan, ways, memory)]
     for title, text in lines:
         print(f"{title:<9}{text}")
     if shown is None:
@@ -108,16 +110,29 @@ def _of_batch(plan: Plan, counts: Counts | None) -> _Lines:
     if counts is None:
         return
     yield "", f"{_steps(plan.epoch_steps)} an epoch, {_steps(plan.steps)} in the run"
-    tokens = tokens_per_step(plan, counts)
-    yield (
-        "",
-        f"{tokens.padded:,.0f} tokens a step as the host pads them, {tokens.unpadded:,.0f} without "
-        f"padding, {tokens.shared:,.0f} with shared prompts "
-        f"({share(round(tokens.shared), round(tokens.padded))})",
-    )
 
 
-def _of_memory(plan: Plan, memory: Estimate | None) -> _Lines:
+def _of_ways(ways: FourWays | None) -> _Lines:
+    if ways is None:
+        return
+    plain, shown = ways.ways["plain"], []
+    for name, way in ways.ways.items():
+        said = [f"{way.tokens_per_step:,.0f} tokens"] if way is plain else []
+        said += ["this run"] if name == ways.of_run else []
+        ratio = way.tokens_per_step / plain.tokens_per_step
+        shown.append(f"{name} {ratio:.2f}" + (f" ({', '.join(said)})" if said else ""))
+    yield "", f"critical path a step: {', '.join(shown)}"
+    of_plain = "" if ways.planned is plain else f"; plain: {_largest(plain)}"
+    yield "", f"largest micro-batch: {_largest(ways.planned)}{of_plain}"
+
+
+def _largest(way: Way) -> str:
+    largest = way.largest
+    pairs = f"{largest.pairs} pair{'s' * (largest.pairs != 1)}"
+    return f"{largest.tokens:,} tokens ({pairs}) in step {largest.step}, epoch {largest.epoch}"
+
+
+def _of_memory(plan: Plan, ways: FourWays | None, memory: Estimate | None) -> _Lines:
     if memory is None:
         yield "memory", "not estimated under FSDP"
         return
@@ -142,11 +157,17 @@ def _of_memory(plan: Plan, memory: Estimate | None) -> _Lines:
     elif memory.logits:
         yield (
             "",
-            f"logits {logits} besides: 2 x {plan.micro_batch} sequences of the longest length x "
-            "vocabulary x 4 bytes, once; autograd keeps more",
+            f"logits {logits} besides: {_of_logits(plan, ways)} x vocabulary x 4 bytes, once; "
+            "autograd keeps more",
         )
     yield "", f"formula: {FORMULA}"
     yield "", f"left out: {LEFT_OUT}"
+
+
+def _of_logits(plan: Plan, ways: FourWays | None) -> str:
+    if ways is None:
+        return f"2 x {plan.micro_batch} sequences of {plan.max_length} tokens"
+    return f"{ways.planned.logits:,} tokens at most in a micro-batch of the run"
 
 
 def _batch(plan: Plan) -> int:
@@ -192,6 +213,7 @@ def as_json(
     plan: Plan,
     counts: Counts | None,
     shown: Pair | None,
+    ways: FourWays | None,
     memory: Estimate | None,
     warnings: list[str],
 ) -> dict[str, Any]:
@@ -219,13 +241,13 @@ def as_json(
         "warnings": warnings,
     }
     if counts is not None and shown is not None:
-        answer |= _json_of_data(plan, counts, shown)
+        answer |= _json_of_data(plan, counts, shown) | _json_of_ways(ways)
     return answer
 
 
 def _json_of_data(plan: Plan, counts: Counts, shown: Pair) -> dict[str, Any]:
     whole: dict[str, Any] = dict(vars(counts))  # asdict() can't copy a Counter
-    del whole["longer"], whole["in_common"]
+    del whole["in_common"]
     for key in ("lengths", "trained"):
         values = whole.pop(key)
         whole[key] = {"min": min(values), "median": statistics.median(values), "max": max(values)}
@@ -242,8 +264,17 @@ def _json_of_data(plan: Plan, counts: Counts, shown: Pair) -> dict[str, Any]:
         "dropped": plan.rows - plan.kept,
         "formats": plan.formats,
         "counts": whole,
-        "tokens_per_step": vars(tokens_per_step(plan, counts)),
         "epoch_steps": plan.epoch_steps,
         "steps": plan.steps,
         "pair": sides,
+    }
+
+
+def _json_of_ways(ways: FourWays | None) -> dict[str, Any]:
+    if ways is None:
+        return {}
+    return {
+        "way": ways.of_run,
+        "tokens_per_step": {name: way.tokens_per_step for name, way in ways.ways.items()},
+        "largest_micro_batch": {name: vars(way.largest) for name, way in ways.ways.items()},
     }

@@ -1,0 +1,60 @@
+"""Prints last, in a line of JSON, a run as `focalpo check` plans it.
+
+``pairs`` has the token ids of each pair's chosen and rejected sequence, ``batches`` a list for each
+rank with the pairs of its batches before they are balanced, ``tokens_per_step`` and ``largest`` what
+is said of the run's own way.  The first argument is the number of ranks, the second an Axolotl YAML,
+or `--` before OpenRLHF's flags.
+"""
+
+import contextlib
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+
+def read(gpus, words, scratch):
+    if words[0] == "--":
+        from focalpo_plugins.openrlhf.dry_run import plan
+
+        return plan(words[1:], gpus)
+    from focalpo_plugins.axolotl.dry_run import plan
+
+    return plan(Path(words[0]), gpus, scratch)
+
+
+def main():
+    from focalpo_plugins.cli.check.batches import four_ways
+    from focalpo_plugins.cli.check.counts import count
+
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
+        planned = read(int(sys.argv[1]), sys.argv[2:], Path(scratch))
+        planned = replace(planned, pairs=list(planned.pairs), windows=list(planned.windows))
+        way = four_ways(planned, count(planned, 0)[0]).planned
+    pairs = [(pair.chosen.ids, pair.rejected.ids) for pair in planned.pairs]
+    batches = [[] for _ in range(planned.data_ranks)]
+    for window in planned.windows:
+        for place, start in enumerate(range(0, len(window.pairs), planned.micro_batch)):
+            rows = window.pairs[start : start + planned.micro_batch]
+            batches[place % planned.data_ranks].append([pairs[row] for row in rows])
+    said = {"tokens_per_step": way.tokens_per_step, "largest": vars(way.largest)}
+    print(json.dumps({"pairs": pairs, "batches": batches, **said}))
+
+
+def computed(batches, accumulation):
+    """What a run computes whose ranks have these batches, padded: tokens on the critical path of a
+    step, and the largest batch with its number of pairs."""
+    tokens = [
+        [2 * len(batch) * max(len(ids) for pair in batch for ids in pair) for batch in of_rank]
+        for of_rank in batches
+    ]
+    slowest = [max(of_ranks) for of_ranks in zip(*tokens, strict=True)]
+    largest = max(map(max, tokens))
+    sizes = [
+        len(batch)
+        for of_rank, sums in zip(batches, tokens, strict=True)
+        for batch, total in zip(of_rank, sums, strict=True)
+        if total == largest
+    ]
+    return sum(slowest) / len(slowest) * accumulation, largest, sizes[0]
