@@ -13,6 +13,7 @@ first: {1, 3} and {2, 0}.  So the first rank has 1, 3, 2, 0, and the second 5, 7
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import threading
 from argparse import Namespace
@@ -388,6 +389,16 @@ def test_lengths_are_those_of_the_batch(pairs: Any, cost: str, shared: bool):
 
 
 @in_one_process
+def test_a_long_reading_is_said_once(pairs: Any, monkeypatch: Any, capsys: Any):
+    from focalpo_plugins.openrlhf import batches
+
+    monkeypatch.setattr(batches, "_LONG", 0.0)
+    on_ranks(2, lambda ranks: batches.read_tokens(pairs, "padded", False, ranks))
+    said = "focalpo_plugins: balanced batches: reading the lengths of 29 pairs took 0 s.\n"
+    assert capsys.readouterr().err.count(said) == 1
+
+
+@in_one_process
 def test_a_row_that_one_rank_can_not_read_ends_all(pairs: Any):
     from focalpo_plugins.openrlhf import batches
 
@@ -491,6 +502,18 @@ def test_a_rope_that_depends_on_the_longest_sequence(openrlhf: SimpleNamespace, 
         batches.check_model(model, longest + 1, BALANCED, "--data.max_len")
 
 
+def test_such_a_model_is_refused_before_training(train: Callable, tiny: Path, tmp_path: Path):
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["max_position_embeddings"] = 127
+    config["rope_parameters"] |= {"rope_type": "dynamic", "factor": 2.0}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    run = train(*OURS, BALANCED, "--model.model_name_or_path", str(tmp_path / "model"))
+    assert run.returncode == 1 and not run.steps()
+    (line,) = run.said(f"{BALANCED} can't be combined with --data.max_len, got 128: the RoPE of")
+    assert line.endswith(f"Lower --data.max_len, or remove {BALANCED}.")
+
+
 # Whole runs: two ranks under ZeRO-3, in float32, so that what they round differently is small.
 
 TRAINED = 29  # seven micro-batches a rank and epoch, two in a step: seven steps in two epochs
@@ -528,12 +551,13 @@ def runs(
         return train(*OURS, *common, *more, ranks=2, folder=folder, first=first)
 
     plain, balanced = run(), run(BALANCED)
-    fault = str(PLACE).replace("'", '"')
     return {
         "plain": plain,
         "balanced": balanced,
         "switched off": run(resume=balanced),
-        "switched on": run(BALANCED, "--focalpo.shared_prompts", resume=plain, fault=fault),
+        "switched on": run(
+            BALANCED, "--focalpo.shared_prompts", resume=plain, fault=json.dumps(PLACE)
+        ),
     }
 
 
