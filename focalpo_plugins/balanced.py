@@ -71,7 +71,7 @@ def check_loss(loss: BoundLoss, key: str) -> None:
         alone = torch.cat([at(margin[None]) for margin in margins])
         if not torch.allclose(at(margins), alone, equal_nan=True):
             why = "its loss of a pair depends on the other pairs of the batch"
-            raise conflict(key, "the loss", loss.name, why, f"Set {key} to false")
+            raise conflict(key, "the loss", loss.name, why, f"Leave {key} out")
 
 
 def deal(

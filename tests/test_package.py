@@ -68,54 +68,7 @@ ARROWS: dict[str, set[str]] = {
         "errors", "loss", "options", "registry", "balanced", "plan", "guards", "compute", "trl"
     },
     "openrlhf": {
-        "errors", "loss", "options", "registry", "run", "balanced", "plan", "guards", "sharing",
-        "reference"
-    },
-    "cli": {"transformers", "peft"},  # to count a model's parameters, whoever trains it
-}
-CORE = {
-    "errors", "loss", "hookspecs", "options", "pairwise_loss", "registry", "diagnostics", "plan",
-    "guards", "compute", "balanced", "run",
-}  # fmt: skip
-ARROWS: dict[str, set[str]] = {
-    "errors": set(),
-    "loss": {"errors"},
-    "hookspecs": set(),
-    "guards": {"errors"},
-    "compute": {"errors"},
-    "sharing": {"errors", "compute"},
-    "options": {"loss"},
-    "pairwise_loss": {"errors", "loss", "guards"},
-    "registry": {"errors", "loss", "hookspecs", "options", "pairwise_loss", "guards"},
-    "reference_file": {"errors", "guards"},
-    "reference": {"errors", "guards", "reference_file"},
-    "diagnostics": {"registry"},
-    "balanced": {"errors", "registry"},
-    "plan": {"balanced", "registry"},
-    "run": {"errors", "guards", "diagnostics", "registry"},
-    "hf_sequences": {"balanced"},
-    "hf_batches": {"errors", "balanced"},
-    "hf_trainer": {
-        "errors", "guards", "registry", "run", "balanced", "hf_batches", "hf_sequences"
-    },
-    "trl": {
-        "errors", "loss", "options", "registry", "run", "balanced", "hf_trainer", "hf_batches",
-        "hf_sequences", "guards", "compute", "sharing"
-    },
-    "axolotl": {
-        "errors", "loss", "options", "registry", "balanced", "plan", "guards", "compute", "trl"
-    },
-<<<<<<< HEAD
-    "openrlhf": {
         "errors", "loss", "options", "registry", "run", "plan", "balanced", "guards", "sharing",
-        "reference"
-=======
-    "axolotl": {
-        "errors", "loss", "options", "registry", "balanced", "plan", "guards", "compute", "trl"
->>>>>>> 7bb265a (Arrows: plan, the adapters and the command import balanced)
-    },
-    "openrlhf": {
-        "errors", "loss", "options", "registry", "run", "balanced", "plan", "guards", "sharing",
         "reference"
     },
     "cli": {"errors", "loss", "balanced", "plan", "guards", "trl", "axolotl", "openrlhf"},

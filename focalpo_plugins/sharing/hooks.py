@@ -293,10 +293,17 @@ def rope_depends_on_batch(config: Any, max_length: int | None) -> bool:
     text = config.get_text_config()
     if not _rope_by_length(text.to_dict()):
         return False
-    of_rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    first = of_rope.get("original_max_position_embeddings")
-    first = first or getattr(text, "original_max_position_embeddings", None)
-    return max_length is None or max_length > (first or text.max_position_embeddings)
+    lengths = [text.max_position_embeddings, *_first_lengths(text.to_dict())]
+    return max_length is None or max_length > min(lengths)
+
+
+def _first_lengths(values: Mapping[str, Any]) -> Iterator[int]:
+    """The lengths that a config says the model was first trained on; each kind of layer has one."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _first_lengths(value)
+        elif name == "original_max_position_embeddings" and value is not None:
+            yield value
 
 
 def _rope_by_length(values: Mapping[str, Any]) -> bool:
