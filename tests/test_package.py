@@ -25,7 +25,7 @@ HOSTS = {
 }
 # By module or folder of ours: which hosts it may import, and which of our own it does.
 OF_HOST = {
-    "axolotl": {"axolotl", "transformers"},
+    "axolotl": {"axolotl", "transformers", "accelerate"},
     # OpenRLHF is built on DeepSpeed and requires it.
     "openrlhf": {"openrlhf", "transformers", "peft", "deepspeed"},
     "trl": {"trl", "transformers", "accelerate", "peft", "deepspeed"},
