@@ -62,6 +62,7 @@ def check(cfg: Any) -> None:
         _check_terms(cfg)
         _check_switches(cfg)
         _check_balanced(cfg)
+        _check_sampling(cfg)
         _check_ranks(cfg)
         _check_files(cfg)
 
@@ -263,6 +264,16 @@ def _check_balanced(cfg: Any) -> None:
             raise conflict(BALANCED, key, value, f"a term of this loss {MEAN_OF_TOKENS}", fix)
 
 
+def _check_sampling(cfg: Any) -> None:
+    """Refuse an order of the pairs that a ``transformers.Trainer`` knows, and Axolotl doesn't."""
+    key = "train_sampling_strategy"
+    if key not in AxolotlInputConfig.model_fields and cfg.get(key) not in (None, "random"):
+        raise InvalidValue(
+            f"{key} must be unset, got {cfg[key]!r}: it is no key of Axolotl's, which would drop it "
+            f"and draw the pairs in random order. Remove it; {BALANCED} deals them by length."
+        )
+
+
 def _check_ranks(cfg: Any) -> None:
     for key in ("context_parallel_size", "sequence_parallel_degree"):
         if cfg.get(key) not in (None, 0, 1):
@@ -300,16 +311,22 @@ def check_adapter(cfg: Any) -> None:
 # Axolotl reads these keys for supervised fine-tuning, and under no value of `rl`.
 _OF_SFT = (
     "auto_find_batch_size",
+    "center_rewards_coefficient",
     "curriculum_sampling",
     "dataloader_drop_last",
+    "do_causal_lm_eval",
     "early_stopping_patience",
+    "eval_table_size",
     "group_by_length",
     "jagged_restart_steps",
     "lisa_step_interval",
     "load_best_model_at_end",
+    "loss_watchdog_threshold",
     "lr_quadratic_warmup",
     "neftune_noise_alpha",
+    "pad_to_sequence_len",
     "relora",
+    "sample_packing_sequentially",
     "train_on_inputs",
 )
 

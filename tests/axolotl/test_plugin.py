@@ -231,6 +231,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"focalpo_shared_prompts": "always"},
         "focalpo_shared_prompts must be true or false, got 'always'",
     ),
+    "an order that Axolotl doesn't know": (
+        {"train_sampling_strategy": "batch_rebalance"},
+        "train_sampling_strategy must be unset, got 'batch_rebalance': it is no key of Axolotl's",
+    ),
     "balanced, but how": (
         {"focalpo_balanced_batches": 1.5},
         "focalpo_balanced_batches must be true or false, got 1.5",
