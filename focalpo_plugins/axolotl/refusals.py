@@ -269,8 +269,8 @@ def _check_sampling(cfg: Any) -> None:
     key = "train_sampling_strategy"
     if key not in AxolotlInputConfig.model_fields and cfg.get(key) not in (None, "random"):
         raise InvalidValue(
-            f"{key} must be unset, got {cfg[key]!r}: it is no key of Axolotl's, which would drop it "
-            f"and draw the pairs in random order. Remove it; {BALANCED} deals them by length."
+            f"{key} must be unset, got {cfg[key]!r}: it is no key of Axolotl's, which drops it and "
+            f"draws the pairs in random order. Remove it; {BALANCED} deals them by length."
         )
 
 
