@@ -315,8 +315,8 @@ def release(session: nox.Session) -> None:
 def bench(session: nox.Session, host: str) -> None:
     """What the plug-in costs, as ratios; `-- NAME ...` measures single benchmarks."""
     of_host = {
-        "axolotl": ["loss", "start", "trl", "axolotl", "shared", "fused"],
-        "openrlhf": ["openrlhf"],
+        "axolotl": ["loss", "start", "trl", "axolotl", "shared", "fused", "ranks", "balanced"],
+        "openrlhf": ["openrlhf", "balanced"],
     }
     asked = [word for word in session.posargs if word in sum(of_host.values(), [])]
     names = [name for name in of_host[host] if name in asked or not asked]

@@ -60,13 +60,16 @@ def conversations(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def larger_model(folder: Path, tokens: Path | None = None) -> Path:
-    """A random Llama of 25 million parameters for the tokens of the tiny model, or of the model at
-    ``tokens``: there the forward of a reference is more than the host's overhead."""
+#: Of 25 million parameters: there the forward of a reference is more than the host's overhead.
+LARGER = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
+LARGER |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+def larger_model(folder: Path, tokens: Path | None = None, shape: dict[str, int] = LARGER) -> Path:
+    """A random Llama for the tokens of the tiny model, or of the model at ``tokens``."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
-    shape |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+    shape = {**shape, "head_dim": 64}
     tokens = tokens or TINY / "model"
     config = AutoConfig.from_pretrained(tokens, **shape)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -8,9 +8,13 @@ shared   loss and gradients of a batch with shared prompts, against TRL's own DP
          or of --pairs FILE, and of pairs of fixed lengths; in axolotl and openrlhf whole steps
 fused    the loss part with a vocabulary of 128,256, against TRL's plain and its Liger path
 openrlhf whole steps in OpenRLHF, and --focalpo.precompute_ref against its own way
+ranks    balanced batches on 8, 32 and 64 ranks, simulated in tokens: of made-up lengths, and of
+         --pairs FILE
+balanced whole steps with balanced batches, with shared prompts and with both, against neither, in
+         TRL, in Axolotl and OpenRLHF on two ranks; of the tiny data or of --pairs FILE
 
-A round is a step in trl, axolotl and openrlhf. Prints a table and writes outputs/bench.json.
-Without names, all whose host is installed are measured. `nox -s bench` makes the hosts'
+A round is a step in trl, axolotl, openrlhf and balanced, and an epoch in ranks.
+Prints a table and writes outputs/bench.json. Without names, all whose host is installed are measured. `nox -s bench` makes the hosts'
 environments and runs it in each.
 """
 
@@ -38,8 +42,16 @@ BENCHMARKS = {
     "shared": ("shared_prompts", "trl", 12),
     "fused": ("loss_part", "trl", 3),
     "openrlhf": ("openrlhf_steps", "openrlhf", 60),
+    "ranks": ("ranks", None, 5),
+    "balanced": ("balanced_steps", "transformers", 6),
 }
-OF_PAIRS = ("shared", "axolotl", "openrlhf")  # which read --pairs and --tokenizer
+OF_PAIRS = (
+    "shared",
+    "axolotl",
+    "openrlhf",
+    "ranks",
+    "balanced",
+)  # which read --pairs and --tokenizer
 
 
 def machine() -> dict[str, str | int]:
@@ -113,9 +125,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--rounds", type=int, help="of each comparison (default: each one's own)")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"))
-    parser.add_argument(
-        "--pairs", type=Path, help="JSON lines of conversations, for shared prompts"
-    )
+    parser.add_argument("--pairs", type=Path, help="JSON lines of conversations: real lengths")
     parser.add_argument("--tokenizer", type=Path, help="a model's folder, for --pairs")
     args = parser.parse_args()
     for name in args.names:
