@@ -1,4 +1,4 @@
-"""What a process of `ways_in_turns` runs: each host's own training, told of every optimizer step."""
+"""Each host's own training with a clock in every optimizer step, for `ways_in_turns`."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ balanced whole steps with balanced batches, with shared prompts and with both, a
          TRL, in Axolotl and OpenRLHF on two ranks; of the tiny data or of --pairs FILE
 
 A round is a step in trl, axolotl, openrlhf and balanced, and an epoch in ranks.
-Prints a table and writes outputs/bench.json. Without names, all whose host is installed are measured. `nox -s bench` makes the hosts'
-environments and runs it in each.
+Prints a table and writes outputs/bench.json. Without names, all whose host is installed are
+measured. `nox -s bench` makes the hosts' environments and runs it in each.
 """
 
 from __future__ import annotations
