@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import row_lengths
 import torch
 from hosts import EXAMPLES, SWITCHES, train_axolotl, train_openrlhf, train_trl
 from lengths import of_file, path
@@ -23,9 +24,9 @@ from ways_in_turns import Way, in_turns
 
 from focalpo_plugins.balanced import Geometry
 
-#: Large enough that a micro-batch takes seconds, and the host's own work little of it.
-SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4}
-SHAPE |= {"num_attention_heads": 6, "num_key_value_heads": 3}
+#: Large enough that the host's own work is little of a micro-batch's time.
+SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 WARM_UP = 1
 ORDERS = 20  # that a prediction draws
 FOUR = ("plain", "balanced", "shared", "both")
@@ -120,9 +121,11 @@ def measured(row: Row, case: str, file: Path, model: Path, rounds: int) -> Itera
     found = in_turns(ways, row.geometry.ranks, rounds, WARM_UP)
     for way in row.ways[1:]:
         text, sides = f"{case}, {way}", (found[way], found["plain"])
-        times = [[1e3 * seconds for seconds in side[0]] for side in sides]
+        times = [[1e3 * seconds for seconds in side.seconds] for side in sides]
         yield compare("balanced", text, "step time", "ms", *times, "plain")
-        peaks = [[side[1]] for side in sides]
+        times = [[1e3 * seconds for seconds in side.cpu] for side in sides]
+        yield compare("balanced", text, "CPU time", "ms", *times, "plain")
+        peaks = [[side.bytes / 2**20] for side in sides]
         yield compare("balanced", text, "peak memory", "MiB", *peaks, "plain")
 
 
@@ -152,3 +155,9 @@ def measure(
             )
             case = f"{EQUAL.text}, {EQUAL.geometry.each} pairs of equal lengths"
             yield from measured(EQUAL, case, file, TINY / "model", steps)
+        from transformers import AutoTokenizer
+
+        loaded = AutoTokenizer.from_pretrained(tokenizer or TINY / "model")
+        for host in row_lengths.READ:
+            if find_spec(host):
+                yield from row_lengths.measure(host, source, loaded)

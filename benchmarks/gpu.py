@@ -30,6 +30,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from gpu_steps import OF_HOST, SHAPE, TINY_SHAPE, accumulated, whole_steps
 from measure import CUDA, peak_bytes, seconds, what_a_trainer_needs
 from torch import Tensor
 
@@ -137,16 +138,8 @@ def make_model(device: str, tiny: bool) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    shape: dict[str, Any] = {
-        "vocab_size": 128_256,
-        "hidden_size": 4096,
-        "intermediate_size": 14_336,
-    }
-    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32}
-    if tiny:
-        shape |= {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128}
-        shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    elif CUDA:
+    shape = {**TINY_SHAPE, "vocab_size": 256} if tiny else dict(SHAPE)
+    if CUDA and not tiny:
         # 0.44 GB of weights a layer in bf16, 2.1 GB for both embeddings; half is for the step.
         free = torch.cuda.mem_get_info()[0]
         shape["num_hidden_layers"] = max(1, min(32, int((free / 2 - 2.1e9) / 0.44e9)))
@@ -222,14 +215,18 @@ def compare_ways(
     return shown, apart < OF_LOSSES[tiny] and off < OF_GRADIENTS[tiny]
 
 
-def measure(device: str, tiny: bool, rounds: int) -> Iterator[str]:
-    network = make_model(device, tiny)
+def quiet_trainers(network: Any, device: str, tiny: bool) -> dict[str, Any]:
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        trainers = make_trainers(network, folder, device, tiny)
+        return make_trainers(network, folder, device, tiny)
+
+
+def measure(
+    network: Any, trainers: dict[str, Any], device: str, tiny: bool, rounds: int
+) -> Iterator[str]:
     layers = network.config.num_hidden_layers
     weights = sum(w.numel() for w in network.parameters()) / 1e9
     yield f"{layers} layers, {weights:.3g} B weights; ours over {OWN}'s, time and memory\n"
@@ -263,28 +260,71 @@ def measure(device: str, tiny: bool, rounds: int) -> Iterator[str]:
         raise SystemExit(f"our ways differ by more than rounding: {'; '.join(differ)}")
 
 
+def of_trl(parts: list[str], device: str, tiny: bool, rounds: int) -> Iterator[str]:
+    network = make_model(device, tiny)
+    trainers = quiet_trainers(network, device, tiny)
+    if "ways" in parts:
+        yield from measure(network, trainers, device, tiny, rounds)
+    if "accumulated" in parts:
+        plain, shared = trainers["FocalPOTrainer"], trainers["shared"]
+        of_ways = {"plain": plain, "balanced": plain, "shared": shared, "both": shared}
+        yield from accumulated(of_ways, step, gradients, device, tiny, max(1, rounds // 4))
+
+
+# Each part and the packages that it needs.
+PARTS: dict[str, tuple[str, ...]] = {
+    "loss": (),
+    "kernel": (),
+    "ways": ("trl", "peft"),
+    "accumulated": ("trl", "peft"),
+    "axolotl": ("axolotl",),
+    "openrlhf": ("openrlhf",),
+}
+
+
+def lines(parts: list[str], args: argparse.Namespace) -> Iterator[str]:
+    """What is printed, part by part."""
+    if "loss" in parts:
+        yield check_loss(args.device)
+    if "kernel" in parts:
+        yield check_kernel(args.device, args.tiny)
+    half = max(1, args.rounds // 2)
+    # Before this process holds anything on the GPU.
+    for host in OF_HOST:
+        if host in parts:
+            yield from whole_steps(host, args.device, args.tiny, half, args.layers)
+    if {"ways", "accumulated"} & {*parts}:
+        yield from of_trl(parts, args.device, args.tiny, args.rounds)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    there = [part for part, needs in PARTS.items() if all(map(find_spec, needs))]
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all"
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="a small model, in float32")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--layers", type=int, help="of the hosts' models (default: what fits)")
     args = parser.parse_args()
     if args.device == "cuda" and not CUDA:
         parser.error("--device must be cpu where torch finds no CUDA, got cuda")
-    if args.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {args.rounds}")
-    for package in ("trl", "peft"):
-        if find_spec(package) is None:
-            parser.error(f"it needs {package}, which is not installed")
+    for name in ("rounds", "layers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for part in args.parts:
+        if part not in PARTS:
+            parser.error(f"PART must be one of {', '.join(PARTS)}, got {part!r}")
+        if part not in there:
+            parser.error(f"{part} needs {' and '.join(PARTS[part])}, got none installed")
     os.environ["HF_HUB_OFFLINE"] = "1"
     card = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
-    print(f"{card}, {packages}", flush=True)
-    print(check_loss(args.device), flush=True)
-    print(check_kernel(args.device, args.tiny), flush=True)
-    for line in measure(args.device, args.tiny, args.rounds):
+    known = ("torch", "transformers", "trl", "axolotl", "openrlhf", "deepspeed")
+    print(", ".join([card, *(f"{name} {version(name)}" for name in known if find_spec(name))]))
+    for line in lines(args.parts or there, args):
         print(line, flush=True)
     return 0
 

@@ -10,7 +10,6 @@ import random
 import statistics
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from hosts import (
     train_axolotl,
     train_openrlhf,
 )
-from lengths import WAYS, Lengths, lognormal, path
+from lengths import WAYS, Lengths, lognormal
 from measure import CUDA, TINY, check_tiny, seconds
 from torch import Tensor
 from ways_in_turns import Way, in_turns
@@ -84,43 +83,51 @@ def random_ids(lengths: Lengths, vocabulary: int) -> list[dict[str, list[int]]]:
     ]  # fmt: skip
 
 
+def timed(
+    trainer: Any, batches: list[list[dict[str, Any]]], ranks: int, step: Any, device: str
+) -> tuple[float, float]:
+    """Milliseconds of a step's critical path, and its loss."""
+    milliseconds, losses = 0.0, []
+    for at in range(0, len(batches), ranks):
+        of_ranks = []
+        for batch in batches[at : at + ranks]:
+            given = trainer.data_collator(batch)
+            given = {name: tensor.to(device) for name, tensor in given.items()}
+            of_ranks.append(seconds(lambda given=given: losses.append(step(trainer, given))))
+        milliseconds += 1e3 * max(of_ranks)
+    return milliseconds, statistics.fmean(losses)
+
+
 def accumulated(
     trainers: dict[str, Any], step: Any, gradients: Any, device: str, tiny: bool, rounds: int
 ) -> Iterator[str]:
     """Rows of a table: each way's time on the critical path, and what the tokens predict.
 
     Args:
-        trainers: those of ``plain`` and ``shared`` batches, around one model.
+        trainers: of each way, around one model.
         step: computes loss and gradients of a batch, and returns the loss.
         gradients: returns the model's gradients, and sets them to zero.
 
     Raises:
-        SystemExit: the loss or the gradient of a step depends on the dealing by more than rounding.
+        SystemExit: balanced batches change the loss or the gradient of a step by more than
+            rounding.
     """
-    yield f"| ranks x pairs, accumulation | {' | '.join(FOUR)} | dealt the same |"
+    yield f"| ranks x pairs, accumulation | {' | '.join(FOUR)} | balanced are as drawn |"
     yield "| --- |" + " --- |" * (len(FOUR) + 1)
+    network = trainers["plain"].model
     for geometry in geometries(tiny):
         lengths = lengths_of(tiny, geometry.step)
-        network = trainers["plain"].model
         rows = random_ids(lengths, network.config.vocab_size)
         times: dict[str, list[float]] = {way: [] for way in FOUR}
         found: dict[str, tuple[float, Tensor]] = {}
         for number in range(rounds):
             for way in FOUR[:: -1 if number % 2 else 1]:
-                trainer = trainers["shared" if way in ("shared", "both") else "plain"]
-                times[way].append(0.0)
-                losses: list[float] = []
-                batches = micro_batches(lengths, geometry, way)
-                for at in range(0, len(batches), geometry.ranks):
-                    taken = []
-                    for batch in batches[at : at + geometry.ranks]:
-                        given = trainer.data_collator([rows[row] for row in batch])
-                        given = {name: tensor.to(device) for name, tensor in given.items()}
-                        run = partial(lambda t, g: losses.append(step(t, g)), trainer, given)
-                        taken.append(1e3 * seconds(run))
-                    times[way][-1] += max(taken)
-                found[way] = statistics.fmean(losses), gradients(network) / len(batches)
-        shown, agree = dealt_alike(found, tiny)
+                batches = [[rows[row] for row in batch]
+                           for batch in micro_batches(lengths, geometry, way)]  # fmt: skip
+                taken, loss = timed(trainers[way], batches, geometry.ranks, step, device)
+                times[way].append(taken)
+                found[way] = loss, gradients(network) / len(batches)
+        shown, agree = balanced_as_drawn(found, tiny)
         if not agree:
             raise SystemExit(f"balanced batches differ by more than rounding: {shown}")
         middle = {way: statistics.median(each) for way, each in times.items()}
@@ -138,7 +145,7 @@ def tokens_of(lengths: Lengths, geometry: Geometry, way: str) -> int:
     return critical_path(order, lengths.of(cost), geometry, cost)[0]
 
 
-def dealt_alike(found: dict[str, tuple[float, Tensor]], tiny: bool) -> tuple[str, bool]:
+def balanced_as_drawn(found: dict[str, tuple[float, Tensor]], tiny: bool) -> tuple[str, bool]:
     """How far balanced batches are from the same pairs as drawn, in loss and gradient."""
     apart, off = 0.0, 0.0
     for drawn, balanced in (("plain", "balanced"), ("shared", "both")):
@@ -158,12 +165,16 @@ def save_model(folder: Path, device: str, tiny: bool, layers: int) -> Path:
 
     shape = TINY_SHAPE if tiny else {**SHAPE, "num_hidden_layers": layers}
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     config = LlamaConfig(**shape, **ids, max_position_embeddings=4096, rope_theta=500_000.0)
     torch.manual_seed(0)
     with torch.device(device):
         network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     network.save_pretrained(folder)
+    del network
+    torch.cuda.empty_cache()
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -213,12 +224,11 @@ def way_of_axolotl(model: Path, data: Path, each: int, switches: tuple[str, ...]
 
 
 def way_of_openrlhf(model: Path, data: Path, each: int, switches: tuple[str, ...]) -> Way:
-    given = recipe_openrlhf()
-    flags: list[str] = []
-    for at, word in enumerate(given):
-        flag = word if word.startswith("--") else flag
-        if not flag.startswith(("--eval.", "--logger.", "--ckpt.")):
-            flags.append(word)
+    flags, kept = [], True
+    for word in recipe_openrlhf():
+        if word.startswith("--"):
+            kept = not word.startswith(("--eval.", "--logger.", "--ckpt."))
+        flags += [word] * kept
     values = {
         "--model.model_name_or_path": model,
         "--data.dataset": data,
@@ -237,8 +247,7 @@ OF_HOST = {
     # It holds a copy of the model for the reference as well.
     "openrlhf": (
         way_of_openrlhf,
-        {way: SWITCHES[way] for way in FOUR}
-        | {PRECOMPUTED: ("shared_prompts", "precompute_ref")},
+        {way: SWITCHES[way] for way in FOUR} | {PRECOMPUTED: ("shared_prompts", "precompute_ref")},
         2,
     ),
 }
@@ -252,8 +261,10 @@ def layers_that_fit(ways: int, copies: int) -> int:
     return max(1, min(32, int((free / 2 / ways / copies - 2.1e9) / 0.61e9)))
 
 
-def whole_steps(host: str, device: str, tiny: bool, rounds: int, layers: int | None) -> Iterator[str]:
-    """Rows of a table: time of a step and peak memory, the recipe's as written and with switches."""
+def whole_steps(
+    host: str, device: str, tiny: bool, rounds: int, layers: int | None
+) -> Iterator[str]:
+    """Rows of a table: time and peak memory of a step, with the recipe's keys and our switches."""
     check_tiny()
     way_of, ways, copies = OF_HOST[host]
     if layers is None:
@@ -268,9 +279,9 @@ def whole_steps(host: str, device: str, tiny: bool, rounds: int, layers: int | N
             data = save_pairs(Path(name) / f"{each}.jsonl", lengths_of(tiny, count))
             made = {way: way_of(model, data, each, keys) for way, keys in ways.items()}
             found = in_turns(made, 1, rounds, WARM_UP)
-            middle = {way: 1e3 * statistics.median(times) for way, (times, _) in found.items()}
-            (of_plain, _), plain = found["plain"], found["plain"][1]
-            cells = [f"{middle['plain']:.0f} ms, {plain / 1024:.2f} GiB"]
-            cells += [f"{middle[way] / middle['plain']:.2f}, {found[way][1] / plain:.2f}"
+            middle = {way: 1e3 * statistics.median(of.seconds) for way, of in found.items()}
+            peaks = {way: of.bytes / 2**30 for way, of in found.items()}
+            cells = [f"{middle['plain']:.0f} ms, {peaks['plain']:.2f} GiB"]
+            cells += [f"{middle[way] / middle['plain']:.2f}, {peaks[way] / peaks['plain']:.2f}"
                       for way in ways if way != "plain"]  # fmt: skip
             yield f"| {each} | " + " | ".join(cells) + " |"

@@ -99,6 +99,9 @@ def _train(trainer: Any, clock: Clock) -> None:
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             clock.step()
 
+        def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+            clock.micro_step()
+
     trainer.add_callback(EachStep())
     trainer.train()
 
@@ -110,8 +113,7 @@ def train_openrlhf(clock: Clock, folder: Path, *, flags: list[str], accumulation
         nonlocal forwards
         # Of the policy.  Its wrappers forward the attribute, and would count each step again.
         if torch.is_grad_enabled() and "lm_head" in module._modules:
-            if forwards % accumulation == 0:
-                clock.step()
+            clock.micro_step() if forwards % accumulation else clock.step()
             forwards += 1
 
     register_module_forward_pre_hook(count)

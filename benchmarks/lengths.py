@@ -6,6 +6,7 @@ up.  Micro-batches are formed by the package's own rule.
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class Lengths:
     """Tokens of each pair.
 
     Attributes:
-        parts: of its prompt, its chosen and its rejected answer.
+        parts: of its common start, and of the rest of its chosen and its rejected sequence.
         longest: of its longer sequence.
         shared: of its row with shared prompts.
     """
@@ -52,8 +53,13 @@ def of_file(path: Path, tokenizer: Any) -> Lengths:
         texts.append(prompt)
         for side in ("chosen", "rejected"):
             texts.append(tokenizer.apply_chat_template(row[side], tokenize=False)[len(prompt) :])
-    counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
-    return Lengths(list(zip(counts[::3], counts[1::3], counts[2::3], strict=True)))
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    parts = []
+    for prompt, chosen, rejected in zip(ids[::3], ids[1::3], ids[2::3], strict=True):
+        # Answers may begin alike, and shared prompts compute that once as well.
+        alike = len(os.path.commonprefix([chosen, rejected]))
+        parts.append((len(prompt) + alike, len(chosen) - alike, len(rejected) - alike))
+    return Lengths(parts)
 
 
 def lognormal(count: int = 6400) -> Lengths:

@@ -14,7 +14,8 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -27,25 +28,50 @@ PRELOADED = ["measure", "datasets", "transformers", "trl.trainer.dpo_trainer", "
 
 
 class Clock:
-    """What a rank's host calls at the beginning of each optimizer step."""
+    """What a rank's host calls as it trains: :meth:`step` when an optimizer step begins, and
+    :meth:`micro_step` between two micro-batches of a step."""
 
     def __init__(self, pipe: Connection) -> None:
         self.pipe = pipe
         self.began: float | None = None
+        self.cpu: list[float] = []  # CPU time at the step's beginning, and after each micro-step
         self.profile: Any = None
 
     def step(self) -> None:
         """Tell what the step before took, and wait for the next turn."""
         self.pipe.send(None if self.began is None else self._taken(self.began))
         self.profile = start_profile() if self.pipe.recv() == "memory" else None
+        self.cpu = [time.process_time()]
         self.began = time.perf_counter()
 
-    def _taken(self, began: float) -> float:
+    def micro_step(self) -> None:
+        self.cpu.append(time.process_time())
+
+    def _taken(self, began: float) -> tuple[float, list[float]] | float:
+        """Seconds, and CPU seconds of each micro-step; or bytes."""
+        if self.profile is not None:
+            return stop_profile(self.profile)
         if CUDA:
             torch.cuda.synchronize()
-        if self.profile is None:
-            return time.perf_counter() - began
-        return stop_profile(self.profile) / 2**20
+        seconds = time.perf_counter() - began
+        self.micro_step()
+        return seconds, [end - start for start, end in pairwise(self.cpu)]
+
+
+@dataclass
+class Taken:
+    """Of a way.
+
+    Attributes:
+        seconds: of each step.
+        cpu: CPU seconds of each step on the critical path: those of the slowest rank in each
+            micro-step.  Whatever else runs on the machine hardly changes them.
+        bytes: the most that is allocated in one more step, on the rank that allocates most.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    bytes: float = 0.0
 
 
 @dataclass
@@ -74,16 +100,15 @@ def rank_of(way: Way, rank: int, ranks: int, port: int, pipe: Connection, folder
     os._exit(1)
 
 
-def in_turns(
-    ways: dict[str, Way], ranks: int, rounds: int, warm_up: int
-) -> dict[str, tuple[list[float], float]]:
-    """Seconds of each step of the slowest rank, and the MiB that a last step allocates at most.
+def in_turns(ways: dict[str, Way], ranks: int, rounds: int, warm_up: int) -> dict[str, Taken]:
+    """What each way takes, ``rounds`` steps of it and one for the memory.
 
     Raises:
         SystemExit: a rank failed; the message has the end of its log.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    taken = {name: Taken() for name in ways}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         started: dict[str, list[Connection]] = {}
@@ -101,19 +126,25 @@ def in_turns(
                 stack.callback(process.kill)
                 theirs.close()
                 started[name].append(ours)
-            answers(name, started[name], own)  # it has begun; only then the next way loads
         folders = {name: folder / str(number) for number, name in enumerate(ways)}
+        for name in ways:
+            answers(name, started[name], folders[name])  # each has come to its first step
 
-        def turn(name: str, what: str) -> float:
+        def turn(name: str, what: str) -> list[Any]:
             for rank in started[name]:
                 rank.send(what)
-            return max(answers(name, started[name], folders[name]))
+            return answers(name, started[name], folders[name])
 
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
         for number in range(warm_up + rounds):
             for name in list(ways)[:: -1 if number % 2 else 1]:
-                seconds[name].append(turn(name, "time"))
-        return {name: (seconds[name][warm_up:], turn(name, "memory")) for name in ways}
+                found = turn(name, "time")
+                if number >= warm_up:
+                    taken[name].seconds.append(max(seconds for seconds, _ in found))
+                    of_ranks = zip(*(cpu for _, cpu in found), strict=True)
+                    taken[name].cpu.append(sum(max(micro_step) for micro_step in of_ranks))
+        for name in ways:
+            taken[name].bytes = max(turn(name, "memory"))
+    return taken
 
 
 def answers(name: str, ranks: list[Connection], folder: Path) -> list[Any]:

@@ -288,11 +288,32 @@ def test_the_picture_of_a_benchmark(tmp_path: Path):
         "1 of 2 CPU cores, torch 9.9.9",
     ):
         assert f">{text}<" in drawn
+    assert not (tmp_path / "ranks.svg").exists(), "there are no results of it"
     run = run_python(script, str(tmp_path / "none.json"))
     assert run.returncode == 2
     assert run.stderr.splitlines()[-1].startswith(
         "picture.py: error: FILE must be what run.py writes"
     )
+
+
+def test_the_picture_of_ranks(tmp_path: Path):
+    """A panel for each set of lengths, and each ratio over its bar."""
+    ratios = {"balanced": 0.61, "shared": 0.82, "both": 0.484, "ideal": 0.45}
+    rows = [
+        {"benchmark": "ranks", "case": f"8 x 1, {name}", "quantity": what, "ratio": ratio}
+        for name in ("some pairs", "made-up lengths")
+        for what, ratio in ratios.items()
+    ]
+    file = tmp_path / "bench.json"
+    script = str(ROOT / "benchmarks" / "picture.py")
+    for count, message in ((8, ""), (7, "FILE must have the ideal of each case, got none of")):
+        file.write_text(json.dumps({"machine": {}, "results": rows[:count]}))
+        run = run_python(script, str(file), "--out", str(tmp_path))
+        assert run.returncode == bool(message) and message in run.stderr, run.stderr
+    drawn = (tmp_path / "ranks.svg").read_text()
+    for text in ("some pairs", "made-up lengths", ".61", ".82", ".48", "8 x 1"):
+        assert f">{text}<" in drawn
+    assert not (tmp_path / "shared.svg").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

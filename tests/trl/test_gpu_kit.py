@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import few_gpu_steps
 import forked
 import pytest
 from harness import EXAMPLES, run_python
@@ -13,9 +14,9 @@ from harness import EXAMPLES, run_python
 SCRIPT = EXAMPLES.parent / "benchmarks" / "gpu.py"
 
 
-def test_all_of_it_on_a_small_model(tmp_path: Path):
+def test_trls_ways_on_a_small_model(tmp_path: Path):
     """It ends with an error where our ways differ in loss or gradients."""
-    words = ("--device", "cpu", "--tiny", "--rounds", "2")
+    words = ("loss", "kernel", "ways", "--device", "cpu", "--tiny", "--rounds", "2")
     code, output, errors = forked.run(str(SCRIPT), words, tmp_path, path=[SCRIPT.parent])
     assert code == 0, errors[-3000:]
     table = [line for line in output.splitlines() if line.startswith("|")]
@@ -29,6 +30,52 @@ def test_all_of_it_on_a_small_model(tmp_path: Path):
         assert re.fullmatch(rf"\| [\d, ]+ \|{own}({ours}){{4}}{agree}", row), row
     assert re.search(r"^loss: within (0\.\d+|1) of what rounding explains", output, re.M)
     assert "torch " in output.splitlines()[0]
+
+
+def test_accumulated_micro_batches_on_a_small_model(tmp_path: Path):
+    """It ends with an error where balanced batches change a step's loss or gradient."""
+    words = ("accumulated", "--device", "cpu", "--tiny", "--rounds", "1")
+    code, output, errors = forked.run(str(SCRIPT), words, tmp_path, path=[SCRIPT.parent])
+    assert code == 0, errors[-3000:]
+    title, _, *rows = [line for line in output.splitlines() if line.startswith("|")]
+    ways = "plain | balanced | shared | both"
+    assert title == f"| ranks x pairs, accumulation | {ways} | balanced are as drawn |"
+    cells = r" \d+ ms \|" + r" \d+\.\d\d, tokens (\d\.\d\d) \|" * 3
+    alike = r" loss ± [\d.e-]+, gradients ± [\d.e-]+ \|"
+    found = [re.fullmatch(rf"\| (\d x \d, \d) \|{cells}{alike}", row) for row in rows]
+    assert [match[1] for match in found] == ["2 x 1, 2", "1 x 4, 2"]
+    for match in found:
+        balanced, shared, both = (float(match[at]) for at in (2, 3, 4))
+        assert both <= balanced <= 1 and both <= shared < 1
+
+
+def test_whole_steps_of_axolotl_on_a_small_model(tiny: Path, tmp_path: Path):
+    few_gpu_steps.check("axolotl", "both", tmp_path)
+
+
+LENGTHS = """
+import sys
+from pathlib import Path
+
+import gpu_steps
+import lengths
+from transformers import AutoTokenizer
+
+file = gpu_steps.save_pairs(Path(sys.argv[1]), lengths.Lengths([(100, 200, 300)] * 60))
+found = lengths.of_file(file, AutoTokenizer.from_pretrained(gpu_steps.TINY / "model"))
+print(*(sorted({*part}) for part in zip(*found.parts)), sep="\\n")
+"""
+
+
+def test_the_pairs_of_whole_steps_have_their_lengths(tiny: Path, tmp_path: Path):
+    """A word is a token, but for each text's first one, which has no space before it: up to three.
+    The template adds its own: nine and ten to the prompt and the end, at most."""
+    run = run_python("-c", LENGTHS, str(tmp_path / "pairs.jsonl"), path=SCRIPT.parent)
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = run.stdout.splitlines()
+    for line, asked in zip(lines, (100, 200, 300), strict=True):
+        counts = json.loads(line)
+        assert asked <= counts[0] <= counts[-1] <= asked + 13
 
 
 def test_without_cuda_the_device_has_to_be_named():
