@@ -10,7 +10,8 @@ from harness import EXAMPLES, run_python
 
 from focalpo_plugins.balanced import Geometry
 
-BENCHMARKS = EXAMPLES.parent / "benchmarks"
+ROOT = EXAMPLES.parent
+BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import hosts  # noqa: E402
@@ -125,3 +126,20 @@ def test_a_rank_that_fails_ends_all(toy: Path):
     assert run.returncode == 1 and not run.stdout
     assert "b: a rank failed:" in run.stderr
     assert "ValueError: no such thing" in run.stderr
+
+
+def test_the_table_of_made_up_lengths():
+    """What docs/speed.md says of them is what the package's rule gives."""
+    text = (ROOT / "docs" / "speed.md").read_text().partition("| ranks x pairs |")[2]
+    lines = text.partition("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    found = {row[0]: [float(cell) for cell in row[6:]] for row in rows}
+    expected: dict[str, list[float]] = {}
+    for result in ranks.measure(5):
+        expected.setdefault(result.case.split(",")[0], []).append(result.ratio)
+    assert set(found) == set(expected)
+    for name, ratios in expected.items():
+        assert found[name] == pytest.approx(ratios, abs=0.0051), name
+    of_real = {row[0]: [float(cell) for cell in row[2:6]] for row in rows}
+    for balanced, shared, both, ideal in [*of_real.values(), *found.values()]:
+        assert ideal <= both <= min(balanced, shared)
