@@ -51,6 +51,7 @@ TINY_SHAPE = {
 
 
 def lengths_of(tiny: bool, count: int) -> Lengths:
+    """Of the first made-up pairs; ``tiny``: a 32nd of them, so that a CPU takes seconds."""
     parts = lognormal().parts[:count]
     return Lengths([tuple(max(1, n // 32) for n in each) for each in parts] if tiny else parts)
 
@@ -112,6 +113,7 @@ def accumulated(
         SystemExit: balanced batches change the loss or the gradient of a step by more than
             rounding.
     """
+    yield f"\nmicro-batches of {geometries(tiny)[0].ranks} ranks on one GPU, and of one rank\n"
     yield f"| ranks x pairs, accumulation | {' | '.join(FOUR)} | balanced are as drawn |"
     yield "| --- |" + " --- |" * (len(FOUR) + 1)
     network = trainers["plain"].model
@@ -271,7 +273,7 @@ def whole_steps(
         layers = layers_that_fit(len(ways), copies) if CUDA else TINY_SHAPE["num_hidden_layers"]
     with tempfile.TemporaryDirectory() as name:
         model = save_model(Path(name) / "model", device, tiny, layers)
-        yield f"{host}: {layers} layers, accumulation {ACCUMULATION}, {attention()}\n"
+        yield f"\n{host}: {layers} layers, accumulation {ACCUMULATION}, {attention()}\n"
         yield f"| pairs | {' | '.join(ways)} |"
         yield "| --- |" + " --- |" * len(ways)
         for each in EACH:
