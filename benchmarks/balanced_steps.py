@@ -29,6 +29,7 @@ from focalpo_plugins.balanced import Geometry
 SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 WARM_UP = 1
+LIMIT = 480  # seconds of a row, on a machine that is busy otherwise
 ORDERS = 20  # that a prediction draws
 FOUR = ("plain", "balanced", "shared", "both")
 
@@ -119,7 +120,7 @@ def predicted(row: Row, case: str, file: Path, model: Path) -> Iterator[Result]:
 
 def measured(row: Row, case: str, file: Path, model: Path, rounds: int) -> Iterator[Result]:
     ways = {way: row.way(row.geometry, model, file, SWITCHES[way]) for way in row.ways}
-    found = in_turns(ways, row.geometry.ranks, rounds, WARM_UP)
+    found = in_turns(ways, row.geometry.ranks, rounds, WARM_UP, LIMIT)
     for way in row.ways[1:]:
         text, sides = f"{case}, {way}", (found[way], found["plain"])
         times = [[1e3 * seconds for seconds in side.seconds] for side in sides]

@@ -6,6 +6,7 @@ all ways meet the same noise of the machine, and the pairs of a step are the sam
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import socket
@@ -100,8 +101,13 @@ def rank_of(way: Way, rank: int, ranks: int, port: int, pipe: Connection, folder
     os._exit(1)
 
 
-def in_turns(ways: dict[str, Way], ranks: int, rounds: int, warm_up: int) -> dict[str, Taken]:
+def in_turns(
+    ways: dict[str, Way], ranks: int, rounds: int, warm_up: int, limit: float = math.inf
+) -> dict[str, Taken]:
     """What each way takes, ``rounds`` steps of it and one for the memory.
+
+    Args:
+        limit: seconds after which no further round begins, once two are measured.
 
     Raises:
         SystemExit: a rank failed; the message has the end of its log.
@@ -135,7 +141,10 @@ def in_turns(ways: dict[str, Way], ranks: int, rounds: int, warm_up: int) -> dic
                 rank.send(what)
             return answers(name, started[name], folders[name])
 
+        end = time.monotonic() + limit
         for number in range(warm_up + rounds):
+            if number >= warm_up + 2 and time.monotonic() > end:
+                break
             for name in list(ways)[:: -1 if number % 2 else 1]:
                 found = turn(name, "time")
                 if number >= warm_up:
