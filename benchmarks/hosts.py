@@ -58,7 +58,9 @@ def train_axolotl(clock: Clock, folder: Path, *, config: dict[str, Any], zero3: 
         **config,
         "output_dir": str(folder / "out"),
         "dataset_prepared_path": str(folder / "prepared"),
-        "dataset_num_proc": 1,  # each more would be another process with the host in memory
+        # Each would be another process with the host in memory.
+        "dataset_num_proc": 1,
+        "dataloader_num_workers": 0,
     }
     if zero3:
         zero = json.loads((EXAMPLES / "deepspeed" / "zero3.json").read_text(encoding="utf-8"))
