@@ -57,12 +57,13 @@ ARROWS: dict[str, set[str]] = {
     "run": {"errors", "guards", "diagnostics", "registry"},
     "hf_sequences": {"balanced"},
     "hf_batches": {"errors", "balanced"},
+    "hf_models": set(),
     "hf_trainer": {
         "errors", "guards", "registry", "run", "balanced", "hf_batches", "hf_sequences"
     },
     "trl": {
         "errors", "loss", "options", "registry", "run", "balanced", "hf_trainer", "hf_batches",
-        "hf_sequences", "guards", "compute", "sharing"
+        "hf_models", "hf_sequences", "guards", "compute", "sharing"
     },
     "axolotl": {
         "errors", "loss", "options", "registry", "balanced", "plan", "guards", "compute", "trl"

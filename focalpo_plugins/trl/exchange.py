@@ -57,14 +57,19 @@ def check_host(trainer: type = DPOTrainer, method: str = "_compute_loss") -> Non
         trainer: TRL's trainer.
         method: its method that computes the loss.
     """
-    names = inspect.unwrap(getattr(trainer, method, check_host)).__code__.co_names
-    if "logsigmoid" not in names or getattr(_module_of(trainer), "F", None) is not F:
+    if not calls_logsigmoid(trainer, method):
         what = trainer.__name__.removesuffix("Trainer")
         raise RunError(
             f"focalpo_plugins {version('focalpo_plugins')} does not know where trl "
             f"{version('trl')} computes its {what} loss: it must call F.logsigmoid in "
             f"{trainer.__name__}.{method}, as trl 0.29 to 1.16 do. Install one of these."
         )
+
+
+def calls_logsigmoid(trainer: type, method: str) -> bool:
+    """Whether a trainer's method calls ``F.logsigmoid`` where :func:`loss_exchanged` finds it."""
+    names = inspect.unwrap(getattr(trainer, method, check_host)).__code__.co_names
+    return "logsigmoid" in names and getattr(_module_of(trainer), "F", None) is F
 
 
 def check_loss_types(types: Sequence[str], key: str = "loss_type") -> None:

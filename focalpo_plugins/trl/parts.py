@@ -135,7 +135,9 @@ def _not_balanced(given: Mapping[str, Any], args: Any, config: Any) -> _Settings
     yield "an encoder", _encoder(config), "the lengths of its pairs are not known in advance"
     balancing = "it is computed from all tokens of a micro-batch; 0.0 switches it off"
     yield "router_aux_loss_coef", _router_coefficient(args, config), balancing
-    rope = rope_depends_on_batch(config, args.max_length) and config.model_type
+    # Another host's own arguments may not tell.
+    limit = getattr(args, "max_length", None)
+    rope = rope_depends_on_batch(config, limit) and config.model_type
     yield "this model's RoPE", rope, "it depends on the longest sequence of a batch"
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
-from torch import Tensor, nn
+from torch import nn
 from trl import DPOTrainer
 
 from ..errors import InvalidType, InvalidValue, RunError
 from ..guards import pairs, texts
 from ..guards.faults import Fault
 from ..guards.messages import say
+from ..hf_models import same_weights
 from ..hf_sequences import PairSequences
 from .arguments import by_name, check_arguments
 from .config import FocalPOConfig
@@ -31,8 +32,6 @@ from .parts import check_fused_parts, embeddings_of
 # What else decides on a reference that follows the policy.
 _OF_SYNCING = ("ref_model_mixup_alpha", "ref_model_sync_steps")
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")  # columns of a prepared data set
-# Numbers of a weight that tell if two models have it in common.
-_COMPARED = 1024
 
 
 class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
@@ -58,7 +57,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
             if self._fused_key is not None:
                 check_fused_parts(given, config, self._fused_key)
             self._ask(given, config)
-        self._starts_as_reference = _same_weights(given.get("model"), given.get("ref_model"))
+        self._starts_as_reference = same_weights(given.get("model"), given.get("ref_model"))
         self._embeddings = _embeddings(given)
         check_data(given, self._host)
         super().__init__(*args, **kwargs)
@@ -241,30 +240,6 @@ class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
     __init__.__signature__ = inspect.signature(DPOTrainer.__init__)  # type: ignore[attr-defined]
 
 
-def _same_weights(policy: Any, reference: Any) -> bool:
-    """Whether both are known to start with the same weights.
-
-    They are if TRL makes the reference from the policy, if it loads one of them from the place of
-    the other, or if two models are equal.  Two models from one place may differ: the policy may
-    hold an adapter, or have one merged into it.
-    """
-    if reference is None:
-        return True
-    weights = [
-        {} if isinstance(model, str) else dict(model.named_parameters())
-        for model in (policy, reference)
-    ]
-    # ZeRO-3 leaves no number of a weight in its parameter.
-    if not all(any(weight.numel() for weight in of.values()) for of in weights):
-        places = [
-            model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-            for model in (policy, reference)
-        ]
-        return bool(places[0]) and places[0] == places[1]
-    ours, theirs = weights
-    return ours.keys() == theirs.keys() and all(_alike(ours[name], theirs[name]) for name in ours)
-
-
 def _embeddings(given: dict[str, Any]) -> dict[str, int | None]:
     """How many embeddings policy and reference have, from a trainer's arguments by name."""
     policy: Any = given.get("model")
@@ -316,14 +291,6 @@ def _counted_mismatches() -> Iterator[None]:
                 "first characters may be lost or come twice. End the prompts at the end of a "
                 "token, as a chat template does, or remove white space from their ends."
             )
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal, by the numbers at their start."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    few = [weight.detach().flatten()[:_COMPARED].cpu() for weight in (one, other)]
-    return few[0].equal(few[1])
 
 
 def _moved(model: Any, device: Any) -> Any:

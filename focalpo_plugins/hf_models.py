@@ -1,0 +1,46 @@
+"""What two transformers models have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+# Numbers of a weight that tell if two models have it in common.
+_COMPARED = 1024
+
+
+def same_weights(policy: Any, reference: Any) -> bool:
+    """Whether both are known to start with the same weights.
+
+    They are if the host makes the reference from the policy, if it loads one of them from the place
+    of the other, or if two models are equal.  Two models from one place may differ: the policy may
+    hold an adapter, or have one merged into it.
+
+    Args:
+        policy: a model, or its folder or hub name.
+        reference: the same; None if the host makes it from the policy.
+    """
+    if reference is None:
+        return True
+    weights = [
+        {} if isinstance(model, str) else dict(model.named_parameters())
+        for model in (policy, reference)
+    ]
+    # ZeRO-3 leaves no number of a weight in its parameter.
+    if not all(any(weight.numel() for weight in of.values()) for of in weights):
+        places = [
+            model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+            for model in (policy, reference)
+        ]
+        return bool(places[0]) and places[0] == places[1]
+    ours, theirs = weights
+    return ours.keys() == theirs.keys() and all(_alike(ours[name], theirs[name]) for name in ours)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, by the numbers at their start."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    few = [weight.detach().flatten()[:_COMPARED].cpu() for weight in (one, other)]
+    return few[0].equal(few[1])
