@@ -1,0 +1,192 @@
+"""Our keys among LLaMA-Factory's arguments, and what a run asks for by them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from typing import Any, Literal
+
+from ..guards import last_line
+from ..guards.messages import named
+from ..options import OF_ANY_LOSS
+from ..registry import BoundLoss, PairwiseLoss, losses
+from . import COMMON_KEYS, MARGIN, MARGINS
+from .autoload import host_losses
+
+# The lists of classes that LLaMA-Factory parses.
+_LISTS = ("_TRAIN_ARGS", "_TRAIN_MCA_ARGS", "_INFER_ARGS", "_EVAL_ARGS")
+_PLAIN = (bool, int, float, str)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the arguments of a run ask for.
+
+    Attributes:
+        loss: the loss with its options.
+        margin: a key of :data:`~.MARGINS`.
+        on: the switches that are true, by key.
+        data_args: LLaMA-Factory's own arguments of the data.
+    """
+
+    loss: BoundLoss
+    margin: str
+    on: frozenset[str]
+    data_args: Any
+
+
+def parsed(parser: Any, parse: Callable[[Any], Any], args: Any, trains: bool) -> Any:
+    """What ``parse`` makes of the arguments, with our keys among them.
+
+    Args:
+        parser: LLaMA-Factory's module of that name.
+        parse: its function.
+        args: a dict, or the words of a command line.
+        trains: whether these are the arguments of a training.
+
+    Returns:
+        The function's result.  If one of our losses is asked for, its ``FinetuningArguments`` have
+        an attribute ``focalpo``, an :class:`Asked`.
+
+    Raises:
+        ValueError: the arguments ask for something that can't be trained; the message names the
+            key.
+    """
+    from . import refusals
+
+    host = parser.FinetuningArguments
+    classes = [each for name in _LISTS for each in getattr(parser, name, ())]
+    known = {each.name for of in classes for each in fields(of)}
+    refusals.check_keys(args, known, host_losses(parser))
+    ours = _with_our_keys(host, known, host_losses(parser))
+    with _in_place_of(parser, host, ours):
+        found = parse(args)
+    of_loss = next(each for each in found if isinstance(each, ours))
+    if not trains:
+        return found
+    name = refusals.check_name(of_loss, host_losses(parser))
+    if name is not None:
+        _take(of_loss, losses()[name], found)
+    return found
+
+
+def keys_of(loss: PairwiseLoss) -> dict[str, str]:
+    """The key of each of the loss's options."""
+    return {f"{loss.name}_{option}": option for option in loss.options}
+
+
+def given(args: Any, keys: Sequence[str]) -> dict[str, Any]:
+    """Which of the keys the arguments give, with their values."""
+    values = {key: getattr(args, key, None) for key in keys}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def asked_loss(args: Any, of_host: Sequence[str]) -> str | None:
+    """The name of our loss that ``pref_loss`` asks for; None if it asks for the host's own.
+
+    If another package's loss has the name of one of the host's, its keys tell which one is meant.
+    """
+    name = args.pref_loss
+    if name not in losses():
+        return None
+    if name in of_host and not given(args, [*keys_of(losses()[name]), MARGIN]):
+        return None
+    return str(name)
+
+
+def _take(args: Any, loss: PairwiseLoss, beside: Sequence[Any]) -> None:
+    """Keep what is asked for in ``args``, and have the host build our trainer for it.
+
+    Args:
+        beside: all arguments of the run.
+    """
+    from . import data, refusals, trainer
+
+    refusals.check(args, loss)
+    on = frozenset(key for key in COMMON_KEYS if getattr(args, key) is True)
+    data_args = next(each for each in beside if hasattr(each, "cutoff_len"))
+    margin = getattr(args, MARGIN) or "dpo"
+    args.focalpo = Asked(bind(args, loss), margin, on, data_args)
+    last_line.install(lambda error: data.explain(data_args, error))
+    data.check_files(data_args)
+    trainer.install()
+
+
+def bind(args: Any, loss: PairwiseLoss) -> BoundLoss:
+    """The loss with the options that the arguments give.
+
+    Raises:
+        ValueError: an option's value is out of range.
+    """
+    keys = keys_of(loss)
+    written = {keys[key]: value for key, value in given(args, [*keys]).items()}
+    values = {option: _read(value, loss.options[option]) for option, value in written.items()}
+    with named(f"{loss.name}_", loss.options, ": true"):
+        return loss.bind(**values)
+
+
+def _read(value: Any, default: Any) -> Any:
+    """The value of an option, which a command line gives as text."""
+    if isinstance(value, str) and not isinstance(default, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return value
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if is_number and (default is None or isinstance(default, float)) else value
+
+
+def _with_our_keys(host: Any, known: set[str], of_host: Sequence[str]) -> type:
+    """``FinetuningArguments`` with our keys.
+
+    Args:
+        known: the host's keys; a loss of another package that needs one of these is refused when it
+            is asked for.
+    """
+    keys: dict[str, tuple[Any, str]] = {}
+    for loss in losses().values():
+        for key, option in keys_of(loss).items():
+            kind = type(loss.options[option])
+            keys[key] = (kind if kind in _PLAIN else str, loss.help.get(option, ""))
+    for key in COMMON_KEYS:
+        of_margin = Literal[tuple(MARGINS)]  # type: ignore[valid-type]
+        what = OF_ANY_LOSS[key.removeprefix("focalpo_")]
+        keys[key] = (of_margin if key == MARGIN else bool, what)
+    declared: list[Any] = []
+    for key, (kind, what) in keys.items():
+        if key not in known:
+            help_of_key = {"help": f"{what or 'Option of a loss'}."}
+            declared.append((key, kind | None, field(default=None, metadata=help_of_key)))
+    of_host_field = host.__dataclass_fields__["pref_loss"]
+    assert of_host_field.default is not MISSING
+    names = tuple(dict.fromkeys((*of_host, *losses())))
+    pref_loss = field(default=of_host_field.default, metadata=of_host_field.metadata)
+    declared.append(("pref_loss", Literal[names], pref_loss))  # type: ignore[valid-type]
+
+    def __post_init__(self: Any) -> None:
+        """Check the other arguments as with the host's own loss of the same margin."""
+        written = self.pref_loss
+        if asked_loss(self, of_host) is not None:
+            self.pref_loss = MARGINS.get(getattr(self, MARGIN) or "dpo", MARGINS["dpo"])
+        host.__post_init__(self)
+        self.pref_loss = written
+
+    return make_dataclass(
+        host.__name__, declared, bases=(host,), namespace={"__post_init__": __post_init__}
+    )
+
+
+@contextmanager
+def _in_place_of(parser: Any, host: type, ours: type) -> Iterator[None]:
+    """Inside, the host parses our class in place of its own."""
+    lists = [getattr(parser, name) for name in _LISTS if hasattr(parser, name)]
+    before = [list(classes) for classes in lists]
+    for classes in lists:
+        classes[:] = [ours if each is host else each for each in classes]
+    try:
+        yield
+    finally:
+        for classes, own in zip(lists, before, strict=True):
+            classes[:] = own

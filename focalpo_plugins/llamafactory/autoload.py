@@ -1,0 +1,55 @@
+"""Makes ``pref_loss: focalpo`` known to LLaMA-Factory's parser of arguments."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, get_args, get_type_hints
+
+_PARSERS = ("_parse_train_args", "_parse_train_mca_args", "_parse_infer_args", "_parse_eval_args")
+
+
+def patch(parser: ModuleType) -> None:
+    """Wrap the functions that parse the arguments of a command, a YAML or a dict.
+
+    Called when ``llamafactory.hparams.parser`` is imported.  Each call decides anew, since one
+    process may train one run after the other.
+    """
+    for name in _PARSERS:
+        if hasattr(parser, name):
+            setattr(parser, name, _wrapped(parser, getattr(parser, name), "train" in name))
+
+
+def _wrapped(parser: Any, parse: Callable[[Any], Any], trains: bool) -> Callable[[Any], Any]:
+    @functools.wraps(parse)
+    def with_our_losses(args: Any = None) -> Any:
+        args = parser.read_args(args)
+        if not _may_ask(parser, args):
+            return parse(args)
+        from .arguments import parsed
+
+        return parsed(parser, parse, args, trains)
+
+    return with_our_losses
+
+
+def _may_ask(parser: Any, args: Any) -> bool:
+    """Whether the arguments may ask for one of our losses.
+
+    Our other modules are imported only then: a broken one must not stop a run that doesn't use our
+    losses.
+    """
+    from importlib.metadata import entry_points
+
+    words = [*args, *args.values()] if isinstance(args, dict) else args
+    if any("focalpo" in str(word) or word in ("-h", "--help") for word in words):
+        return True
+    if entry_points(group="focalpo_plugins"):
+        return True
+    return isinstance(args, dict) and args.get("pref_loss") not in (None, *host_losses(parser))
+
+
+def host_losses(parser: Any) -> tuple[str, ...]:
+    """The losses that LLaMA-Factory names itself."""
+    return get_args(get_type_hints(parser.FinetuningArguments)["pref_loss"])

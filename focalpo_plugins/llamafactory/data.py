@@ -1,0 +1,180 @@
+"""LLaMA-Factory's data sets: why it could not read them, and prompts that it has cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..guards import pairs, sources
+from ..guards.faults import Catalogue, Fault
+from ..guards.jsonl import broken_file, check_file
+from ..guards.messages import modules_of
+from ..guards.rows import ONE_MESSAGE, STRINGS, Description
+from ..guards.sources import Advice
+
+_FORMATS = {ONE_MESSAGE: ("sharegpt", "messages"), STRINGS: ("alpaca", "prompt")}
+# What dataset_info.json has to say of messages with role and content.
+_TAGS = {
+    "role_tag": "role",
+    "content_tag": "content",
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "system_tag": "system",
+}
+_CATALOGUE = Catalogue(
+    "can't be learnt from",
+    "pairs",
+    {
+        "cut": "a prompt whose end is cut off to fit {key}={limit}: LLaMA-Factory keeps the "
+        "answer, and cuts the question and the start of the assistant's turn. Raise {key}, or "
+        "remove them"
+    },
+    harmless=(),
+)
+
+
+@dataclass(frozen=True)
+class Source(sources.Source):
+    """An entry of ``dataset`` or ``eval_dataset``.
+
+    Attributes:
+        attr: what LLaMA-Factory's ``dataset_info.json`` says of it.
+    """
+
+    attr: Any
+
+    def load(self) -> Any:
+        from datasets import load_dataset
+        from llamafactory.extras.constants import FILEEXT2TYPE
+
+        if not self.file.exists():
+            return load_dataset(self.path, self.attr.subset, split=self.attr.split)
+        files = sorted(self.file.iterdir()) if self.file.is_dir() else [self.file]
+        kind = FILEEXT2TYPE[files[0].suffix[1:]]
+        return load_dataset(kind, data_files=[*map(str, files)], split=self.attr.split)
+
+    def in_use(self) -> str:
+        ranking = str(bool(self.attr.ranking)).lower()
+        return (
+            f"its entry in dataset_info.json has formatting {self.attr.formatting} and ranking "
+            f"{ranking}"
+        )
+
+    def advice(self, rows: Description) -> Advice:
+        if rows.format not in _FORMATS:
+            return Advice(
+                "write the prompt's messages into one column, and each answer as one message or as "
+                "text into a column of its own",
+                False,
+            )
+        formatting, column = _FORMATS[rows.format]
+        taken = self.attr.formatting in (formatting, "openai" * (formatting == "sharegpt"))
+        taken = taken and bool(self.attr.ranking) and getattr(self.attr, column) == rows.prompt
+        words = (
+            f"set ranking: true and formatting: {formatting}, in columns {column}: {rows.prompt}"
+        )
+        if rows.format == ONE_MESSAGE and not self._tagged():
+            taken, tags = False, ", ".join(f"{tag}: {name}" for tag, name in _TAGS.items())
+            words += f", and in tags {tags}"
+        return Advice(words, taken)
+
+    def _tagged(self) -> bool:
+        """Whether the first answer has the keys that the entry's tags name."""
+        answer = next(super()._written())[self.columns["chosen"]]
+        return {self.attr.role_tag, self.attr.content_tag} <= {*answer}
+
+    def _written(self) -> Iterator[Mapping[str, Any]]:
+        """The rows, with the names of a message's parts that all hosts share."""
+        attr = self.attr
+        names = {attr.role_tag: "role", attr.content_tag: "content"}
+        roles = {attr.user_tag: "user", attr.assistant_tag: "assistant", attr.system_tag: "system"}
+
+        def renamed(value: Any) -> Any:
+            if isinstance(value, list):
+                return [renamed(each) for each in value]
+            if not isinstance(value, Mapping):
+                return value
+            found = {names.get(name, name): part for name, part in value.items()}
+            if "role" in found:
+                found["role"] = roles.get(found["role"], found["role"])
+            return found
+
+        for row in super()._written():
+            yield {name: renamed(value) for name, value in row.items()}
+
+
+def listed(data_args: Any) -> Iterator[Source]:
+    """The data sets that the arguments name."""
+    from llamafactory.data.parser import get_dataset_list
+
+    for key in ("dataset", "eval_dataset"):
+        for attr in get_dataset_list(getattr(data_args, key), data_args.dataset_dir):
+            path = attr.dataset_name
+            if attr.load_from in ("file", "script"):
+                path = str(Path(data_args.dataset_dir, path))
+            columns = {"chosen": attr.chosen or "chosen", "rejected": attr.rejected or "rejected"}
+            prompt = attr.prompt if attr.formatting == "alpaca" else attr.messages
+            columns |= {"prompt": prompt} if prompt else {}
+            yield Source(key, path, key == "eval_dataset", columns, attr)
+
+
+def check_files(data_args: Any) -> None:
+    """Refuse local files of pairs that can't be read.
+
+    Raises:
+        ValueError: the message names file and line.
+    """
+    found = []
+    with suppress(ValueError):  # an entry that isn't there: the host reports it
+        found = list(listed(data_args))
+    for source in found:
+        check_file(source.file, source.key)
+
+
+def explain(data_args: Any, error: BaseException) -> str | None:
+    """Explain an error that was raised while LLaMA-Factory read the data.
+
+    None if the error came from elsewhere, or if nothing was found.
+    """
+    if not any(module.startswith("llamafactory.data") for module, _ in modules_of(error)):
+        return None
+    broken = broken_file(error)
+    if broken is not None:
+        return broken
+    return "; ".join(filter(None, (source.wrong() for source in listed(data_args)))) or None
+
+
+def cut_prompts(
+    found: Iterable[pairs.Pair], tokenizer: Any, template: Any, limit: int, evaluation: bool
+) -> list[Fault]:
+    """Pairs whose prompt doesn't end as the template ends every prompt.
+
+    Args:
+        template: LLaMA-Factory's template, by which the pairs were tokenized.
+        limit: the number of tokens that a sequence was cut to.
+        evaluation: whether this is evaluation data, of which nothing is refused.
+    """
+    end = _end_of_prompts(tokenizer, template)
+    cut, checked = [], 0
+    for row, prompt, *answers in found:
+        checked += 1
+        whole = len(prompt) + max(map(len, answers))
+        if whole >= limit and end and list(prompt[-len(end) :]) != end:
+            cut.append(f"row {row} of the tokenized data, {tokenizer.decode(prompt[-40:])!r}")
+    words = {"cut": cut} if cut else {}
+    return _CATALOGUE.faults(words, checked, evaluation, key="cutoff_len", limit=limit)
+
+
+def _end_of_prompts(tokenizer: Any, template: Any) -> list[int]:
+    """The token ids with which the template ends every prompt."""
+    ends = []
+    for question in ("One", "2?"):
+        asked = [{"role": "user", "content": question}, {"role": "assistant", "content": "Yes"}]
+        ends.append(template.encode_oneturn(tokenizer, asked)[0][::-1])
+    same = 0
+    while same < min(map(len, ends)) and ends[0][same] == ends[1][same]:
+        same += 1
+    return list(ends[0][:same][::-1])

@@ -1,0 +1,195 @@
+"""LLaMA-Factory's DPO trainer with another pairwise loss."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from llamafactory.extras.constants import IGNORE_INDEX
+from llamafactory.train.dpo import trainer as host_module
+from llamafactory.train.dpo import workflow
+
+from ..guards import pairs
+from ..guards.faults import Fault
+from ..hf_models import same_weights
+from ..hf_sequences import PairSequences
+from ..run import Host
+from ..trl.data import sampled_columns, sequences_of, unpadded
+from ..trl.exchange import calls_logsigmoid, loss_exchanged
+from ..trl.pairwise import PairwiseBase
+from ..trl.parts import check_balanced_parts, check_shared_parts, embeddings_of
+from ..trl.shared_step import SharedStepMixin
+from . import ALLOW_CHANGED, ALLOW_DATA, BALANCED, MARGIN, SHARED
+from .arguments import Asked
+from .data import cut_prompts
+
+#: How messages name LLaMA-Factory and its settings.
+LLAMA_FACTORY = Host(
+    "LLaMA-Factory",
+    packages=("llamafactory", "trl", "torch"),
+    separator="_",
+    allow_changed=f"{ALLOW_CHANGED}: true",
+    allow_data=f"{ALLOW_DATA}: true",
+    keys={
+        "margin": MARGIN,
+        "beta": "pref_beta",
+        "label_smoothing": "dpo_label_smoothing",
+        "max_length": "cutoff_len",
+    },
+)
+# For each margin, the method in which it becomes a loss.
+_METHODS = {"dpo": "dpo_loss", "simpo": "simpo_loss", "orpo": "odds_ratio_loss"}
+_SIDES = ("chosen_input_ids", "rejected_input_ids")  # columns of a prepared data set
+
+_CustomDPOTrainer = host_module.CustomDPOTrainer
+
+
+@functools.cache
+def install() -> None:
+    """Have ``run_dpo`` build our trainer for arguments with our loss, and the host's for others."""
+    host_module.CustomDPOTrainer = _built
+    if hasattr(workflow, "CustomDPOTrainer"):  # before 0.9.4 it was imported there
+        workflow.CustomDPOTrainer = _built
+
+
+def _built(*args: Any, **kwargs: Any) -> Any:
+    asks = getattr(kwargs["finetuning_args"], "focalpo", None) is not None
+    return (LlamaFactoryPairwiseTrainer if asks else _CustomDPOTrainer)(*args, **kwargs)
+
+
+class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, _CustomDPOTrainer):
+    """Trains the loss that LLaMA-Factory's arguments ask for."""
+
+    _host = LLAMA_FACTORY
+    _own_loss = "DPO"
+    _host_saves = True
+
+    def __init__(
+        self, model: Any, ref_model: Any, finetuning_args: Any, processor: Any, **kwargs: Any
+    ) -> None:
+        self._asked: Asked = finetuning_args.focalpo
+        asked, args = self._asked, kwargs["args"]
+        self._check_method()
+        # The image processor is the only one of the two that tells of images.
+        given = {"model": model, "processing_class": processor or kwargs["tokenizer"]}
+        if SHARED in asked.on:
+            self._shared_key = SHARED
+            check_shared_parts(given, args, SHARED)
+        if BALANCED in asked.on:
+            self._balanced_key = BALANCED
+            check_balanced_parts(given, args, BALANCED)
+        self._allow_changed = ALLOW_CHANGED in asked.on
+        self._allow_data = ALLOW_DATA in asked.on
+        of_reference = asked.margin == "dpo" and finetuning_args.ld_alpha is None
+        self._starts_as_reference = of_reference and same_weights(model, ref_model)
+        self._embeddings = {"policy": embeddings_of(model)}
+        if ref_model is not None:
+            self._embeddings["reference"] = embeddings_of(ref_model)
+        super().__init__(model, ref_model, finetuning_args, processor, **kwargs)
+        if asked.margin != "dpo":
+            self.loss_type = asked.margin  # which divides the log-probabilities by the lengths
+        self._check_data(kwargs["tokenizer"])
+        self.set_loss(asked.loss)
+
+    def _check_method(self) -> None:
+        """Refuse a release of the host that computes its loss elsewhere."""
+        method = _METHODS[self._asked.margin]
+        if not calls_logsigmoid(_owner(method), method):
+            why = f"its {method} does not call F.logsigmoid"
+            raise self._host.moved(why, self._asked.loss.name)
+
+    def _check_data(self, tokenizer: Any) -> None:
+        """Refuse training data that can't be learnt from, and warn of evaluation data like that."""
+        evaluated = self.eval_dataset
+        named = evaluated if isinstance(evaluated, dict) else {"": evaluated}
+        sets = [(self.train_dataset, False), *((each, True) for each in named.values())]
+        for dataset, evaluation in sets:
+            if dataset is not None:
+                self._check_embeddings(dataset, tokenizer, _SIDES)
+                faults = functools.partial(self._pair_faults, dataset, tokenizer, evaluation)
+                self._check_faults(faults)
+
+    def _pair_faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> list[Fault]:
+        limit = self._asked.data_args.cutoff_len
+        found = list(_answers(dataset))
+        cutting = pairs.Cutting(self._host.key("max_length"), limit)
+        template = self.data_collator.template
+        return [
+            *pairs.find(found, tokenizer, cutting, evaluation),
+            *cut_prompts(found, tokenizer, template, limit, evaluation),
+        ]
+
+    def _in_loss(self) -> dict[str, Any]:
+        margin = self._asked.margin
+        return {
+            "margin": margin,
+            "beta": self.beta,
+            "label_smoothing": self.label_smoothing,
+            "simpo_gamma": self.simpo_gamma if margin == "simpo" else None,
+            "pref_ftx": self.ftx_gamma,
+            "ld_alpha": self.ld_alpha,
+            "max_length": self._asked.data_args.cutoff_len,
+        }
+
+    def _said_of_host(self) -> str:
+        margin = self._asked.margin
+        shown = {
+            "margin": None if margin == "dpo" else margin,
+            "label_smoothing": self.label_smoothing or None,
+            "pref_ftx": self.ftx_gamma or None,
+        }
+        words = "".join(f" {name}={value}" for name, value in shown.items() if value is not None)
+        return f"beta={self.beta}{words}{self._said_of_batches()}"
+
+    def _sequences(self) -> PairSequences | None:
+        return sequences_of(self.train_dataset, None, *_SIDES)
+
+    def _pairs_of_step(self) -> list[tuple[list[int], list[int]]]:
+        whole = unpadded(self._batch["input_ids"], self._batch["attention_mask"])
+        count = len(whole) // 2
+        return list(zip(whole[:count], whole[count:], strict=True))
+
+    def _places(self) -> int:
+        return int(self._batch["input_ids"].numel())
+
+    def get_batch_loss_metrics(self, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        self._batch = dict(batch)  # the host takes the labels out of its own
+        with self._running().one_step(), self._prompts_shared(len(batch["input_ids"]) // 2):
+            return super().get_batch_loss_metrics(model, batch, *args, **kwargs)
+
+    def dpo_loss(self, *args: Any, **kwargs: Any) -> Any:
+        # The second log-sigmoid, of -z, is multiplied by the label smoothing.
+        with self._exchanged([0.0, 0.0 if self.label_smoothing else None]):
+            return super().dpo_loss(*args, **kwargs)
+
+    def simpo_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with self._exchanged([0.0]):
+            return super().simpo_loss(*args, **kwargs)
+
+    def odds_ratio_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with self._exchanged([0.0]):
+            return super().odds_ratio_loss(*args, **kwargs)
+
+    @contextmanager
+    def _exchanged(self, smoothing: list[float | None]) -> Iterator[None]:
+        """Inside, the host's log-sigmoid is our loss; its margins are counted after that."""
+        loss, margin = self._running().loss, self._asked.margin
+        asked = f"pref_loss: {loss.name}"
+        with loss_exchanged(loss, smoothing, asked, _owner(_METHODS[margin])) as margins:
+            yield
+        self._count(margins[0])
+
+
+def _owner(method: str) -> type:
+    """The class that defines the host's method, whose module has the ``F`` that it looks up."""
+    return next((of for of in _CustomDPOTrainer.__mro__ if method in vars(of)), _CustomDPOTrainer)
+
+
+def _answers(dataset: Any) -> Iterator[pairs.Pair]:
+    """Number, prompt and answers of each row that is checked, told apart by the masked labels."""
+    columns = (_SIDES[0], "chosen_labels", _SIDES[1])
+    for row, chosen, labels, rejected in sampled_columns(dataset, columns):
+        start = next((at for at, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+        yield row, chosen[:start], chosen[start:], rejected[start:]
