@@ -23,8 +23,10 @@ HOSTS = (
     ("axolotl.cli.main", "imported", "focalpo_plugins.axolotl.flags"),
     # The adapter replaces calls to CUDA: a process that only imports OpenRLHF keeps its own.
     ("openrlhf.cli.train_dpo", "run", "focalpo_plugins.openrlhf.autoload"),
+    ("llamafactory.hparams.parser", "imported", "focalpo_plugins.llamafactory.autoload"),
     # These start the processes of a run.
     ("axolotl.cli.main", "imported", "focalpo_plugins.guards.last_line"),
+    ("llamafactory.launcher", "imported", "focalpo_plugins.guards.last_line"),
     ("accelerate.commands.launch", "imported", "focalpo_plugins.guards.last_line"),
     ("deepspeed.launcher.runner", "imported", "focalpo_plugins.guards.last_line"),
     ("torch.distributed.run", "imported", "focalpo_plugins.guards.last_line"),
