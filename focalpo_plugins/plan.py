@@ -177,3 +177,17 @@ class Plan:
         if not all(name in known for name, _ in self.terms):
             return None
         return sum(weight * known[name] for name, weight in self.terms)
+
+
+def epoch_steps(
+    pairs: int, micro_batch: int, accumulation: int, ranks: int, drop_last: bool
+) -> int:
+    """Optimizer steps of an epoch, as transformers and accelerate count them.
+
+    A batch, a round of ranks or a step is also trained on if it is not full; ``drop_last`` leaves
+    out such batches and rounds.
+    """
+    left_out = 0 if drop_last else 1
+    batches = pairs // micro_batch + left_out * bool(pairs % micro_batch)
+    of_rank = batches // ranks + left_out * bool(batches % ranks)
+    return max(1, -(-of_rank // accumulation))

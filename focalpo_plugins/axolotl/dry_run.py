@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from ..errors import InvalidValue
 from ..guards import hub
 from ..guards.messages import explained
 from ..guards.sources import described
-from ..plan import ModelState, Pair, Plan, Tokens, Window
+from ..hf_batches import windows
+from ..plan import ModelState, Pair, Plan, Tokens, epoch_steps
 from ..registry import losses
 from . import FUSED, PLUGIN, RL_AS_WRITTEN, SHARED
 from .conversations import text_faults
@@ -159,14 +159,14 @@ def _with_data(bare: Plan, cfg: Any) -> Plan:
     trainer = _trainer(cfg, data, tokenizer)
     dataset, args, geometry = trainer.train_dataset, trainer.args, _geometry(bare, trainer.args)
     found = [*text_faults(cfg, tokenizer), *text_faults(cfg, tokenizer, evaluation=True)]
-    epoch_steps = _epoch_steps(
+    of_epoch = epoch_steps(
         len(dataset),
         geometry.each,
         geometry.accumulation,
         geometry.ranks,
         args.dataloader_drop_last,
     )
-    of_run = math.ceil(args.num_train_epochs * epoch_steps)
+    of_run = math.ceil(args.num_train_epochs * of_epoch)
     steps = args.max_steps if args.max_steps > 0 else of_run
     of_dpo = bare.margin == "dpo"
     order, unknown = _order(trainer)
@@ -185,9 +185,9 @@ def _with_data(bare: Plan, cfg: Any) -> Plan:
         kept=len(dataset),
         pairs=_pairs(dataset, trainer.data_collator) if of_dpo else _pairs_of_cpo(trainer),
         formats=described(listed(cfg)),
-        epoch_steps=epoch_steps,
+        epoch_steps=of_epoch,
         steps=steps,
-        windows=_windows(order, geometry, args.dataloader_drop_last, steps),
+        windows=windows(order, geometry, args.dataloader_drop_last, steps),
     )
 
 
@@ -237,47 +237,6 @@ def _terms(cfg: Any, config: Any) -> list[tuple[str, float]] | None:
     types = ["ipo"] if cfg.rl == "ipo" else cfg.dpo_loss_type or ["sigmoid"]
     types = types if isinstance(types, list) else [types]
     return list(zip(types, cfg.dpo_loss_weights or [1.0] * len(types), strict=True))
-
-
-def _epoch_steps(
-    pairs: int, micro_batch: int, accumulation: int, ranks: int, drop_last: bool
-) -> int:
-    """Optimizer steps of an epoch, as transformers and accelerate count them.
-
-    A batch, a round of ranks or a step is also trained on if it is not full; ``drop_last`` leaves
-    out such batches and rounds.
-    """
-    left_out = 0 if drop_last else 1
-    batches = pairs // micro_batch + left_out * bool(pairs % micro_batch)
-    of_rank = batches // ranks + left_out * bool(batches % ranks)
-    return max(1, -(-of_rank // accumulation))
-
-
-def _windows(order: Any, geometry: Geometry, drop_last: bool, steps: int) -> Iterator[Window]:
-    """The pairs of a run of so many steps, as accelerate divides them among the ranks.
-
-    Args:
-        order: the sampler that draws the pairs of an epoch.
-    """
-    size, done = geometry.micro_step, 0
-    for epoch in count():
-        if hasattr(order, "set_epoch"):
-            order.set_epoch(epoch)
-        pairs = list(order)
-        rest = len(pairs) % size
-        if rest and drop_last:
-            del pairs[-rest:]
-        elif rest and geometry.ranks > 1:
-            # accelerate completes an epoch's last batches with the epoch's first pairs.
-            first = pairs[:size]
-            pairs += (first * -(-size // len(first)))[: size - rest]
-        if not pairs:
-            return
-        for start in range(0, len(pairs), geometry.step):
-            if done == steps:
-                return
-            done += 1
-            yield Window(epoch + 1, done, pairs[start : start + geometry.step])
 
 
 def _load_cfg(config: Path, gpus: int, scratch: Path, shape: Path | None) -> tuple[Any, list[str]]:

@@ -21,11 +21,11 @@ from planned import computed
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from focalpo_plugins.axolotl.dry_run import _epoch_steps, _windows
 from focalpo_plugins.balanced import Geometry
 from focalpo_plugins.cli.check.counts import count
 from focalpo_plugins.cli.check.warnings import warnings
-from focalpo_plugins.plan import Pair, Tokens
+from focalpo_plugins.hf_batches import windows
+from focalpo_plugins.plan import Pair, Tokens, epoch_steps
 from focalpo_plugins.registry import get_loss
 
 shares_answers = pytest.mark.xdist_group("answers")  # one worker makes the runs, once
@@ -419,7 +419,7 @@ def test_the_pairs_of_each_rank_are_those_of_accelerate(drop_last: bool):
         steps = 2 * -(-len(expected[0]) // 2 // accumulation)
         geometry = Geometry(ranks, each, accumulation)
         found: list[list[list[int]]] = [[] for _ in range(ranks)]
-        for window in _windows(range(pairs), geometry, drop_last, steps):
+        for window in windows(range(pairs), geometry, drop_last, steps):
             for place, start in enumerate(range(0, len(window.pairs), each)):
                 found[place % ranks].append(list(window.pairs[start : start + each]))
         assert found == expected
@@ -434,7 +434,7 @@ def test_steps_of_an_epoch_are_those_of_accelerate(drop_last: bool):
         batches = BatchSampler(range(pairs), micro, drop_last)
         of_rank = len(BatchSamplerShard(batches, ranks, 0)) if ranks > 1 else len(batches)
         expected = max(1, math.ceil(of_rank / accumulation))
-        assert _epoch_steps(pairs, micro, accumulation, ranks, drop_last) == expected
+        assert epoch_steps(pairs, micro, accumulation, ranks, drop_last) == expected
 
 
 @shares_answers
