@@ -55,7 +55,8 @@ def _check(add: _Add) -> None:
         "config",
         nargs="?",
         metavar="CONFIG",
-        help="Axolotl YAML; or, after `--`, a command line of openrlhf.cli.train_dpo",
+        help="YAML of Axolotl or LLaMA-Factory; or, after `--`, a command line of "
+        "openrlhf.cli.train_dpo",
     )
     check.add_argument(
         "--gpus",

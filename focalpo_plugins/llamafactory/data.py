@@ -15,6 +15,8 @@ from ..guards.messages import modules_of
 from ..guards.rows import ONE_MESSAGE, STRINGS, Description
 from ..guards.sources import Advice
 
+#: The columns of a prepared data set with the token ids.
+SIDES = ("chosen_input_ids", "rejected_input_ids")
 _FORMATS = {ONE_MESSAGE: ("sharegpt", "messages"), STRINGS: ("alpaca", "prompt")}
 # What dataset_info.json has to say of messages with role and content.
 _TAGS = {
@@ -145,6 +147,18 @@ def explain(data_args: Any, error: BaseException) -> str | None:
     if broken is not None:
         return broken
     return "; ".join(filter(None, (source.wrong() for source in listed(data_args)))) or None
+
+
+def answers(dataset: Any) -> Iterator[pairs.Pair]:
+    """Number, prompt and answers of each row that is checked, told apart by the masked labels."""
+    from llamafactory.extras.constants import IGNORE_INDEX
+
+    from ..trl.data import sampled_columns
+
+    columns = (SIDES[0], "chosen_labels", SIDES[1])
+    for row, chosen, labels, rejected in sampled_columns(dataset, columns):
+        start = next((at for at, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+        yield row, chosen[:start], chosen[start:], rejected[start:]
 
 
 def cut_prompts(

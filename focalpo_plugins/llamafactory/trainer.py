@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from llamafactory.extras.constants import IGNORE_INDEX
 from llamafactory.train.dpo import trainer as host_module
 from llamafactory.train.dpo import workflow
 
@@ -16,14 +15,14 @@ from ..guards.faults import Fault
 from ..hf_models import same_weights
 from ..hf_sequences import PairSequences
 from ..run import Host
-from ..trl.data import sampled_columns, sequences_of, unpadded
+from ..trl.data import sequences_of, unpadded
 from ..trl.exchange import calls_logsigmoid, loss_exchanged
 from ..trl.pairwise import PairwiseBase
 from ..trl.parts import check_balanced_parts, check_shared_parts, embeddings_of
 from ..trl.shared_step import SharedStepMixin
 from . import ALLOW_CHANGED, ALLOW_DATA, BALANCED, MARGIN, SHARED
 from .arguments import Asked
-from .data import cut_prompts
+from .data import SIDES, answers, cut_prompts
 
 #: How messages name LLaMA-Factory and its settings.
 LLAMA_FACTORY = Host(
@@ -41,7 +40,6 @@ LLAMA_FACTORY = Host(
 )
 # For each margin, the method in which it becomes a loss.
 _METHODS = {"dpo": "dpo_loss", "simpo": "simpo_loss", "orpo": "odds_ratio_loss"}
-_SIDES = ("chosen_input_ids", "rejected_input_ids")  # columns of a prepared data set
 
 _CustomDPOTrainer = host_module.CustomDPOTrainer
 
@@ -107,13 +105,13 @@ class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, _CustomDPOTrain
         sets = [(self.train_dataset, False), *((each, True) for each in named.values())]
         for dataset, evaluation in sets:
             if dataset is not None:
-                self._check_embeddings(dataset, tokenizer, _SIDES)
+                self._check_embeddings(dataset, tokenizer, SIDES)
                 faults = functools.partial(self._pair_faults, dataset, tokenizer, evaluation)
                 self._check_faults(faults)
 
     def _pair_faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> list[Fault]:
         limit = self._asked.data_args.cutoff_len
-        found = list(_answers(dataset))
+        found = list(answers(dataset))
         cutting = pairs.Cutting(self._host.key("max_length"), limit)
         template = self.data_collator.template
         return [
@@ -144,7 +142,7 @@ class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, _CustomDPOTrain
         return f"beta={self.beta}{words}{self._said_of_batches()}"
 
     def _sequences(self) -> PairSequences | None:
-        return sequences_of(self.train_dataset, None, *_SIDES)
+        return sequences_of(self.train_dataset, None, *SIDES)
 
     def _pairs_of_step(self) -> list[tuple[list[int], list[int]]]:
         whole = unpadded(self._batch["input_ids"], self._batch["attention_mask"])
@@ -185,11 +183,3 @@ class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, _CustomDPOTrain
 def _owner(method: str) -> type:
     """The class that defines the host's method, whose module has the ``F`` that it looks up."""
     return next((of for of in _CustomDPOTrainer.__mro__ if method in vars(of)), _CustomDPOTrainer)
-
-
-def _answers(dataset: Any) -> Iterator[pairs.Pair]:
-    """Number, prompt and answers of each row that is checked, told apart by the masked labels."""
-    columns = (_SIDES[0], "chosen_labels", _SIDES[1])
-    for row, chosen, labels, rejected in sampled_columns(dataset, columns):
-        start = next((at for at, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
-        yield row, chosen[:start], chosen[start:], rejected[start:]

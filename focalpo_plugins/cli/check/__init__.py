@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 from ...guards.messages import one_line
@@ -22,11 +23,16 @@ from .printing import as_json, print_text
 from .shapes import SHAPES
 from .warnings import warnings
 
+# By a key that only this host's YAMLs have, the folder of its adapter.
+_BY_KEY = {"base_model": "axolotl", "model_name_or_path": "llamafactory"}
+_OF_HOST = {"axolotl": "an Axolotl", "llamafactory": "a LLaMA-Factory"}
+
 
 def run(args: Namespace) -> int:
     if (args.config is None) == (args.host_argv is None):
         raise CommandError(
-            "give an Axolotl YAML, or `--` and the flags of openrlhf.cli.train_dpo after it."
+            "give a YAML of Axolotl or LLaMA-Factory, or `--` and the flags of "
+            "openrlhf.cli.train_dpo after it."
         )
     with _stdout_to_stderr(), tempfile.TemporaryDirectory() as scratch:
         shape = _shape(args.model_config, Path(scratch))
@@ -80,10 +86,24 @@ def _plan(args: Namespace, scratch: Path, shape: Path | None) -> Plan:
         return openrlhf.plan(args.host_argv, gpus, shape)
     if not Path(args.config).is_file():
         raise CommandError(f"CONFIG must be a YAML file, got {args.config!r}: there is none.")
-    _need("axolotl", "an Axolotl YAML")
-    from ...axolotl import dry_run as axolotl
+    host = _host_of(Path(args.config))
+    _need(host, f"{_OF_HOST[host]} YAML")
+    plan: Plan = import_module(f"focalpo_plugins.{host}.dry_run").plan(
+        Path(args.config), gpus, scratch, shape
+    )
+    return plan
 
-    return axolotl.plan(Path(args.config), gpus, scratch, shape)
+
+def _host_of(config: Path) -> str:
+    """The host that a YAML is written for, by the key that names its model."""
+    try:
+        import yaml
+
+        written = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except Exception:  # the host reports it
+        return "axolotl"
+    keys = written if isinstance(written, dict) else {}
+    return next((host for key, host in _BY_KEY.items() if key in keys), "axolotl")
 
 
 def _with_bar(plan: Plan) -> Plan:

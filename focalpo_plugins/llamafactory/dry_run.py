@@ -1,0 +1,254 @@
+"""What a YAML of LLaMA-Factory's will train on, read by LLaMA-Factory itself.
+
+Arguments, template and data come from the calls that ``llamafactory-cli train`` makes; no model is
+loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import InvalidValue
+from ..guards import hub, sources
+from ..guards.messages import explained
+from ..plan import ModelState, Pair, Plan, Tokens, epoch_steps
+from .data import SIDES, answers, cut_prompts, explain, listed
+
+_NO_LIMIT = 10**9  # tokens
+# Keys that change how a run computes, not what: left out, as any machine must read the file.
+_OFF = (
+    "deepspeed", "fsdp", "fsdp_config", "bf16", "fp16", "tf32", "pure_bf16", "optim",
+    "enable_liger_kernel", "use_unsloth", "use_unsloth_gc", "use_kt", "flash_attn", "plot_loss",
+    "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_swanlab", "use_muon",
+)  # fmt: skip
+_OF_OWN_OPTIMIZER = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
+# The host's own losses that TRL's dpo_loss isn't told of.
+_TRAINED_AS_DPO = ("hinge", "ipo", "kto_pair")
+
+
+class _Run(NamedTuple):
+    """LLaMA-Factory's arguments of a run, and what was left out of them."""
+
+    model: Any
+    data: Any
+    training: Any
+    finetuning: Any
+    off: dict[str, Any]
+
+
+def plan(config: Path, gpus: int, scratch: Path, shape: Path | None = None) -> Plan:
+    """Read the YAML at ``config`` as ``llamafactory-cli train`` would.
+
+    Args:
+        gpus: number of ranks that the run is planned for.
+        scratch: an empty folder, which replaces the YAML's ``output_dir``.
+        shape: a folder with the config of a model, which replaces ``model_name_or_path``; then
+            neither tokenizer nor data is read.
+
+    Raises:
+        ValueError: the YAML can't train pairs, or its data or its files on a hub can't be read.
+            LLaMA-Factory's other errors pass through unchanged.
+    """
+    from omegaconf import OmegaConf
+
+    written: Any = OmegaConf.to_container(OmegaConf.load(config))
+    run: _Run | None = None
+
+    def reason(error: Exception) -> str | None:
+        if run is None:
+            return None
+        models = {"model_name_or_path": str(run.model.model_name_or_path)}
+        names = sources.remote_names(models, listed(run.data))
+        return explain(run.data, error) or hub.explain(error, names)
+
+    with explained(reason):
+        run = _read(written, scratch, shape)
+        bare = _without_data(run, gpus)
+        return bare if shape is not None else _with_data(bare, run)
+
+
+def _read(written: dict[str, Any], scratch: Path, shape: Path | None) -> _Run:
+    from llamafactory.hparams import get_train_args
+
+    off = {key: written[key] for key in _OFF if written.get(key)}
+    kept = {key: value for key, value in written.items() if key not in _OFF}
+    kept |= {"output_dir": str(scratch), "report_to": "none"}
+    if shape is not None:
+        kept["model_name_or_path"] = str(shape)
+    model, data, training, finetuning, _ = get_train_args(kept)
+    if finetuning.stage != "dpo":
+        raise InvalidValue(
+            f"stage must be dpo, got {finetuning.stage!r}: there is nothing here that could be "
+            "checked. Set stage: dpo and pref_loss: focalpo."
+        )
+    return _Run(model, data, training, finetuning, off)
+
+
+def _without_data(run: _Run, gpus: int) -> Plan:
+    """The plan as far as it follows from the arguments."""
+    asked = getattr(run.finetuning, "focalpo", None)
+    own, warnings = run.finetuning.pref_loss, []
+    if asked is None and own in _TRAINED_AS_DPO:
+        warnings.append(
+            f"pref_loss: {own} trains plain DPO in LLaMA-Factory {version('llamafactory')} with "
+            f"TRL {version('trl')}: the loss's name is not passed on."
+        )
+        own = "sigmoid"
+    margin = asked.margin if asked else own if own in ("simpo", "orpo") else "dpo"
+    # What is logged also has the term of pref_ftx, and LD-DPO's margins aren't 0 at first.
+    plain = not run.finetuning.pref_ftx and run.finetuning.ld_alpha is None
+    return Plan(
+        host=f"LLaMA-Factory {version('llamafactory')} with TRL {version('trl')}",
+        loss=asked and asked.loss,
+        host_loss=own,
+        margin=margin,
+        terms=(("sigmoid", 1.0),) if plain else None,
+        beta=run.finetuning.pref_beta,
+        label_smoothing=run.finetuning.dpo_label_smoothing,
+        max_length=run.data.cutoff_len,
+        micro_batch=run.training.per_device_train_batch_size,
+        accumulation=run.training.gradient_accumulation_steps,
+        ranks=gpus,
+        data_ranks=gpus,
+        precision=_precision(run.off),
+        state=_state(run),
+        warnings=warnings,
+    )
+
+
+def _with_data(bare: Plan, run: _Run) -> Plan:
+    """The plan with what LLaMA-Factory makes of the data."""
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.model import load_tokenizer
+
+    module = load_tokenizer(run.model)
+    template = get_template_and_fix_tokenizer(module["tokenizer"], run.data)
+    dataset = _tokenized(run, run.data, template, module)
+    limit, args = run.data.cutoff_len, run.training
+    at_limit = any(limit in map(len, sides) for sides in _sides(dataset))
+    whole = dataset
+    if at_limit:
+        uncut = copy.copy(run.data)
+        uncut.cutoff_len, uncut.tokenized_path = _NO_LIMIT, None
+        whole = _tokenized(run, uncut, template, module)
+    tokenizer = module["tokenizer"]
+    found = cut_prompts(answers(dataset), tokenizer, template, limit, evaluation=False)
+    of_epoch = epoch_steps(
+        len(dataset),
+        bare.micro_batch,
+        bare.accumulation,
+        bare.data_ranks,
+        drop_last=args.dataloader_drop_last,
+    )
+    return replace(
+        bare,
+        warnings=[*bare.warnings, *map(str, found)],
+        tokenizer=tokenizer,
+        rows=_rows(run, len(dataset)),
+        kept=len(dataset),
+        pairs=_pairs(dataset, whole),
+        formats=sources.described(listed(run.data)),
+        epoch_steps=of_epoch,
+        steps=args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * of_epoch),
+    )
+
+
+def _tokenized(run: _Run, data: Any, template: Any, module: Any) -> Any:
+    from llamafactory.data import get_dataset
+
+    return get_dataset(template, run.model, data, run.training, "rm", **module)["train_dataset"]
+
+
+def _rows(run: _Run, kept: int) -> int:
+    """The number of training rows before LLaMA-Factory dropped those that it can't use."""
+    from llamafactory.data.data_utils import split_dataset
+    from llamafactory.data.loader import _get_merged_dataset
+
+    if run.data.tokenized_path is not None or run.data.streaming:
+        return kept
+    merged = _get_merged_dataset(run.data.dataset, run.model, run.data, run.training, "rm")
+    return len(split_dataset(merged, None, run.data, seed=run.training.seed)[0]["train"])
+
+
+def _sides(dataset: Any) -> Iterator[tuple[list[int], list[int]]]:
+    return ((row[SIDES[0]], row[SIDES[1]]) for row in dataset.select_columns([*SIDES]))
+
+
+def _pairs(dataset: Any, whole: Any) -> Iterator[Pair]:
+    """The pairs of a data set; ``whole`` has the same ones before they are cut."""
+    from llamafactory.extras.constants import IGNORE_INDEX
+
+    for row, before in zip(dataset, _sides(whole), strict=True):
+        sides = [
+            Tokens(row[f"{side}_input_ids"], [of != IGNORE_INDEX for of in row[f"{side}_labels"]])
+            for side in ("chosen", "rejected")
+        ]
+        cut = any(len(side.ids) < len(ids) for side, ids in zip(sides, before, strict=True))
+        yield Pair(sides[0], sides[1], truncated=cut)
+
+
+def _state(run: _Run) -> ModelState:
+    from llamafactory.model import load_config
+
+    args, off = run.finetuning, run.off
+    precision = _precision(off)
+    zero_stage, offloaded = _sharding(off)
+    full, pure = args.finetuning_type == "full", bool(off.get("pure_bf16"))
+    optimizer_bytes = 8.0
+    if full and precision != "fp32":
+        # What is trained is held in float32: 4 bytes more of each weight and gradient, or of
+        # ZeRO-3's own copy.
+        optimizer_bytes = 4.0 if pure else 12.0
+    if args.finetuning_type not in ("full", "lora") or any(off.get(k) for k in _OF_OWN_OPTIMIZER):
+        zero_stage = None
+    return ModelState(
+        config=load_config(run.model),
+        lora=_lora(args) if args.finetuning_type == "lora" else None,
+        weight_bytes=4 if precision == "fp32" else 2,
+        four_bit=run.model.quantization_bit == 4,
+        optimizer_bytes=optimizer_bytes,
+        zero_stage=zero_stage,
+        reference=args.use_ref_model and (args.finetuning_type != "lora" or bool(args.ref_model)),
+        offloaded=offloaded,
+        adapter_bytes=None if full else 4,
+    )
+
+
+def _precision(off: dict[str, Any]) -> str:
+    if off.get("bf16") or off.get("pure_bf16"):
+        return "bf16"
+    return "fp16" if off.get("fp16") else "fp32"
+
+
+def _sharding(off: dict[str, Any]) -> tuple[int | None, frozenset[str]]:
+    """DeepSpeed's stage, None under FSDP, and what the CPU's memory holds."""
+    if not off.get("deepspeed"):
+        return (None if off.get("fsdp") or off.get("fsdp_config") else 0), frozenset()
+    given = off["deepspeed"]
+    if not isinstance(given, dict):
+        given = json.loads(Path(given).read_text(encoding="utf-8"))
+    zero = given.get("zero_optimization", {})
+    keys = {"optimizer": "offload_optimizer", "weights": "offload_param"}
+    offloaded = (
+        what for what, key in keys.items() if (zero.get(key) or {}).get("device", "none") != "none"
+    )
+    return int(zero.get("stage", 0)), frozenset(offloaded)
+
+
+def _lora(args: Any) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        target_modules="all-linear" if args.lora_target == ["all"] else args.lora_target,
+        modules_to_save=args.additional_target,
+        task_type="CAUSAL_LM",
+    )
