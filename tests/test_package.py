@@ -15,6 +15,7 @@ import focalpo_plugins
 PACKAGE = Path(focalpo_plugins.__file__).parent
 HOSTS = {
     "axolotl",
+    "llamafactory",
     "openrlhf",
     "trl",
     "transformers",
@@ -26,6 +27,7 @@ HOSTS = {
 # By module or folder of ours: which hosts it may import, and which of our own it does.
 OF_HOST = {
     "axolotl": {"axolotl", "transformers", "accelerate"},
+    "llamafactory": {"llamafactory", "peft"},
     # OpenRLHF is built on DeepSpeed and requires it.
     "openrlhf": {"openrlhf", "transformers", "peft", "deepspeed"},
     "trl": {"trl", "transformers", "accelerate", "peft", "deepspeed"},
@@ -68,11 +70,18 @@ ARROWS: dict[str, set[str]] = {
     "axolotl": {
         "errors", "loss", "options", "registry", "balanced", "plan", "guards", "compute", "trl"
     },
+    "llamafactory": {
+        "errors", "loss", "options", "registry", "run", "plan", "hf_models", "hf_sequences",
+        "guards", "trl"
+    },
     "openrlhf": {
         "errors", "loss", "options", "registry", "run", "plan", "balanced", "guards", "sharing",
         "reference"
     },
-    "cli": {"errors", "loss", "balanced", "plan", "guards", "trl", "axolotl", "openrlhf"},
+    "cli": {
+        "errors", "loss", "balanced", "plan", "guards", "trl", "axolotl", "openrlhf",
+        "llamafactory"
+    },
     "__main__": {"cli"},
     "__init__": {"errors", "loss", "hookspecs", "trl"},
 }  # fmt: skip

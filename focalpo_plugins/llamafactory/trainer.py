@@ -9,6 +9,7 @@ from typing import Any
 
 from llamafactory.train.dpo import trainer as host_module
 from llamafactory.train.dpo import workflow
+from llamafactory.train.dpo.trainer import CustomDPOTrainer
 
 from ..guards import pairs
 from ..guards.faults import Fault
@@ -41,8 +42,6 @@ LLAMA_FACTORY = Host(
 # For each margin, the method in which it becomes a loss.
 _METHODS = {"dpo": "dpo_loss", "simpo": "simpo_loss", "orpo": "odds_ratio_loss"}
 
-_CustomDPOTrainer = host_module.CustomDPOTrainer
-
 
 @functools.cache
 def install() -> None:
@@ -54,10 +53,10 @@ def install() -> None:
 
 def _built(*args: Any, **kwargs: Any) -> Any:
     asks = getattr(kwargs["finetuning_args"], "focalpo", None) is not None
-    return (LlamaFactoryPairwiseTrainer if asks else _CustomDPOTrainer)(*args, **kwargs)
+    return (LlamaFactoryPairwiseTrainer if asks else CustomDPOTrainer)(*args, **kwargs)
 
 
-class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, _CustomDPOTrainer):
+class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, CustomDPOTrainer):
     """Trains the loss that LLaMA-Factory's arguments ask for."""
 
     _host = LLAMA_FACTORY
@@ -182,4 +181,6 @@ class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, _CustomDPOTrain
 
 def _owner(method: str) -> type:
     """The class that defines the host's method, whose module has the ``F`` that it looks up."""
-    return next((of for of in _CustomDPOTrainer.__mro__ if method in vars(of)), _CustomDPOTrainer)
+    classes = CustomDPOTrainer.__mro__
+    found: type = next((each for each in classes if method in vars(each)), CustomDPOTrainer)
+    return found

@@ -63,6 +63,7 @@ class LlamaFactory:
             "template": "llama3",
             "cutoff_len": 128,
             "output_dir": str(self.folder / "out"),
+            "overwrite_output_dir": True,
             "max_steps": 5,
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 2,

@@ -19,7 +19,7 @@ HOSTS = {
         "axolotl.core.builders", "axolotl.loaders", "axolotl.common.datasets", "axolotl.utils.trainer",
         "deepspeed", "bitsandbytes", "trl.trainer.dpo_trainer", "trackio",
     ),
-    "llamafactory": ("llamafactory.train.tuner", "transformers.models.llama.modeling_llama"),
+    "llamafactory": ("llamafactory.launcher", "llamafactory.train.tuner", "transformers.models.llama.modeling_llama"),
     "trl": ("trl.trainer.dpo_trainer", "transformers.models.llama.modeling_llama"),
 }  # fmt: skip
 OPERATORS = {"openrlhf": ("FusedAdamBuilder", "ShareMemCommBuilder"), "axolotl": ("ShareMemCommBuilder",)}  # fmt: skip
