@@ -24,17 +24,28 @@ os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 nox.options.default_venv_backend = "uv"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "docs", "audit", "core", "axolotl", "openrlhf", "evaluation"]
+nox.options.sessions = [
+    "lint",
+    "docs",
+    "audit",
+    "core",
+    "axolotl",
+    "openrlhf",
+    "llamafactory",
+    "evaluation",
+]
 
 # The releases that the suite was last seen to pass with; users keep what their stack has.
 TORCH = "torch==2.13.0"
 AXOLOTL = "axolotl[deepspeed]==0.19.0"
 OPENRLHF = "openrlhf==0.11.2"
+LLAMA_FACTORY = "llamafactory==0.9.5"
 # What it brings, for torch releases that it does not take.
 TRL_OF_AXOLOTL = ("trl==1.9.0", "transformers==5.16.1", "peft==0.20.0")
 # What Axolotl's extra `ray` brings.
 RAY = "ray[train]>=2.52.1"
 # What OpenRLHF pins and has no wheel for, built without the parts that need CUDA's compiler.
+DEEPSPEED_OF_LLAMA_FACTORY = "deepspeed==0.18.9"
 FLASH_ATTN, DEEPSPEED = "flash-attn==2.8.3", "deepspeed==0.19.6"
 # What builds the pages; ruff formats the signatures of the API, latex2mathml its formulas.
 PAGES = ("mkdocs-material==9.8.2", "mkdocstrings[python]==1.0.8", "latex2mathml", "ruff")
@@ -51,6 +62,7 @@ OF_AXOLOTL = [
     *(f"tests/axolotl/test_{name}.py" for name in ("study", "check")),
     "tests/axolotl",
 ]
+OF_LLAMA_FACTORY = ["tests/llamafactory/test_contract.py", "tests/llamafactory"]
 OF_OPENRLHF = ["tests/openrlhf/test_contract.py", "tests/openrlhf"]
 # pytest-xdist 3.8.0 no longer keeps a group on one worker under pytest 9.2, and says nothing.
 TEST_TOOLS = ("pytest<9.2", "pytest-xdist", "pip", "setuptools", "pyyaml", "hypothesis")
@@ -199,6 +211,15 @@ def openrlhf(session: nox.Session) -> None:
     with meanwhile(session):
         check_types(session, "openrlhf")
     test(session, OF_OPENRLHF, *THREE_AT_A_TIME)
+
+
+@nox.session
+def llamafactory(session: nox.Session) -> None:
+    """The adapter of LLaMA-Factory, with the real LLaMA-Factory."""
+    install_llamafactory(session)
+    with meanwhile(session):
+        check_types(session, "llamafactory")
+    test(session, OF_LLAMA_FACTORY, *THREE_AT_A_TIME)
 
 
 @nox.session
@@ -359,9 +380,9 @@ def axolotl_0_21(session: nox.Session, axolotl: str) -> None:
     session.install(*requirements(session), "deepspeed==0.19.6", TORCH, "--no-build-isolation")
 
 
-def requirements(session: nox.Session) -> list[str]:
-    """What the installed Axolotl requires, but for extras and torch."""
-    ask = "import importlib.metadata; print(*importlib.metadata.requires('axolotl'), sep='\\n')"
+def requirements(session: nox.Session, host: str = "axolotl") -> list[str]:
+    """What the installed host requires, but for extras and torch."""
+    ask = f"import importlib.metadata; print(*importlib.metadata.requires('{host}'), sep='\\n')"
     lines = str(session.run("python", "-c", ask, silent=True)).splitlines()
     of_torch = re.compile(r"torch\b(?![-_.])")
     return [line for line in lines if "extra ==" not in line and not of_torch.match(line)]
@@ -386,6 +407,21 @@ def install_openrlhf(
     session.install(deepspeed, "--no-build-isolation", env={"DS_BUILD_OPS": "0"})
     with meanwhile(session, "FusedAdamBuilder", "ShareMemCommBuilder"):
         session.install(openrlhf)
+        beside_the_host(session)
+
+
+def install_llamafactory(session: nox.Session, llamafactory: str = LLAMA_FACTORY) -> None:
+    """Without what its web page and images need: torchvision would bring another torch."""
+    session.install(TORCH, llamafactory, "--no-deps")
+    web = ("fastapi", "gradio", "modelscope", "sse-starlette", "uvicorn")
+    left_out = re.compile(rf"({'|'.join(('torchaudio', 'torchvision', *web))})\b")
+    needed = [each for each in requirements(session, "llamafactory") if not left_out.match(each)]
+    session.install(TORCH, *needed, "setuptools", "wheel", "ninja")
+    session.install(DEEPSPEED_OF_LLAMA_FACTORY, "--no-build-isolation", env={"DS_BUILD_OPS": "0"})
+    # Whatever it reads, it imports torchaudio, which it needs for sound.
+    place = str(session.run("python", "-c", "import torch; print(torch.__file__)", silent=True))
+    (Path(place.strip()).parents[1] / "torchaudio.py").touch()
+    with meanwhile(session, "ShareMemCommBuilder"):
         beside_the_host(session)
 
 
