@@ -112,10 +112,10 @@ class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, CustomDPOTraine
         limit = self._asked.data_args.cutoff_len
         found = list(answers(dataset))
         cutting = pairs.Cutting(self._host.key("max_length"), limit)
-        template = self.data_collator.template
+        collator: Any = self.data_collator
         return [
             *pairs.find(found, tokenizer, cutting, evaluation),
-            *cut_prompts(found, tokenizer, template, limit, evaluation),
+            *cut_prompts(found, tokenizer, collator.template, limit, evaluation),
         ]
 
     def _in_loss(self) -> dict[str, Any]:
