@@ -156,6 +156,23 @@ class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, CustomDPOTraine
         with self._running().one_step(), self._prompts_shared(len(batch["input_ids"]) // 2):
             return super().get_batch_loss_metrics(model, batch, *args, **kwargs)
 
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        # The host's model card has a row for each evaluation, and fails unless all have the same
+        # columns; a group of pairs that is empty has no margin.
+        for group in ("margin_correct", "margin_incorrect"):
+            output.metrics.setdefault(f"{metric_key_prefix}_{self._asked.loss.name}/{group}", 0.0)
+        return output
+
     def dpo_loss(self, *args: Any, **kwargs: Any) -> Any:
         # The second log-sigmoid, of -z, is multiplied by the label smoothing.
         with self._exchanged([0.0, 0.0 if self.label_smoothing else None]):

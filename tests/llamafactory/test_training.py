@@ -119,6 +119,18 @@ def test_one_run_after_the_other_in_python(llamafactory: LlamaFactory):
     assert run.stderr.count("focalpo_plugins: active.") == 2
 
 
+def test_the_model_card_of_evaluations_that_differ(llamafactory: LlamaFactory, few: Path):
+    """Before the first step every margin is 0, so there is no pair ranked right."""
+    held_out = llamafactory.data("held_out", few / "test.jsonl")
+    run = llamafactory.train(
+        eval_dataset=held_out, eval_strategy="steps", eval_steps=5, eval_on_start=True
+    )
+    first, last = [entry for entry in history(run) if "eval_loss" in entry]
+    assert first["eval_focalpo/margin_correct"] == 0 and first["eval_rewards/accuracies"] == 0
+    assert last["eval_rewards/accuracies"] > 0
+    assert "Focalpo/margin Correct" in (run.folder / "README.md").read_text()
+
+
 def test_a_loss_of_another_package(llamafactory: LlamaFactory, hinge_package: Path):
     """Its hinge is 1 at a margin of 0, where the host's own of that name trains DPO."""
     config = llamafactory.config(pref_loss="hinge", focalpo_gamma=None, hinge_offset=1.0)
@@ -167,7 +179,9 @@ def test_zero_3(llamafactory: LlamaFactory, tmp_path: Path):
 
 
 def test_streamed_data_are_not_balanced(llamafactory: LlamaFactory):
-    config = llamafactory.config(streaming=True, focalpo_balanced_batches=True)
+    config = llamafactory.config(
+        streaming=True, dataloader_num_workers=1, focalpo_balanced_batches=True
+    )
     run = llamafactory(config)
     assert run.code != 0
     assert "focalpo_balanced_batches can't be combined with training data" in run.output

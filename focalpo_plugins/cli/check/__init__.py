@@ -88,10 +88,13 @@ def _plan(args: Namespace, scratch: Path, shape: Path | None) -> Plan:
         raise CommandError(f"CONFIG must be a YAML file, got {args.config!r}: there is none.")
     host = _host_of(Path(args.config))
     _need(host, f"{_OF_HOST[host]} YAML")
-    plan: Plan = import_module(f"focalpo_plugins.{host}.dry_run").plan(
-        Path(args.config), gpus, scratch, shape
-    )
-    return plan
+    if host == "llamafactory":
+        from ...llamafactory import dry_run as llamafactory
+
+        return llamafactory.plan(Path(args.config), gpus, scratch, shape)
+    from ...axolotl import dry_run as axolotl
+
+    return axolotl.plan(Path(args.config), gpus, scratch, shape)
 
 
 def _host_of(config: Path) -> str:
