@@ -345,7 +345,8 @@ def test_the_table_of_examples():
     above = {"llama3_focalpo.yml", "mistral_focalpo.yml", "eval", "RESULTS.md"}
     tiny = {"make_tiny.py", "tiny", "tiny_focalpo.yml", "tiny_dpo.yml"}
     of_kto = {"make_kto_data.py"}  # which the recipes of KTO name
-    others = {"README.md", "__pycache__", "children.py"}  # the index, Python's, and the scripts'
+    # The index, Python's, the scripts', and what a host's own page names.
+    others = {"README.md", "__pycache__", "children.py", "llamafactory"}
     assert {path.name for path in EXAMPLES.iterdir()} <= listed | above | tiny | of_kto | others
 
 
