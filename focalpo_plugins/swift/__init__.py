@@ -1,0 +1,14 @@
+"""ms-swift: ``swift rlhf --rlhf_type dpo --loss_type focalpo --focalpo_gamma 0.05``."""
+
+from __future__ import annotations
+
+#: The key that asks for shared prompts, for any of our losses.
+SHARED = "focalpo_shared_prompts"
+#: The key that asks for balanced batches, for any of our losses.
+BALANCED = "focalpo_balanced_batches"
+#: The key that lets a run resume a checkpoint of another loss.
+ALLOW_CHANGED = "focalpo_allow_changed"
+#: The key that lets a run train on data that mostly can't be learnt from.
+ALLOW_DATA = "focalpo_allow_data"
+#: The keys that all our losses share; each is true or false.
+SWITCHES = (SHARED, BALANCED, ALLOW_CHANGED, ALLOW_DATA)

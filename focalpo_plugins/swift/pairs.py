@@ -1,0 +1,129 @@
+"""The pairs of a run, as ms-swift's template encodes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from os.path import commonprefix
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+from ..balanced import Cost
+from ..guards import pairs
+
+_SHOWN_AFTER = 2.0  # seconds until the progress bar
+_IGNORED = -100  # the label of a token that isn't trained
+
+
+class Side(NamedTuple):
+    """One sequence of a pair.
+
+    Attributes:
+        ids: its token ids.
+        trained: for each token, whether its log-probability goes into the loss.
+    """
+
+    ids: list[int]
+    trained: list[bool]
+
+    @property
+    def start(self) -> int:
+        """The number of tokens before the first one that is trained."""
+        return self.trained.index(True) if True in self.trained else len(self.ids)
+
+
+def sides(encoded: Mapping[str, Any]) -> tuple[Side, Side]:
+    """The chosen and the rejected sequence of a row as the template returns it."""
+    found = []
+    for side in ("chosen", "rejected"):
+        labels = encoded[f"{side}_labels"]
+        found.append(
+            Side(list(encoded[f"{side}_input_ids"]), [each != _IGNORED for each in labels])
+        )
+    return found[0], found[1]
+
+
+class EncodedPairs:
+    """The pairs of a data set that ms-swift has prepared.
+
+    Args:
+        dataset: rows that are encoded when they are read, or a stream of encoded rows.
+        template: ms-swift's template.
+    """
+
+    def __init__(self, dataset: Any, template: Any) -> None:
+        self.rows = getattr(dataset, "dataset", dataset)
+        self.template = template
+
+    @property
+    def is_stream(self) -> bool:
+        return not hasattr(self.rows, "__len__")
+
+    def of(self, row: int) -> tuple[Side, Side]:
+        return self._sides(self.rows[row])
+
+    def _sides(self, row: Mapping[str, Any]) -> tuple[Side, Side]:
+        encoded = "chosen_input_ids" in row  # rows of a stream are
+        return sides(row if encoded else self.template.encode(dict(row), return_length=True))
+
+    def sampled(self) -> Iterator[tuple[int, Mapping[str, Any], Side, Side]]:
+        """Number, content and sequences of each row that is checked.
+
+        A row that can't be encoded is left out: ms-swift trains another one in its place.
+        """
+        for number, row in pairs.sampled(self.rows):
+            try:
+                chosen, rejected = self._sides(row)
+            except Exception:
+                continue
+            yield number, row, chosen, rejected
+
+    def tokenized(self) -> Iterator[pairs.Pair]:
+        """Row, prompt, chosen and rejected answer of the pairs to check."""
+        for number, _, chosen, rejected in self.sampled():
+            answers = [side.ids[side.start :] for side in (chosen, rejected)]
+            yield number, chosen.ids[: chosen.start], answers[0], answers[1]
+
+    def largest_id(self) -> int:
+        """The largest token id in the pairs to check; -1 if there are none."""
+        found = (max(side.ids, default=-1) for _, _, *both in self.sampled() for side in both)
+        return max(found, default=-1)
+
+    def tokens(self, cost: Cost, *, say: bool = False) -> list[int]:
+        """For each pair its tokens, as :func:`~focalpo_plugins.balanced.deal` takes them.
+
+        Args:
+            say: whether a progress bar is shown if this takes long.
+        """
+        if cost == "padded" and "lengths" in getattr(self.rows, "column_names", ()):
+            return [max(both) for both in self.rows["lengths"]]
+        found = []
+        shown = tqdm(
+            range(len(self.rows)), desc="lengths of the pairs", unit="pair", disable=not say,
+            delay=_SHOWN_AFTER,
+        )  # fmt: skip
+        for row in shown:
+            try:
+                chosen, rejected = (side.ids for side in self.of(row))
+            except Exception:  # ms-swift trains another row in its place
+                chosen, rejected = [], []
+            longest = max(len(chosen), len(rejected))
+            common = len(commonprefix([chosen, rejected]))
+            found.append(longest if cost == "padded" else len(chosen) + len(rejected) - common)
+        return found
+
+    def rows_of(self, found: Iterable[tuple[list[int], list[int]]]) -> list[int | None]:
+        """For each pair of sequences, the first row that has them; None if there is none."""
+        wanted = list(found)
+        places: list[int | None] = [None] * len(wanted)
+        for row in range(len(self.rows)):
+            if None not in places:
+                break
+            try:
+                pair = tuple(side.ids for side in self.of(row))
+            except Exception:
+                continue
+            for number, other in enumerate(wanted):
+                if places[number] is None and pair == tuple(other):
+                    places[number] = row
+        return places

@@ -1,0 +1,182 @@
+"""ms-swift's DPO trainer with another pairwise loss."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch.nn.functional as F
+from swift.rlhf_trainers import DPOTrainer
+
+from ..errors import RunError, conflict
+from ..guards import pairs
+from ..guards.faults import Fault
+from ..guards.ranks import together
+from ..hf_batches import check_batches
+from ..hf_trainer import RANKS, PairwiseTrainerMixin
+from ..run import Host
+from ..trl.data import unpadded
+from ..trl.exchange import loss_exchanged
+from ..trl.pairwise import PairwiseBase
+from ..trl.parts import embeddings_of
+from ..trl.shared_step import SharedStepMixin
+from . import ALLOW_CHANGED, ALLOW_DATA, BALANCED, SHARED
+from .batches import balance
+from .conversations import text_faults
+from .keys import Asked
+from .pairs import EncodedPairs
+from .refusals import check_model
+
+#: How messages name ms-swift and its settings.
+SWIFT = Host(
+    "ms-swift",
+    packages=("ms-swift", "trl", "torch"),
+    separator="_",
+    allow_changed=f"{ALLOW_CHANGED} true",
+    allow_data=f"{ALLOW_DATA} true",
+)
+_SIGNATURE = inspect.signature(DPOTrainer.dpo_loss)
+
+
+class SwiftPairwiseTrainer(PairwiseBase, SharedStepMixin, DPOTrainer):
+    """Built in place of ms-swift's trainer for arguments that ask for one of our losses.
+
+    Args:
+        asked: what the arguments ask for.
+        arguments: ms-swift's arguments, of which its trainer gets only a part.
+    """
+
+    _host = SWIFT
+    _own_loss = "DPO"
+
+    def __init__(self, *args: Any, asked: Asked, arguments: Any, **kwargs: Any) -> None:
+        _check_host(asked.loss.name)
+        self._arguments = arguments
+        self._allow_changed, self._allow_data = asked.allow_changed, asked.allow_data
+        self._balanced_key = BALANCED if asked.balanced else None
+        self._shared_key = SHARED if asked.shared else None
+        given = {**kwargs, "processing_class": kwargs["template"].tokenizer}
+        check_batches(given["args"])
+        check_model(arguments, given["model"].model_meta.is_multimodal)
+        self._ask(given, given["args"])
+        self._starts_as_reference = _starts_as_reference(arguments)
+        models = {"policy": given["model"], "reference": given.get("ref_model")}
+        self._embeddings = {
+            name: embeddings_of(model) for name, model in models.items() if model is not None
+        }
+        self._check_data(given, given["template"])
+        super().__init__(*args, **kwargs)
+        self.set_loss(asked.loss)
+
+    def _in_loss(self) -> dict[str, Any]:
+        args, written = self.args, self._arguments
+        return {
+            "margin": "dpo",
+            "beta": self.beta,
+            "label_smoothing": self.label_smoothing,
+            "loss_type": written.loss_type,
+            "loss_weights": written.loss_weights,
+            "rpo_alpha": args.rpo_alpha,
+            "ld_alpha": args.ld_alpha,
+            "router_aux_loss_coef": self.aux_loss_coef if self.aux_loss_enabled else None,
+            "template": written.template,
+            "loss_scale": written.loss_scale,
+            "max_length": written.max_length,
+            "truncation_strategy": written.truncation_strategy,
+        }
+
+    def _said_of_host(self) -> str:
+        return f"beta={self.beta}{self._said_of_batches()}"
+
+    def _sequences(self) -> Any:
+        found = EncodedPairs(self.train_dataset, self.template)
+        return None if found.is_stream else found
+
+    def _pairs_of_step(self) -> list[tuple[list[int], list[int]]]:
+        whole = unpadded(self._batch["input_ids"], self._batch["attention_mask"])
+        pairs = len(whole) // 2
+        return list(zip(whole[:pairs], whole[pairs:], strict=True))
+
+    def _places(self) -> int:
+        return int(self._batch["input_ids"].numel())
+
+    def get_batch_loss_metrics(self, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        self._batch = batch
+        with self._running().one_step(), self._prompts_shared(len(batch["input_ids"]) // 2):
+            return super().get_batch_loss_metrics(model, batch, *args, **kwargs)
+
+    def dpo_loss(self, *args: Any, **kwargs: Any) -> Any:
+        run, given = self._running(), _SIGNATURE.bind(self, *args, **kwargs).arguments
+        if given.get("loss_type") != run.asked.name:
+            return super().dpo_loss(*args, **kwargs)
+        given = {**given, "loss_type": "sigmoid"}
+        del given["self"]
+        # ms-swift computes both log-sigmoids, and multiplies the second by label_smoothing.
+        smoothing = [0.0, 0.0 if self.label_smoothing else None]
+        try:
+            with loss_exchanged(run.loss, smoothing, run.asked.name, DPOTrainer) as margins:
+                result = super().dpo_loss(**given)
+        except RunError as error:
+            raise self._host.moved(str(error), run.asked.name) from None
+        self._count(margins[0])
+        return result
+
+    def get_train_dataloader(self, skip_batches: int = 0) -> Any:
+        # Not the mixin's, which knows accelerate's batches.
+        of_host: Any = super(PairwiseTrainerMixin, self)
+        loader = of_host.get_train_dataloader(skip_batches=skip_batches)
+        key = self._balanced_key
+        if key is not None:
+
+            def balanced() -> None:
+                accumulation = self.args.gradient_accumulation_steps
+                balance(loader, self._lengths(key), accumulation, self._cost(), key)
+
+            together(RANKS, balanced)
+        return loader
+
+    def _lengths(self, key: str) -> list[int]:
+        """The tokens of each pair; a resumed run builds its loader twice."""
+        if not hasattr(self, "_tokens_of_pairs"):
+            sequences = self._sequences()
+            if sequences is None:
+                why = "the lengths of its pairs are not known"
+                raise conflict(key, "streaming", True, why, f"Set {key} to false")
+            self._tokens_of_pairs = sequences.tokens(self._cost(), say=RANKS.rank == 0)
+        found: list[int] = self._tokens_of_pairs
+        return found
+
+    def _check_data(self, given: dict[str, Any], template: Any) -> None:
+        """Refuse data that can't be learnt from, on all ranks together."""
+        for name in ("train_dataset", "eval_dataset"):
+            dataset = given.get(name)
+            if dataset is not None:
+                found = EncodedPairs(dataset, template)
+                self._check_faults(lambda: self._faults_of(found, template, name))  # noqa: B023
+
+    def _faults_of(self, found: EncodedPairs, template: Any, name: str) -> list[Fault]:
+        evaluation = name == "eval_dataset"
+        cutting = pairs.Cutting("max_length", template.max_length)
+        faults = pairs.find(found.tokenized(), template.tokenizer, cutting, evaluation)
+        return [*faults, *text_faults(found, template, evaluation)]
+
+
+def _check_host(loss: str) -> None:
+    """Refuse a release of ms-swift that computes its loss elsewhere.
+
+    Raises:
+        RuntimeError: its method calls no log-sigmoid that could be exchanged.
+    """
+    module = inspect.getmodule(DPOTrainer)
+    found = "logsigmoid" in DPOTrainer.dpo_loss.__code__.co_names
+    if not found or getattr(module, "F", None) is not F:
+        raise SWIFT.moved("its DPOTrainer.dpo_loss calls no F.logsigmoid", loss)
+
+
+def _starts_as_reference(arguments: Any) -> bool:
+    """Whether every margin of the first step should be 0."""
+    if arguments.ld_alpha is not None:  # it weighs the policy's tokens only
+        return False
+    if arguments.tuner_type == "full":
+        return bool(arguments.ref_model == arguments.model)
+    return list(arguments.adapters or ()) == list(arguments.ref_adapters or ())
