@@ -24,6 +24,11 @@ HOSTS = (
     # The adapter replaces calls to CUDA: a process that only imports OpenRLHF keeps its own.
     ("openrlhf.cli.train_dpo", "run", "focalpo_plugins.openrlhf.autoload"),
     ("llamafactory.hparams.parser", "imported", "focalpo_plugins.llamafactory.autoload"),
+    ("swift.arguments.rlhf_args", "imported", "focalpo_plugins.swift.autoload"),
+    ("swift.pipelines.train.rlhf", "imported", "focalpo_plugins.swift.autoload"),
+    ("swift.trainers.trainer_factory", "imported", "focalpo_plugins.swift.autoload"),
+    ("swift.megatron", "imported", "focalpo_plugins.swift.autoload"),
+    ("swift.megatron.arguments.rlhf_args", "imported", "focalpo_plugins.swift.autoload"),
     # These start the processes of a run.
     ("axolotl.cli.main", "imported", "focalpo_plugins.guards.last_line"),
     ("llamafactory.launcher", "imported", "focalpo_plugins.guards.last_line"),
