@@ -20,6 +20,10 @@ HOSTS = {
         "deepspeed", "bitsandbytes", "trl.trainer.dpo_trainer", "trackio",
     ),
     "llamafactory": ("llamafactory.launcher", "llamafactory.train.tuner", "transformers.models.llama.modeling_llama"),
+    "swift": (
+        "swift.pipelines.train.rlhf", "swift.rlhf_trainers.dpo_trainer", "swift.dataset",
+        "transformers.models.llama.modeling_llama", "deepspeed", "focalpo_plugins.swift.trainer",
+    ),
     "trl": ("trl.trainer.dpo_trainer", "transformers.models.llama.modeling_llama"),
 }  # fmt: skip
 OPERATORS = {"openrlhf": ("FusedAdamBuilder", "ShareMemCommBuilder"), "axolotl": ("ShareMemCommBuilder",)}  # fmt: skip
