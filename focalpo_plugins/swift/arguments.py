@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import field, fields, make_dataclass
-from typing import Any, Optional
+from typing import Any
 
 from ..errors import InvalidValue
 from ..guards.messages import did_you_mean
@@ -43,7 +43,7 @@ def extended(host: type) -> type:
             # argparse needs the types themselves, and reads help as a format.
             (
                 name,
-                Optional[key.kind],
+                key.kind | None,
                 field(default=None, repr=False, metadata={"help": key.help.replace("%", "%%")}),
             )
             for name, key in ours.items()

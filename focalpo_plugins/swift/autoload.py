@@ -21,8 +21,11 @@ def _extend_arguments(module: ModuleType) -> None:
     module.RLHFArguments = extended(module.RLHFArguments)  # type: ignore[attr-defined]
 
 
-def _check_words(module: ModuleType) -> None:
-    """Have ``rlhf_main`` look at our keys as they are written, before argparse reads them."""
+def _extend_command(module: ModuleType) -> None:
+    """Have ``rlhf_main`` look at our keys as they are written, before argparse reads them.
+
+    A run with one of our losses also says what is wrong with data that ms-swift can't read.
+    """
     host = module.SwiftRLHF
     parse = host._parse_args
 
@@ -35,6 +38,23 @@ def _check_words(module: ModuleType) -> None:
         return parse(self, args)
 
     host._parse_args = checked
+    for name in ("_get_dataset", "_encode_dataset"):
+        setattr(host, name, _explained(getattr(host, name)))
+
+
+def _explained(read: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that reads data, with a check of what it returns if a loss of ours is trained."""
+
+    @functools.wraps(read)
+    def explained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_ours(self.args):
+            return read(self, *args, **kwargs)
+        from .data import reading
+
+        given = args[0] if args else None
+        return reading(self.args, lambda: read(self, *args, **kwargs), given)
+
+    return explained
 
 
 def _choose_trainer(module: ModuleType) -> None:
@@ -43,28 +63,29 @@ def _choose_trainer(module: ModuleType) -> None:
 
     @functools.wraps(choose)
     def ours_or_hosts(args: Any) -> Any:
-        if not _may_ask(args):
+        if not _is_ours(args):
             return choose(args)
         from .keys import requested
-
-        asked = requested(args)
-        if asked is None:
-            return choose(args)
         from .trainer import SwiftPairwiseTrainer
 
-        return functools.partial(SwiftPairwiseTrainer, asked=asked, arguments=args)
+        return functools.partial(SwiftPairwiseTrainer, asked=requested(args), arguments=args)
 
     module.TrainerFactory.get_trainer_cls = staticmethod(ours_or_hosts)
 
 
-def _may_ask(args: Any) -> bool:
-    return getattr(args, "rlhf_type", None) == "dpo"
+def _is_ours(args: Any) -> bool:
+    """Whether arguments ask for one of our losses."""
+    if getattr(args, "rlhf_type", None) != "dpo":
+        return False
+    from .keys import asked_types
+
+    return bool(asked_types(args))
 
 
 def _refuse_megatron_command(module: ModuleType) -> None:
     """End a command of Megatron that asks for one of our losses.
 
-    It would train DPO: its trainer passes no type to the loss.  ms-swift has made words of its YAML.
+    It would train DPO: its trainer passes no type to the loss.  A YAML's keys are words here too.
     """
     words = sys.argv[1:]
     if any("focalpo" in word for word in words) or "--loss_type" in words:
@@ -99,7 +120,7 @@ def _refuse_megatron_arguments(module: ModuleType) -> None:
 
 _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "swift.arguments.rlhf_args": _extend_arguments,
-    "swift.pipelines.train.rlhf": _check_words,
+    "swift.pipelines.train.rlhf": _extend_command,
     "swift.trainers.trainer_factory": _choose_trainer,
     "swift.megatron": _refuse_megatron_command,
     "swift.megatron.arguments.rlhf_args": _refuse_megatron_arguments,

@@ -1,11 +1,70 @@
-"""The data sets that arguments name."""
+"""The data sets that arguments name, and why ms-swift can't read one."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
+from ..errors import InvalidValue
+from ..guards import sources
 from ..guards.jsonl import check_file
+from ..guards.messages import explained, say
+from ..guards.rows import CONVERSATIONS, PROMPT_BESIDE, STRINGS, Description
+from ..guards.sources import Advice
+
+# By format, ms-swift's names of the columns.
+_COLUMNS = {
+    CONVERSATIONS: {"chosen": "messages", "rejected": "rejected_messages"},
+    PROMPT_BESIDE: {"chosen": "messages", "rejected": "rejected_messages"},
+    STRINGS: {"prompt": "query", "chosen": "response", "rejected": "rejected_response"},
+}
+_REJECTED = ("rejected_messages", "rejected_response")
+
+
+@dataclass(frozen=True)
+class Source(sources.Source):
+    """An entry of ``dataset`` or ``val_dataset`` that is a local file.
+
+    Attributes:
+        mapped: the names in ``columns``: for each column of the file, what ms-swift takes it for.
+    """
+
+    mapped: Mapping[str, str]
+
+    def load(self) -> Any:
+        from datasets import load_dataset
+
+        kind = {".jsonl": "json", ".txt": "text"}.get(self.file.suffix, self.file.suffix[1:])
+        return load_dataset(kind, data_files=str(self.file), split="train")
+
+    def in_use(self) -> str:
+        return f"columns is {json.dumps(dict(self.mapped))}" if self.mapped else "columns is unset"
+
+    def advice(self, rows: Description) -> Advice:
+        names = _COLUMNS.get(rows.format or "")
+        if names is None:
+            return Advice(
+                "make whole conversations of them, in the columns chosen and rejected", False
+            )
+        words = json.dumps(names if rows.format == STRINGS else _COLUMNS[CONVERSATIONS])
+        return Advice(f"set columns to '{words}'", names.items() <= self.mapped.items())
+
+    def wrong(self) -> str | None:
+        first: Mapping[str, Any] = next(self._written(), {})
+        names = {self.mapped.get(column, column) for column, cell in first.items() if cell}
+        if "messages" in names:
+            if names & {*_REJECTED}:
+                return None
+            return (
+                f"{self.key} {self.path!r}: its first row has no rejected answer, got the columns "
+                f"{', '.join(first)}. Give it a column rejected_messages or rejected_response."
+            )
+        return super().wrong()
 
 
 def check_files(args: Any) -> None:
@@ -14,15 +73,66 @@ def check_files(args: Any) -> None:
     Raises:
         ValueError: the message names key and file, and the line of a broken one.
     """
+    for source in listed(args):
+        check_file(source.file, source.key)
+
+
+def listed(args: Any) -> Iterator[Source]:
+    """The local files in ``dataset`` and ``val_dataset``."""
+    mapped = args.columns if isinstance(args.columns, dict) else json.loads(args.columns or "{}")
     for key in ("dataset", "val_dataset"):
         for name in getattr(args, key, None) or ():
             path = _path(str(name))
             if path is not None:
-                check_file(path, key)
+                yield Source(key, str(path), key == "val_dataset", {}, mapped)
+
+
+def explain(args: Any) -> str | None:
+    """Why ms-swift can't read the data; None if nothing is found."""
+    return "; ".join(filter(None, (source.wrong() for source in listed(args)))) or None
+
+
+def reading(args: Any, read: Callable[[], Any], given: Any) -> Any:
+    """What ``read`` returns: a data set to train on, and one to evaluate on.
+
+    ms-swift drops rows that it can't read or encode, and stops with an obscure error if none is
+    left.
+
+    Args:
+        args: ms-swift's arguments.
+        read: a method of ms-swift that loads the data, or encodes what it is given.
+        given: the training data that are encoded; None if they are loaded.
+
+    Raises:
+        ValueError: nothing is left to train on; or ms-swift's error, and what is wrong.
+    """
+    with explained(lambda error: explain(args)):
+        found = read()
+    before, left = _count(given), _count(found[0])
+    if not before or left == before:
+        return found
+    key = f"max_length={args.max_length}"
+    if not left:
+        raise InvalidValue(
+            explain(args)
+            or f"dataset must hold a pair that fits into max_length, got {before} pairs, and none "
+            f"fits into {args.max_length}. Raise max_length."
+        )
+    if PartialState().is_main_process:
+        say(
+            f"warning: {before - left} of {before} pairs are left out: they are longer than {key}, "
+            "or ms-swift can't encode them. To keep long ones, raise max_length."
+        )
+    return found
+
+
+def _count(rows: Any) -> int:
+    """The number of rows; 0 for none, or for a stream."""
+    return len(rows) if hasattr(rows, "__len__") else 0
 
 
 def _path(name: str) -> Path | None:
-    """The file that an entry of ``dataset`` names, which may end with ``#`` and a number of rows."""
+    """The file that an entry of ``dataset`` names; a number of rows may follow, after a ``#``."""
     for written in (name, name.rpartition("#")[0]):
         if written and Path(written).is_file():
             return Path(written)

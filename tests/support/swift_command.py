@@ -25,7 +25,7 @@ TINY: dict[str, Any] = {
     "torch_dtype": "float32",
     "fp16": False,
     "bf16": False,
-    "max_length": 128,
+    "max_length": 192,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 4,
     "gradient_accumulation_steps": 2,

@@ -1,0 +1,244 @@
+"""What an ms-swift command will train on, read by ms-swift itself.
+
+Arguments, tokenizer, template and data come from the calls that ``swift rlhf`` makes.  No weights
+are loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InvalidValue
+from ..guards.messages import explained
+from ..guards.sources import described
+from ..plan import ModelState, Pair, Plan, Tokens
+from .arguments import check_words
+from .conversations import text_faults
+from .data import explain, listed
+from .keys import asked_types, requested, types_of
+from .pairs import EncodedPairs, Side
+
+# What a machine without a GPU can build; the plan says what was asked for.
+_OF_THIS_MACHINE = {
+    "add_version": "false",
+    "use_cpu": "true",
+    "report_to": "none",
+    "check_model": "false",
+}
+_BATCH = 16  # pairs a step, if neither batch nor accumulation is given
+
+
+def plan(words: Sequence[str], gpus: int, scratch: Path, shape: Path | None = None) -> Plan:
+    """Read what stands after ``swift rlhf`` as that command would.
+
+    Args:
+        words: a YAML or the keys.
+        gpus: number of ranks that the run is planned for.
+        scratch: an empty folder, which replaces ``output_dir``.
+        shape: a folder with the config of a model, which replaces ``model``; then neither tokenizer
+            nor data is read.
+
+    Raises:
+        ValueError: the command can't train pairs, or its data can't be read.  ms-swift's other
+            errors pass through unchanged.
+    """
+    args, deepspeed, accumulation = _arguments(list(words), scratch, shape)
+    with explained(lambda error: explain(args)):
+        bare = _without_data(args, gpus, deepspeed, accumulation)
+        return bare if shape is not None else _with_data(bare, args)
+
+
+def _arguments(
+    words: list[str], scratch: Path, shape: Path | None
+) -> tuple[Any, dict[str, Any], int | None]:
+    """ms-swift's arguments, DeepSpeed's config, and the accumulation if it was given."""
+    from swift.arguments import RLHFArguments
+    from swift.cli.main import parse_yaml_args
+    from swift.utils import parse_args
+
+    parse_yaml_args(words)
+    check_words(words, RLHFArguments)
+    deepspeed = _take(words, "deepspeed")
+    accumulation = _value(words, "gradient_accumulation_steps")
+    given = {**_OF_THIS_MACHINE, "output_dir": str(scratch)}
+    given |= {} if shape is None else {"model": str(shape)}
+    for key, value in given.items():
+        words += [f"--{key}", value]  # the last one counts
+    args, unknown = parse_args(RLHFArguments, words)
+    if unknown:
+        raise InvalidValue(f"unknown keys, which ms-swift would refuse: {' '.join(unknown)}.")
+    if args.rlhf_type != "dpo":
+        raise InvalidValue(
+            f"rlhf_type must be dpo, got {args.rlhf_type!r}: there is nothing here that could be "
+            "checked. Set rlhf_type to dpo and loss_type to focalpo."
+        )
+    return args, _config_of(deepspeed), None if accumulation is None else int(accumulation)
+
+
+def _take(words: list[str], key: str) -> str | None:
+    """Remove a key with its value from the words, and return the value."""
+    value = _value(words, key)
+    if value is not None:
+        at = words.index(f"--{key}")
+        del words[at : at + 2]
+    return value
+
+
+def _value(words: Sequence[str], key: str) -> str | None:
+    at = words.index(f"--{key}") + 1 if f"--{key}" in words else len(words)
+    return words[at] if at < len(words) else None
+
+
+def _config_of(deepspeed: str | None) -> dict[str, Any]:
+    """The config that ``deepspeed`` names: one of ms-swift's, a file, or the JSON itself."""
+    import swift.arguments
+    from swift.utils import json_parse_to_dict
+
+    if deepspeed is None:
+        return {}
+    own = Path(swift.arguments.__file__).parents[1] / "config" / f"{deepspeed}.json"
+    config: dict[str, Any] = json_parse_to_dict(str(own) if own.is_file() else deepspeed)
+    return config
+
+
+def _without_data(
+    args: Any, gpus: int, deepspeed: dict[str, Any], accumulation: int | None
+) -> Plan:
+    """The plan as far as it follows from the arguments."""
+    asked, batch = requested(args), args.per_device_train_batch_size
+    notes = []
+    if not torch.cuda.is_available():
+        notes.append("no GPU here: keys that need one were taken as on a machine that has them")
+    types = types_of(args)
+    return Plan(
+        host=f"ms-swift {version('ms-swift')} with TRL {version('trl')}",
+        loss=None if asked is None else asked.loss,
+        host_loss=" ".join(types),
+        terms=_terms(args, types),
+        beta=args.beta,
+        label_smoothing=args.label_smoothing,
+        max_length=args.max_length,
+        micro_batch=batch,
+        accumulation=accumulation or max(1, math.ceil(_BATCH / batch / gpus)),
+        ranks=gpus,
+        data_ranks=max(1, gpus // (args.sequence_parallel_size or 1)),
+        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        state=_state(args, deepspeed),
+        notes=notes,
+    )
+
+
+def _terms(args: Any, types: Sequence[str]) -> list[tuple[str, float]] | None:
+    """The losses that ms-swift adds up, with their weights; None if it adds more."""
+    if args.rpo_alpha is not None or args.ref_adapters or args.ref_model not in (None, args.model):
+        return None
+    ours = asked_types(args)
+    names = ["sigmoid" if name in ours else name for name in types]
+    return list(zip(names, args.loss_weights or [1.0] * len(names), strict=True))
+
+
+def _state(args: Any, deepspeed: dict[str, Any]) -> ModelState:
+    zero = deepspeed.get("zero_optimization", {})
+    offloaded = set()
+    for part, what in (("optimizer", "optimizer"), ("param", "weights")):
+        if zero.get(f"offload_{part}", {}).get("device", "none") != "none":
+            offloaded |= {what, "reference"} if part == "param" else {what}
+    lora = _lora(args)
+    weight_bytes = 4 if args.torch_dtype == torch.float32 else 2
+    adapter_bytes = 4 if lora is not None and not deepspeed else weight_bytes
+    master = 4 if deepspeed and weight_bytes == 2 else 0
+    states = 2.0 if "8bit" in str(args.optim) else 2.0 * (4 if master else adapter_bytes)
+    return ModelState(
+        config=args.model_info.config,
+        lora=lora,
+        weight_bytes=weight_bytes,
+        four_bit=args.quant_bits == 4,
+        optimizer_bytes=master + states,
+        zero_stage=None if args.fsdp else int(zero.get("stage", 0)),
+        reference=args.tuner_type == "full",
+        offloaded=frozenset(offloaded),
+        adapter_bytes=adapter_bytes,
+    )
+
+
+def _lora(args: Any) -> Any:
+    """PEFT's config of the adapters; None if the whole model is trained."""
+    if args.tuner_type == "full":
+        return None
+    from peft import LoraConfig
+
+    names = list(args.target_modules)
+    targets = names[0] if names[:1] == ["all-linear"] else names
+    return LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets)
+
+
+def _with_data(bare: Plan, args: Any) -> Plan:
+    """The plan with what ms-swift makes of the data."""
+    from swift.pipelines.train.rlhf import SwiftRLHF
+
+    class WithoutModel(SwiftRLHF):  # type: ignore[misc]
+        def _prepare_model_tokenizer(self, **kwargs: Any) -> None:
+            self.model = None
+            self.processor = self.args.get_model_processor(load_model=False)[1]
+
+    run = WithoutModel(args)
+    written = run._get_dataset()
+    train, held_out = run._post_process_datasets(list(run._encode_dataset(*written)))
+    if train is None or len(train) == 0:
+        raise InvalidValue(
+            f"dataset must hold a pair that fits into max_length, got {len(written[0] or ())} "
+            f"pairs, and none fits into {args.max_length}. Raise max_length."
+        )
+    found = EncodedPairs(train, run.template)
+    faults = text_faults(found, run.template)
+    if held_out is not None:
+        faults += text_faults(EncodedPairs(held_out, run.template), run.template, evaluation=True)
+    epoch_steps = _epoch_steps(len(train), bare, args.dataloader_drop_last)
+    of_run = math.ceil(args.num_train_epochs * epoch_steps)
+    return replace(
+        bare,
+        warnings=[*bare.warnings, *map(str, faults)],
+        tokenizer=run.template.tokenizer,
+        rows=len(written[0]),
+        kept=len(train),
+        pairs=_pairs(found),
+        formats=described(listed(args)),
+        epoch_steps=epoch_steps,
+        steps=args.max_steps if args.max_steps > 0 else of_run,
+    )
+
+
+def _epoch_steps(pairs: int, bare: Plan, drop_last: bool) -> int:
+    """Optimizer steps of an epoch: ms-swift gives each rank as many pairs, and drops the rest."""
+    of_rank = pairs // bare.data_ranks
+    batches = of_rank // bare.micro_batch
+    batches += 0 if drop_last else bool(of_rank % bare.micro_batch)
+    return max(1, -(-batches // bare.accumulation))
+
+
+def _pairs(found: EncodedPairs) -> Iterator[Pair]:
+    template, limit = found.template, found.template.max_length
+    for row in range(len(found.rows)):
+        both = found.of(row)
+        truncated = False
+        if limit is not None and any(len(side.ids) >= limit for side in both):
+            template.max_length = None
+            try:
+                truncated = [len(side.ids) for side in found.of(row)] != [
+                    len(side.ids) for side in both
+                ]
+            finally:
+                template.max_length = limit
+        chosen, rejected = map(_tokens, both)
+        yield Pair(chosen, rejected, truncated)
+
+
+def _tokens(side: Side) -> Tokens:
+    return Tokens(side.ids, side.trained)
