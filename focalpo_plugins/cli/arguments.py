@@ -55,8 +55,8 @@ def _check(add: _Add) -> None:
         "config",
         nargs="?",
         metavar="CONFIG",
-        help="YAML of Axolotl or LLaMA-Factory; or, after `--`, a command line of "
-        "openrlhf.cli.train_dpo",
+        help="YAML of Axolotl, LLaMA-Factory or ms-swift; or, after `--`, a command line of "
+        "openrlhf.cli.train_dpo, or `swift rlhf` with its keys",
     )
     check.add_argument(
         "--gpus",

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,20 +22,31 @@ from .printing import as_json, print_text
 from .shapes import SHAPES
 from .warnings import warnings
 
-# By a key that only this host's YAMLs have, the folder of its adapter.
-_BY_KEY = {"base_model": "axolotl", "model_name_or_path": "llamafactory"}
-_OF_HOST = {"axolotl": "an Axolotl", "llamafactory": "a LLaMA-Factory"}
+# By a key that only its YAMLs have, the folder of a host's adapter.
+_BY_KEY = {
+    "base_model": "axolotl",
+    "model_name_or_path": "llamafactory",
+    "rlhf_type": "swift",
+    "loss_type": "swift",
+}
+# By the folder of its adapter, what a host reads, and its extra of this package.
+_READS = {
+    "axolotl": ("an Axolotl YAML", "axolotl"),
+    "llamafactory": ("a LLaMA-Factory YAML", "llamafactory"),
+    "openrlhf": ("an OpenRLHF command line", "openrlhf"),
+    "swift": ("an ms-swift command", "ms-swift"),
+}
 
 
 def run(args: Namespace) -> int:
     if (args.config is None) == (args.host_argv is None):
         raise CommandError(
-            "give a YAML of Axolotl or LLaMA-Factory, or `--` and the flags of "
-            "openrlhf.cli.train_dpo after it."
+            "give a YAML of Axolotl, LLaMA-Factory or ms-swift; or `--`, and after it the flags of "
+            "openrlhf.cli.train_dpo, or `swift rlhf` with its keys."
         )
     with _stdout_to_stderr(), tempfile.TemporaryDirectory() as scratch:
         shape = _shape(args.model_config, Path(scratch))
-        name = args.config or "the OpenRLHF command line"
+        name = args.config or "the command line"
         try:
             plan = _plan(args, Path(scratch), shape)
             counts = shown = None
@@ -78,15 +89,20 @@ def _plan(args: Namespace, scratch: Path, shape: Path | None) -> Plan:
     gpus = max(1, torch.cuda.device_count()) if args.gpus is None else args.gpus
     if gpus < 1:
         raise CommandError(f"--gpus must be at least 1, got {args.gpus}.")
-    if args.host_argv is not None:
-        _need("openrlhf", "an OpenRLHF command line")
+    words = args.host_argv
+    if words is None and not Path(args.config).is_file():
+        raise CommandError(f"CONFIG must be a YAML file, got {args.config!r}: there is none.")
+    host = _host_of(Path(args.config)) if words is None else _host_of_words(words)
+    _need(host)
+    if host == "openrlhf":
         from ...openrlhf import dry_run as openrlhf
 
-        return openrlhf.plan(args.host_argv, gpus, shape)
-    if not Path(args.config).is_file():
-        raise CommandError(f"CONFIG must be a YAML file, got {args.config!r}: there is none.")
-    host = _host_of(Path(args.config))
-    _need(host, f"{_OF_HOST[host]} YAML")
+        return openrlhf.plan(words, gpus, shape)
+    if host == "swift":
+        from ...swift import dry_run as swift
+
+        written = [args.config] if words is None else words[words.index("rlhf") + 1 :]
+        return swift.plan(written, gpus, scratch, shape)
     if host == "llamafactory":
         from ...llamafactory import dry_run as llamafactory
 
@@ -97,7 +113,7 @@ def _plan(args: Namespace, scratch: Path, shape: Path | None) -> Plan:
 
 
 def _host_of(config: Path) -> str:
-    """The host that a YAML is written for, by the key that names its model."""
+    """The host that a YAML is written for; Axolotl if it can't be told."""
     try:
         import yaml
 
@@ -108,6 +124,10 @@ def _host_of(config: Path) -> str:
     return next((host for key, host in _BY_KEY.items() if key in keys), "axolotl")
 
 
+def _host_of_words(words: Sequence[str]) -> str:
+    return "swift" if [*words[:2]] == ["swift", "rlhf"] or words[:1] == ["rlhf"] else "openrlhf"
+
+
 def _with_bar(plan: Plan) -> Plan:
     """The plan whose windows show how many of them are left."""
     from tqdm import tqdm
@@ -116,13 +136,14 @@ def _with_bar(plan: Plan) -> Plan:
     return replace(plan, windows=windows)
 
 
-def _need(module: str, what: str) -> None:
+def _need(host: str) -> None:
     from importlib.util import find_spec
 
-    if find_spec(module) is None:
+    if find_spec(host) is None:
+        what, extra = _READS[host]
         raise CommandError(
-            f"{what} is read by {module} itself, which is not installed: "
-            f"pip install 'focalpo_plugins[{module}]'."
+            f"{what} is read by {extra} itself, which is not installed: "
+            f"pip install 'focalpo_plugins[{extra}]'."
         )
 
 

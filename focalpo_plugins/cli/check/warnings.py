@@ -21,7 +21,8 @@ def warnings(plan: Plan, counts: Counts | None) -> list[str]:
     if plan.loss is None:
         found.append(
             f"the loss is the host's own, {plan.host_loss}: no loss of focalpo_plugins is asked "
-            "for (rl: focalpo in Axolotl, --loss focalpo in OpenRLHF)."
+            "for (rl: focalpo in Axolotl, --loss focalpo in OpenRLHF, --loss_type focalpo in "
+            "ms-swift)."
         )
     if plan.precision == "fp16":
         found.append(
