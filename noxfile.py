@@ -32,6 +32,7 @@ nox.options.sessions = [
     "axolotl",
     "openrlhf",
     "llamafactory",
+    "swift",
     "evaluation",
 ]
 
@@ -40,6 +41,9 @@ TORCH = "torch==2.13.0"
 AXOLOTL = "axolotl[deepspeed]==0.19.0"
 OPENRLHF = "openrlhf==0.11.2"
 LLAMA_FACTORY = "llamafactory==0.9.5"
+SWIFT = "ms-swift==4.6.0"
+# The release that it was last seen with; it is needed for ZeRO only.
+DEEPSPEED_OF_SWIFT = "deepspeed==0.18.9"
 # What it brings, for torch releases that it does not take.
 TRL_OF_AXOLOTL = ("trl==1.9.0", "transformers==5.16.1", "peft==0.20.0")
 # What Axolotl's extra `ray` brings.
@@ -64,6 +68,7 @@ OF_AXOLOTL = [
 ]
 OF_LLAMA_FACTORY = ["tests/llamafactory/test_contract.py", "tests/llamafactory"]
 OF_OPENRLHF = ["tests/openrlhf/test_contract.py", "tests/openrlhf"]
+OF_SWIFT = ["tests/swift/test_contract.py", "tests/swift"]
 # pytest-xdist 3.8.0 no longer keeps a group on one worker under pytest 9.2, and says nothing.
 TEST_TOOLS = ("pytest<9.2", "pytest-xdist", "pip", "setuptools", "pyyaml", "hypothesis")
 # examples/eval/README.md installs the same; alpaca-eval needs the upper bounds.
@@ -224,6 +229,14 @@ def llamafactory(session: nox.Session) -> None:
 
 
 @nox.session
+def swift(session: nox.Session) -> None:
+    """The adapter of ms-swift, with the real ms-swift."""
+    install_swift(session, SWIFT)
+    check_types(session, "swift")
+    test(session, OF_SWIFT, *THREE_AT_A_TIME)
+
+
+@nox.session
 def evaluation(session: nox.Session) -> None:
     """The files of examples/eval, in the tools that read them."""
     session.install(TORCH)
@@ -286,6 +299,15 @@ def openrlhf_releases(session: nox.Session, release: str, deepspeed: str) -> Non
     with environment(session):
         install_openrlhf(session, f"openrlhf=={release}", f"deepspeed=={deepspeed}")
         test(session, OF_OPENRLHF, "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
+
+
+@nox.session(tags=["compat"])
+@nox.parametrize("release", [end("4.5.3")])
+def swift_releases(session: nox.Session, release: str) -> None:
+    """The same tests in other releases of ms-swift."""
+    with environment(session):
+        install_swift(session, f"ms-swift=={release}")
+        test(session, OF_SWIFT, "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
 
 
 @nox.session(tags=["torches"])
@@ -423,6 +445,14 @@ def install_llamafactory(session: nox.Session, llamafactory: str = LLAMA_FACTORY
     place = str(session.run("python", "-c", "import torch; print(torch.__file__)", silent=True))
     (Path(place.strip()).parents[1] / "torchaudio.py").touch()
     with meanwhile(session, "ShareMemCommBuilder"):
+
+
+@nox.session
+def install_swift(session: nox.Session, swift: str) -> None:
+    session.install(TORCH, "setuptools", "wheel")
+    session.install(swift, "matplotlib", "bitsandbytes")
+    session.install(DEEPSPEED_OF_SWIFT, "--no-build-isolation", env={"DS_BUILD_OPS": "0"})
+    with meanwhile(session):
         beside_the_host(session)
 
 
