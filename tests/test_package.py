@@ -17,6 +17,7 @@ HOSTS = {
     "axolotl",
     "llamafactory",
     "openrlhf",
+    "swift",
     "trl",
     "transformers",
     "accelerate",
@@ -30,6 +31,7 @@ OF_HOST = {
     "llamafactory": {"llamafactory", "peft"},
     # OpenRLHF is built on DeepSpeed and requires it.
     "openrlhf": {"openrlhf", "transformers", "peft", "deepspeed"},
+    "swift": {"swift", "accelerate", "peft"},
     "trl": {"trl", "transformers", "accelerate", "peft", "deepspeed"},
     "sharing": {"transformers"},  # under each of them
     # For every host that is a transformers.Trainer.
