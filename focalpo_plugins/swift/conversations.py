@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from ..guards.faults import Fault
+from ..guards.faults import Catalogue, Fault
 from .pairs import EncodedPairs
 
 _SHOWN = 80  # characters
+_WHY = {
+    "asked": "no prompt: ms-swift puts an empty user turn before their answers. Put the prompt "
+    "into the columns of both answers as their first turns, or name its column in columns",
+    "sides": "sides whose earlier turns differ: ms-swift trains each answer after the turns of its "
+    "own side, so the two answers have different prompts. Give both sides the same turns before "
+    "the last one if that isn't meant",
+}
+_CATALOGUE = Catalogue("can't be trained as written", "rows", _WHY, harmless=("sides",))
 
 
 def text_faults(found: EncodedPairs, template: Any, evaluation: bool = False) -> list[Fault]:
@@ -19,25 +28,26 @@ def text_faults(found: EncodedPairs, template: Any, evaluation: bool = False) ->
         template: ms-swift's template.
         evaluation: whether this is evaluation data, for which no run is refused.
     """
-    checked, differ = 0, []
-    for number, row, chosen, rejected in found.sampled():
+    places: dict[str, list[str]] = defaultdict(list)
+    checked = 0
+    for number, row, _, rejected in found.sampled():
         checked += 1
-        starts = [side.ids[: side.start] for side in (chosen, rejected)]
-        if starts[0] != starts[1] and "rejected_messages" in row and _earlier_turns_differ(row):
-            shown = template.tokenizer.decode(rejected.ids)[:_SHOWN]
-            differ.append(f"row {number} of the tokenized data, rejected: {shown!r}")
-    if not differ:
-        return []
-    unit = "rows" + " of the evaluation data" * evaluation
-    words = (
-        f"{len(differ)} of {checked} {unit} have sides whose earlier turns differ: ms-swift trains "
-        "each answer after the turns of its own side, so the two answers have different prompts. "
-        "Give both sides the same turns before the last one if that isn't meant"
-    )
-    return [Fault("can't be trained as written", words, differ[0], refused=False)]
+        shown = template.tokenizer.decode(rejected.ids)[:_SHOWN]
+        for name, has in (("asked", not _asks(row)), ("sides", _earlier_turns_differ(row))):
+            if has:
+                places[name].append(f"row {number} of the tokenized data, rejected: {shown!r}")
+    return _CATALOGUE.faults(places, checked, evaluation)
+
+
+def _asks(row: Mapping[str, Any]) -> bool:
+    """Whether a message before the answer says anything; a stream's rows don't tell."""
+    turns = row.get("messages")
+    return turns is None or any(turn.get("content") for turn in turns[:-1])
 
 
 def _earlier_turns_differ(row: Mapping[str, Any]) -> bool:
+    if not row.get("rejected_messages"):
+        return False
     said = [
         [(turn["role"], turn["content"]) for turn in (row.get(name) or ())[:-1]]
         for name in ("messages", "rejected_messages")

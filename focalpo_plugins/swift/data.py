@@ -48,9 +48,7 @@ class Source(sources.Source):
     def advice(self, rows: Description) -> Advice:
         names = _COLUMNS.get(rows.format or "")
         if names is None:
-            return Advice(
-                "make whole conversations of them, in the columns chosen and rejected", False
-            )
+            return Advice("make whole conversations of both sides, prompt included", False)
         words = json.dumps(names if rows.format == STRINGS else _COLUMNS[CONVERSATIONS])
         return Advice(f"set columns to '{words}'", names.items() <= self.mapped.items())
 

@@ -7,6 +7,7 @@ are loaded.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from ..errors import InvalidValue
 from ..guards.messages import explained
 from ..guards.sources import described
 from ..plan import ModelState, Pair, Plan, Tokens
+from ..trl.parts import config_of
 from .arguments import check_words
 from .conversations import text_faults
 from .data import explain, listed
@@ -59,6 +61,7 @@ def _arguments(
     words: list[str], scratch: Path, shape: Path | None
 ) -> tuple[Any, dict[str, Any], int | None]:
     """ms-swift's arguments, DeepSpeed's config, and the accumulation if it was given."""
+    os.environ.setdefault("LOG_LEVEL", "ERROR")  # ms-swift's own
     from swift.arguments import RLHFArguments
     from swift.cli.main import parse_yaml_args
     from swift.utils import parse_args
@@ -156,7 +159,7 @@ def _state(args: Any, deepspeed: dict[str, Any]) -> ModelState:
     master = 4 if deepspeed and weight_bytes == 2 else 0
     states = 2.0 if "8bit" in str(args.optim) else 2.0 * (4 if master else adapter_bytes)
     return ModelState(
-        config=args.model_info.config,
+        config=config_of(args.model_info.model_dir),
         lora=lora,
         weight_bytes=weight_bytes,
         four_bit=args.quant_bits == 4,

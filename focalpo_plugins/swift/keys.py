@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,8 +80,13 @@ def types_of_host() -> frozenset[str]:
 
 
 def asked_types(args: Any) -> list[str]:
-    """The names of our losses in ``loss_type``; a name that ms-swift has itself is its own."""
-    ours = [name for name in types_of(args) if name in losses()]
+    """The names of our losses in ``loss_type``."""
+    return ours_among(types_of(args))
+
+
+def ours_among(types: Iterable[str]) -> list[str]:
+    """The names of our losses among these; a name that ms-swift has itself is its own."""
+    ours = [name for name in types if name in losses()]
     return [name for name in ours if name not in types_of_host()]
 
 

@@ -69,7 +69,8 @@ class SwiftPairwiseTrainer(PairwiseBase, SharedStepMixin, DPOTrainer):
         self.set_loss(asked.loss)
 
     def _in_loss(self) -> dict[str, Any]:
-        args, written = self.args, self._arguments
+        args: Any = self.args
+        written = self._arguments
         return {
             "margin": "dpo",
             "beta": self.beta,

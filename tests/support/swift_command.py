@@ -17,7 +17,7 @@ from forked import SUPPORT, environment
 TINY: dict[str, Any] = {
     "rlhf_type": "dpo",
     "model_type": "llama",
-    "template": "llama3_2",
+    "template": "llama3",
     "tuner_type": "full",
     "columns": json.dumps({"chosen": "messages", "rejected": "rejected_messages"}),
     "split_dataset_ratio": 0,
@@ -25,7 +25,7 @@ TINY: dict[str, Any] = {
     "torch_dtype": "float32",
     "fp16": False,
     "bf16": False,
-    "max_length": 192,
+    "max_length": 128,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 4,
     "gradient_accumulation_steps": 2,

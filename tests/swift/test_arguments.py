@@ -10,7 +10,7 @@ import pytest
 from swift.arguments import RLHFArguments
 from swift.pipelines.train.rlhf import SwiftRLHF
 
-from focalpo_plugins.swift import arguments, autoload, keys, megatron
+from focalpo_plugins.swift import arguments, keys, megatron
 
 HOST = RLHFArguments.__mro__[1]
 ASKED = {"rlhf_type": "dpo", "loss_type": "focalpo", "focalpo_gamma": 0.05}
@@ -144,21 +144,36 @@ def test_a_loss_with_a_name_of_the_hosts(add_loss: Callable):
         extended(model="no such model", dataset=["x"], loss_type="hinge", hinge_offset=1.0)
 
 
-def test_megatron_is_refused():
-    assert "megatron rlhf can't train" in megatron.refusal(["focalpo"])
-    assert megatron.refusal(["sigmoid"]) is None
-    assert "--focalpo_gamma" in megatron.refusal([], ["--focalpo_gamma", "0.1"])
+@pytest.mark.parametrize(
+    "words, got",
+    [
+        (["--loss_type", "focalpo"], "--loss_type focalpo"),
+        (["--loss_type", "sigmoid", "focalpo", "--beta", "0.1"], "--loss_type focalpo"),
+        (["--loss-type=focalpo"], "--loss-type focalpo"),
+        (["--focalpo_gamma", "0.1"], "--focalpo_gamma"),
+        (["--loss_type", "sigmoid", "--model", "focalpo"], None),
+    ],
+)
+def test_megatron_is_refused_by_words(words: list[str], got: str | None):
+    why = megatron.refusal_of_words(words)
+    assert (why is None) == (got is None)
+    assert got is None or f"can't train a loss of this package, got {got}:" in why
 
+
+@pytest.mark.parametrize("types, refused", [("focalpo", True), (["x", "focalpo"], True),
+                                            ("sigmoid", False), (None, False)])  # fmt: skip
+def test_megatrons_arguments(types: Any, refused: bool):
     class Arguments:
-        loss_type = "focalpo"
+        loss_type, before = types, False
 
         def __post_init__(self) -> None:
-            raise AssertionError
+            self.before = True
 
-    with pytest.raises(ValueError, match="can't train a loss of this package"):
-        megatron.refusing(Arguments)().__post_init__()
-
-
-def test_what_stands_after_a_flag():
-    line = ["--loss_type", "focalpo", "sft", "--beta", "0.1", "--loss_type=sigmoid"]
-    assert autoload._values_of("--loss_type", line) == ["focalpo", "sft", "sigmoid"]
+    megatron.refuse(Arguments)
+    made = Arguments()
+    if refused:
+        with pytest.raises(ValueError, match="can't train a loss of this package"):
+            made.__post_init__()
+    else:
+        made.__post_init__()
+    assert made.before == (not refused)
