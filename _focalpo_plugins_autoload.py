@@ -27,8 +27,8 @@ HOSTS = (
     ("swift.arguments.rlhf_args", "imported", "focalpo_plugins.swift.autoload"),
     ("swift.pipelines.train.rlhf", "imported", "focalpo_plugins.swift.autoload"),
     ("swift.trainers.trainer_factory", "imported", "focalpo_plugins.swift.autoload"),
-    ("swift.megatron", "imported", "focalpo_plugins.swift.autoload"),
-    ("swift.megatron.arguments.rlhf_args", "imported", "focalpo_plugins.swift.autoload"),
+    ("swift.cli._megatron.rlhf", "run", "focalpo_plugins.swift.megatron"),
+    ("swift.megatron.arguments.rlhf_args", "imported", "focalpo_plugins.swift.megatron"),
     # These start the processes of a run.
     ("axolotl.cli.main", "imported", "focalpo_plugins.guards.last_line"),
     ("llamafactory.launcher", "imported", "focalpo_plugins.guards.last_line"),
