@@ -23,6 +23,8 @@ _COLUMNS = {
     PROMPT_BESIDE: {"chosen": "messages", "rejected": "rejected_messages"},
     STRINGS: {"prompt": "query", "chosen": "response", "rejected": "rejected_response"},
 }
+_KEYS = ("dataset", "val_dataset")
+_FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 _REJECTED = ("rejected_messages", "rejected_response")
 
 
@@ -73,12 +75,19 @@ def check_files(args: Any) -> None:
     """
     for source in listed(args):
         check_file(source.file, source.key)
+    for key in _KEYS:
+        for name in getattr(args, key, None) or ():
+            if Path(name).suffix in _FILES and _path(str(name)) is None:
+                raise InvalidValue(
+                    f"{key} must be a file that exists, or a name on a hub, got {name!r}: there is "
+                    "no such file, and ms-swift would look for it on a hub. Check the path."
+                )
 
 
 def listed(args: Any) -> Iterator[Source]:
     """The local files in ``dataset`` and ``val_dataset``."""
     mapped = args.columns if isinstance(args.columns, dict) else json.loads(args.columns or "{}")
-    for key in ("dataset", "val_dataset"):
+    for key in _KEYS:
         for name in getattr(args, key, None) or ():
             path = _path(str(name))
             if path is not None:

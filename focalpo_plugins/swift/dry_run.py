@@ -6,6 +6,7 @@ are loaded.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -71,7 +72,12 @@ def _arguments(
     deepspeed = _take(words, "deepspeed")
     accumulation = _value(words, "gradient_accumulation_steps")
     given = {**_OF_THIS_MACHINE, "output_dir": str(scratch)}
-    given |= {} if shape is None else {"model": str(shape)}
+    if shape is not None:
+        given["model"] = str(shape)
+        if _value(words, "model_type") is None:
+            # ms-swift would know it by the model's name.
+            config = json.loads((shape / "config.json").read_text(encoding="utf-8"))
+            given["model_type"] = config["model_type"]
     for key, value in given.items():
         words += [f"--{key}", value]  # the last one counts
     args, unknown = parse_args(RLHFArguments, words)

@@ -61,10 +61,9 @@ def train(
     folder: Path, given: Mapping[str, Any], ranks: int = 1, fault: str | None = None, **how: Any
 ) -> tuple[int, str]:
     """Exit code and output of a run with these keys over the tiny ones."""
-    argv = words({"output_dir": folder / "out", **TINY, **given})
+    on_cpu = {"use_cpu": True} if ranks > 1 else {}
+    argv = words({"output_dir": folder / "out", **TINY, **on_cpu, **given})
     variables = {"MODELSCOPE_CACHE": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "hf")}
-    if ranks > 1:
-        argv += ["--use_cpu", "true"]
     if fault == "read-only":
         (folder / "out").mkdir(mode=0o555)
         variables["PERMISSIONS_HOLD"] = "1"

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 from contract import FIRST
-from forked import environment
+from forked import SUPPORT, environment
+from harness import ON_CPU
 from safetensors.torch import load_file
 from swift_command import TINY, train
 
@@ -156,6 +157,22 @@ def test_four_bits(run: Callable[..., Ran]):
     bits = {"quant_method": "bnb", "quant_bits": 4, "torch_dtype": "float32"}
     done = run(**FOCALPO, **LORA, **bits)
     assert done.losses[0] == pytest.approx(FIRST, abs=1e-4)
+
+
+@pytest.mark.releases
+def test_zero_3(run: Callable[..., Ran]):
+    """On two ranks, with DeepSpeed's weights in parts: the losses of one rank, plain and with both
+    switches, which exchange a step's pairs."""
+    zero = {"deepspeed": "zero3", "external_plugins": SUPPORT / "swift_gloo.py", "use_cpu": None,
+            "gradient_accumulation_steps": 1}  # fmt: skip
+    both = {"focalpo_shared_prompts": True, "focalpo_balanced_batches": True}
+    one = run(**FOCALPO, **SAVED)
+    ranks = [run(ranks=2, how=ON_CPU, **zero, **FOCALPO, **SAVED, **more) for more in ({}, both)]
+    for ran in ranks:
+        assert ran.losses[0] == pytest.approx(FIRST, abs=1e-5)
+        assert ran.losses == pytest.approx(one.losses, abs=2e-3)
+        assert (ran.checkpoint / "model.safetensors").is_file()
+    assert 0.1 < ranks[1].history[0]["focalpo/tokens_saved"] < 0.9
 
 
 def test_the_launcher_and_a_yaml(tiny: Path, few: Path, tmp_path: Path):

@@ -1,0 +1,170 @@
+"""`focalpo check` on what ms-swift would train, `report` and `score` on what it has trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+import yaml
+from contract import FIRST
+from harness import EXAMPLES, ManyFocalpo
+from swift_command import TINY, train, words
+
+FOCALPO = {"loss_type": "focalpo", "focalpo_gamma": 0.05}
+RECIPES = sorted((EXAMPLES / "swift").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def focalpo(tmp_path_factory: pytest.TempPathFactory) -> ManyFocalpo:
+    folder = tmp_path_factory.mktemp("tools")
+    return ManyFocalpo(folder, MODELSCOPE_CACHE=str(folder / "cache"))
+
+
+@pytest.fixture
+def check(focalpo: ManyFocalpo, tiny: Path, few: Path, tmp_path: Path) -> Callable[..., tuple]:
+    """Exit code, stdout and stderr of `focalpo check` on a YAML with these keys."""
+
+    def of(*argv: str, **given: Any) -> tuple[int, str, str]:
+        data = {"model": str(tiny / "model"), "dataset": str(few / "train.jsonl")}
+        written = {**TINY, **FOCALPO, **data, "output_dir": str(tmp_path / "out"), **given}
+        written = {key: value for key, value in written.items() if value is not None}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(written))
+        return focalpo("check", tmp_path / "run.yaml", *argv)
+
+    return of
+
+
+@pytest.mark.releases
+def test_check(check: Callable[..., tuple], tmp_path: Path):
+    """40 pairs in steps of 2 x 4 x 2 ranks: 20 a rank are 5 batches, so 3 steps an epoch."""
+    code, out, err = check(
+        "--json", "--gpus", "2", num_train_epochs=2, bf16=True, deepspeed="zero3"
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["first_loss"] == pytest.approx(FIRST)
+    assert (found["epoch_steps"], found["steps"], found["batch"]) == (3, 6, 16)
+    assert (found["rows"], found["dropped"], found["zero_stage"]) == (40, 0, 3)
+    assert (found["precision"], found["options"]["gamma"]) == ("bf16", 0.05)
+    sides = found["pair"]["chosen"], found["pair"]["rejected"]
+    assert all(side["tokens"][-1] == "<|eot_id|>" and side["trained"][-1] for side in sides)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.releases
+def test_check_counts_the_steps_that_are_trained(check: Callable[..., tuple], tiny: Path,
+                                                 few: Path, tmp_path: Path):  # fmt: skip
+    """Of an epoch whose last batch and last step are not full, on 29 of the pairs."""
+    lines = (few / "train.jsonl").read_text().splitlines(keepends=True)[:29]
+    (tmp_path / "29.jsonl").write_text("".join(lines))
+    given = {"dataset": str(tmp_path / "29.jsonl"), "num_train_epochs": 2}
+    code, out, err = check("--json", **given)
+    assert code == 0, err
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    code, output = train(folder, {**FOCALPO, **given, "model": tiny / "model"})
+    assert code == 0, output[-4000:]
+    last = [
+        json.loads(line) for line in (folder / "out" / "logging.jsonl").read_text().splitlines()
+    ]
+    trained = next(entry["global_step"] for entry in last if "log_history" in entry)
+    assert json.loads(out)["steps"] == trained
+
+
+@pytest.mark.releases
+def test_check_of_a_command_line(focalpo: ManyFocalpo, tiny: Path, few: Path, tmp_path: Path):
+    given = {**TINY, **FOCALPO, "model": tiny / "model", "dataset": few / "train.jsonl"}
+    code, out, err = focalpo("check", "--", "swift", "rlhf", *words(given))
+    assert code == 0, err
+    assert "focalpo gamma=0.05" in out and "40 pairs, 0 dropped by the host" in out
+    assert "to read them, set columns to" in out
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"focalpo_gama": 0.1}, "unknown key focalpo_gama"),
+        ({"focalpo_gamma": None}, "focalpo_gamma must be given with loss_type focalpo"),
+        ({"rlhf_type": "kto", "loss_type": "kto", "focalpo_gamma": None}, "rlhf_type must be dpo"),
+        ({"columns": None}, "set columns to '"),
+        ({"columns": json.dumps({"chosen": "messages"})}, "has no rejected answer"),
+        ({"max_length": 8}, "dataset must hold a pair that fits into max_length, got 40 pairs"),
+        ({"dataset": "no such.jsonl"}, "dataset must be a file that exists"),
+    ],
+)
+def test_check_says_what_is_wrong(check: Callable[..., tuple], given: dict, message: str):
+    code, out, err = check(**given)
+    assert code == 2, out
+    assert message in err.strip().splitlines()[-1], err[-3000:]
+
+
+def test_prompts_that_ms_swift_would_not_read(check: Callable[..., tuple], tmp_path: Path):
+    """Answers without their prompt's turns: ms-swift puts an empty user turn before them."""
+    turn = {"role": "assistant", "content": "good"}
+    row = {"prompt": "Q", "chosen": [turn], "rejected": [{**turn, "content": "bad"}]}
+    (tmp_path / "bare.jsonl").write_text((json.dumps(row) + "\n") * 16)
+    code, out, _ = check("--strict", dataset=str(tmp_path / "bare.jsonl"))
+    assert code == 1 and "16 of 16 rows have no prompt" in out
+
+
+def test_the_memory_alone(focalpo: ManyFocalpo):
+    recipe = EXAMPLES / "swift" / "llama3_focalpo.yaml"
+    code, out, err = focalpo("check", recipe, "--model-config", "llama-3-8b", "--gpus", "8")
+    assert code == 0, err
+    assert "ZeRO stage 3" in out and "1 pairs x 16 accumulated x 8 ranks (--gpus) = 128" in out
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_train_a_tiny_model(recipe: Path, tiny: Path, few: Path, tmp_path: Path):
+    """Each key of a recipe, with a model and data that are here, and without what needs a GPU."""
+    written = yaml.safe_load(recipe.read_text())
+    written["columns"] = json.dumps(written["columns"])
+    here = {
+        "model": tiny / "model", "model_type": "llama", "dataset": few / "train.jsonl",
+        "val_dataset": None, "eval_strategy": "no", "eval_steps": None, "eval_on_start": None,
+        "use_hf": None, "attn_impl": None, "deepspeed": None, "torch_dtype": "float32",
+        "fp16": False, "bf16": False, "max_steps": 1, "gradient_accumulation_steps": 2,
+        "output_dir": tmp_path / "out", "check_model": False, "warmup_steps": 0,
+    }  # fmt: skip
+    assert written["rlhf_type"] == "dpo" and written["loss_type"] == "focalpo"
+    code, output = train(tmp_path, {**dict.fromkeys(TINY), **written, **here})
+    assert code == 0, output[-6000:]
+    assert "loss=focalpo gamma=0.05" in output and "'loss': '0.6695'" in output
+
+
+@pytest.mark.parametrize("name, rate", [("llama3_focalpo", 6e-7), ("llama3_focalpo_lora", 5e-6)])
+def test_the_papers_values(name: str, rate: float):
+    """Section 4 and appendix C: gamma 0.05, batch 128, one epoch; LoRA on one GPU."""
+    recipe = yaml.safe_load((EXAMPLES / "swift" / f"{name}.yaml").read_text())
+    gpus = 1 if recipe["tuner_type"] == "lora" else 8
+    of_step = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * gpus
+    assert of_step == 128
+    assert (recipe["focalpo_gamma"], recipe["beta"], recipe["learning_rate"]) == (0.05, 0.01, rate)
+    assert (recipe["num_train_epochs"], recipe["max_length"]) == (1, 2048)
+    assert recipe.get("deepspeed") == (None if gpus == 1 else "zero3")
+
+
+@pytest.mark.releases
+def test_report_and_score(focalpo: ManyFocalpo, tiny: Path, few: Path, tmp_path: Path):
+    """Of a run with adapters: its log, and the margins of its checkpoint with the run's beta."""
+    given = {**FOCALPO, "model": tiny / "model", "dataset": few / "train.jsonl", "beta": 0.3,
+             "tuner_type": "lora", "max_steps": 3, "save_strategy": "steps", "save_steps": 3,
+             "val_dataset": few / "test.jsonl", "eval_strategy": "steps", "eval_steps": 3}  # fmt: skip
+    code, output = train(tmp_path, given)
+    assert code == 0, output[-6000:]
+    out = tmp_path / "out"
+    code, shown, err = focalpo("report", out, "--out", tmp_path / "report", "--format", "csv")
+    assert code == 0, err
+    assert "0.6695" in shown and "eval" in shown
+    # In a process of its own: ms-swift takes the constructor off TRL's trainer where it is imported.
+    done = harness.focalpo(
+        "score", out / "checkpoint-3", few / "test.jsonl", "--ref", tiny / "model",
+        "--out", tmp_path / "scores", "--format", "csv", HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "0.3" in done.stdout, done.stdout
