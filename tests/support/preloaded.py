@@ -26,7 +26,7 @@ HOSTS = {
     ),
     "trl": ("trl.trainer.dpo_trainer", "transformers.models.llama.modeling_llama"),
 }  # fmt: skip
-OPERATORS = {"openrlhf": ("FusedAdamBuilder", "ShareMemCommBuilder"), "axolotl": ("ShareMemCommBuilder",)}  # fmt: skip
+OPERATORS = {"openrlhf": ("FusedAdamBuilder", "ShareMemCommBuilder"), "axolotl": ("ShareMemCommBuilder",), "swift": ("ShareMemCommBuilder",)}  # fmt: skip
 TOOLS = ("torch", "peft", "tqdm", "matplotlib.pyplot")
 
 
