@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -31,20 +31,30 @@ def _extend_command(module: ModuleType) -> None:
 
     @functools.wraps(parse)
     def checked(self: Any, args: Any = None) -> Any:
-        from ..guards import last_line
-        from .arguments import check_words
+        words = sys.argv[1:] if args is None else args
+        if not isinstance(args, self.args_class) and _may_ask(words):
+            from ..guards import last_line
+            from .arguments import check_words
 
-        if not isinstance(args, self.args_class):
-            words = sys.argv[1:] if args is None else args
-            if any("focalpo" in word for word in words):
-                # The reason becomes the last line of a launched run.
-                last_line.install(lambda error: None)
+            last_line.install(lambda error: None)  # of a launched run, the reason
             check_words(words, self.args_class)
         return parse(self, args)
 
     host._parse_args = checked
     for name in ("_get_dataset", "_encode_dataset"):
         setattr(host, name, _explained(getattr(host, name)))
+
+
+def _may_ask(words: Sequence[str]) -> bool:
+    """Whether a command line may ask for one of our losses, or tries to.
+
+    Our other modules are imported only then: a broken one must not stop a run that doesn't use our
+    losses.
+    """
+    from importlib.metadata import entry_points
+
+    named = any("focal" in word.lower() for word in words)
+    return named or bool(entry_points(group="focalpo_plugins"))
 
 
 def _explained(read: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,8 +92,10 @@ def _is_ours(args: Any) -> bool:
     """Whether arguments ask for one of our losses."""
     if getattr(args, "rlhf_type", None) != "dpo":
         return False
-    from .keys import asked_types
-
+    try:
+        from .keys import asked_types
+    except Exception:  # ms-swift refuses our keys and our losses then
+        return False
     return bool(asked_types(args))
 
 

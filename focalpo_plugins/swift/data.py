@@ -76,8 +76,8 @@ def check_files(args: Any) -> None:
     for source in listed(args):
         check_file(source.file, source.key)
     for key in _KEYS:
-        for name in getattr(args, key, None) or ():
-            if Path(name).suffix in _FILES and _path(str(name)) is None:
+        for name in _named(args, key):
+            if Path(name).suffix in _FILES and _path(name) is None:
                 raise InvalidValue(
                     f"{key} must be a file that exists, or a name on a hub, got {name!r}: there is "
                     "no such file, and ms-swift would look for it on a hub. Check the path."
@@ -86,12 +86,28 @@ def check_files(args: Any) -> None:
 
 def listed(args: Any) -> Iterator[Source]:
     """The local files in ``dataset`` and ``val_dataset``."""
-    mapped = args.columns if isinstance(args.columns, dict) else json.loads(args.columns or "{}")
+    mapped = _mapped(args.columns)
     for key in _KEYS:
-        for name in getattr(args, key, None) or ():
-            path = _path(str(name))
+        for name in _named(args, key):
+            path = _path(name)
             if path is not None:
                 yield Source(key, str(path), key == "val_dataset", {}, mapped)
+
+
+def _named(args: Any, key: str) -> list[str]:
+    """The entries of ``dataset`` or ``val_dataset``, which in Python may be one string."""
+    given = getattr(args, key, None) or ()
+    return [given] if isinstance(given, str) else [str(name) for name in given]
+
+
+def _mapped(columns: Any) -> Mapping[str, str]:
+    """``columns`` as a mapping; it is JSON on a command line."""
+    if isinstance(columns, str):
+        try:
+            columns = json.loads(columns)
+        except ValueError:  # a file, or what ms-swift reports
+            return {}
+    return columns if isinstance(columns, Mapping) else {}
 
 
 def explain(args: Any) -> str | None:

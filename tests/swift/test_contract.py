@@ -16,7 +16,7 @@ KEYS = {"beta": "beta", "loss": "loss_type", "steps": "max_steps", "save": "save
 
 
 class SwiftHost:
-    near, spread = 1e-4, 0.1
+    near, spread = 1e-4, 0.05
     apart: dict[str, Any] = {"rate": 1e-12, "beta": 1.0, "reference": "another"}
     names = {
         "loss": "loss",

@@ -1,0 +1,85 @@
+"""ms-swift's batches, balanced: each step has the pairs that ms-swift draws for it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from accelerate.data_loader import SkipBatchSampler
+from swift.dataloader import BatchSamplerShard
+
+from focalpo_plugins.swift.batches import BalancedShard, balance
+
+TOKENS = [(37 * row) % 101 + 10 for row in range(64)]
+
+
+def shard_of(kind: type, rank: int, ranks: int, **given: Any) -> Any:
+    """A rank's batches without a process group."""
+    of_rank = type("OfRank", (kind,), {"rank": rank, "world_size": ranks})
+    made = of_rank(**{"total_samples": 29, "batch_size": 3, "shuffle": True, "drop_last": False,
+                      "data_seed": 7, **given})  # fmt: skip
+    if kind is BalancedShard:
+        made._tokens, made._accumulation, made._cost = TOKENS, 2, "padded"
+    return made
+
+
+def steps(shards: list[Any]) -> list[set[int]]:
+    """The rows of each optimizer step of two micro-batches, over all ranks."""
+    of_ranks = [list(shard) for shard in shards]
+    count = len(of_ranks[0])
+    assert all(len(batches) == count for batches in of_ranks)
+    return [
+        {row for batches in of_ranks for batch in batches[at : at + 2] for row in batch}
+        for at in range(0, count, 2)
+    ]
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_each_step_has_the_same_pairs(ranks: int, drop_last: bool, epoch: int):
+    """Of 29 rows in batches of 3; what is left over at the epoch's end too, on the same ranks."""
+    made = {}
+    for kind in (BatchSamplerShard, BalancedShard):
+        made[kind] = [shard_of(kind, r, ranks, drop_last=drop_last) for r in range(ranks)]
+        for shard in made[kind]:
+            shard.set_epoch(epoch)
+    assert steps(made[BalancedShard]) == steps(made[BatchSamplerShard])
+    for ours, own in zip(made[BalancedShard], made[BatchSamplerShard], strict=True):
+        rows = [row for batch in ours for row in batch]
+        assert len(rows) == len(set(rows)) == sum(map(len, own))
+        assert [len(batch) for batch in ours] == [len(batch) for batch in own]
+        if len(list(own)[-1]) < 3:
+            assert list(ours)[-1] == list(own)[-1]
+
+
+def test_the_longest_batches_are_at_the_same_time():
+    """Over an epoch, the longest batch of each round: fewer tokens than as drawn."""
+
+    def waited(kind: type) -> int:
+        rounds = zip(*(shard_of(kind, rank, 2, total_samples=60) for rank in range(2)), strict=True)
+        return sum(max(TOKENS[row] for batch in both for row in batch) for both in rounds)
+
+    assert waited(BalancedShard) < waited(BatchSamplerShard)
+
+
+@pytest.mark.releases
+def test_a_resumed_loader():
+    """Where ms-swift skips batches, the rest is as without a stop."""
+    given = {"total_samples": 30, "batch_size": 3, "shuffle": True, "drop_last": False}
+    whole, rest = (BatchSamplerShard(**given, data_seed=7) for _ in range(2))
+    loaders = (
+        SimpleNamespace(batch_sampler=whole),
+        SimpleNamespace(batch_sampler=SkipBatchSampler(rest, skip_batches=4)),
+    )
+    for loader in loaders:
+        balance(loader, TOKENS, 2, "padded", "focalpo_balanced_batches")
+    assert list(loaders[1].batch_sampler) == list(whole)[4:]
+    assert isinstance(whole, BalancedShard)
+
+
+def test_other_batches_are_refused():
+    with pytest.raises(ValueError, match="can't be combined with a batch sampler, got 'list'"):
+        balance(SimpleNamespace(batch_sampler=[]), TOKENS, 2, "padded", "focalpo_balanced_batches")
