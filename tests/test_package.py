@@ -60,7 +60,7 @@ ARROWS: dict[str, set[str]] = {
     "plan": {"balanced", "registry"},
     "run": {"errors", "guards", "diagnostics", "registry"},
     "hf_sequences": {"balanced"},
-    "hf_batches": {"errors", "balanced"},
+    "hf_batches": {"errors", "balanced", "plan"},
     "hf_models": set(),
     "hf_trainer": {
         "errors", "guards", "registry", "run", "balanced", "hf_batches", "hf_sequences"
@@ -70,11 +70,16 @@ ARROWS: dict[str, set[str]] = {
         "hf_models", "hf_sequences", "guards", "compute", "sharing"
     },
     "axolotl": {
-        "errors", "loss", "options", "registry", "balanced", "plan", "guards", "compute", "trl"
+        "errors", "loss", "options", "registry", "balanced", "plan", "hf_batches", "guards",
+        "compute", "trl"
     },
     "llamafactory": {
         "errors", "loss", "options", "registry", "run", "plan", "hf_models", "hf_sequences",
         "guards", "trl"
+    },
+    "swift": {
+        "errors", "loss", "options", "registry", "run", "plan", "balanced", "guards", "hf_trainer",
+        "hf_batches", "trl"
     },
     "openrlhf": {
         "errors", "loss", "options", "registry", "run", "plan", "balanced", "guards", "sharing",
@@ -82,7 +87,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "cli": {
         "errors", "loss", "balanced", "plan", "guards", "trl", "axolotl", "openrlhf",
-        "llamafactory"
+        "llamafactory", "swift"
     },
     "__main__": {"cli"},
     "__init__": {"errors", "loss", "hookspecs", "trl"},
