@@ -36,7 +36,9 @@ def check_keys(args: Any, known: Collection[str], of_host: Sequence[str]) -> Non
         written = key if is_dict else word.partition("=")[0]
         if key in known or key in ours and (not is_dict or word in ours):
             continue
-        if f"{key}_".startswith("focalpo_") or difflib.get_close_matches(key, ours, 1, 0.85):
+        completed = not is_dict and _begins_one(key, ours) and not _begins_one(key, known)
+        near = completed or difflib.get_close_matches(key, ours, 1, 0.85)
+        if near or f"{key}_".startswith("focalpo_"):
             got = f", got {args[word]!r}" if is_dict else ""
             raise InvalidValue(f"unknown key {written}{got}{did_you_mean(key, ours)}")
     name = args.get("pref_loss") if is_dict else _value(args, "pref_loss")
@@ -47,6 +49,10 @@ def check_keys(args: Any, known: Collection[str], of_host: Sequence[str]) -> Non
             raise InvalidValue(
                 f"pref_loss must be a loss by its name, got {name!r}; did you mean {near[0]!r}?"
             )
+
+
+def _begins_one(word: str, keys: Collection[str]) -> bool:
+    return any(key.startswith(word) for key in keys)
 
 
 def _value(words: Sequence[str], key: str) -> str | None:

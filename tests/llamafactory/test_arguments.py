@@ -112,6 +112,14 @@ def test_an_abbreviated_flag(given):
         finetuning(words)
 
 
+def test_an_abbreviated_flag_of_another_package(given, add_loss):
+    add_loss("squared", squared, options={"offset": 1.0})
+    words = as_words(given(pref_loss="squared", focalpo_gamma=None, focalpo_margin="dpo"))
+    with pytest.raises(InvalidValue, match="unknown key --squ"):
+        finetuning([*words, "--squ", "2"])
+    assert finetuning([*words, "--pref_be", "0.2"]).pref_beta == 0.2  # the host's own may be short
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
