@@ -384,7 +384,8 @@ def test_the_table_of_releases():
     sessions = ("trl_releases", "axolotl_releases", "openrlhf_releases", "old_torch")
     ran = {release for name in sessions for release in write_numbers.session(name)}
     ran |= {*write_numbers.session("core_pythons")}
-    ran |= {*write_numbers.constant("AXOLOTL"), *write_numbers.constant("OPENRLHF")}
+    hosts = ("AXOLOTL", "OPENRLHF", "LLAMA_FACTORY")
+    ran |= {release for host in hosts for release in write_numbers.constant(host)}
     rows = table(DOCS["compatibility"], "host")
     cells = [row[1].partition("(")[0] for row in rows]
     listed = {version for cell in cells for version in re.findall(r"\d+\.[\d.]*\d", cell)}
