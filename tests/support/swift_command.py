@@ -39,6 +39,7 @@ TINY: dict[str, Any] = {
     "check_model": False,  # it asks a hub for a newer one
     "report_to": "none",
     "dataloader_num_workers": 0,
+    "dataloader_persistent_workers": False,  # before 4.6 on by default
 }
 
 
