@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -191,3 +193,27 @@ def epoch_steps(
     batches = pairs // micro_batch + left_out * bool(pairs % micro_batch)
     of_rank = batches // ranks + left_out * bool(batches % ranks)
     return max(1, -(-of_rank // accumulation))
+
+
+#: What a plan notes whose windows are those of :func:`windows_in_any_order`.
+OTHER_ORDER = (
+    "the critical path and the largest micro-batch are those of a random order, but not the run's"
+)
+
+
+def windows_in_any_order(pairs: int, geometry: Geometry, steps: int) -> Iterator[Window]:
+    """The pairs of a run of so many steps, in an order that is drawn here.
+
+    Pairs that fill no round of micro-batches at the end of an epoch are left out.
+    """
+    draw, done = random.Random(0), 0
+    whole = pairs // geometry.micro_step * geometry.micro_step
+    for epoch in count(1):
+        order = draw.sample(range(pairs), pairs)[:whole]
+        for start in range(0, whole, geometry.step):
+            if done == steps:
+                return
+            done += 1
+            yield Window(epoch, done, order[start : start + geometry.step])
+        if not whole:
+            return

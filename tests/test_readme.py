@@ -346,7 +346,7 @@ def test_the_table_of_examples():
     tiny = {"make_tiny.py", "tiny", "tiny_focalpo.yml", "tiny_dpo.yml"}
     of_kto = {"make_kto_data.py"}  # which the recipes of KTO name
     # The index, Python's, the scripts', and what a host's own page names.
-    others = {"README.md", "__pycache__", "children.py", "llamafactory"}
+    others = {"README.md", "__pycache__", "children.py", "llamafactory", "swift"}
     assert {path.name for path in EXAMPLES.iterdir()} <= listed | above | tiny | of_kto | others
 
 
@@ -375,16 +375,18 @@ def pins(text: str) -> set[str]:
 
 
 def test_what_is_installed_is_what_the_tests_run_with():
-    assert len(pins(README)) >= 5
+    assert len(pins(README) | pins(DOCS["openrlhf"])) >= 5
     assert pins(ALL) <= pins(NOXFILE)
 
 
 def test_the_table_of_releases():
     """It has those that nox runs the tests in, and no other but the one that is refused."""
-    sessions = ("trl_releases", "axolotl_releases", "openrlhf_releases", "old_torch")
+    sessions = (
+        "trl_releases", "axolotl_releases", "openrlhf_releases", "swift_releases", "old_torch"
+    )  # fmt: skip
     ran = {release for name in sessions for release in write_numbers.session(name)}
     ran |= {*write_numbers.session("core_pythons")}
-    hosts = ("AXOLOTL", "OPENRLHF", "LLAMA_FACTORY")
+    hosts = ("AXOLOTL", "OPENRLHF", "LLAMA_FACTORY", "SWIFT")
     ran |= {release for host in hosts for release in write_numbers.constant(host)}
     rows = table(DOCS["compatibility"], "host")
     cells = [row[1].partition("(")[0] for row in rows]

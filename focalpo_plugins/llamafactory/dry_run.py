@@ -18,7 +18,16 @@ from typing import Any, NamedTuple
 from ..errors import InvalidValue
 from ..guards import hub, sources
 from ..guards.messages import explained
-from ..plan import ModelState, Pair, Plan, Tokens, epoch_steps
+from ..plan import (
+    OTHER_ORDER,
+    ModelState,
+    Pair,
+    Plan,
+    Tokens,
+    epoch_steps,
+    windows_in_any_order,
+)
+from . import BALANCED, SHARED
 from .data import SIDES, answers, cut_prompts, explain, listed
 
 _NO_LIMIT = 10**9  # tokens
@@ -120,6 +129,8 @@ def _without_data(run: _Run, gpus: int) -> Plan:
         precision=_precision(run.off),
         state=_state(run),
         warnings=warnings,
+        balanced_batches=asked is not None and BALANCED in asked.on,
+        shared_prompts=asked is not None and SHARED in asked.on,
     )
 
 
@@ -147,16 +158,19 @@ def _with_data(bare: Plan, run: _Run) -> Plan:
         bare.data_ranks,
         drop_last=args.dataloader_drop_last,
     )
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * of_epoch)
     return replace(
         bare,
         warnings=[*bare.warnings, *map(str, found)],
+        notes=[*bare.notes, OTHER_ORDER],
         tokenizer=tokenizer,
         rows=_rows(run, len(dataset)),
         kept=len(dataset),
         pairs=_pairs(dataset, whole),
         formats=sources.described(listed(run.data)),
         epoch_steps=of_epoch,
-        steps=args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * of_epoch),
+        steps=steps,
+        windows=windows_in_any_order(len(dataset), bare.geometry, steps),
     )
 
 

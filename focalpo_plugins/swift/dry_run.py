@@ -20,7 +20,7 @@ import torch
 from ..errors import InvalidValue
 from ..guards.messages import explained
 from ..guards.sources import described
-from ..plan import ModelState, Pair, Plan, Tokens
+from ..plan import OTHER_ORDER, ModelState, Pair, Plan, Tokens, windows_in_any_order
 from ..trl.parts import config_of
 from .arguments import check_words
 from .conversations import text_faults
@@ -141,6 +141,8 @@ def _without_data(
         precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         state=_state(args, deepspeed),
         notes=notes,
+        balanced_batches=asked is not None and asked.balanced,
+        shared_prompts=asked is not None and asked.shared,
     )
 
 
@@ -211,8 +213,10 @@ def _with_data(bare: Plan, args: Any) -> Plan:
         faults += text_faults(EncodedPairs(held_out, run.template), run.template, evaluation=True)
     epoch_steps = _epoch_steps(len(train), bare, args.dataloader_drop_last)
     of_run = math.ceil(args.num_train_epochs * epoch_steps)
+    steps = args.max_steps if args.max_steps > 0 else of_run
     return replace(
         bare,
+        notes=[*bare.notes, OTHER_ORDER],
         warnings=[*bare.warnings, *map(str, faults)],
         tokenizer=run.template.tokenizer,
         rows=len(written[0]),
@@ -220,7 +224,8 @@ def _with_data(bare: Plan, args: Any) -> Plan:
         pairs=_pairs(found),
         formats=described(listed(args)),
         epoch_steps=epoch_steps,
-        steps=args.max_steps if args.max_steps > 0 else of_run,
+        steps=steps,
+        windows=windows_in_any_order(len(train), bare.geometry, steps),
     )
 
 

@@ -43,7 +43,8 @@ def test_tokens_are_those_of_a_run(checked, llamafactory: LlamaFactory):
     padding there are fewer, and with shared prompts fewer still."""
     _, found, errors = checked(max_steps=1, focalpo_shared_prompts=True)
     tokens = found["tokens_per_step"]
-    assert tokens["shared"] < tokens["unpadded"] < tokens["padded"]
+    assert tokens["both"] == tokens["shared"] < tokens["balanced"] <= tokens["plain"]
+    assert found["way"] == "shared"
     run = llamafactory.train(max_steps=5, focalpo_shared_prompts=True)
     history = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
     of_run = [entry["focalpo/tokens"] for entry in history if "focalpo/tokens" in entry]
