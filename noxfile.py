@@ -311,6 +311,27 @@ def swift_releases(session: nox.Session, release: str) -> None:
         test(session, OF_SWIFT, "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
 
 
+@nox.session
+@nox.parametrize("host", ["trl", "axolotl", "openrlhf", "llamafactory", "swift"])
+def newest(session: nox.Session, host: str) -> None:
+    """The contract in the newest release of each host that there is; CI runs it once a week."""
+    with environment(session):
+        if host == "trl":
+            session.install(TORCH, "trl", "peft")
+            beside_the_host(session)
+        elif host == "axolotl":
+            axolotl_0_21(session, "axolotl")
+            beside_the_host(session)
+        elif host == "openrlhf":
+            install_openrlhf(session, "openrlhf", "deepspeed")
+        elif host == "llamafactory":
+            install_llamafactory(session, "llamafactory")
+        else:
+            install_swift(session, "ms-swift")
+        session.run("python", "-m", "pip", "list")  # which releases these are
+        test(session, [f"tests/{host}/test_contract.py"], *THREE_AT_A_TIME)
+
+
 @nox.session(tags=["torches"])
 @nox.parametrize("release", ["2.5.0", "2.6.0", "2.10.0"])
 def old_torch(session: nox.Session, release: str) -> None:
