@@ -44,9 +44,10 @@ class AccelerateRanks:
         return int(PartialState().num_processes)
 
     def reduce(self, values: Tensor, how: Literal["sum", "max"]) -> Tensor:
-        every: Any = gather(values[None]) if how == "max" else reduce(values, "sum")
+        here = values.to(PartialState().device)  # where the backend can reach it
+        every: Any = gather(here[None]) if how == "max" else reduce(here, "sum")
         found: Tensor = every.amax(0) if how == "max" else every
-        return found
+        return found.to(values.device)
 
     def gather(self, thing: Any) -> list[Any]:
         found: list[Any] = gather_object([thing])
@@ -71,6 +72,7 @@ class PairwiseTrainerMixin(_Trainer):
     _host_saves = False  # whether the host saves the model to output_dir after training
     _starts_as_reference = False
     _balanced_key: str | None = None  # the key that asked for balanced batches, for messages
+    _precomputed: Any = None  # a PrecomputedReference, if the host has none of its own
     _run: Run | None = None
     _said_active = False
 
@@ -149,15 +151,16 @@ class PairwiseTrainerMixin(_Trainer):
         In training every trained row is counted, in evaluation each pair is counted once.
         """
         run = self._running()
+        why = "" if self._precomputed is None else self._precomputed.unknown
         if self._now().training:
             # Not gather_for_metrics: transformers fetches all batches of an update ahead, so in the
             # last update of an epoch each batch would be cut to the size of the last one.
-            run.count(margins, tokens=self._tokens_of_step(), rows=self._rows_of_step)
+            run.count(margins, tokens=self._tokens_of_step(), rows=self._rows_of_step, why=why)
             return
         # gather_for_metrics drops the rows that the sampler repeats to fill the last batches.
         own = torch.full_like(margins, RANKS.rank, dtype=torch.long)
         kept: Any = self.accelerator.gather_for_metrics(own)
-        run.count(margins, counted=int((kept == RANKS.rank).sum()))
+        run.count(margins, counted=int((kept == RANKS.rank).sum()), why=why)
 
     def _rows_of_step(self) -> list[int | None] | None:
         """The rows of the training data that the last batch has; None if they aren't known."""

@@ -37,6 +37,7 @@ OF_HOST = {
     # For every host that is a transformers.Trainer.
     "hf_trainer": {"transformers", "accelerate"},
     "hf_batches": {"transformers", "accelerate"},
+    "hf_reference": {"transformers", "accelerate", "deepspeed"},
     "cli": {"transformers", "peft"},  # to count a model's parameters, whoever trains it
 }
 CORE = {
@@ -65,6 +66,7 @@ ARROWS: dict[str, set[str]] = {
     "hf_trainer": {
         "errors", "guards", "registry", "run", "balanced", "hf_batches", "hf_sequences"
     },
+    "hf_reference": {"errors", "guards", "reference", "hf_trainer"},
     "trl": {
         "errors", "loss", "options", "registry", "run", "balanced", "hf_trainer", "hf_batches",
         "hf_models", "hf_sequences", "guards", "compute", "sharing"
@@ -74,12 +76,12 @@ ARROWS: dict[str, set[str]] = {
         "compute", "trl"
     },
     "llamafactory": {
-        "errors", "loss", "options", "registry", "run", "plan", "hf_models", "hf_sequences",
+        "errors", "loss", "options", "registry", "run", "plan", "hf_models", "hf_sequences", "hf_reference",
         "guards", "trl"
     },
     "swift": {
         "errors", "loss", "options", "registry", "run", "plan", "balanced", "guards", "hf_trainer",
-        "hf_batches", "trl"
+        "hf_batches", "hf_reference", "trl"
     },
     "openrlhf": {
         "errors", "loss", "options", "registry", "run", "plan", "balanced", "guards", "sharing",

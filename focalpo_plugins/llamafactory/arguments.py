@@ -12,7 +12,7 @@ from ..guards import last_line
 from ..guards.messages import named
 from ..options import OF_ANY_LOSS
 from ..registry import BoundLoss, PairwiseLoss, losses
-from . import COMMON_KEYS, MARGIN, MARGINS
+from . import COMMON_KEYS, MARGIN, MARGINS, PRECOMPUTE, PRECOMPUTE_DIR
 from .autoload import host_losses
 
 # The lists of classes that LLaMA-Factory parses.
@@ -29,12 +29,15 @@ class Asked:
         margin: a key of :data:`~.MARGINS`.
         on: the switches that are true, by key.
         data_args: LLaMA-Factory's own arguments of the data.
+        reference_folder: the folder of the precomputed reference's file, empty for the output
+            folder; None if the reference isn't precomputed.
     """
 
     loss: BoundLoss
     margin: str
     on: frozenset[str]
     data_args: Any
+    reference_folder: str | None = None
 
 
 def parsed(parser: Any, parse: Callable[[Any], Any], args: Any, trains: bool) -> Any:
@@ -109,7 +112,8 @@ def _take(args: Any, loss: PairwiseLoss, beside: Sequence[Any]) -> None:
     on = frozenset(key for key in COMMON_KEYS if getattr(args, key) is True)
     data_args = next(each for each in beside if hasattr(each, "cutoff_len"))
     margin = getattr(args, MARGIN) or "dpo"
-    args.focalpo = Asked(bind(args, loss), margin, on, data_args)
+    folder = (getattr(args, PRECOMPUTE_DIR) or "") if PRECOMPUTE in on else None
+    args.focalpo = Asked(bind(args, loss), margin, on, data_args, folder)
     last_line.install(lambda error: data.explain(data_args, error))
     data.check_files(data_args)
     trainer.install()
@@ -154,7 +158,8 @@ def _with_our_keys(host: Any, known: set[str], of_host: Sequence[str]) -> type:
     for key in COMMON_KEYS:
         of_margin = Literal[tuple(MARGINS)]  # type: ignore[valid-type]
         what = OF_ANY_LOSS[key.removeprefix("focalpo_")]
-        keys[key] = (of_margin if key == MARGIN else bool, what)
+        of_key: Any = {MARGIN: of_margin, PRECOMPUTE_DIR: str}.get(key, bool)
+        keys[key] = (of_key, what)
     declared: list[Any] = []
     for key, (kind, what) in keys.items():
         if key not in known:

@@ -212,6 +212,7 @@ def _state(run: _Run) -> ModelState:
     from llamafactory.model import load_config
 
     args, off = run.finetuning, run.off
+    asked = getattr(args, "focalpo", None)
     precision = _precision(off)
     zero_stage, offloaded = _sharding(off)
     full, pure = args.finetuning_type == "full", bool(off.get("pure_bf16"))
@@ -230,6 +231,7 @@ def _state(run: _Run) -> ModelState:
         optimizer_bytes=optimizer_bytes,
         zero_stage=zero_stage,
         reference=args.use_ref_model and (args.finetuning_type != "lora" or bool(args.ref_model)),
+        reference_freed=asked is not None and asked.reference_folder is not None,
         offloaded=offloaded,
         adapter_bytes=None if full else 4,
     )

@@ -11,7 +11,7 @@ from ..errors import InvalidValue, conflict
 from ..guards.messages import did_you_mean, named
 from ..loss import check_beta, check_label_smoothing
 from ..registry import PairwiseLoss, losses
-from . import COMMON_KEYS, MARGIN, MARGINS, SWITCHES
+from . import COMMON_KEYS, MARGIN, MARGINS, PRECOMPUTE, PRECOMPUTE_DIR, SWITCHES
 from .arguments import asked_loss, given, keys_of
 
 _LIKE_OURS = 0.75  # similarity of a name from which it is taken for a misspelt one
@@ -103,6 +103,15 @@ def check(args: Any, loss: PairwiseLoss) -> None:
     for key in SWITCHES:
         if getattr(args, key) not in (None, True, False):
             raise InvalidValue(f"{key} must be true or false, got {getattr(args, key)!r}.")
+    folder = getattr(args, PRECOMPUTE_DIR)
+    if folder is not None and not getattr(args, PRECOMPUTE):
+        raise InvalidValue(
+            f"{PRECOMPUTE_DIR} goes with {PRECOMPUTE}: true, got {folder!r} alone. Set "
+            f"{PRECOMPUTE} as well, or remove {PRECOMPUTE_DIR}."
+        )
+    if getattr(args, PRECOMPUTE) and margin != "dpo":
+        why = "that margin has no reference"
+        raise conflict(PRECOMPUTE, MARGIN, margin, why, f"Remove {PRECOMPUTE}")
     with named("pref_"):
         check_beta(args.pref_beta)
     with named("dpo_"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from llamafactory.train.dpo import trainer as host_module
@@ -14,6 +15,7 @@ from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from ..guards import pairs
 from ..guards.faults import Fault
 from ..hf_models import same_weights
+from ..hf_reference import PrecomputedReference
 from ..hf_sequences import PairSequences
 from ..run import Host
 from ..trl.data import sequences_of, unpadded
@@ -89,6 +91,14 @@ class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, CustomDPOTraine
             self.loss_type = asked.margin  # which divides the log-probabilities by the lengths
         self._check_data(kwargs["tokenizer"])
         self.set_loss(asked.loss)
+        if asked.reference_folder is not None:
+            settings = {
+                "shared": SHARED in asked.on,
+                "mixed_precision": self.accelerator.mixed_precision,
+                "device": self.accelerator.device.type,
+            }
+            folder = Path(asked.reference_folder or str(self.args.output_dir))
+            self._precomputed = PrecomputedReference(self, self._of_reference, settings, folder)
 
     def _check_method(self) -> None:
         """Refuse a release of the host that computes its loss elsewhere."""
@@ -155,6 +165,16 @@ class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, CustomDPOTraine
         self._batch = dict(batch)  # the host takes the labels out of its own
         with self._running().one_step(), self._prompts_shared(len(batch["input_ids"]) // 2):
             return super().get_batch_loss_metrics(model, batch, *args, **kwargs)
+
+    def _of_reference(self, batch: Any) -> Any:
+        """The reference's log-probabilities of both sides, by the host's own forward pass."""
+        with self._prompts_shared(len(batch["input_ids"]) // 2):
+            return super().compute_reference_log_probs(self.model, batch)
+
+    def compute_reference_log_probs(self, model: Any, batch: Any) -> Any:
+        if self._precomputed is not None:
+            return self._precomputed(batch)
+        return super().compute_reference_log_probs(model, batch)
 
     def evaluation_loop(
         self,

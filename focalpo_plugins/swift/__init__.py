@@ -6,9 +6,13 @@ from __future__ import annotations
 SHARED = "focalpo_shared_prompts"
 #: The key that asks for balanced batches, for any of our losses.
 BALANCED = "focalpo_balanced_batches"
+#: The key that asks for a precomputed reference, for any of our losses.
+PRECOMPUTE = "focalpo_precompute_ref"
+#: The key of the folder of its file.
+PRECOMPUTE_DIR = "focalpo_precompute_dir"
 #: The key that lets a run resume a checkpoint of another loss.
 ALLOW_CHANGED = "focalpo_allow_changed"
 #: The key that lets a run train on data that mostly can't be learnt from.
 ALLOW_DATA = "focalpo_allow_data"
-#: The keys that all our losses share; each is true or false.
-SWITCHES = (SHARED, BALANCED, ALLOW_CHANGED, ALLOW_DATA)
+#: The keys that all our losses share and that are true or false.
+SWITCHES = (SHARED, BALANCED, PRECOMPUTE, ALLOW_CHANGED, ALLOW_DATA)

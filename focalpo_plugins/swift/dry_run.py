@@ -161,7 +161,7 @@ def _state(args: Any, deepspeed: dict[str, Any]) -> ModelState:
     for part, what in (("optimizer", "optimizer"), ("param", "weights")):
         if zero.get(f"offload_{part}", {}).get("device", "none") != "none":
             offloaded |= {what, "reference"} if part == "param" else {what}
-    lora = _lora(args)
+    lora, asked = _lora(args), requested(args)
     weight_bytes = 4 if args.torch_dtype == torch.float32 else 2
     adapter_bytes = 4 if lora is not None and not deepspeed else weight_bytes
     master = 4 if deepspeed and weight_bytes == 2 else 0
@@ -174,6 +174,7 @@ def _state(args: Any, deepspeed: dict[str, Any]) -> ModelState:
         optimizer_bytes=master + states,
         zero_stage=None if args.fsdp else int(zero.get("stage", 0)),
         reference=args.tuner_type == "full",
+        reference_freed=asked is not None and asked.reference_folder is not None,
         offloaded=frozenset(offloaded),
         adapter_bytes=adapter_bytes,
     )

@@ -10,7 +10,7 @@ from typing import Any
 from ..guards.messages import named
 from ..options import OF_ANY_LOSS
 from ..registry import BoundLoss, PairwiseLoss, losses
-from . import ALLOW_CHANGED, ALLOW_DATA, BALANCED, SHARED, SWITCHES
+from . import ALLOW_CHANGED, ALLOW_DATA, BALANCED, PRECOMPUTE, PRECOMPUTE_DIR, SHARED, SWITCHES
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Asked:
         balanced: whether batches are balanced.
         allow_changed: whether a checkpoint of another loss may be resumed.
         allow_data: whether data may be trained on that mostly can't be learnt from.
+        reference_folder: the folder of the precomputed reference's file, empty for the output
+            folder; None if the reference isn't precomputed.
     """
 
     loss: BoundLoss
@@ -30,6 +32,7 @@ class Asked:
     balanced: bool
     allow_changed: bool
     allow_data: bool
+    reference_folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def keys() -> dict[str, Key]:
             found[f"{loss.name}_{option}"] = Key(kind, text, loss.name)
     for key in SWITCHES:
         found[key] = Key(bool, OF_ANY_LOSS[key.removeprefix("focalpo_")], None)
+    found[PRECOMPUTE_DIR] = Key(str, OF_ANY_LOSS["precompute_dir"], None)
     return found
 
 
@@ -99,8 +103,15 @@ def requested(args: Any) -> Asked | None:
     names = asked_types(args) if args.rlhf_type == "dpo" else []
     if not names:
         return None
-    of_any = (bool(getattr(args, key)) for key in (SHARED, BALANCED, ALLOW_CHANGED, ALLOW_DATA))
-    return Asked(bind(args, losses()[names[0]]), *of_any)
+    on = {key: bool(getattr(args, key)) for key in SWITCHES}
+    return Asked(
+        bind(args, losses()[names[0]]),
+        shared=on[SHARED],
+        balanced=on[BALANCED],
+        allow_changed=on[ALLOW_CHANGED],
+        allow_data=on[ALLOW_DATA],
+        reference_folder=(getattr(args, PRECOMPUTE_DIR) or "") if on[PRECOMPUTE] else None,
+    )
 
 
 def bind(args: Any, loss: PairwiseLoss) -> BoundLoss:

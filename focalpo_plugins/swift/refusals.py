@@ -73,6 +73,12 @@ def check(args: Any, of_host: Collection[str]) -> None:
             "refuses the command where this package isn't installed. The paper uses 0.05; 0 is DPO."
         )
     bind(args, loss)
+    folder = args.focalpo_precompute_dir
+    if folder is not None and not args.focalpo_precompute_ref:
+        raise InvalidValue(
+            f"focalpo_precompute_dir goes with focalpo_precompute_ref true, got {folder!r} alone. "
+            "Set focalpo_precompute_ref as well, or remove focalpo_precompute_dir."
+        )
     if args.beta is not None:
         check_beta(args.beta)
     check_label_smoothing(args.label_smoothing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from ..guards import pairs
 from ..guards.faults import Fault
 from ..guards.ranks import together
 from ..hf_batches import check_batches
+from ..hf_reference import PrecomputedReference
 from ..hf_trainer import RANKS, PairwiseTrainerMixin
 from ..run import Host
 from ..trl.data import unpadded
@@ -67,6 +69,14 @@ class SwiftPairwiseTrainer(PairwiseBase, SharedStepMixin, DPOTrainer):
         self._check_data(given, given["template"])
         super().__init__(*args, **kwargs)
         self.set_loss(asked.loss)
+        if asked.reference_folder is not None:
+            settings = {
+                "shared": asked.shared,
+                "mixed_precision": self.accelerator.mixed_precision,
+                "device": self.accelerator.device.type,
+            }
+            folder = Path(asked.reference_folder or str(self.args.output_dir))
+            self._precomputed = PrecomputedReference(self, self._of_reference, settings, folder)
 
     def _in_loss(self) -> dict[str, Any]:
         args: Any = self.args
@@ -105,6 +115,16 @@ class SwiftPairwiseTrainer(PairwiseBase, SharedStepMixin, DPOTrainer):
         self._batch = batch
         with self._running().one_step(), self._prompts_shared(len(batch["input_ids"]) // 2):
             return super().get_batch_loss_metrics(model, batch, *args, **kwargs)
+
+    def _of_reference(self, batch: Any) -> Any:
+        """The reference's log-probabilities of both sides, by the host's own forward pass."""
+        with self._prompts_shared(len(batch["input_ids"]) // 2):
+            return super().compute_ref_log_probs(batch)
+
+    def compute_ref_log_probs(self, batch: Any) -> Any:
+        if self._precomputed is not None:
+            return self._precomputed(batch)
+        return super().compute_ref_log_probs(batch)
 
     def dpo_loss(self, *args: Any, **kwargs: Any) -> Any:
         run, given = self._running(), _SIGNATURE.bind(self, *args, **kwargs).arguments

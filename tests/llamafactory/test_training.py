@@ -192,3 +192,50 @@ def test_dropout_that_neftune_adds_is_refused_beside_shared_prompts(llamafactory
     run = llamafactory(config)
     assert run.code != 0
     assert "focalpo_shared_prompts can't be combined with neftune_noise_alpha, got 5" in run.output
+
+
+PRECOMPUTED = {"full": {}, "LoRA": OWN["LoRA"], "shared": {"focalpo_shared_prompts": True}}
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize("case", PRECOMPUTED)
+def test_a_precomputed_reference(llamafactory: LlamaFactory, tmp_path: Path, case: str):
+    """The same run up to rounding, as a pair is padded otherwise; the second run reads the file."""
+    options = {**PRECOMPUTED[case], "focalpo_gamma": 0.5, "learning_rate": 1e-3}
+    plain = llamafactory.train(**options)
+    precompute = {"focalpo_precompute_ref": True, "focalpo_precompute_dir": str(tmp_path)}
+    for how in ("computed and kept in", "read from"):
+        run = llamafactory.train(**options, **precompute)
+        (line,) = [line for line in run.output.splitlines() if "reference log-probs of" in line]
+        assert how in line and str(tmp_path) in line
+        assert losses(run) == pytest.approx(losses(plain), abs=2e-5)
+    assert max(losses(plain)) - min(losses(plain)) > 1e-3
+
+
+def test_a_precomputed_reference_on_two_ranks(llamafactory: LlamaFactory):
+    options = {"gradient_accumulation_steps": 1, "learning_rate": 1e-3}
+    plain, run = (
+        llamafactory.train(ranks=2, **options, **more)
+        for more in ({}, {"focalpo_precompute_ref": True})
+    )
+    assert losses(run) == pytest.approx(losses(plain), abs=2e-5)
+
+
+REFUSED_PRECOMPUTE = {
+    "no reference": (
+        {"focalpo_margin": "simpo"},
+        "can't be combined with focalpo_margin, got 'simpo'",
+    ),
+    "another folder's key": (
+        {"focalpo_precompute_ref": None, "focalpo_precompute_dir": "x"},
+        "focalpo_precompute_dir goes with focalpo_precompute_ref: true, got 'x' alone",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_PRECOMPUTE)
+def test_no_precomputed_reference(llamafactory: LlamaFactory, case: str):
+    changes, words = REFUSED_PRECOMPUTE[case]
+    run = llamafactory(llamafactory.config(**{"focalpo_precompute_ref": True, **changes}))
+    assert run.code != 0
+    assert words in run.output.strip().splitlines()[-1]

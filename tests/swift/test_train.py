@@ -258,3 +258,22 @@ def swift(*argv: str, folder: Path, **variables: str) -> subprocess.CompletedPro
         text=True,
         timeout=600,  # seconds
     )
+
+
+PRECOMPUTED = {"full": {}, "lora": LORA, "shared": {"focalpo_shared_prompts": "true"}}
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize("case", PRECOMPUTED)
+def test_a_precomputed_reference(run: Callable[..., Ran], tmp_path: Path, case: str):
+    """The same run up to rounding, as a pair is padded otherwise; the second run reads the file."""
+    options = {**FOCALPO, "focalpo_gamma": 0.5, "max_steps": 4, "learning_rate": 1e-3}
+    options |= PRECOMPUTED[case]
+    plain = run(**options)
+    precompute = {"focalpo_precompute_ref": "true", "focalpo_precompute_dir": tmp_path}
+    for how in ("computed and kept in", "read from"):
+        found = run(**options, **precompute)
+        (line,) = found.said("reference log-probs of")
+        assert how in line and str(tmp_path) in line
+        assert found.losses == pytest.approx(plain.losses, abs=2e-5)
+    assert max(plain.losses) - min(plain.losses) > 1e-3

@@ -1,0 +1,172 @@
+"""A precomputed reference in a ``transformers.Trainer`` whose host has none of its own.
+
+:mod:`focalpo_plugins.reference` computes and keeps the log-probabilities, by the host's own
+collator and forward pass.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset
+
+from .errors import InvalidValue, conflict
+from .guards.folders import check_folder
+from .guards.ranks import together
+from .hf_trainer import RANKS
+from .reference import Pairs, ReferenceLogps, describe_model
+from .reference import precompute as precompute_with
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+#: The key that asks for it, and that of the folder of its file.
+KEY, FOLDER_KEY = "focalpo_precompute_ref", "focalpo_precompute_dir"
+
+# A batch as the host collates it: chosen sequences first, then the rejected ones.
+_Batch = Mapping[str, Any]
+_Forward = Callable[[_Batch], tuple[Tensor, Tensor]]
+
+
+class PrecomputedReference:
+    """Gives the reference's log-probabilities of a batch, and frees the reference.
+
+    Args:
+        trainer: the host's trainer, built with its data, and with a reference or adapters.
+        forward: the host's own: the reference's summed log-probabilities of both sides ``(B,)``.
+        settings: what they depend on beside the reference and the pairs, as values for JSON.
+        folder: the folder of the file.
+
+    Raises:
+        ValueError: the folder can't be written to, the run can't do it, or a log-probability is not
+            finite; on all ranks.
+    """
+
+    def __init__(
+        self, trainer: Trainer, forward: _Forward, settings: Mapping[str, Any], folder: Path
+    ) -> None:
+        source = _Source(trainer, forward)
+        together(RANKS, lambda: _check(trainer, source, folder))
+        of_model = describe_model(source.model, RANKS, _whole)
+        self._logps: ReferenceLogps = precompute_with(
+            source, RANKS, {**of_model, **settings}, folder, FOLDER_KEY
+        )
+
+    def __call__(self, batch: _Batch) -> tuple[Tensor, Tensor]:
+        """Both sides ``(B,)``; NaN for a pair that wasn't in the data of the trainer."""
+        return self._logps(*_pairs_of(batch))
+
+    @property
+    def unknown(self) -> str:
+        """What to say of such a pair; empty if there was none."""
+        return self._logps.unknown
+
+
+def _check(trainer: Any, source: _Source, folder: Path) -> None:
+    """Refuse what has no whole reference before training begins, and a folder that is closed."""
+    fix = f"Set {KEY} to false"
+    if trainer.is_fsdp_enabled:
+        raise conflict(KEY, "fsdp", True, "each rank has a part of the reference's weights", fix)
+    if trainer.is_deepspeed_enabled and trainer.ref_model is None:
+        why = "the reference is the policy, which DeepSpeed prepares when training begins"
+        raise conflict(KEY, "adapters under DeepSpeed", True, why, fix)
+    if getattr(trainer.args, "sync_ref_model", False):
+        raise conflict(KEY, "sync_ref_model", True, "the reference follows the policy", fix)
+    if not source.sets:
+        raise InvalidValue(f"{KEY} needs data that aren't streamed, got none. {fix}.")
+    check_folder(folder, FOLDER_KEY)
+
+
+class _Source:
+    """The pairs of a trainer's data sets, and its reference."""
+
+    def __init__(self, trainer: Any, forward: _Forward) -> None:
+        evaluated = trainer.eval_dataset
+        named = evaluated if isinstance(evaluated, Mapping) else {"": evaluated}
+        data = [trainer.train_dataset, *named.values()]
+        self.sets = [each for each in data if each is not None and hasattr(each, "__len__")]
+        self._data: ConcatDataset[Any] = ConcatDataset(self.sets or [[]])
+        self._trainer, self._forward = trainer, forward
+        self.pairs = len(self._data)
+        self.batch_size: int = trainer.args.per_device_eval_batch_size
+        self.share = RANKS.rank, RANKS.count
+        wrapper = trainer.model if trainer.ref_model is None else trainer.ref_model
+        self.model = trainer.accelerator.unwrap_model(wrapper)
+
+    def batch(self, numbers: Sequence[int]) -> Pairs:
+        """The batch as the host collates it; its other parts are kept for :meth:`logps`."""
+        self._collated = self._trainer.data_collator([self._data[number] for number in numbers])
+        return _pairs_of(self._collated)
+
+    def logps(self, batch: Pairs) -> tuple[Tensor, Tensor]:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return self._forward(self._trainer._prepare_inputs(dict(self._collated)))
+        finally:
+            self.model.train(was_training)
+
+    def name(self, number: int) -> str:
+        trained = self._data.cumulative_sizes[0]
+        if number < trained:
+            return f"pair {number} of the training data, counted from 0"
+        return f"pair {number - trained} of the evaluation data, counted from 0"
+
+    def text(self, number: int) -> str:
+        tokenizer = self._trainer.processing_class
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        text: str = tokenizer.decode(self.batch([number]).chosen_ids[0])
+        return text
+
+    def free(self) -> int:
+        """Free the reference, and return the bytes of weights that it held on this rank."""
+        trainer, wrapper = self._trainer, self._trainer.ref_model
+        if wrapper is None:  # the policy without its adapters
+            return 0
+        trainer.ref_model = None
+        models = trainer.accelerator._models
+        trainer.accelerator._models = [
+            each for each in models if each is not wrapper and each is not self.model
+        ]
+        if hasattr(wrapper, "destroy"):  # DeepSpeed's engine
+            wrapper.destroy()
+        held = 0
+        for parameter in self.model.parameters():
+            # With ZeRO-3 a parameter is empty, and an attribute has this rank's share.
+            share = getattr(parameter, "ds_tensor", None)
+            for tensor in (parameter,) if share is None else (parameter, share):
+                held += tensor.nbytes
+                tensor.data = tensor.new_empty(0)
+        self.model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return held
+
+
+def _pairs_of(batch: _Batch) -> Pairs:
+    ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+    chosen, rejected = ids.chunk(2)
+    chosen_mask, rejected_mask = mask.chunk(2)
+    # Where the answers start: the tokens before the first label.
+    answers = (labels.chunk(2)[0] >= 0).long()
+    before = (answers.cumsum(1) == 0).long() * chosen_mask.to(answers)
+    return Pairs(chosen, chosen_mask, rejected, rejected_mask, before.sum(1).tolist())
+
+
+@contextmanager
+def _whole(weight: Tensor) -> Iterator[None]:
+    """Inside, a weight that DeepSpeed's ZeRO-3 has in parts is in one piece."""
+    if not hasattr(weight, "ds_id"):
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters([weight]):
+        yield
