@@ -22,7 +22,7 @@ import torch
 from harness import EXAMPLES, run_python
 
 import focalpo_plugins
-from focalpo_plugins import axolotl, cli, focalpo_loss, focalpo_weight
+from focalpo_plugins import axolotl, cli, focalpo_loss, focalpo_weight, llamafactory, swift
 from focalpo_plugins.diagnostics import margin_sums, means, of_ranks
 from focalpo_plugins.loss import VARIANTS, check_gamma
 from focalpo_plugins.openrlhf import flags
@@ -195,7 +195,8 @@ def test_the_startup_line():
 def test_keys_and_flags():
     """Every key and flag there is, and none that there isn't."""
     options = get_loss("focalpo").options
-    constants = {value for value in vars(axolotl).values() if isinstance(value, str)}
+    hosts = (axolotl, llamafactory, swift)
+    constants = {value for host in hosts for value in vars(host).values() if isinstance(value, str)}
     constants.discard("focalpo_rl")  # no user writes it
     keys = {f"focalpo_{option}" for option in options}
     keys |= {value for value in constants if re.fullmatch(r"focalpo_\w+", value)}
