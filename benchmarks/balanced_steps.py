@@ -11,7 +11,6 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,16 @@ import row_lengths
 import torch
 from hosts import EXAMPLES, SWITCHES, train_axolotl, train_openrlhf, train_trl
 from lengths import of_file, path
-from measure import CUDA, TINY, Result, check_tiny, compare, conversations, larger_model
+from measure import (
+    CUDA,
+    TINY,
+    Result,
+    check_tiny,
+    compare,
+    conversations,
+    installed,
+    larger_model,
+)
 from ways_in_turns import Way, in_turns
 
 from focalpo_plugins.balanced import Geometry
@@ -137,7 +145,7 @@ def measure(
     check_tiny()
     source, name = (pairs, pairs.name) if pairs else (TINY / "train.jsonl", "tiny data")
     rows = conversations(source)
-    there = [row for row in ROWS if find_spec(row.host)]
+    there = [row for row in ROWS if installed(row.host)]
     if CUDA:
         there = [row for row in there if row.geometry.ranks <= torch.cuda.device_count()]
     with tempfile.TemporaryDirectory() as folder:
@@ -161,5 +169,5 @@ def measure(
 
         loaded = AutoTokenizer.from_pretrained(tokenizer or TINY / "model")
         for host in row_lengths.READ:
-            if find_spec(host):
+            if installed(host):
                 yield from row_lengths.measure(host, source, loaded)

@@ -25,13 +25,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
 import torch
 from gpu_steps import OF_HOST, SHAPE, TINY_SHAPE, accumulated, whole_steps
-from measure import CUDA, peak_bytes, seconds, what_a_trainer_needs
+from measure import CUDA, installed, peak_bytes, seconds, what_a_trainer_needs
 from torch import Tensor
 
 from focalpo_plugins import VARIANTS, focalpo_loss
@@ -301,7 +300,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    there = [part for part, needs in PARTS.items() if all(map(find_spec, needs))]
+    there = [part for part, needs in PARTS.items() if all(map(installed, needs))]
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all"
     )
@@ -323,7 +322,7 @@ def main() -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     card = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     known = ("torch", "transformers", "trl", "axolotl", "openrlhf", "deepspeed")
-    print(", ".join([card, *(f"{name} {version(name)}" for name in known if find_spec(name))]))
+    print(", ".join([card, *(f"{name} {version(name)}" for name in known if installed(name))]))
     for line in lines(args.parts or there, args):
         print(line, flush=True)
     return 0

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -25,6 +26,12 @@ TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny"
 
 
 MOST_PAIRS = 48  # of a file, that a benchmark draws
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be imported; a folder of its name isn't it."""
+    spec = find_spec(module)
+    return spec is not None and spec.origin is not None
 
 
 def check_tiny() -> None:

@@ -27,11 +27,10 @@ import platform
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from measure import CUDA, Result, check_tiny, conversations
+from measure import CUDA, Result, check_tiny, conversations, installed
 
 # Name: module, the host that it needs, rounds.
 BENCHMARKS = {
@@ -132,9 +131,9 @@ def main() -> int:
         if name not in BENCHMARKS:
             parser.error(f"NAME must be one of {', '.join(BENCHMARKS)}, got {name!r}")
         host = BENCHMARKS[name][1]
-        if host is not None and find_spec(host) is None:
+        if host is not None and not installed(host):
             parser.error(f"{name} needs {host}, which is not installed")
-    there = [name for name, (_, host, _) in BENCHMARKS.items() if host is None or find_spec(host)]
+    there = [name for name, (_, host, _) in BENCHMARKS.items() if host is None or installed(host)]
     args.names = args.names or there
     check(parser, args)
     here = machine()
