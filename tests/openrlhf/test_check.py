@@ -302,7 +302,7 @@ def test_flags_that_need_cuda_are_checked_without_it(answers):
         ("unknown", "unrecognized arguments: --beta 0.1"),
         ("no such pair", "--pair must be from 0 to 10, got 99."),
         ("no data", "--data.dataset must be given: there is nothing to train on."),
-        ("nothing", "give an Axolotl YAML, or `--` and the flags of openrlhf.cli.train_dpo"),
+        ("nothing", "give a YAML of Axolotl, LLaMA-Factory or ms-swift; or `--`"),
     ],
 )
 def test_errors(answers, case: str, said: str):
