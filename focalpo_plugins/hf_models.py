@@ -1,7 +1,9 @@
-"""What two transformers models have in common."""
+"""Weights of transformers models: those that two have in common, and those that are in parts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -44,3 +46,21 @@ def _alike(one: Tensor, other: Tensor) -> bool:
         return False
     few = [weight.detach().flatten()[:_COMPARED].cpu() for weight in (one, other)]
     return few[0].equal(few[1])
+
+
+@contextmanager
+def gathered(*parameters: Tensor | None) -> Iterator[None]:
+    """Inside, the parameters are in one piece, even if DeepSpeed's ZeRO-3 has them in parts."""
+    # By identity: a tied or shared parameter comes twice, and DeepSpeed accepts each only once.
+    parts = {
+        id(p): p
+        for p in parameters
+        if getattr(getattr(p, "ds_status", None), "name", "AVAILABLE") != "AVAILABLE"
+    }
+    if not parts:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parts.values())):
+        yield

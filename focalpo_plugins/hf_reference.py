@@ -7,8 +7,7 @@ collator and forward pass.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,9 @@ from torch.utils.data import ConcatDataset
 from .errors import InvalidValue, conflict
 from .guards.folders import check_folder
 from .guards.ranks import together
+from .hf_models import gathered
 from .hf_trainer import RANKS
-from .reference import Pairs, ReferenceLogps, describe_model
+from .reference import Pairs, ReferenceLogps, describe_model, emptied
 from .reference import precompute as precompute_with
 
 if TYPE_CHECKING:
@@ -40,23 +40,24 @@ class PrecomputedReference:
     Args:
         trainer: the host's trainer, built with its data, and with a reference or adapters.
         forward: the host's own: the reference's summed log-probabilities of both sides ``(B,)``.
-        settings: what they depend on beside the reference and the pairs, as values for JSON.
-        folder: the folder of the file.
+        folder: the folder of the file; empty for the output folder.
+        shared: whether the forward pass shares prompts, which rounds differently.
 
     Raises:
         ValueError: the folder can't be written to, the run can't do it, or a log-probability is not
             finite; on all ranks.
     """
 
-    def __init__(
-        self, trainer: Trainer, forward: _Forward, settings: Mapping[str, Any], folder: Path
-    ) -> None:
-        source = _Source(trainer, forward)
-        together(RANKS, lambda: _check(trainer, source, folder))
-        of_model = describe_model(source.model, RANKS, _whole)
-        self._logps: ReferenceLogps = precompute_with(
-            source, RANKS, {**of_model, **settings}, folder, FOLDER_KEY
-        )
+    def __init__(self, trainer: Trainer, forward: _Forward, folder: str, shared: bool) -> None:
+        source, place = _Source(trainer, forward), Path(folder or str(trainer.args.output_dir))
+        together(RANKS, lambda: _check(trainer, source, place))
+        settings = {
+            **describe_model(source.model, RANKS, gathered),
+            "shared": shared,
+            "mixed_precision": trainer.accelerator.mixed_precision,
+            "device": trainer.accelerator.device.type,
+        }
+        self._logps: ReferenceLogps = precompute_with(source, RANKS, settings, place, FOLDER_KEY)
 
     def __call__(self, batch: _Batch) -> tuple[Tensor, Tensor]:
         """Both sides ``(B,)``; NaN for a pair that wasn't in the data of the trainer."""
@@ -136,13 +137,7 @@ class _Source:
         ]
         if hasattr(wrapper, "destroy"):  # DeepSpeed's engine
             wrapper.destroy()
-        held = 0
-        for parameter in self.model.parameters():
-            # With ZeRO-3 a parameter is empty, and an attribute has this rank's share.
-            share = getattr(parameter, "ds_tensor", None)
-            for tensor in (parameter,) if share is None else (parameter, share):
-                held += tensor.nbytes
-                tensor.data = tensor.new_empty(0)
+        held = emptied(self.model)
         self.model = None
         gc.collect()
         if torch.cuda.is_available():
@@ -158,15 +153,3 @@ def _pairs_of(batch: _Batch) -> Pairs:
     answers = (labels.chunk(2)[0] >= 0).long()
     before = (answers.cumsum(1) == 0).long() * chosen_mask.to(answers)
     return Pairs(chosen, chosen_mask, rejected, rejected_mask, before.sum(1).tolist())
-
-
-@contextmanager
-def _whole(weight: Tensor) -> Iterator[None]:
-    """Inside, a weight that DeepSpeed's ZeRO-3 has in parts is in one piece."""
-    if not hasattr(weight, "ds_id"):
-        yield
-        return
-    from deepspeed import zero
-
-    with zero.GatheredParameters([weight]):
-        yield

@@ -160,6 +160,21 @@ def _digest_of_weights(
     return digest.hexdigest()
 
 
+def emptied(model: Any) -> int:
+    """Free a model's weights in place, and return the bytes that they held on this rank.
+
+    DeepSpeed's hooks keep parameters alive after their engine is destroyed.
+    """
+    held = 0
+    for parameter in model.parameters():
+        # With ZeRO-3 a parameter is empty, and an attribute has this rank's share.
+        share = getattr(parameter, "ds_tensor", None)
+        for tensor in (parameter,) if share is None else (parameter, share):
+            held += tensor.nbytes
+            tensor.data = tensor.new_empty(0)
+    return held
+
+
 def precompute(
     source: PairsAndReference, ranks: Ranks, settings: Mapping[str, Any], folder: Path, key: str
 ) -> ReferenceLogps:

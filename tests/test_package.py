@@ -37,7 +37,8 @@ OF_HOST = {
     # For every host that is a transformers.Trainer.
     "hf_trainer": {"transformers", "accelerate"},
     "hf_batches": {"transformers", "accelerate"},
-    "hf_reference": {"transformers", "accelerate", "deepspeed"},
+    "hf_models": {"deepspeed"},
+    "hf_reference": {"transformers"},
     "cli": {"transformers", "peft"},  # to count a model's parameters, whoever trains it
 }
 CORE = {
@@ -66,7 +67,7 @@ ARROWS: dict[str, set[str]] = {
     "hf_trainer": {
         "errors", "guards", "registry", "run", "balanced", "hf_batches", "hf_sequences"
     },
-    "hf_reference": {"errors", "guards", "reference", "hf_trainer"},
+    "hf_reference": {"errors", "guards", "reference", "hf_models", "hf_trainer"},
     "trl": {
         "errors", "loss", "options", "registry", "run", "balanced", "hf_trainer", "hf_batches",
         "hf_models", "hf_sequences", "guards", "compute", "sharing"
@@ -76,7 +77,8 @@ ARROWS: dict[str, set[str]] = {
         "compute", "trl"
     },
     "llamafactory": {
-        "errors", "loss", "options", "registry", "run", "plan", "hf_models", "hf_sequences", "hf_reference",
+        "errors", "loss", "options", "registry", "run", "plan", "hf_models", "hf_sequences",
+        "hf_reference",
         "guards", "trl"
     },
     "swift": {

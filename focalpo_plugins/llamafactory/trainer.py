@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from llamafactory.train.dpo import trainer as host_module
@@ -18,7 +17,7 @@ from ..hf_models import same_weights
 from ..hf_reference import PrecomputedReference
 from ..hf_sequences import PairSequences
 from ..run import Host
-from ..trl.data import sequences_of, unpadded
+from ..trl.data import sequences_of
 from ..trl.exchange import calls_logsigmoid, loss_exchanged
 from ..trl.pairwise import PairwiseBase
 from ..trl.parts import check_balanced_parts, check_shared_parts, embeddings_of
@@ -92,13 +91,10 @@ class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, CustomDPOTraine
         self._check_data(kwargs["tokenizer"])
         self.set_loss(asked.loss)
         if asked.reference_folder is not None:
-            settings = {
-                "shared": SHARED in asked.on,
-                "mixed_precision": self.accelerator.mixed_precision,
-                "device": self.accelerator.device.type,
-            }
-            folder = Path(asked.reference_folder or str(self.args.output_dir))
-            self._precomputed = PrecomputedReference(self, self._of_reference, settings, folder)
+            shared = self._shared_key is not None
+            self._precomputed = PrecomputedReference(
+                self, self._of_reference, asked.reference_folder, shared
+            )
 
     def _check_method(self) -> None:
         """Refuse a release of the host that computes its loss elsewhere."""
@@ -152,14 +148,6 @@ class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, CustomDPOTraine
 
     def _sequences(self) -> PairSequences | None:
         return sequences_of(self.train_dataset, None, *SIDES)
-
-    def _pairs_of_step(self) -> list[tuple[list[int], list[int]]]:
-        whole = unpadded(self._batch["input_ids"], self._batch["attention_mask"])
-        count = len(whole) // 2
-        return list(zip(whole[:count], whole[count:], strict=True))
-
-    def _places(self) -> int:
-        return int(self._batch["input_ids"].numel())
 
     def get_batch_loss_metrics(self, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         self._batch = dict(batch)  # the host takes the labels out of its own

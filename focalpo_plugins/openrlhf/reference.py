@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from ..errors import InvalidValue
-from ..reference import Pairs, ReferenceLogps, describe_model
+from ..reference import Pairs, ReferenceLogps, describe_model, emptied
 from ..reference import precompute as precompute_with
 from .ranks import StrategyRanks, stop_all
 
@@ -104,14 +104,7 @@ class _Source:
         actor = self._trainer.ref_model
         engine, actor.model = actor.model, None
         engine.destroy()
-        held = 0
-        for parameter in engine.parameters():
-            # With ZeRO-3 a parameter is empty, and an attribute has this rank's share.  DeepSpeed's
-            # hooks keep parameters alive after their engine is destroyed, so we empty them.
-            share = getattr(parameter, "ds_tensor", None)
-            for tensor in (parameter,) if share is None else (parameter, share):
-                held += tensor.nbytes
-                tensor.data = tensor.new_empty(0)
+        held = emptied(engine)
         del engine
         gc.collect()
         get_accelerator().empty_cache()

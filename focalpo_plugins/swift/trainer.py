@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,7 +16,6 @@ from ..hf_batches import check_batches
 from ..hf_reference import PrecomputedReference
 from ..hf_trainer import RANKS, PairwiseTrainerMixin
 from ..run import Host
-from ..trl.data import unpadded
 from ..trl.exchange import loss_exchanged
 from ..trl.pairwise import PairwiseBase
 from ..trl.parts import embeddings_of
@@ -70,13 +68,10 @@ class SwiftPairwiseTrainer(PairwiseBase, SharedStepMixin, DPOTrainer):
         super().__init__(*args, **kwargs)
         self.set_loss(asked.loss)
         if asked.reference_folder is not None:
-            settings = {
-                "shared": asked.shared,
-                "mixed_precision": self.accelerator.mixed_precision,
-                "device": self.accelerator.device.type,
-            }
-            folder = Path(asked.reference_folder or str(self.args.output_dir))
-            self._precomputed = PrecomputedReference(self, self._of_reference, settings, folder)
+            shared = self._shared_key is not None
+            self._precomputed = PrecomputedReference(
+                self, self._of_reference, asked.reference_folder, shared
+            )
 
     def _in_loss(self) -> dict[str, Any]:
         args: Any = self.args
@@ -102,14 +97,6 @@ class SwiftPairwiseTrainer(PairwiseBase, SharedStepMixin, DPOTrainer):
     def _sequences(self) -> Any:
         found = EncodedPairs(self.train_dataset, self.template)
         return None if found.is_stream else found
-
-    def _pairs_of_step(self) -> list[tuple[list[int], list[int]]]:
-        whole = unpadded(self._batch["input_ids"], self._batch["attention_mask"])
-        pairs = len(whole) // 2
-        return list(zip(whole[:pairs], whole[pairs:], strict=True))
-
-    def _places(self) -> int:
-        return int(self._batch["input_ids"].numel())
 
     def get_batch_loss_metrics(self, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         self._batch = batch

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from ..balanced import Cost
 from ..compute.fused_loss import IGNORED, FusedLoss, fused_logps, fused_pairwise_loss
 from ..compute.output_layer import Head, check_config, check_logits
 from ..guards.ranks import together
+from ..hf_models import gathered
 from ..hf_trainer import RANKS
 from .parts import check_fused_parts, head_of
 from .shared_step import SharedStepMixin
@@ -196,21 +197,3 @@ class FusedStepMixin(SharedStepMixin, _Host):
             "compute_metrics": self.compute_metrics,
         }
         check_fused_parts(built, self.args, str(self._fused_key))
-
-
-@contextmanager
-def gathered(*parameters: Tensor | None) -> Iterator[None]:
-    """Inside, the parameters are in one piece, even if DeepSpeed's ZeRO-3 has them in parts."""
-    # By identity: a tied or shared parameter comes twice, and DeepSpeed accepts each only once.
-    parts = {
-        id(p): p
-        for p in parameters
-        if getattr(getattr(p, "ds_status", None), "name", "AVAILABLE") != "AVAILABLE"
-    }
-    if not parts:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(parts.values())):
-        yield

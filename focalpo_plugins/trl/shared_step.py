@@ -11,6 +11,7 @@ from ..balanced import Cost
 from ..guards.ranks import together
 from ..hf_trainer import RANKS
 from ..sharing import SharedPrompts
+from .data import unpadded
 from .parts import check_balanced_parts, check_shared_parts
 
 if TYPE_CHECKING:
@@ -27,11 +28,6 @@ class SharedStepMixin(_Host):
     _shared_key: str | None = None  # the key that asked for shared prompts, for messages
     _balanced_key: str | None = None  # the same of balanced batches
     _batch: Mapping[str, Any]  # the last one that was trained or evaluated
-
-    if TYPE_CHECKING:
-
-        def _places(self) -> int:
-            """The tokens of the last batch, padding included."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._sharing: SharedPrompts | None = None
@@ -79,6 +75,16 @@ class SharedStepMixin(_Host):
         self._attach(self._sharing)  # a reference that was set aside may be back
         with self._sharing.of(pairs):
             yield
+
+    # Most hosts collate all chosen sequences, and after them all rejected ones.
+    def _pairs_of_step(self) -> list[tuple[list[int], list[int]]]:
+        whole = unpadded(self._batch["input_ids"], self._batch["attention_mask"])
+        pairs = len(whole) // 2
+        return list(zip(whole[:pairs], whole[pairs:], strict=True))
+
+    def _places(self) -> int:
+        """The tokens of the last batch, padding included."""
+        return int(self._batch["input_ids"].numel())
 
     def _cost(self) -> Cost:
         return "padded" if self._sharing is None else "unpadded_backbone"

@@ -23,7 +23,7 @@ from ..hf_sequences import PairSequences
 from .arguments import by_name, check_arguments
 from .config import FocalPOConfig
 from .conversations import rendered
-from .data import check_data, sampled_columns, sequences_of, unpadded
+from .data import check_data, sampled_columns, sequences_of
 from .exchange import check_host, loss_exchanged, smoothing_of
 from .fused_step import FusedStepMixin
 from .pairwise import PairwiseBase
@@ -91,14 +91,6 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         args: Any = self.args
         keep_end = getattr(args, "truncation_mode", None) == "keep_end"
         return sequences_of(self.train_dataset, *_IDS, limit=args.max_length, keep_end=keep_end)
-
-    def _pairs_of_step(self) -> list[tuple[list[int], list[int]]]:
-        whole = unpadded(self._batch["input_ids"], self._batch["attention_mask"])
-        pairs = len(whole) // 2
-        return list(zip(whole[:pairs], whole[pairs:], strict=True))
-
-    def _places(self) -> int:
-        return int(self._batch["input_ids"].numel())
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
