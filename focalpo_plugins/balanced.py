@@ -12,7 +12,7 @@ into micro-batches.  Nothing here depends on a host, and only :class:`BalancedSa
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Sampler
 
-from .errors import conflict
+from .errors import InvalidValue, conflict
 from .registry import BoundLoss
 
 #: What a micro-batch costs: ``padded`` is its sequences times the longest of them, ``unpadded`` the
@@ -148,6 +148,38 @@ def _as_drawn(batches: Sequence[list[int]], ranks: int, first_stays: bool) -> li
     return [place for step in steps for batch in step for place in batch]
 
 
+def unknown_batches(key: str, what: str, got: object) -> InvalidValue:
+    """The error of batches of which it isn't known which pairs they hold.
+
+    Args:
+        key: the key that asked for balanced batches.
+        what: the part of the host's data loader that isn't known.
+        got: that part.
+    """
+    why = "it is not known which pairs it puts into a batch"
+    return conflict(key, what, type(got).__name__, why, f"Remove {key}")
+
+
+def steps_of_epoch(
+    order: Iterable[int], geometry: Geometry, completed: bool
+) -> Iterator[list[int]]:
+    """The pairs of each optimizer step of an epoch, before they are dealt.
+
+    The host's order is drawn from a step at a time, as it is without this package.
+
+    Args:
+        completed: whether the last micro-step is completed with the epoch's first pairs.
+    """
+    pairs, size = iter(order), geometry.micro_step
+    first: list[int] = []
+    while step := list(islice(pairs, geometry.step)):
+        first = first or step[:size]
+        rest = len(step) % size
+        if rest and completed:
+            step += (first * -(-size // len(first)))[: size - rest]
+        yield step
+
+
 class BalancedSampler(Sampler[int]):
     """A host's order of rows, with the pairs of each optimizer step dealt.
 
@@ -180,16 +212,8 @@ class BalancedSampler(Sampler[int]):
         return -(-count // size) * size if self._completed else count
 
     def __iter__(self) -> Iterator[int]:
-        # The host draws a step's pairs at a time, as it does without us.
-        order, size = iter(self.order), self.geometry.micro_step
-        first: list[int] = []
-        while window := list(islice(order, self.geometry.step)):
-            first = first or window[:size]
-            rest = len(window) % size
-            if rest and self._completed:
-                repeats = -(-size // len(first))
-                window += (first * repeats)[: size - rest]
-            yield from deal(window, self.tokens, self.geometry, self.cost)
+        for step in steps_of_epoch(self.order, self.geometry, self._completed):
+            yield from deal(step, self.tokens, self.geometry, self.cost)
 
     def __getattr__(self, name: str) -> Any:
         """What the host asks of its own sampler, such as ``set_epoch``."""

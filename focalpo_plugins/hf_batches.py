@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
 from torch.utils.data import BatchSampler
 from transformers import TrainingArguments
 
-from .balanced import BalancedSampler, Cost, Geometry
+from .balanced import BalancedSampler, Cost, Geometry, unknown_batches
 from .errors import InvalidValue, conflict
-from .plan import Window
 
 
 def check_batches(args: TrainingArguments) -> None:
@@ -51,8 +49,7 @@ def balance(loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, k
     if shard is not None:
         batches = shard.batch_sampler
     if type(batches) is not BatchSampler:
-        why = "it is not known which pairs it puts into a batch"
-        raise conflict(key, "a batch sampler", type(batches).__name__, why, f"Remove {key}")
+        raise unknown_batches(key, "a batch sampler", batches)
     ranks, each, drop_last = 1, batches.batch_size, batches.drop_last
     if shard is not None:
         ranks = shard.num_processes
@@ -64,30 +61,3 @@ def balance(loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, k
         cost,
         completed=shard is not None and shard.even_batches and not drop_last,
     )
-
-
-def windows(order: Any, geometry: Geometry, drop_last: bool, steps: int) -> Iterator[Window]:
-    """The pairs of a run of so many steps, as accelerate divides them among the ranks.
-
-    Args:
-        order: the sampler that draws the pairs of an epoch.
-    """
-    size, done = geometry.micro_step, 0
-    for epoch in count():
-        if hasattr(order, "set_epoch"):
-            order.set_epoch(epoch)
-        pairs = list(order)
-        rest = len(pairs) % size
-        if rest and drop_last:
-            del pairs[-rest:]
-        elif rest and geometry.ranks > 1:
-            # accelerate completes an epoch's last batches with the epoch's first pairs.
-            first = pairs[:size]
-            pairs += (first * -(-size // len(first)))[: size - rest]
-        if not pairs:
-            return
-        for start in range(0, len(pairs), geometry.step):
-            if done == steps:
-                return
-            done += 1
-            yield Window(epoch + 1, done, pairs[start : start + geometry.step])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .balanced import Geometry
+from .balanced import Geometry, steps_of_epoch
 from .registry import BoundLoss
 
 
@@ -195,25 +195,43 @@ def epoch_steps(
     return max(1, -(-of_rank // accumulation))
 
 
-#: What a plan notes whose windows are those of :func:`windows_in_any_order`.
-OTHER_ORDER = (
-    "the critical path and the largest micro-batch are those of a random order, but not the run's"
-)
+def windows(
+    order: Iterable[int], geometry: Geometry, drop_last: bool, steps: int
+) -> Iterator[Window]:
+    """The pairs of a run of so many steps, as accelerate divides them among the ranks.
 
-
-def windows_in_any_order(pairs: int, geometry: Geometry, steps: int) -> Iterator[Window]:
-    """The pairs of a run of so many steps, in an order that is drawn here.
-
-    Pairs that fill no round of micro-batches at the end of an epoch are left out.
+    Args:
+        order: draws the pairs of an epoch each time.
+        drop_last: whether pairs that don't fill a round of micro-batches are left out.
     """
-    draw, done = random.Random(0), 0
-    whole = pairs // geometry.micro_step * geometry.micro_step
-    for epoch in count(1):
-        order = draw.sample(range(pairs), pairs)[:whole]
-        for start in range(0, whole, geometry.step):
+    size, done = geometry.micro_step, 0
+    for epoch in count():
+        if hasattr(order, "set_epoch"):
+            order.set_epoch(epoch)
+        before = done
+        completed = geometry.ranks > 1 and not drop_last
+        for pairs in steps_of_epoch(order, geometry, completed):
+            kept = pairs[: len(pairs) // size * size] if drop_last else pairs
             if done == steps:
                 return
-            done += 1
-            yield Window(epoch, done, order[start : start + geometry.step])
-        if not whole:
+            if kept:
+                done += 1
+                yield Window(epoch + 1, done, kept)
+        if done == before:
             return
+
+
+class AnyOrder:
+    """A random order of so many pairs, another one each time, for hosts whose own isn't read."""
+
+    #: What a plan notes that has it.
+    NOTE = (
+        "the critical path and the largest micro-batch are those of a random order, but not the "
+        "run's"
+    )
+
+    def __init__(self, pairs: int) -> None:
+        self._pairs, self._draw = range(pairs), random.Random(0)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._draw.sample(self._pairs, len(self._pairs)))

@@ -62,7 +62,7 @@ ARROWS: dict[str, set[str]] = {
     "plan": {"balanced", "registry"},
     "run": {"errors", "guards", "diagnostics", "registry"},
     "hf_sequences": {"balanced"},
-    "hf_batches": {"errors", "balanced", "plan"},
+    "hf_batches": {"errors", "balanced"},
     "hf_models": set(),
     "hf_trainer": {
         "errors", "guards", "registry", "run", "balanced", "hf_batches", "hf_sequences"
@@ -73,8 +73,7 @@ ARROWS: dict[str, set[str]] = {
         "hf_models", "hf_sequences", "guards", "compute", "sharing"
     },
     "axolotl": {
-        "errors", "loss", "options", "registry", "balanced", "plan", "hf_batches", "guards",
-        "compute", "trl"
+        "errors", "loss", "options", "registry", "balanced", "plan", "guards", "compute", "trl"
     },
     "llamafactory": {
         "errors", "loss", "options", "registry", "run", "plan", "hf_models", "hf_sequences",

@@ -23,8 +23,7 @@ from ..errors import InvalidValue
 from ..guards import hub
 from ..guards.messages import explained
 from ..guards.sources import described
-from ..hf_batches import windows
-from ..plan import ModelState, Pair, Plan, Tokens, epoch_steps
+from ..plan import ModelState, Pair, Plan, Tokens, epoch_steps, windows
 from ..registry import losses
 from . import FUSED, PLUGIN, RL_AS_WRITTEN, SHARED
 from .conversations import text_faults

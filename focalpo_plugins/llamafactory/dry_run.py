@@ -19,13 +19,13 @@ from ..errors import InvalidValue
 from ..guards import hub, sources
 from ..guards.messages import explained
 from ..plan import (
-    OTHER_ORDER,
+    AnyOrder,
     ModelState,
     Pair,
     Plan,
     Tokens,
     epoch_steps,
-    windows_in_any_order,
+    windows,
 )
 from . import BALANCED, SHARED
 from .data import SIDES, answers, cut_prompts, explain, listed
@@ -162,7 +162,7 @@ def _with_data(bare: Plan, run: _Run) -> Plan:
     return replace(
         bare,
         warnings=[*bare.warnings, *map(str, found)],
-        notes=[*bare.notes, OTHER_ORDER],
+        notes=[*bare.notes, AnyOrder.NOTE],
         tokenizer=tokenizer,
         rows=_rows(run, len(dataset)),
         kept=len(dataset),
@@ -170,7 +170,7 @@ def _with_data(bare: Plan, run: _Run) -> Plan:
         formats=sources.described(listed(run.data)),
         epoch_steps=of_epoch,
         steps=steps,
-        windows=windows_in_any_order(len(dataset), bare.geometry, steps),
+        windows=windows(AnyOrder(len(dataset)), bare.geometry, True, steps),
     )
 
 

@@ -12,7 +12,7 @@ from openrlhf.utils.distributed_sampler import DistributedSampler
 from torch import Tensor
 from tqdm import tqdm
 
-from ..balanced import Cost, Geometry, deal
+from ..balanced import Cost, Geometry, deal, unknown_batches
 from ..errors import conflict
 from ..guards.messages import say
 from ..guards.ranks import Ranks, together
@@ -120,12 +120,11 @@ def check_loader(loader: Any, key: str) -> None:
         ValueError: it has not OpenRLHF's sampler, or other batches than that sampler's.
     """
     sampler, batches = (getattr(loader, name, None) for name in ("sampler", "batch_sampler"))
-    why = "it is not known which pairs it puts into a batch"
     if type(sampler) is not DistributedSampler:
-        raise conflict(key, "a sampler", type(sampler).__name__, why, f"Remove {key}")
+        raise unknown_batches(key, "a sampler", sampler)
     # torch leaves the batch size out if the loader was given its batches.
     if loader.batch_size is None or getattr(batches, "sampler", None) is not sampler:
-        raise conflict(key, "a batch sampler", type(batches).__name__, why, f"Remove {key}")
+        raise unknown_batches(key, "a batch sampler", batches)
 
 
 def balance(

@@ -9,8 +9,7 @@ from typing import Any
 from accelerate.data_loader import SkipBatchSampler
 from swift.dataloader import BatchSamplerShard
 
-from ..balanced import BalancedSampler, Cost, Geometry
-from ..errors import conflict
+from ..balanced import BalancedSampler, Cost, Geometry, unknown_batches
 
 
 class _AllRanks(BatchSamplerShard):
@@ -65,9 +64,7 @@ def balance(loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, k
     if type(shard) is SkipBatchSampler:
         shard = shard.batch_sampler
     if type(shard) is not BatchSamplerShard:
-        why = "it is not known which pairs it puts into a batch"
-        got = type(shard if shard is not None else loader).__name__
-        raise conflict(key, "a batch sampler", got, why, f"Remove {key}")
+        raise unknown_batches(key, "a batch sampler", loader if shard is None else shard)
     # A data loader doesn't let its sampler be replaced.
     shard.__class__ = BalancedShard
     shard._tokens, shard._accumulation, shard._cost = tokens, accumulation, cost

@@ -20,7 +20,7 @@ import torch
 from ..errors import InvalidValue
 from ..guards.messages import explained
 from ..guards.sources import described
-from ..plan import OTHER_ORDER, ModelState, Pair, Plan, Tokens, windows_in_any_order
+from ..plan import AnyOrder, ModelState, Pair, Plan, Tokens, windows
 from ..trl.parts import config_of
 from .arguments import check_words
 from .conversations import text_faults
@@ -217,7 +217,7 @@ def _with_data(bare: Plan, args: Any) -> Plan:
     steps = args.max_steps if args.max_steps > 0 else of_run
     return replace(
         bare,
-        notes=[*bare.notes, OTHER_ORDER],
+        notes=[*bare.notes, AnyOrder.NOTE],
         warnings=[*bare.warnings, *map(str, faults)],
         tokenizer=run.template.tokenizer,
         rows=len(written[0]),
@@ -226,7 +226,7 @@ def _with_data(bare: Plan, args: Any) -> Plan:
         formats=described(listed(args)),
         epoch_steps=epoch_steps,
         steps=steps,
-        windows=windows_in_any_order(len(train), bare.geometry, steps),
+        windows=windows(AnyOrder(len(train)), bare.geometry, True, steps),
     )
 
 

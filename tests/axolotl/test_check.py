@@ -24,8 +24,7 @@ from tokenizers.processors import TemplateProcessing
 from focalpo_plugins.balanced import Geometry
 from focalpo_plugins.cli.check.counts import count
 from focalpo_plugins.cli.check.warnings import warnings
-from focalpo_plugins.hf_batches import windows
-from focalpo_plugins.plan import Pair, Tokens, epoch_steps
+from focalpo_plugins.plan import Pair, Tokens, epoch_steps, windows
 from focalpo_plugins.registry import get_loss
 
 shares_answers = pytest.mark.xdist_group("answers")  # one worker makes the runs, once
