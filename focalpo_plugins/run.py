@@ -199,9 +199,10 @@ class Run:
         now, loss, margins = self.now(), self.loss, margins.detach()
         margins = margins[:counted]
         own = margin_sums(margins, loss)
-        of_rank = own.new_zeros(self.ranks.count + 1)  # a place for each rank's tokens
-        of_rank[self.ranks.rank], of_rank[-1] = tokens
-        reduced = self.ranks.reduce(torch.cat([own, of_rank]), "sum")
+        by_rank = [0] * self.ranks.count  # a place for each rank's tokens
+        by_rank[self.ranks.rank] = tokens[0]
+        places = own.new_tensor([*by_rank, tokens[1]])
+        reduced = self.ranks.reduce(torch.cat([own, places]), "sum")
         sums, computed = reduced[: len(own)], reduced[len(own) :]
         if not sums[MARGINS].isfinite().all():
             self._stop(now, why, _not_finite(margins, self.ranks.rank, rows))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..guards.messages import named
-from ..registry import BoundLoss, PairwiseLoss, get_loss
+from ..registry import BoundLoss, PairwiseLoss, bind_keys, get_loss
 from . import FUSED, MARGIN, RL_AS_WRITTEN
 
 
@@ -21,15 +20,7 @@ def bind(cfg: Any, loss: PairwiseLoss) -> BoundLoss:
     Raises:
         ValueError: an option's value is out of range.
     """
-    given = {}
-    for option, default in loss.options.items():
-        value = cfg.get(f"{loss.name}_{option}")
-        if value is not None:
-            # A default of None doesn't tell the option's type.
-            number = default is None or isinstance(default, float)
-            given[option] = as_number(value) if number else value
-    with named(f"{loss.name}_", loss.options, ": true"):
-        return loss.bind(**given)
+    return bind_keys(loss, cfg.get, ": true")
 
 
 def margin(cfg: Any) -> str:
@@ -40,11 +31,3 @@ def margin(cfg: Any) -> str:
 def fused_key(cfg: Any) -> str | None:
     """The key that asks for the fused path; None if no key does."""
     return next((key for key in (FUSED, "dpo_use_liger_kernel") if cfg.get(key)), None)
-
-
-def as_number(value: Any) -> Any:
-    """``value`` as a float if it can be read as one: YAML reads ``5e-2`` as a string."""
-    try:
-        return value if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        return value

@@ -20,7 +20,7 @@ from ..errors import InvalidValue, conflict
 from ..guards.jsonl import check_file
 from ..guards.messages import did_you_mean, named
 from ..loss import check_beta, check_label_smoothing
-from ..registry import PairwiseLoss, get_loss, losses
+from ..registry import PairwiseLoss, as_number, get_loss, losses
 from . import (
     BALANCED,
     COMMON_KEYS,
@@ -32,7 +32,7 @@ from . import (
     SWITCHES,
     TRAINERS,
 )
-from .keys import as_number, bind, fused_key, margin
+from .keys import bind, fused_key, margin
 
 _OF_HOST = tuple(rl.value for rl in RLType)
 

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..guards.messages import named
 from ..options import OF_ANY_LOSS
-from ..registry import BoundLoss, PairwiseLoss, losses
+from ..registry import BoundLoss, PairwiseLoss, bind_keys, losses
 from . import ALLOW_CHANGED, ALLOW_DATA, BALANCED, PRECOMPUTE, PRECOMPUTE_DIR, SHARED, SWITCHES
 
 
@@ -120,25 +119,10 @@ def bind(args: Any, loss: PairwiseLoss) -> BoundLoss:
     Raises:
         ValueError: an option's value is out of range.
     """
-    given = {}
-    for option, default in loss.options.items():
-        value = getattr(args, f"{loss.name}_{option}", None)
-        if value is not None:
-            number = default is None or isinstance(default, float)
-            given[option] = _as_number(value) if number else value
-    with named(f"{loss.name}_", loss.options, " true"):
-        return loss.bind(**given)
+    return bind_keys(loss, lambda key: getattr(args, key, None), " true")
 
 
 def given_keys(args: Any) -> Mapping[str, Any]:
     """Our keys that have a value, with their values."""
     values = {key: getattr(args, key, None) for key in keys()}
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _as_number(value: Any) -> Any:
-    """``value`` as a float if it can be read as one."""
-    try:
-        return value if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        return value

@@ -7,22 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract import Contract, Result
+from contract import Contract, Result, TrainerHost
 from harness import ON_CPU, SUPPORT, Axolotl, zero3_on_cpu
 
 KEYS = {"beta": "rl_beta", "loss": "rl", "steps": "max_steps", "save": "save_steps",
         "evaluate": "eval_steps", "rate": "learning_rate", "model": "base_model"}  # fmt: skip
 
 
-class AxolotlHost:
-    near, spread = 1e-4, 1e-3
+class AxolotlHost(TrainerHost):
+    keys, spread = KEYS, 1e-3
     apart: dict[str, Any] = {"rate": 1e-3}  # it has no other reference
-    names = {
-        "loss": "loss",
-        "grad_norm": "grad_norm",
-        "accuracy": "rewards/accuracies",
-        "margin": "rewards/margins",
-    }
     refused = {
         "equal answers": (
             "the training data can't be learnt from, got 16 of 16 pairs have a chosen answer equal to the rejected one",
@@ -54,9 +48,6 @@ class AxolotlHost:
 
     def __init__(self, tiny: Path, few: Path, new: Callable[[str], Path]) -> None:
         self.tiny, self.few, self.new = tiny, few, new
-
-    def key(self, option: str) -> str:
-        return KEYS.get(option, f"focalpo_{option}")
 
     def run(
         self,
@@ -92,12 +83,6 @@ class AxolotlHost:
         if not log and "'loss':" in run.output:
             log = [{"step": 1, "loss": float("nan"), "focalpo/p": float("nan")}]
         return Result.of_history(run.code, run.output, run.folder, log)
-
-    def checkpoint(self, run: Result, step: int) -> Path:
-        return run.folder / f"checkpoint-{step}"
-
-    def log(self, run: Result) -> Path:
-        return run.folder
 
 
 @pytest.mark.xdist_group("contract of Axolotl")

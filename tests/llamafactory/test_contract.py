@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from contract import Contract, Result
+from contract import Contract, Result, TrainerHost
 from harness import SUPPORT, environment
 from llamafactory_run import LlamaFactory
 
@@ -18,15 +17,9 @@ KEYS = {"beta": "pref_beta", "loss": "pref_loss", "steps": "max_steps", "save": 
         "reference": "ref_model"}  # fmt: skip
 
 
-class LlamaFactoryHost:
-    near, spread = 1e-4, 0.1
+class LlamaFactoryHost(TrainerHost):
+    keys, spread = KEYS, 0.1
     apart: dict[str, Any] = {"rate": 1e-12, "beta": 1.0, "reference": "another"}
-    names = {
-        "loss": "loss",
-        "grad_norm": "grad_norm",
-        "accuracy": "rewards/accuracies",
-        "margin": "rewards/margins",
-    }
     refused = {
         "equal answers": (
             "the training data can't be learnt from, got 16 of 16 pairs have a chosen answer equal to the rejected one",
@@ -49,12 +42,6 @@ class LlamaFactoryHost:
         "no column rejected": ("it has no 'rejected'",),
     }
     unknown = "unknown key focalpo_gama, got 0.1; did you mean 'focalpo_gamma'?"
-
-    def __init__(self, tiny: Path, few: Path, another: Path, new: Callable[[str], Path]) -> None:
-        self.tiny, self.few, self.another, self.new = tiny, few, another, new
-
-    def key(self, option: str) -> str:
-        return KEYS.get(option, f"focalpo_{option}")
 
     def run(
         self,
@@ -105,12 +92,6 @@ class LlamaFactoryHost:
         if not history and "'loss':" in output:
             history = [{"step": 1, "loss": float("nan"), "focalpo/p": float("nan")}]
         return Result.of_history(code, output, folder, history)
-
-    def checkpoint(self, run: Result, step: int) -> Path:
-        return run.folder / f"checkpoint-{step}"
-
-    def log(self, run: Result) -> Path:
-        return run.folder
 
 
 @pytest.mark.xdist_group("contract of LLaMA-Factory")

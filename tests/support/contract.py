@@ -96,6 +96,32 @@ class Host(Protocol):
         """What `focalpo report` is given."""
 
 
+class TrainerHost:
+    """What the hosts that are a ``transformers.Trainer`` share: names in the log, keys, folders."""
+
+    near = 1e-4
+    names = {
+        "loss": "loss",
+        "grad_norm": "grad_norm",
+        "accuracy": "rewards/accuracies",
+        "margin": "rewards/margins",
+    }
+    keys: dict[str, str]  # the host's own, by the names of the contract's options
+    out = ""  # the run's output folder, in the folder of its result
+
+    def __init__(self, tiny: Path, few: Path, another: Path, new: Callable[[str], Path]) -> None:
+        self.tiny, self.few, self.another, self.new = tiny, few, another, new
+
+    def key(self, option: str) -> str:
+        return self.keys.get(option, f"focalpo_{option}")
+
+    def checkpoint(self, run: Result, step: int) -> Path:
+        return self.log(run) / f"checkpoint-{step}"
+
+    def log(self, run: Result) -> Path:
+        return run.folder / self.out
+
+
 # Data that nothing can be learnt from.
 Row = dict[str, Any]
 

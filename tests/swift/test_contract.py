@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from contract import Contract, Result
+from contract import Contract, Result, TrainerHost
 from swift_command import train
 
 KEYS = {"beta": "beta", "loss": "loss_type", "steps": "max_steps", "save": "save_steps",
         "evaluate": "eval_steps", "rate": "learning_rate", "model": "model"}  # fmt: skip
 
 
-class SwiftHost:
-    near, spread = 1e-4, 0.05
+class SwiftHost(TrainerHost):
+    keys, spread = KEYS, 0.05
+    out = "out"
     apart: dict[str, Any] = {"rate": 1e-12, "beta": 1.0, "reference": "another"}
-    names = {
-        "loss": "loss",
-        "grad_norm": "grad_norm",
-        "accuracy": "rewards/accuracies",
-        "margin": "rewards/margins",
-    }
     refused = {
         "equal answers": (
             "the training data can't be learnt from, got 16 of 16 pairs have a chosen answer equal to the rejected one",
@@ -44,12 +38,6 @@ class SwiftHost:
         "no column rejected": ("rejected",),
     }
     unknown = "unknown key focalpo_gama, got '--focalpo_gama'; did you mean 'focalpo_gamma'?"
-
-    def __init__(self, tiny: Path, few: Path, another: Path, new: Callable[[str], Path]) -> None:
-        self.tiny, self.few, self.another, self.new = tiny, few, another, new
-
-    def key(self, option: str) -> str:
-        return KEYS.get(option, f"focalpo_{option}")
 
     def run(
         self,
@@ -80,12 +68,6 @@ class SwiftHost:
         given |= {self.key(name): value for name, value in options.items()}
         code, output = train(folder, given, ranks, fault)
         return Result.of_history(code, output, folder, _history(folder / "out", output))
-
-    def checkpoint(self, run: Result, step: int) -> Path:
-        return run.folder / "out" / f"checkpoint-{step}"
-
-    def log(self, run: Result) -> Path:
-        return run.folder / "out"
 
 
 def _history(folder: Path, output: str) -> list[dict[str, Any]]:

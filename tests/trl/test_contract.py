@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import forked
 import pytest
-from contract import Contract, Result
+from contract import Contract, Result, TrainerHost
 from harness import SUPPORT, environment
 
 SCRIPT = SUPPORT / "train_trl.py"
@@ -19,15 +18,10 @@ KEYS = {"beta": "beta", "steps": "max_steps", "rate": "learning_rate", "save": "
         "evaluate": "eval_steps"}  # fmt: skip
 
 
-class TRL:
-    near, spread = 1e-4, 0.1
+class TRL(TrainerHost):
+    keys, spread = KEYS, 0.1
+    out = "out"
     apart: dict[str, Any] = {"rate": 1e-12, "beta": 1.0, "reference": "another"}
-    names = {
-        "loss": "loss",
-        "grad_norm": "grad_norm",
-        "accuracy": "rewards/accuracies",
-        "margin": "rewards/margins",
-    }
     refused = {
         "equal answers": (
             "the training data can't be learnt from, got 16 of 16 pairs have a chosen answer equal to the rejected one",
@@ -43,12 +37,6 @@ class TRL:
         "no column rejected": ("rejected",),
     }
     unknown = "unexpected keyword argument 'focalpo_gama'"
-
-    def __init__(self, tiny: Path, few: Path, another: Path, new: Callable[[str], Path]) -> None:
-        self.tiny, self.few, self.another, self.new = tiny, few, another, new
-
-    def key(self, option: str) -> str:
-        return KEYS.get(option, f"focalpo_{option}")
 
     def run(
         self,
@@ -87,12 +75,6 @@ class TRL:
         log = folder / "log.json"
         history = json.loads(log.read_text()) if log.exists() else []
         return Result.of_history(ended[0], ended[1] + ended[2], folder, history)
-
-    def checkpoint(self, run: Result, step: int) -> Path:
-        return run.folder / "out" / f"checkpoint-{step}"
-
-    def log(self, run: Result) -> Path:
-        return run.folder / "out"
 
 
 @pytest.mark.xdist_group("contract of TRL")
