@@ -223,7 +223,7 @@ def llamafactory(session: nox.Session) -> None:
     """The adapter of LLaMA-Factory, with the real LLaMA-Factory."""
     install_llamafactory(session)
     with meanwhile(session):
-        # Its TRL has not all that the modules of ours for TRL need.
+        # Its TRL lacks names that our modules for TRL import.
         check_types(session, "llamafactory", more=("--follow-imports", "silent"))
     test(session, OF_LLAMA_FACTORY, *THREE_AT_A_TIME)
 

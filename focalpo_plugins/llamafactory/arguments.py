@@ -59,7 +59,7 @@ def parsed(parser: Any, parse: Callable[[Any], Any], args: Any, trains: bool) ->
     """
     from . import refusals
 
-    last_line.install(lambda error: None)  # errors of ours are a launched run's last line from here
+    last_line.install(lambda error: None)  # from here a refusal is a launched run's last line
     host = parser.FinetuningArguments
     classes = [each for name in _LISTS for each in getattr(parser, name, ())]
     known = {each.name for of in classes for each in fields(of)}

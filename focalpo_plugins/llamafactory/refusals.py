@@ -18,7 +18,7 @@ _LIKE_OURS = 0.75  # similarity of a name from which it is taken for a misspelt 
 
 
 def check_keys(args: Any, known: Collection[str], of_host: Sequence[str]) -> None:
-    """Refuse a key of ours that is misspelt or abbreviated, and a loss's name that is misspelt.
+    """Refuse one of our keys if it is misspelt or abbreviated, and a misspelt name of a loss.
 
     LLaMA-Factory's parser completes abbreviations, and drops unknown keys if ``ALLOW_EXTRA_ARGS``
     is set.
@@ -65,10 +65,10 @@ def _value(words: Sequence[str], key: str) -> str | None:
 
 
 def check_name(args: Any, of_host: Sequence[str]) -> str | None:
-    """The loss of ours that is asked for; None if none is.
+    """The name of our loss that is asked for; None if none is.
 
     Raises:
-        ValueError: keys of ours are given without their loss, or our loss in another stage.
+        ValueError: our keys are given without their loss, or our loss in another stage.
     """
     name = asked_loss(args, of_host)
     of_loss = {key: loss.name for loss in losses().values() for key in keys_of(loss)}

@@ -58,7 +58,7 @@ def _may_ask(words: Sequence[str]) -> bool:
 
 
 def _explained(read: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that reads data, with a check of what it returns if a loss of ours is trained."""
+    """A method that reads data; if our loss is trained, what it returns is checked."""
 
     @functools.wraps(read)
     def explained(self: Any, *args: Any, **kwargs: Any) -> Any:
