@@ -23,7 +23,8 @@ FLAGS = {
 
 
 class OpenRLHF:
-    near, spread = 0.1, 0.1  # bf16 rounds otherwise what is laid out otherwise
+    # bf16 rounds otherwise what is laid out otherwise.
+    near, spread, two_ranks_gradient = 0.1, 0.1, 1.0
     # Two runs that learn in bf16 drift apart by whatever rounds.
     apart: dict[str, Any] = {"rate": 1e-12, "beta": 1.0, "reference": "another"}
     names = {
