@@ -220,19 +220,48 @@ def test_curves_of_a_gamma_that_moves(reports, tmp_path: Path):
     assert "--gamma-end must be a finite number of at least 0, got -1.0" in error
 
 
-def test_without_matplotlib_the_numbers_come_all_the_same(tmp_path: Path):
+def test_without_matplotlib_only_the_pictures_are_missing(tmp_path: Path):
+    """Tables are printed and written, and one line says how to get the pictures; a picture that was
+    asked for by name is refused before any work."""
     (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('blocked')")
-    refused = focalpo("curves", "--out", tmp_path / "a", path=tmp_path)
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("focalpo curves: error: pictures need matplotlib, which is")
-    assert "pip install 'focalpo_plugins[plots]'" in refused.stderr
-    done = focalpo("curves", "--format", "csv", "--out", tmp_path / "b", path=tmp_path)
+    how = "pictures need matplotlib: pip install 'focalpo_plugins[plots]'"
+    done = focalpo("curves", "--out", tmp_path / "a", path=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
+    assert [p.name for p in sorted((tmp_path / "a").iterdir())] == [
         "fig2.csv",
         "fig3.csv",
         "fig4.csv",
     ]
+    assert "push at 0" in done.stdout
+    assert done.stdout.count(f"no picture: {how}") == 1
+    write_state(tmp_path / "run", [{"step": 1, "loss": 0.5}])
+    report = focalpo("report", tmp_path / "run", "--out", tmp_path / "b", path=tmp_path)
+    assert report.returncode == 0, report.stderr
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["report.csv"]
+    assert "0.5000" in report.stdout
+    assert f"no picture: {how}" in report.stdout
+    refused = focalpo("curves", "--format", "png", "--out", tmp_path / "c", path=tmp_path)
+    assert refused.returncode == 2
+    assert f"--format png: {how}, or give csv only." in refused.stderr
+    assert not (tmp_path / "c").exists()
+    only = focalpo("curves", "--format", "csv", "--out", tmp_path / "c", path=tmp_path)
+    assert only.returncode == 0, only.stderr
+    assert "no picture" not in only.stdout
+
+
+def test_each_report_and_each_curve_has_a_folder_of_its_own(tmp_path: Path):
+    """Nothing that other arguments have drawn is replaced, if --out names no folder."""
+    for name in "ab":
+        write_state(tmp_path / name, [{"step": 1, "loss": 0.5}])
+    asked = [("report", "a"), ("report", "a", "x=b"), ("curves",), ("curves", "--gamma", "0.3")]
+    many = ManyFocalpo(tmp_path)
+    for words in asked:
+        code, _, error = many(*words, "--format", "csv")
+        assert code == 0, error
+    found = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.csv"))
+    folders = ("curves", "curves-correct-0.3")
+    curves = [f"{folder}/fig{number}.csv" for folder in folders for number in (2, 3, 4)]
+    assert found == sorted([*curves, "report-a/report.csv", "report-a-x/report.csv"])
 
 
 @pytest.fixture(scope="module")

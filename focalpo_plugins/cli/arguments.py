@@ -70,10 +70,10 @@ def _check(add: _Add) -> None:
     check.add_argument(
         "--model-config",
         metavar="FILE",
-        help="estimate the memory alone, of this config.json or of llama-3-8b, mistral-7b or "
+        help="only estimate the memory, for this config.json, or for llama-3-8b, mistral-7b or "
         "qwen3-8b: model, tokenizer and data aren't read",
     )
-    check.add_argument("--strict", action="store_true", help="exit code 1 where there are warnings")
+    check.add_argument("--strict", action="store_true", help="exit code 1 if there are warnings")
     check.add_argument("--json", action="store_true", help="print JSON")
     check.add_argument("--debug", action="store_true", help="show where a host's error comes from")
 
@@ -103,7 +103,7 @@ def _curves(add: _Add) -> None:
         "--variant",
         help="correct, correct_exact or incorrect (default: correct)",
     )
-    _output(curves, "curves")
+    _output(curves, "curves, or for other values one that is named by them")
 
 
 def _report(add: _Add) -> None:
@@ -122,7 +122,7 @@ def _report(add: _Add) -> None:
         help="output folder, checkpoint, trainer_state.json or TensorBoard folder; NAME=RUN names "
         "it in the picture",
     )
-    _output(report, "report")
+    _output(report, "report-RUN-..., named by the runs")
 
 
 def _score(add: _Add) -> None:
@@ -162,11 +162,10 @@ def _score(add: _Add) -> None:
 
 
 def _output(parser: argparse.ArgumentParser, folder: str) -> None:
-    parser.add_argument("--out", default=folder, metavar="DIR", help=f"folder (default: {folder})")
+    parser.add_argument("--out", metavar="DIR", help=f"folder (default: {folder})")
     parser.add_argument(
         "--format",
         nargs="+",
-        default=["png", "csv"],
         choices=["png", "svg", "csv"],
-        help="what to write; csv needs no matplotlib (default: png csv)",
+        help="what to write (default: png csv; only csv without matplotlib)",
     )

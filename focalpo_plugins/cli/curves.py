@@ -44,12 +44,16 @@ def run(args: Namespace) -> int:
     asked = [Curve(variant, gamma) for gamma in of_both if gamma > 0] or [_DPO]
     beside = [Curve("incorrect", 1.0)] if of_paper else []
     curves = list(dict.fromkeys([_DPO, *asked, *beside]))
-    output = Output(args, {**_STARTS, **(_START_OF_GAMMA if ends else {})})
+    folder = "-".join(
+        ["curves", *([] if of_paper else [variant, *(f"{gamma:g}" for gamma in of_both)])]
+    )
+    output = Output(args, folder, {**_STARTS, **(_START_OF_GAMMA if ends else {})})
     figures = {"fig2": _fig2(asked, beside), "fig3": _fig3(asked[0]), "fig4": _fig4(curves)}
     if ends:
         figures["gamma"] = _gamma(gammas[0], ends[0])
-    for name, (table, draw) in figures.items():
-        print("wrote " + ", ".join(map(str, output.save(name, table, draw))))
+    output.say(
+        file for name, (table, draw) in figures.items() for file in output.save(name, table, draw)
+    )
 
     print(f"\n{'loss':<28} {'L(0)':>8} {'push at 0':>10} {'peak at z':>10} {'height':>8} {'z*':>9}")
     for curve in curves:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
@@ -12,29 +12,42 @@ from typing import Any
 
 from ..guards.folders import write_whole
 from . import CommandError
-from .plots import MARK, pyplot, rendered
+from .plots import HOW_TO_DRAW, MARK, pyplot, rendered
+
+_DEFAULT_FORMATS = ("png", "csv")
 
 
 class Output:
     """The folder of ``--out``, which is created, and the formats of ``--format``.
 
+    Without ``--format``, a missing matplotlib only costs the pictures.
+
     Args:
         args: the command line.
+        folder: the folder if the command line names none.
         tables: the names of the command's tables and pictures, each with what its CSV begins with.
         others: the command's other files, each with what it begins with.
 
     Raises:
         CommandError: a file of such a name is there and is not this command's, there can be no
-            folder, or matplotlib is missing.
+            folder, or ``--format`` asks for a picture and matplotlib is missing.
     """
 
     def __init__(
-        self, args: Namespace, tables: Mapping[str, str], others: Mapping[str, str] | None = None
+        self,
+        args: Namespace,
+        folder: str,
+        tables: Mapping[str, str],
+        others: Mapping[str, str] | None = None,
     ) -> None:
-        self._formats: Sequence[str] = args.format
-        self._plt = pyplot() if {"png", "svg"} & {*args.format} else None
-        self.folder = Path(args.out)
-        starts = {f"{name}.{kind}": start for name, start in tables.items() for kind in args.format}
+        formats: Sequence[str] = args.format or _DEFAULT_FORMATS
+        self._plt = pyplot() if {"png", "svg"} & {*formats} else None
+        if self._plt is None and {"png", "svg"} & {*(args.format or ())}:
+            raise CommandError(f"--format {' '.join(formats)}: {HOW_TO_DRAW}, or give csv only.")
+        self._left_out = self._plt is None and args.format is None
+        self._formats = ["csv"] if self._left_out else formats
+        self.folder = Path(args.out or folder)
+        starts = {f"{name}.{kind}": start for name, start in tables.items() for kind in formats}
         for file, start in {**(others or {}), **starts}.items():
             if not _is_ours(self.folder / file, start.encode()):
                 raise CommandError(
@@ -46,7 +59,7 @@ class Output:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CommandError(
-                f"--out must be a folder, got {args.out!r}: {error.strerror}."
+                f"--out must be a folder, got {str(self.folder)!r}: {error.strerror}."
             ) from None
 
     def save(
@@ -69,6 +82,12 @@ class Output:
                     written.append(write(self.folder / f"{name}.{kind}", rendered(figure, kind)))
             self._plt.close(figure)
         return written
+
+    def say(self, written: Iterable[Path]) -> None:
+        """Print which files were written, and how to get the pictures if they were left out."""
+        print("wrote " + ", ".join(map(str, written)))
+        if self._left_out:
+            print(f"no picture: {HOW_TO_DRAW}")
 
 
 def _is_ours(path: Path, start: bytes) -> bool:

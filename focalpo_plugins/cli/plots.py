@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
-from . import CommandError
-
+#: What a picture takes that isn't there.
+HOW_TO_DRAW = "pictures need matplotlib: pip install 'focalpo_plugins[plots]'"
 #: Stands in the metadata of every picture that we write.
 MARK = "focalpo_plugins"
 
@@ -26,18 +26,11 @@ STYLES: tuple[Any, ...] = (
 
 
 def pyplot() -> Any:
-    """matplotlib's pyplot, drawing into files.
-
-    Raises:
-        CommandError: matplotlib is not installed.
-    """
+    """matplotlib's pyplot, drawing into files; None if matplotlib isn't installed."""
     try:
         import matplotlib
     except ImportError:
-        raise CommandError(
-            "pictures need matplotlib, which is not installed: "
-            "pip install 'focalpo_plugins[plots]', or leave the picture out (see --help)."
-        ) from None
+        return None
     matplotlib.use("agg")
     from matplotlib import pyplot
 

@@ -218,6 +218,7 @@ def test_a_run_has_the_batches_that_were_planned(
     an epoch, two ranks on two each; three epochs are 15 and 6.  Two batches make a step."""
     flags = ["--loss", "focalpo", "--data.dataset", str(rows[0]), "--data.max_len", "64"]
     flags += ["--train.batch_size", str(4 * ranks), "--train.max_epochs", "3"]
+    flags += ["--ds.zero_stage", "3"] * (ranks == 2)  # OpenRLHF 0.9.10 fails in ZeRO-2 on two CPUs
     flags += ["--focalpo.balanced_batches"] * balanced
     given = ["--model.model_name_or_path", str(tiny / "model"), "--data.apply_chat_template"]
     argv = of_host([*given, "--train.micro_batch_size", "2", *flags])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from argparse import Namespace
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -24,11 +26,12 @@ _COLUMNS = (
     "margin_incorrect",
     "reversed",
 )
+_NAMED = 4  # runs in the name of a folder
 
 
 def run(args: Namespace) -> int:
     runs = read_runs(args.runs)
-    output = Output(args, {"report": ",".join(_COLUMNS[:4])})
+    output = Output(args, _folder_of(runs), {"report": ",".join(_COLUMNS[:4])})
     for each in runs:
         print(f"{each.name}: {each.source}")
         for note in each.notes:
@@ -43,9 +46,16 @@ def run(args: Namespace) -> int:
         "rewards of each step's last\nmicro-batch, and none in evaluation."
     )
     cells = [["" if row[c] != row[c] else row[c] for c in _COLUMNS] for row in rows]  # NaN
-    written = output.save("report", [_COLUMNS, *cells], partial(draw, runs=runs))
-    print("wrote " + ", ".join(map(str, written)))
+    output.say(output.save("report", [_COLUMNS, *cells], partial(draw, runs=runs)))
     return 0
+
+
+def _folder_of(runs: Sequence[Run]) -> str:
+    """A folder that is named by its runs, so that reports of different runs don't replace each
+    other."""
+    names = [re.sub(r"[^\w.]+", "_", run.name) for run in runs[:_NAMED]]
+    more = [f"{len(runs) - _NAMED}-more"] if len(runs) > _NAMED else []
+    return "-".join(["report", *names, *more])
 
 
 def _rows(run: Run) -> list[dict[str, Any]]:

@@ -28,7 +28,8 @@ def run(args: Namespace) -> int:
     _check(args)
     header: dict[str, Any] = {"focalpo_score": 1}
     header |= {"policy": identity_of(args.model), "reference": identity_of(args.ref)}
-    output = Output(args, {"histogram": ",".join(_COLUMNS)}, {"summary.json": _START_OF_SUMMARY})
+    others = {"summary.json": _START_OF_SUMMARY}
+    output = Output(args, "scores", {"histogram": ",".join(_COLUMNS)}, others)
     try:
         from ...trl.score import PairScorer
         from ...trl.score_models import resolve
@@ -51,7 +52,7 @@ def run(args: Namespace) -> int:
     scores = output.folder / "scores.jsonl"
     done = read_scores(scores, header)
     if done:
-        print(f"{scores} has {len(done)} pairs already; going on from there")
+        print(f"{scores} has {len(done)} pairs already; resuming after them")
     with _library_errors("MODEL, --ref and DATA were loaded", args.debug):
         scorer = PairScorer(*sources, Path(args.data), max_length=args.max_length, dtype=args.dtype)
     print(f"{len(scorer.rows)} pairs of {args.data}: {scorer.form}")
@@ -67,7 +68,7 @@ def run(args: Namespace) -> int:
     edges, counts = histogram(records)
     table = [_COLUMNS, *zip(edges, edges[1:], *counts, strict=False)]
     of_histogram = output.save("histogram", table, partial(draw, edges=edges, counts=counts))
-    print("wrote " + ", ".join(map(str, [scores, of_summary, *of_histogram])))
+    output.say([scores, of_summary, *of_histogram])
     return 0
 
 
