@@ -10,6 +10,7 @@
                                     ``FocalPOConfig``
 ``FocalCPOTrainer``                 the same for ``CPOTrainer`` (CPO, SimPO); ``FocalCPOConfig``
 ``FocalORPOTrainer``                the same for ``ORPOTrainer``; ``FocalORPOConfig``
+``check(trainer)``                  prints what a trainer of TRL will train on, and what it takes
 ``hookimpl``                        marks the hook with which a package adds a loss of its own
 ``FocalPOError``                    the base class of the errors of this package
 ``VARIANTS``, ``SCHEDULES``         the names of the factors, and of the schedules of gamma
@@ -27,6 +28,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cli.check import check
     from .errors import FocalPOError
     from .hookspecs import hookimpl
     from .loss import (
@@ -57,6 +59,7 @@ _MODULE_OF = {
     "FocalPOTrainer": ".trl",
     "SCHEDULES": ".loss",
     "VARIANTS": ".loss",
+    "check": ".cli.check",
     "focalpo_loss": ".loss",
     "focalpo_weight": ".loss",
     "gamma_at": ".loss",
@@ -75,6 +78,7 @@ __all__ = [
     "FocalPOError",
     "FocalPOLoss",
     "FocalPOTrainer",
+    "check",
     "focalpo_loss",
     "focalpo_weight",
     "gamma_at",

@@ -180,6 +180,31 @@ def steps_of_epoch(
         yield step
 
 
+@dataclass
+class Dealt:
+    """Tokens on the critical path of the steps that were dealt.
+
+    Attributes:
+        plain: in the host's order.
+        path: as they were dealt.
+    """
+
+    plain: int = 0
+    path: int = 0
+
+    def add(
+        self,
+        step: Sequence[int],
+        dealt: Sequence[int],
+        tokens: Sequence[int],
+        geometry: Geometry,
+        cost: Cost,
+    ) -> None:
+        """Add a step; ``step`` and ``dealt`` are its pairs before and after :func:`deal`."""
+        self.plain += critical_path(step, tokens, geometry, cost)[0]
+        self.path += critical_path(dealt, tokens, geometry, cost)[0]
+
+
 class BalancedSampler(Sampler[int]):
     """A host's order of rows, with the pairs of each optimizer step dealt.
 
@@ -205,6 +230,7 @@ class BalancedSampler(Sampler[int]):
         self.tokens = tokens
         self.geometry = geometry
         self.cost = cost
+        self.dealt = Dealt()
         self._completed = completed
 
     def __len__(self) -> int:
@@ -213,7 +239,9 @@ class BalancedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         for step in steps_of_epoch(self.order, self.geometry, self._completed):
-            yield from deal(step, self.tokens, self.geometry, self.cost)
+            dealt = deal(step, self.tokens, self.geometry, self.cost)
+            self.dealt.add(step, dealt, self.tokens, self.geometry, self.cost)
+            yield from dealt
 
     def __getattr__(self, name: str) -> Any:
         """What the host asks of its own sampler, such as ``set_epoch``."""

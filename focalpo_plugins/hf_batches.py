@@ -9,7 +9,7 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
 from torch.utils.data import BatchSampler
 from transformers import TrainingArguments
 
-from .balanced import BalancedSampler, Cost, Geometry, unknown_batches
+from .balanced import BalancedSampler, Cost, Dealt, Geometry, unknown_batches
 from .errors import InvalidValue, conflict
 
 
@@ -25,7 +25,7 @@ def check_batches(args: TrainingArguments) -> None:
         )
 
 
-def balance(loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, key: str) -> None:
+def balance(loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, key: str) -> Dealt:
     """Balance the batches of a data loader, which accelerate has prepared.
 
     Its innermost sampler is replaced.  So seeds, epochs, resuming and the split over ranks stay the
@@ -37,6 +37,9 @@ def balance(loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, k
         accumulation: the number of micro-batches in an optimizer step.
         cost: what a micro-batch costs.
         key: the key that asked for balanced batches, for messages.
+
+    Returns:
+        What will have been dealt.
 
     Raises:
         ValueError: it isn't known how the loader makes its batches.
@@ -54,10 +57,12 @@ def balance(loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, k
     if shard is not None:
         ranks = shard.num_processes
         each = each // ranks if shard.split_batches else each
-    batches.sampler = BalancedSampler(
+    sampler = BalancedSampler(
         batches.sampler,
         tokens,
         Geometry(ranks, each, accumulation),
         cost,
         completed=shard is not None and shard.even_batches and not drop_last,
     )
+    batches.sampler = sampler
+    return sampler.dealt

@@ -15,9 +15,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from .balanced import Cost, check_loss
+from .balanced import Cost, Dealt, check_loss
 from .errors import InvalidValue, RunError, conflict
 from .guards.folders import check_folder
+from .guards.messages import say
 from .guards.ranks import together
 from .guards.resume import IN_TRAINER_STATE, of_trainer_state
 from .hf_batches import balance
@@ -72,6 +73,7 @@ class PairwiseTrainerMixin(_Trainer):
     _host_saves = False  # whether the host saves the model to output_dir after training
     _starts_as_reference = False
     _balanced_key: str | None = None  # the key that asked for balanced batches, for messages
+    _dealt: Dealt | None = None  # what they have dealt
     _precomputed: Any = None  # a PrecomputedReference, if the host has none of its own
     _run: Run | None = None
     _said_active = False
@@ -101,6 +103,10 @@ class PairwiseTrainerMixin(_Trainer):
         super().__init__(*args, **kwargs)
         self._saved = _Saved()
         self.add_callback(self._saved)
+
+    def _notes(self) -> list[str]:
+        """What the user should know of this run before it trains, a sentence each."""
+        return []
 
     @property
     def pairwise_loss(self) -> BoundLoss | None:
@@ -178,7 +184,8 @@ class PairwiseTrainerMixin(_Trainer):
                     data, why = type(self.train_dataset).__name__, "its lengths are not known"
                     raise conflict(key, "training data", data, why, f"Set {key} to false")
                 tokens = sequences.tokens(cost, say=RANKS.rank == 0)
-                balance(loader, tokens, self.args.gradient_accumulation_steps, cost, key)
+                steps = self.args.gradient_accumulation_steps
+                self._dealt = balance(loader, tokens, steps, cost, key)
 
             together(RANKS, balanced)
         return loader
@@ -271,6 +278,9 @@ class PairwiseTrainerMixin(_Trainer):
         if self._run is not None and not self._said_active:
             self._said_active = True
             self._run.say_active(self._said_of_host(), self)
+            if RANKS.rank == 0:
+                for note in self._notes():
+                    say(note)
 
     def _say_done(self) -> None:
         if self._run is None:
@@ -292,21 +302,27 @@ class PairwiseTrainerMixin(_Trainer):
             moved=self._run.moved_options(*ends),
             best=best,
             saved=str(saved) if has_saved else None,
+            dealt=self._dealt,
         )
 
 
-def _held_out(history: list[dict[str, float]]) -> dict[str, float]:
-    """The last values that were logged of an evaluation, of any evaluation set."""
-    found = {}
-    for what, name in (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
-        values = [
-            value
-            for entry in history
-            for key, value in entry.items()
-            if key.startswith("eval_") and key.endswith(name)
-        ]
+def _held_out(history: list[dict[str, float]]) -> dict[str, float | list[float]]:
+    """The last values that were logged of an evaluation, of the last evaluation set; of the loss
+    all of them."""
+    found: dict[str, float | list[float]] = {}
+    for what, name in (
+        ("loss", "loss"),
+        ("accuracy", "rewards/accuracies"),
+        ("margin", "rewards/margins"),
+    ):
+        values: dict[str, list[float]] = {}
+        for entry in history:
+            for key, value in entry.items():
+                if key.startswith("eval_") and key.endswith(name):
+                    values.setdefault(key, []).append(value)
         if values:
-            found[what] = values[-1]
+            of_last = list(values.values())[-1]
+            found[what] = of_last if what == "loss" else of_last[-1]
     return found
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from .balanced import Dealt
 from .diagnostics import MARGINS, margin_sums, means, of_ranks
 from .errors import NotFinite, RunError
 from .guards.messages import say
@@ -154,6 +155,7 @@ class Run:
         self._resumed: _Resumed | None = None
         self._windows = {True: _Window(), False: _Window()}  # training, and evaluation
         self._counted = 0  # batches since the last check of a step
+        self._trained: Tensor | None = None  # the sums of `of_ranks` over the run
 
     @property
     def loss(self) -> BoundLoss:
@@ -207,8 +209,11 @@ class Run:
         if not sums[MARGINS].isfinite().all():
             self._stop(now, why, _not_finite(margins, self.ranks.rank, rows))
         moving = {f"{loss.name}/{name}": value for name, value in loss.moving().items()}
-        window = self._windows[now.training]
-        window.add(sums, of_ranks(computed[:-1], computed[-1]), now.step, moving)
+        tokens_of_ranks = of_ranks(computed[:-1], computed[-1])
+        self._windows[now.training].add(sums, tokens_of_ranks, now.step, moving)
+        if now.training:
+            before = self._trained
+            self._trained = tokens_of_ranks if before is None else before + tokens_of_ranks
         if now.training and (self._starts_at_zero or self._resumed is not None):
             self._check_first(now, self.ranks.reduce(margins.abs().max(), "max").item())
 
@@ -307,7 +312,7 @@ class Run:
     def say_done(
         self,
         losses: Sequence[float],
-        held_out: Mapping[str, float],
+        held_out: Mapping[str, float | Sequence[float]],
         output: str | None,
         report: str | None,
         *,
@@ -315,12 +320,15 @@ class Run:
         moved: Sequence[str] = (),
         best: str | None = None,
         saved: str | None = None,
+        dealt: Dealt | None = None,
     ) -> None:
         """Print the outcome in one line, so that the user knows that it trained.
 
         Args:
-            losses: the logged losses, in order.
-            held_out: the last evaluation's numbers, or those of ``best``, by name.
+            losses: the logged losses, in order.  The first one is shown, and the mean of the last
+                tenth, because single batches scatter.
+            held_out: the last evaluation's numbers, or those of ``best``, by name; a sequence has
+                the first evaluation's too.
             output: the folder that the host saves the model to, as the user wrote it; None if the
                 host leaves that to its user.
             report: the folder that ``focalpo report`` can read; None if there is none.
@@ -328,6 +336,7 @@ class Run:
             moved: the result of :meth:`moved_options` for the first and the last logged step.
             best: the checkpoint that was loaded after training as the best one.
             saved: the last checkpoint; only named if ``output`` is None.
+            dealt: what balanced batches have dealt; None without them.
         """
         if self.ranks.rank != 0:
             return
@@ -335,13 +344,20 @@ class Run:
         parts = [f"done. {steps} step{'s' * (steps != 1)}"]
         if losses:
             begin = f"at step {since}" if since else "at first"
-            first, last = (f" ({moved[i]})" if moved else "" for i in (0, -1))
-            parts.append(f"loss {losses[0]:.4f} {begin}{first}, {losses[-1]:.4f} at last{last}")
+            tail = losses[-max(1, len(losses) // 10) :]
+            mean = [f"mean of the last {len(tail)} logged"] if len(tail) > 1 else []
+            first, last = (
+                f" ({'; '.join(words)})" if words else ""
+                for words in ([*moved[:1]], [*moved[-1:], *mean])
+            )
+            at_last = sum(tail) / len(tail)
+            parts.append(f"loss {losses[0]:.4f} {begin}{first}, {at_last:.4f} at last{last}")
         if best is not None:
             parts.append(f"the model is now that of {best}, the best checkpoint")
         if held_out:
-            found = ", ".join(f"{name} {value:.3f}" for name, value in held_out.items())
+            found = ", ".join(f"{name} {_first_to_last(value)}" for name, value in held_out.items())
             parts.append(f"held out{' there' * (best is not None)}: {found}")
+        parts += self._saved(dealt)
         if output is not None:
             parts.append(f"the model goes to {output}")
         elif saved is not None:
@@ -351,6 +367,17 @@ class Run:
         if report is not None:
             parts.append(f"next: focalpo report {report}")
         say("; ".join(parts))
+
+    def _saved(self, dealt: Dealt | None) -> list[str]:
+        """How many tokens shared prompts and balanced batches have saved in training, in words."""
+        computed, _, padded = [0.0] * 3 if self._trained is None else self._trained.tolist()
+        words = []
+        if padded:
+            words.append(f"shared prompts saved {1 - computed / padded:.0%} of the tokens")
+        if dealt is not None and dealt.plain:
+            saved = 1 - dealt.path / dealt.plain
+            words.append(f"balanced batches saved {saved:.0%} of those that a step waits for")
+        return words
 
     def _check_first(self, now: Now, largest: float) -> None:
         """What the first step's margins show; called for each of its micro-batches."""
@@ -388,6 +415,13 @@ class Run:
             "at those pairs and at the weights; lower the learning rate, or train in bf16 or fp32 "
             "if it is fp16. The last checkpoint was saved earlier."
         )
+
+
+def _first_to_last(value: float | Sequence[float]) -> str:
+    if isinstance(value, float | int):
+        return f"{value:.3f}"
+    first, last = value[0], value[-1]
+    return f"{last:.3f}" if len(value) == 1 else f"{first:.3f} at first, {last:.3f} at last"
 
 
 def check_first_margins(largest: float, beta: float, narrow: bool) -> None:

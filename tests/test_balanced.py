@@ -39,6 +39,9 @@ def test_padded_batches_by_hand():
     assert dealt == [1, 3, 5, 7, 2, 0, 6, 4]
     assert critical_path(range(8), TOKENS, TWO, "padded") == (56, 32)
     assert critical_path(dealt, TOKENS, TWO, "padded") == (48, 32)
+    sampler = BalancedSampler(range(8), TOKENS, TWO, "padded")
+    assert list(sampler) == dealt
+    assert (sampler.dealt.plain, sampler.dealt.path) == (56, 48)
     as_drawn = deal(range(8), TOKENS, TWO, "padded", largest_first=False)
     assert as_drawn == [2, 0, 6, 4, 1, 3, 5, 7]
 

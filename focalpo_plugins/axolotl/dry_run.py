@@ -7,9 +7,7 @@ replaced, by a tiny stand-in: what the trainer does to the data doesn't depend o
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,12 +16,11 @@ from typing import Any
 import torch
 import yaml
 
-from ..balanced import Geometry
 from ..errors import InvalidValue
 from ..guards import hub
 from ..guards.messages import explained
 from ..guards.sources import described
-from ..plan import ModelState, Pair, Plan, Tokens, epoch_steps, windows
+from ..plan import ModelState, Plan
 from ..registry import losses
 from . import FUSED, PLUGIN, RL_AS_WRITTEN, SHARED
 from .conversations import text_faults
@@ -32,7 +29,6 @@ from .sources import listed
 
 # Assumed if there is no GPU to ask: an A100's capabilities, the least that train in bf16.
 _ASSUMED = {"bf16": True, "fp8": False, "tf32": True, "compute_capability": "sm_80"}
-_NO_LIMIT = 10**9  # tokens
 # Keys that change how a run computes, not what: off, as any machine must build the stand-in.
 _OFF_FOR_STAND_IN: dict[str, Any] = {
     "adapter": None,
@@ -110,9 +106,9 @@ def _without_data(cfg: Any, gpus: int, notes: list[str]) -> Plan:
     warnings = []
     if cfg.dpo_use_liger_kernel:
         warnings.append(
-            "dpo_use_liger_kernel: the loss runs on our fused path, with the values of the plain "
-            "one; Axolotl swaps in Liger's Triton layers as well, which a CPU can't try. "
-            "focalpo_fused is the fused path alone."
+            "dpo_use_liger_kernel: the loss runs on this package's fused path, with the values of "
+            "the plain one; Axolotl also swaps in Liger's Triton layers, which can't be tried on "
+            "a CPU. focalpo_fused only asks for the fused path."
         )
     split = (cfg.tensor_parallel_size or 1) * (cfg.context_parallel_size or 1)
     beta = cfg.rl_beta or (cfg.trl or {}).get("beta")
@@ -145,6 +141,8 @@ def _with_data(bare: Plan, cfg: Any) -> Plan:
     from axolotl.common.datasets import load_preference_datasets
     from axolotl.loaders import load_tokenizer
 
+    from ..trl.dry_run import with_data
+
     if cfg.batch_size:
         cfg.batch_size *= bare.data_ranks  # as Axolotl does on each rank, to count the steps
     tokenizer = load_tokenizer(cfg)
@@ -156,60 +154,9 @@ def _with_data(bare: Plan, cfg: Any) -> Plan:
             f"none fits into {cfg.sequence_len}. Raise sequence_len."
         )
     trainer = _trainer(cfg, data, tokenizer)
-    dataset, args, geometry = trainer.train_dataset, trainer.args, _geometry(bare, trainer.args)
     found = [*text_faults(cfg, tokenizer), *text_faults(cfg, tokenizer, evaluation=True)]
-    of_epoch = epoch_steps(
-        len(dataset),
-        geometry.each,
-        geometry.accumulation,
-        geometry.ranks,
-        args.dataloader_drop_last,
-    )
-    of_run = math.ceil(args.num_train_epochs * of_epoch)
-    steps = args.max_steps if args.max_steps > 0 else of_run
-    of_dpo = bare.margin == "dpo"
-    order, unknown = _order(trainer)
-    return replace(
-        bare,
-        loss=getattr(trainer, "pairwise_loss", None),
-        beta=trainer.beta,
-        label_smoothing=getattr(trainer, "label_smoothing", 0.0),
-        max_length=getattr(trainer.data_collator if of_dpo else trainer, "max_length", None),
-        micro_batch=geometry.each,
-        accumulation=geometry.accumulation,
-        warnings=[*bare.warnings, *map(str, found)],
-        notes=[*bare.notes, *unknown],
-        tokenizer=tokenizer,
-        rows=rows,
-        kept=len(dataset),
-        pairs=_pairs(dataset, trainer.data_collator) if of_dpo else _pairs_of_cpo(trainer),
-        formats=described(listed(cfg)),
-        epoch_steps=of_epoch,
-        steps=steps,
-        windows=windows(order, geometry, args.dataloader_drop_last, steps),
-    )
-
-
-def _geometry(bare: Plan, args: Any) -> Geometry:
-    each = args.per_device_train_batch_size
-    if args.accelerator_config.split_batches:  # then a batch is of all ranks
-        each = max(1, each // bare.data_ranks)
-    return Geometry(bare.data_ranks, each, args.gradient_accumulation_steps)
-
-
-def _order(trainer: Any) -> tuple[Any, list[str]]:
-    """The sampler that draws the pairs of an epoch, and a note if a run would draw others."""
-    from accelerate.data_loader import SeedableRandomSampler
-
-    order = trainer.get_train_dataloader().batch_sampler.sampler
-    order = getattr(order, "order", order)  # before this package balances it
-    if isinstance(order, SeedableRandomSampler):
-        return order, []
-    note = (
-        "this run draws its pairs without a fixed seed (accelerator_config.use_seedable_sampler): "
-        "the critical path and the largest micro-batch are those of another order"
-    )
-    return order, [note]
+    plan = with_data(replace(bare, warnings=[*bare.warnings, *map(str, found)]), trainer)
+    return replace(plan, tokenizer=tokenizer, rows=rows, formats=described(listed(cfg)))
 
 
 def _rows(cfg: Any, tokenizer: Any, data: Any) -> int:
@@ -249,7 +196,7 @@ def _load_cfg(config: Path, gpus: int, scratch: Path, shape: Path | None) -> tup
         _check_listed(config, off)
     notes = []
     if not torch.cuda.is_available():
-        notes.append(f"no GPU here: Axolotl's validation was told of {gpus} x A100 (bf16, sm_80)")
+        notes.append(f"there is no GPU here: the config is checked as for {gpus} x A100")
         env = {"torch_version": str(torch.__version__).split("+", maxsplit=1)[0]}
         cli_config.gpu_capabilities = lambda: ({**_ASSUMED, "n_gpu": gpus}, env)
         config_module.is_torch_bf16_gpu_available = lambda: True  # for `bf16: auto`
@@ -297,45 +244,6 @@ def _trainer(cfg: Any, data: Any, tokenizer: Any) -> Any:
         processor=None,
         total_num_steps=data.total_num_steps,
     )
-
-
-def _pairs(dataset: Any, collator: Any) -> Iterator[Pair]:
-    columns = {"prompt_ids", "chosen_ids", "rejected_ids"}
-    for row in dataset:
-        batch = collator([{key: row[key] for key in columns}])
-        sides = []
-        for ids, attention, trained in zip(
-            batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True
-        ):
-            real = attention.bool()
-            sides.append(Tokens(ids[real].tolist(), trained[real].bool().tolist()))
-        answers = (row["chosen_ids"], row["rejected_ids"])
-        # If `excess_length_strategy: truncate` cut a row, TRL adds an EOS and it is cut here again.
-        cut = any(
-            len(side.ids) < len(row["prompt_ids"]) + len(answer)
-            for side, answer in zip(sides, answers, strict=True)
-        )
-        yield Pair(sides[0], sides[1], truncated=cut)
-
-
-def _pairs_of_cpo(trainer: Any) -> Iterator[Pair]:
-    """Pairs of a trainer without a reference: TRL has tokenized and cut the rows already."""
-    names = [
-        f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "labels")
-    ]
-    limit, trainer.max_length = trainer.max_length, _NO_LIMIT
-    try:
-        for row in trainer.train_dataset:
-            whole = trainer.tokenize_row(row)
-            ids, labels, other_ids, other_labels = map(row.get, names)
-            sides = [
-                Tokens(list(side), [label != -100 for label in trained])
-                for side, trained in ((ids, labels), (other_ids, other_labels))
-            ]
-            cut = any(len(row[name]) < len(whole[name]) for name in (names[0], names[2]))
-            yield Pair(sides[0], sides[1], truncated=cut)
-    finally:
-        trainer.max_length = limit
 
 
 def _state(cfg: Any) -> ModelState:

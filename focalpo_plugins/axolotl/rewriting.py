@@ -13,8 +13,7 @@ from typing import Any
 
 from axolotl.integrations.base import PluginManager, load_plugin
 
-from ..guards import last_line
-from ..guards.jsonl import broken_file
+from ..guards import hub, last_line
 from ..registry import losses
 from . import MARGINS, PLUGIN, RL_AS_WRITTEN, TRAINERS, data, flags
 from .keys import margin, requested_loss
@@ -33,9 +32,13 @@ def rewritten(cfg: Any) -> Any:
     name = cfg.get("rl")
     ours = (isinstance(name, str) and name in losses()) or cfg.get(RL_AS_WRITTEN) is not None
     written = copy.deepcopy(cfg)  # validation puts its own objects into the config
-    last_line.install(
-        lambda error: (data.explain(written, error) or broken_file(error)) if ours else None
-    )
+
+    def reason(error: BaseException) -> str | None:
+        if not ours:
+            return None
+        return data.explain(written, error) or hub.explain(error, data.remote_names(written))
+
+    last_line.install(reason)
     flags.check_arrived(cfg)
     check_rl(name)
     of_margins = {rl for rl, _ in MARGINS.values()}

@@ -65,6 +65,13 @@ def _check(add: _Add) -> None:
         help="ranks that the run is meant for (default: the GPUs here, or 1)",
     )
     check.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GIB",
+        help="memory of one of them, to be told whether the run fits (default: that of the GPU "
+        "here)",
+    )
+    check.add_argument(
         "--pair", type=int, default=0, metavar="N", help="which pair is shown (default: 0)"
     )
     check.add_argument(

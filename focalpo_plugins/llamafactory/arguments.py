@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
-from ..guards import last_line
+from ..guards import hub, last_line
 from ..guards.messages import named
 from ..options import OF_ANY_LOSS
 from ..registry import BoundLoss, PairwiseLoss, losses
@@ -114,7 +114,13 @@ def _take(args: Any, loss: PairwiseLoss, beside: Sequence[Any]) -> None:
     margin = getattr(args, MARGIN) or "dpo"
     folder = (getattr(args, PRECOMPUTE_DIR) or "") if PRECOMPUTE in on else None
     args.focalpo = Asked(bind(args, loss), margin, on, data_args, folder)
-    last_line.install(lambda error: data.explain(data_args, error))
+    model_args = next(each for each in beside if hasattr(each, "model_name_or_path"))
+
+    def reason(error: BaseException) -> str | None:
+        names = data.remote_names(model_args, data_args)
+        return data.explain(data_args, error) or hub.explain(error, names)
+
+    last_line.install(reason)
     data.check_files(data_args)
     trainer.install()
 

@@ -149,6 +149,14 @@ def explain(data_args: Any, error: BaseException) -> str | None:
     return "; ".join(filter(None, (source.wrong() for source in listed(data_args)))) or None
 
 
+def remote_names(model_args: Any, data_args: Any) -> dict[str, str]:
+    """The names of models and data that may come from a hub, by key."""
+    models = {"model_name_or_path": str(model_args.model_name_or_path)}
+    with suppress(ValueError):  # an entry that isn't there: the host reports it
+        return sources.remote_names(models, listed(data_args))
+    return models
+
+
 def answers(dataset: Any) -> Iterator[pairs.Pair]:
     """Number, prompt and answers of each row that is checked, told apart by the masked labels."""
     from llamafactory.extras.constants import IGNORE_INDEX

@@ -28,7 +28,7 @@ from ..plan import (
     windows,
 )
 from . import BALANCED, SHARED
-from .data import SIDES, answers, cut_prompts, explain, listed
+from .data import SIDES, answers, cut_prompts, explain, listed, remote_names
 
 _NO_LIMIT = 10**9  # tokens
 # Keys that change how a run computes, not what: left out, as any machine must read the file.
@@ -73,8 +73,7 @@ def plan(config: Path, gpus: int, scratch: Path, shape: Path | None = None) -> P
     def reason(error: Exception) -> str | None:
         if run is None:
             return None
-        models = {"model_name_or_path": str(run.model.model_name_or_path)}
-        names = sources.remote_names(models, listed(run.data))
+        names = remote_names(run.model, run.data)
         return explain(run.data, error) or hub.explain(error, names)
 
     with explained(reason):

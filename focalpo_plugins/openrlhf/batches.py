@@ -12,7 +12,7 @@ from openrlhf.utils.distributed_sampler import DistributedSampler
 from torch import Tensor
 from tqdm import tqdm
 
-from ..balanced import Cost, Geometry, deal, unknown_batches
+from ..balanced import Cost, Dealt, Geometry, deal, unknown_batches
 from ..errors import conflict
 from ..guards.messages import say
 from ..guards.ranks import Ranks, together
@@ -35,6 +35,7 @@ class BalancedDistributedSampler(DistributedSampler):
         trained: returns the number of micro-batches that the run has trained, those before it was
             resumed included.
         before: what ``trained`` was when the epoch began.
+        dealt: what it has dealt.
     """
 
     tokens: Sequence[int]
@@ -42,6 +43,7 @@ class BalancedDistributedSampler(DistributedSampler):
     cost: Cost
     trained: Callable[[], int]
     before: int
+    dealt: Dealt
 
     def set_epoch(self, epoch: int, consumed_samples: int = 0) -> None:
         """Begin an epoch, after the one before it was trained."""
@@ -80,6 +82,7 @@ class BalancedDistributedSampler(DistributedSampler):
             # longest pairs must not come first: OpenRLHF logs the rewards of a step's last
             # micro-batches, which would be a biased sample.
             dealt = deal(window, self.tokens, self.geometry, self.cost, largest_first=not begin)
+            self.dealt.add(window, dealt, self.tokens, self.geometry, self.cost)
             for at in range(end - begin):
                 place = (at * self.geometry.ranks + self.rank) * each
                 yield from dealt[place : place + each]
@@ -148,7 +151,7 @@ def balance(
     sampler.__class__ = BalancedDistributedSampler
     sampler.tokens, sampler.cost, sampler.trained = tokens, cost, trained
     sampler.geometry = Geometry(sampler.num_replicas, loader.batch_size, accumulation)
-    sampler.before = trained()
+    sampler.before, sampler.dealt = trained(), Dealt()
 
 
 def cost_of(packed: bool, shared: bool) -> Cost:

@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from ..errors import InvalidValue
-from ..guards import last_line
-from ..guards.jsonl import broken_file
+from ..guards import hub, last_line
 from ..guards.messages import did_you_mean, named
 from ..options import OF_ANY_LOSS
 from ..registry import BoundLoss, PairwiseLoss, get_loss, losses
@@ -63,7 +62,9 @@ def parse(
 
         install(loss)
         args = parsed[0] if isinstance(parsed, tuple) else parsed
-        last_line.install(lambda error: data.explain(args, error) or broken_file(error))
+        last_line.install(
+            lambda error: data.explain(args, error) or hub.explain(error, data.remote_names(args))
+        )
     return parsed
 
 

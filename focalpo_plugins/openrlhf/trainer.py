@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -97,8 +97,8 @@ class PairwiseDPOTrainer(DPOTrainer):
         self._before_epoch = 0  # batches that were trained before that epoch
         self._evaluated: list[int] = []  # rows of the evaluation's next pairs
         self._evaluating = 0  # batches of the evaluation
-        self._losses: list[float] = []  # of the first step and the last
-        self._accuracy: float | None = None  # of the last evaluation
+        self._losses: list[float] = []  # of the run's first step and those of this process
+        self._held_out: dict[str, list[float]] = {}  # of each evaluation, by what it is
         self._resumed: Saved | None = None
         construct = functools.partial(super().__init__, model, ref_model, strategy)
         with _dpo_loss_replaced(functools.partial(_CountedLoss, self, loss=self._name, **options)):
@@ -277,16 +277,22 @@ class PairwiseDPOTrainer(DPOTrainer):
         since = 0 if whole else resumed
         self._run.say_done(
             self._losses,
-            {} if self._accuracy is None else {"accuracy": self._accuracy},
+            self._of_evaluations(),
             nested_args(args).ckpt.output_dir,
             nested_args(args).logger.tensorboard_dir,
             since=0 if whole else resumed + 1,
             moved=self._run.moved_options(since, self._now().step - 1),
+            dealt=self.train_dataloader.sampler.dealt if self._balanced else None,
         )
 
     def _record(self) -> dict[str, Any]:
         record = self._run.record()
-        return with_run(record, steps=self._steps, losses=self._losses, log=self._log())
+        losses = [*self._losses[:1], *self._losses[1:][-1:]]
+        return with_run(record, steps=self._steps, losses=losses, log=self._log())
+
+    def _of_evaluations(self) -> dict[str, float | Sequence[float]]:
+        loss, accuracy = (self._held_out.get(name, []) for name in ("eval_loss", "acc_mean"))
+        return {"loss": loss, "accuracy": accuracy[-1]} if accuracy else {}
 
     def _log(self) -> str | None:
         """The name of TensorBoard's folder; None without it, and on other ranks than the first."""
@@ -350,7 +356,7 @@ class PairwiseDPOTrainer(DPOTrainer):
     ) -> None:
         logged = next((given for given in more if isinstance(given, dict)), kwargs.get("logs_dict"))
         # Before a checkpoint is saved, whose record has them.
-        self._losses = [*self._losses[:1], (logged or {})["loss_mean"]]
+        self._losses.append((logged or {})["loss_mean"])
         super().save_logs_and_checkpoints(args, global_step, *more, **kwargs)
         if global_step % nested_args(args).logger.logging_steps == 0:
             self._run.forget()
@@ -372,7 +378,8 @@ class PairwiseDPOTrainer(DPOTrainer):
         training = self.model.training
         self._run.check_counted(1 if training else self._evaluating)
         if not training:
-            self._accuracy = reduced["acc_mean"]
+            for name in ("eval_loss", "acc_mean"):
+                self._held_out.setdefault(name, []).append(reduced[name])
         reduced.update(self._run.logs(training=training))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import PartialState
 
 from ..errors import InvalidValue
-from ..guards import sources
+from ..guards import hub, sources
 from ..guards.jsonl import check_file
 from ..guards.messages import explained, say
 from ..guards.rows import CONVERSATIONS, PROMPT_BESIDE, STRINGS, Description
@@ -78,10 +78,10 @@ def check_files(args: Any) -> None:
     for key in _KEYS:
         for name in _named(args, key):
             if Path(name).suffix in _FILES and _path(name) is None:
-                raise InvalidValue(
-                    f"{key} must be a file that exists, or a name on a hub, got {name!r}: there is "
-                    "no such file, and ms-swift would look for it on a hub. Check the path."
-                )
+                hub.check_there(key, name)
+    for key in ("model", "ref_model"):
+        if getattr(args, key, None):
+            hub.check_there(key, str(getattr(args, key)))
 
 
 def listed(args: Any) -> Iterator[Source]:

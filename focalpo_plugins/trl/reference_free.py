@@ -188,6 +188,15 @@ class CPOLossMixin(ReferenceFreeMixin):
             **self._of_any(),
         }
 
+    def _notes(self) -> list[str]:
+        if self.loss_type != "simpo" or not self.cpo_alpha:
+            return []
+        key = self._host.key("cpo_alpha")
+        return [
+            f"the loss adds {self.cpo_alpha:g} x the chosen answer's negative log-likelihood "
+            f"({key}, which is 1.0 unless it is set) to SimPO's. For SimPO itself set {key} to 0."
+        ]
+
     def cpo_loss(self, *logps: Tensor) -> Any:
         """TRL's own loss, which calls one log-sigmoid of ``z`` and one of ``-z``.
 

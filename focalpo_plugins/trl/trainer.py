@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
 
     _own_loss = "DPO"
     _train_data_seen = False
+    _fused_by_trl = ""  # the key that asked for the fused path of a TRL that has its own
     # Whether a given reference is kept for data that `evaluate()` may get later.
     _keeps_reference = True
     _kept_reference: Any = None
@@ -53,7 +55,9 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         given = by_name(DPOTrainer, args, kwargs)
         config = given.get("args")
         if config is not None:
+            asked = self._fused_key or ("focalpo_fused" * getattr(config, "focalpo_fused", False))
             self._fused_key = check_arguments(config, self._fused_key)
+            self._fused_by_trl = asked if self._fused_key is None else ""
             if self._fused_key is not None:
                 check_fused_parts(given, config, self._fused_key)
             self._ask(given, config)
@@ -83,6 +87,14 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
             "max_length": args.max_length,
             "truncation_mode": getattr(args, "truncation_mode", None),
         }
+
+    def _notes(self) -> list[str]:
+        if not self._fused_by_trl:
+            return []
+        return [
+            f"{self._fused_by_trl} changes nothing: TRL {version('trl')} has a fused path of its "
+            "own, and always takes it."
+        ]
 
     def _said_of_host(self) -> str:
         return f"beta={self.beta}{' path=fused' * self._fused}{self._said_of_batches()}"

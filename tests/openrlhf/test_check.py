@@ -275,7 +275,7 @@ def test_memory_with_the_reference_precomputed(answers, tiny: Path):
     code, said, errors = answers["precomputed"]
     assert code == 0, errors[-3000:]
     size = f"{2 * n / 2**20:.1f} MiB"
-    assert f"reference {size} besides, before the first step alone" in said
+    assert f"also reference {size}, but only before the first step" in said
 
 
 def test_dpo_and_fp16_are_said_to_be_that(answers):

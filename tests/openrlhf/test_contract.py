@@ -23,6 +23,7 @@ FLAGS = {
 
 
 class OpenRLHF:
+    loads_the_model = True
     # bf16 rounds otherwise what is laid out otherwise.
     near, spread, two_ranks_gradient = 0.1, 0.1, 1.0
     # Two runs that learn in bf16 drift apart by whatever rounds.

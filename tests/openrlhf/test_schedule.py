@@ -36,7 +36,7 @@ def test_evaluations_can_be_compared(train_many: Callable, few: Path):
     assert found == [0.0, 0.0]
     assert gammas(run)[4] == pytest.approx(0.45 * (1 + math.cos(math.pi * 4 / 9)) / 2, abs=1e-6)
     accuracy = [values["acc_mean"] for _, values in sorted(run.steps("eval/").items())][-1]
-    assert f"; held out: accuracy {accuracy:.3f}; " in run.said("done.")[0]
+    assert f" at last, accuracy {accuracy:.3f}; the model goes to" in run.said("done.")[0]
 
 
 @pytest.fixture(scope="module")

@@ -69,6 +69,7 @@ class Host(Protocol):
     spread: float  # and the losses of five steps differ by so much
     names: dict[str, str]  # the host's names for loss, grad_norm, accuracy and margin in its log
     refused: dict[str, tuple[str, ...]]  # by the name of one of CASES, words of the last line
+    loads_the_model: bool  # and not the user's script
     unknown: str  # what is said of an option that there isn't
 
     def key(self, option: str) -> str:
@@ -102,6 +103,7 @@ class TrainerHost:
     """What the hosts that are a ``transformers.Trainer`` share: names in the log, keys, folders."""
 
     near = 1e-4
+    loads_the_model = True
     # transformers 5.5 divides what it accumulates twice, under DPO as well.
     two_ranks_gradient = 2.0 if version("transformers").startswith("5.5.") else 1.0
     names = {
@@ -284,8 +286,11 @@ class Contract:
         assert line.startswith(
             f"done. 10 steps; loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last; held out: "
         )
-        accuracy = whole.evaluations[-1][host.names["accuracy"]]
-        assert f"; held out: accuracy {accuracy:.3f}" in line
+        names = "loss" if "loss" in whole.evaluations[0] else "eval_loss", host.names["accuracy"]
+        found = [[each[name] for each in whole.evaluations] for name in names]
+        assert len(found[0]) > 1
+        of_losses = f"loss {found[0][0]:.3f} at first, {found[0][-1]:.3f} at last"
+        assert f"; held out: {of_losses}, accuracy {found[1][-1]:.3f}" in line
         assert line.endswith(f"; next: focalpo report {host.log(whole)}")
 
     # Resuming.
@@ -371,6 +376,11 @@ class Contract:
         assert " prompts=shared attention=" in shared.said("active.")[0]
         assert "prompts=" not in apart.said("active.")[0]
         assert not any("focalpo/tokens" in name for name in apart.steps[0])
+        whole = [
+            step["focalpo/tokens"] / (1 - step["focalpo/tokens_saved"]) for step in shared.steps
+        ]
+        saved = 1 - sum(shared.each("focalpo/tokens")) / sum(whole)
+        assert f"; shared prompts saved {saved:.0%} of the tokens; " in shared.said("done.")[0]
 
     @pytest.mark.releases
     @pytest.mark.parametrize("ranks", [1, 2])
@@ -393,6 +403,10 @@ class Contract:
         of_eval = [run.evaluations[-1]["focalpo/p"] for run in (balanced, apart)]
         assert of_eval[0] == pytest.approx(of_eval[1], abs=host.near)
         assert " batches=balanced" in balanced.said("active.")[0]
+        (line,) = balanced.said("done.")
+        saved = re.search(r"balanced batches saved (\d+)% of those that a step waits for", line)
+        assert saved is not None and 0 < int(saved[1]) < 90, line
+        assert ("; shared prompts saved " in line) == (ranks == 2)
         assert "batches=" not in apart.said("active.")[0]
 
     # Faults.
@@ -444,6 +458,15 @@ class Contract:
         stopped(run)
         for words in host.refused[case]:
             assert words in run.output.strip().splitlines()[-1], run.output[-4000:]
+
+    def test_a_model_that_is_not_there(self, host: Host, tmp_path: Path):
+        """The last line has the path, and the name that is near."""
+        (tmp_path / "model").mkdir()
+        run = host.run({"steps": 2, "model": tmp_path / "modle"})
+        stopped(run)
+        if host.loads_the_model:
+            last = run.output.strip().splitlines()[-1]
+            assert f"'{tmp_path}/modle' ('model' is beside it)" in last, run.output[-4000:]
 
     def test_equal_answers_that_are_allowed(self, host: Host, pairs: Callable[..., Path]):
         run = trained(

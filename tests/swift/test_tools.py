@@ -116,7 +116,7 @@ def test_the_memory_alone(focalpo: ManyFocalpo):
     recipe = EXAMPLES / "swift" / "llama3_focalpo.yaml"
     code, out, err = focalpo("check", recipe, "--model-config", "llama-3-8b", "--gpus", "8")
     assert code == 0, err
-    assert "ZeRO stage 3" in out and "1 pairs x 16 accumulated x 8 ranks (--gpus) = 128" in out
+    assert "ZeRO stage 3" in out and "1 pair x 16 accumulated x 8 ranks (--gpus) = 128" in out
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -12,7 +12,12 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from json_files import FILES
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from trl.trainer import dpo_trainer
 
 from focalpo_plugins import FocalPOConfig, FocalPOTrainer
@@ -312,6 +317,31 @@ def test_a_broken_file_is_named_and_not_looked_for_on_a_hub(name: str, tmp_path:
     for said in (hub.explain(error.value, names), broken_file(error.value)):
         assert said is not None and said.startswith(f"{str(tmp_path / name)!r} can't be read")
         assert why in said
+
+
+def test_a_path_that_is_not_there_is_named_with_what_is_near(tmp_path: Path):
+    """Data, a model, and a name that may be on a hub."""
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    (tmp_path / "model").mkdir()
+    data, model = str(tmp_path / "pars.jsonl"), str(tmp_path / "modle")
+    with pytest.raises(Exception) as error:
+        load_dataset("json", data_files=data, split="train", cache_dir=str(tmp_path / "cache"))
+    said = hub.explain(error.value, {"datasets[0].path": data, "base_model": "nobody/model"})
+    assert said == (
+        f"There is no such file or folder: datasets[0].path {data!r} ('pairs.jsonl' is beside it). "
+        "Correct the path."
+    )
+    with pytest.raises(Exception) as error:
+        AutoTokenizer.from_pretrained(model)
+    said = hub.explain(error.value, {"base_model": model})
+    assert said is not None and f"base_model {model!r} ('model' is beside it)." in said
+    assert hub.explain(error.value, {"base_model": str(tmp_path / "model")}) is None
+    with pytest.raises(
+        ValueError, match=r"^model must be .*modle' \('model' is beside it\): nothing"
+    ):
+        hub.check_there("model", model)
+    hub.check_there("model", "nobody/model")
+    hub.check_there("model", str(tmp_path / "model"))
 
 
 def test_a_full_disk_is_not_a_hub_s_fault():

@@ -168,6 +168,21 @@ def test_the_loss_is_the_papers_of_that_margin(margin: str, tmp_path: Path):
     assert z.abs().min() > 1e-3
 
 
+@pytest.mark.releases
+def test_a_likelihood_beside_simpo_is_said(tmp_path: Path, capsys):
+    """TRL's cpo_alpha is 1.0 unless it is set; CPO's own loss has the term."""
+    said = (
+        "focalpo_plugins: the loss adds 1 x the chosen answer's negative log-likelihood (cpo_alpha"
+    )
+    without = {key: value for key, value in SIMPO.items() if key != "cpo_alpha"}
+    for arguments, times in ((without, 1), (SIMPO, 0), ({"beta": 0.3}, 0)):
+        host = trainer(FocalCPOTrainer, tmp_path, **arguments)
+        host.train()
+        found = capsys.readouterr().err
+        assert found.count(said) == times
+        assert found.count("For SimPO itself set cpo_alpha to 0.") == times
+
+
 def test_the_second_log_sigmoid_counts_only_where_it_is_multiplied(tmp_path, add_loss):
     """TRL calls for -z even without smoothing, and multiplies by 0: an infinite loss would make the
     product NaN."""

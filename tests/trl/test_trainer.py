@@ -641,6 +641,8 @@ def test_whose_path_the_key_asks_for(tokenizer, tmp_path):
         return
     host = trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_fused=True)
     assert host._fused is of_liger
+    said = f"focalpo_fused changes nothing: TRL {trl.__version__} has a fused path of its own"
+    assert [note.startswith(said) for note in host._notes()] == [True] * (not of_liger)
     z = margins_of(host, inputs := batch(host))
     loss = host.compute_loss(host.model, inputs)
     assert loss.item() == pytest.approx(focalpo_loss(z).mean().item(), rel=1e-5)
@@ -1374,10 +1376,12 @@ def test_the_closing_line(tokenizer, tmp_path: Path, capsys):
     losses = [entry["loss"] for entry in history if "loss" in entry]
     held_out = next(entry for entry in reversed(history) if "eval_loss" in entry)
     accuracy, margin = (held_out[f"eval_rewards/{name}"] for name in ("accuracies", "margins"))
+    loss = held_out["eval_loss"]
     (line,) = [each for each in capsys.readouterr().err.splitlines() if ": done." in each]
     assert line == (
         f"focalpo_plugins: done. 3 steps; loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last; "
-        f"held out: accuracy {accuracy:.3f}, margin {margin:.3f}; the model is not saved yet: "
+        f"held out: loss {loss:.3f}, accuracy {accuracy:.3f}, margin {margin:.3f}; "
+        "the model is not saved yet: "
         "trainer.save_model() saves it"
     )
     host = trainer(FocalPOTrainer, tokenizer, tmp_path, save_strategy="steps", save_steps=3)
@@ -1389,6 +1393,16 @@ def test_the_closing_line(tokenizer, tmp_path: Path, capsys):
     trainer(FocalPOTrainer, tokenizer, tmp_path).train()
     (line,) = [each for each in capsys.readouterr().err.splitlines() if ": done." in each]
     assert line.endswith("; the model is not saved yet: trainer.save_model() saves it")
+
+
+def test_the_closing_line_has_the_mean_of_the_last_tenth(tokenizer, tmp_path: Path, capsys):
+    """Of 20 logged losses the mean of two: the last batch may be a hard one."""
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path, max_steps=20, learning_rate=1e-3)
+    host.train()
+    losses = [entry["loss"] for entry in host.state.log_history if "loss" in entry]
+    assert len(losses) == 20
+    mean = f"{(losses[18] + losses[19]) / 2:.4f} at last (mean of the last 2 logged); "
+    assert f"; loss {losses[0]:.4f} at first, {mean}" in capsys.readouterr().err
 
 
 def test_the_closing_line_of_a_best_checkpoint(tokenizer, tmp_path: Path, capsys):
@@ -1410,6 +1424,6 @@ def test_the_closing_line_of_a_best_checkpoint(tokenizer, tmp_path: Path, capsys
     accuracy, margin = (best[f"eval_rewards/{name}"] for name in ("accuracies", "margins"))
     assert " at first (gamma 0.4), " in line and " at last (gamma 0.2); " in line
     assert (
-        f"; the model is now that of {checkpoint}, the best checkpoint; held out there: accuracy "
-        f"{accuracy:.3f}, margin {margin:.3f}; the last checkpoint is {tmp_path / 'checkpoint-3'}; "
+        f"; the model is now that of {checkpoint}, the best checkpoint; held out there: "
+        f"loss {best['eval_loss']:.3f}, accuracy {accuracy:.3f}, margin {margin:.3f}; the last checkpoint is {tmp_path / 'checkpoint-3'}; "
     ) in line

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from ...errors import InvalidType, InvalidValue
 from ...guards.messages import one_line
 from ...plan import Plan
 from .. import CommandError
 from .batches import FourWays, four_ways
 from .counts import count
-from .memory import estimate
+from .memory import GIB, Room, estimate
 from .printing import as_json, print_text
 from .shapes import SHAPES
 from .warnings import warnings
@@ -61,16 +64,86 @@ def run(args: Namespace) -> int:
                 raise
             raise CommandError(f"{name}: {one_line(error)}") from None
         memory = estimate(plan, _tokens_of_logits(plan, ways))
-    found = warnings(plan, counts)
+    room = _gpu_memory(args.gpu_memory)
+    found = warnings(plan, counts, memory, room)
     if args.json:
         print(json.dumps(as_json(name, plan, counts, shown, ways, memory, found), indent=2))
     else:
-        print_text(name, plan, counts, shown, ways, memory, args.pair)
-        print()
-        for warning in found:
-            print(f"WARNING  {warning}")
-        print(f"{len(found)} warning{'s' * (len(found) != 1)}, no errors")
+        print_text(name, plan, counts, shown, ways, memory, room, args.pair)
+        _print_warnings(found)
     return 1 if found and args.strict else 0
+
+
+def check(
+    trainer: Any, *, gpus: int | None = None, gpu_memory: float | None = None, pair: int = 0
+) -> list[str]:
+    """Print what a trainer of TRL will train on, and what it will take, before ``train()``.
+
+    It is ``focalpo check`` for a script: the loss and its first value to expect, how many pairs are
+    cut, identical or empty, one pair token by token, the tokens of a step, and the memory.
+
+    Args:
+        trainer: a ``FocalPOTrainer``, ``FocalCPOTrainer`` or ``FocalORPOTrainer``.
+        gpus: number of ranks that the run is planned for; None for those that run now.
+        gpu_memory: memory of a GPU in GiB; None for that of the GPU here, if there is one.
+        pair: the number of the pair that is shown.
+
+    Returns:
+        The warnings that it prints, a sentence each.
+
+    Raises:
+        TypeError: ``trainer`` is another one.
+        ValueError: ``gpus``, ``gpu_memory`` or ``pair`` is out of range.
+    """
+    from ...hf_trainer import RANKS, PairwiseTrainerMixin
+
+    if not isinstance(trainer, PairwiseTrainerMixin):
+        raise InvalidType(
+            f"trainer must be a FocalPOTrainer, FocalCPOTrainer or FocalORPOTrainer, got "
+            f"{type(trainer).__name__}."
+        )
+    if gpus is not None and gpus < 1:
+        raise InvalidValue(f"gpus must be at least 1, got {gpus}.")
+    data: Any = trainer.train_dataset
+    if not isinstance(data, Sized):
+        raise InvalidValue(
+            f"train_dataset must have a length, got {type(data).__name__}: streamed data can't be "
+            "counted before training."
+        )
+    if not 0 <= pair < len(data):
+        raise InvalidValue(f"pair must be from 0 to {len(data) - 1}, got {pair}.")
+    room = _gpu_memory(gpu_memory, "gpu_memory")
+    from ...trl.dry_run import plan as plan_of
+
+    plan = plan_of(trainer, RANKS.count if gpus is None else gpus)
+    counts, shown = count(plan, pair)
+    ways = four_ways(_with_bar(plan), counts)
+    memory = estimate(plan, _tokens_of_logits(plan, ways))
+    found = warnings(plan, counts, memory, room)
+    if RANKS.rank == 0:
+        print_text(type(trainer).__name__, plan, counts, shown, ways, memory, room, pair)
+        _print_warnings(found)
+    return found
+
+
+def _print_warnings(found: Sequence[str]) -> None:
+    print()
+    for warning in found:
+        print(f"WARNING  {warning}")
+    print(f"{len(found)} warning{'s' * (len(found) != 1)}, no errors")
+
+
+def _gpu_memory(given: float | None, name: str = "--gpu-memory") -> Room | None:
+    """The memory of the GPU that the run is meant for; None if it isn't known."""
+    if given is not None:
+        if not 0 < given < math.inf:
+            raise InvalidValue(f"{name} must be a number of GiB above 0, got {given:g}.")
+        return Room(given * GIB, f"{name} {given:g}")
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return Room(torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0))
 
 
 def _tokens_of_logits(plan: Plan, ways: FourWays | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ...plan import Plan
 
@@ -17,6 +18,18 @@ FORMULA = (
     "ZeRO stage 3, 2, 1 on and 1 below"
 )
 LEFT_OUT = "activations, DeepSpeed's buffers, CUDA's context, fragmentation"
+
+
+class Room(NamedTuple):
+    """The memory of a GPU.
+
+    Attributes:
+        size: bytes.
+        said: where that is from.
+    """
+
+    size: float
+    said: str
 
 
 @dataclass
@@ -39,6 +52,11 @@ class Estimate:
     @property
     def state(self) -> float:
         return self.weights + self.gradients + self.optimizer + self.reference
+
+    @property
+    def least(self) -> float:
+        """What a rank holds at the fullest moment that is estimated."""
+        return max(self.state + self.logits, self.weights + self.reference_before)
 
 
 def estimate(plan: Plan, tokens: int) -> Estimate | None:

@@ -10,7 +10,7 @@ from typing import Any
 from ...plan import Pair, Plan, Tokens
 from .batches import FourWays, Way
 from .counts import Counts, share
-from .memory import FORMULA, GIB, LEFT_OUT, Estimate
+from .memory import FORMULA, GIB, LEFT_OUT, Estimate, Room
 
 _SHOWN = 80  # tokens of a prompt
 
@@ -26,11 +26,12 @@ def print_text(
     shown: Pair | None,
     ways: FourWays | None,
     memory: Estimate | None,
+    room: Room | None,
     number: int,
 ) -> None:
     """Print the answer; if ``counts`` and ``shown`` are None, print only what needs no data."""
     lines = [*_of_run(name, plan), *_of_loss(plan), *_of_data(plan, counts)]
-    lines += [*_of_batch(plan, counts), *_of_ways(ways), *_of_memory(plan, ways, memory)]
+    lines += [*_of_batch(plan, counts), *_of_ways(ways), *_of_memory(plan, ways, memory, room)]
     for title, text in lines:
         print(f"{title:<9}{text}")
     if shown is None:
@@ -104,8 +105,8 @@ def _of_batch(plan: Plan, counts: Counts | None) -> _Lines:
     among = "--gpus" if plan.data_ranks == plan.ranks else f"of --gpus {plan.ranks}"
     yield (
         "batch",
-        f"{plan.micro_batch} pairs x {plan.accumulation} accumulated x {ranks} ({among}) = "
-        f"{_batch(plan)} pairs a step",
+        f"{_pairs(plan.micro_batch)} x {plan.accumulation} accumulated x {ranks} ({among}) = "
+        f"{_pairs(_batch(plan))} a step",
     )
     if counts is None:
         return
@@ -120,6 +121,7 @@ def _of_ways(ways: FourWays | None) -> _Lines:
         said = [f"{way.tokens_per_step:,.0f} tokens"] if way is plain else []
         said += ["this run"] if name == ways.of_run else []
         ratio = way.tokens_per_step / plain.tokens_per_step
+        said += [f"saves {1 - ratio:.0%}"] if ratio < 0.995 else []
         shown.append(f"{name} {ratio:.2f}" + (f" ({', '.join(said)})" if said else ""))
     yield "", f"critical path a step: {', '.join(shown)}"
     of_plain = "" if ways.planned is plain else f"; plain: {_largest(plain)}"
@@ -128,11 +130,17 @@ def _of_ways(ways: FourWays | None) -> _Lines:
 
 def _largest(way: Way) -> str:
     largest = way.largest
-    pairs = f"{largest.pairs} pair{'s' * (largest.pairs != 1)}"
+    pairs = _pairs(largest.pairs)
     return f"{largest.tokens:,} tokens ({pairs}) in step {largest.step}, epoch {largest.epoch}"
 
 
-def _of_memory(plan: Plan, ways: FourWays | None, memory: Estimate | None) -> _Lines:
+def _pairs(number: int) -> str:
+    return f"{number} pair{'s' * (number != 1)}"
+
+
+def _of_memory(
+    plan: Plan, ways: FourWays | None, memory: Estimate | None, room: Room | None
+) -> _Lines:
     if memory is None:
         yield "memory", "not estimated under FSDP"
         return
@@ -145,7 +153,7 @@ def _of_memory(plan: Plan, ways: FourWays | None, memory: Estimate | None) -> _L
     yield "memory", f"{_size(memory.state)} of state a rank ({sharding}): {', '.join(parts)}"
     if memory.reference_before:
         before = _size(memory.reference_before)
-        yield "", f"reference {before} besides, before the first step alone"
+        yield "", f"also reference {before}, but only before the first step"
     if state.offloaded:
         yield "", f"held by the CPU: {', '.join(sorted(state.offloaded))}"
     wider = ", embeddings, norms and output layer fp32" if state.in_float32 else ""
@@ -153,13 +161,21 @@ def _of_memory(plan: Plan, ways: FourWays | None, memory: Estimate | None) -> _L
     yield "", f"{numbers}, {plan.precision}{wider}"
     logits = _size(memory.logits)
     if state.logits_at_once is not None:
-        yield "", f"logits at most {logits} besides: the loss takes them in parts"
+        yield "", f"also logits, at most {logits}: the loss takes them in parts"
     elif memory.logits:
         yield (
             "",
-            f"logits {logits} besides: {_of_logits(plan, ways)} x vocabulary x 4 bytes, once; "
+            f"also logits {logits}: {_of_logits(plan, ways)} x vocabulary x 4 bytes, once; "
             "autograd keeps more",
         )
+    least = f"a rank needs more than {_size(memory.least)}"
+    if room is None:
+        yield "", f"{least}; --gpu-memory GIB says whether that fits"
+    elif memory.least > room.size:
+        yield "", f"does not fit: {least}, and {room.said} has {_size(room.size)}"
+    else:
+        left = _size(room.size - memory.least)
+        yield "", f"may fit: {least}; {room.said} leaves {left} for what is left out"
     yield "", f"formula: {FORMULA}"
     yield "", f"left out: {LEFT_OUT}"
 

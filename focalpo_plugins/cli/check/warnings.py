@@ -6,6 +6,7 @@ import math
 
 from ...plan import Plan
 from .counts import Counts, share, template_start
+from .memory import GIB, Estimate, Room
 
 # A pair is pushed the wrong way once its log-ratios differ by z*/beta nats.  In an ordinary run the
 # log-probability of an answer of a few hundred tokens moves by tens of nats from its reference, and
@@ -15,9 +16,17 @@ _NEAR_MARGIN = 3.0
 _MUCH_CUT = 0.1  # share of pairs
 
 
-def warnings(plan: Plan, counts: Counts | None) -> list[str]:
+def warnings(
+    plan: Plan, counts: Counts | None, memory: Estimate | None, room: Room | None
+) -> list[str]:
     """The warnings, a sentence each, the host's own last; about data only if it was read."""
     found = []
+    if memory is not None and room is not None and memory.least > room.size:
+        found.append(
+            f"the run doesn't fit into {room.said}: a rank needs more than "
+            f"{memory.least / GIB:.1f} GiB. Use more GPUs with ZeRO-3, LoRA or QLoRA, a smaller "
+            "micro-batch, or a precomputed reference."
+        )
     if plan.loss is None:
         found.append(
             f"the loss is the host's own, {plan.host_loss}: no loss of focalpo_plugins is asked "
