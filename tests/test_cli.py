@@ -19,6 +19,7 @@ from focalpo_plugins.balanced import Geometry
 from focalpo_plugins.cli.check.batches import Largest, Way, four_ways
 from focalpo_plugins.cli.check.counts import Counts, in_common
 from focalpo_plugins.cli.check.printing import _of_ways
+from focalpo_plugins.guards.resume import IN_TRAINER_STATE
 from focalpo_plugins.plan import Window
 
 COMMANDS = ("check", "curves", "report", "score")
@@ -247,6 +248,19 @@ def test_without_matplotlib_only_the_pictures_are_missing(tmp_path: Path):
     only = focalpo("curves", "--format", "csv", "--out", tmp_path / "c", path=tmp_path)
     assert only.returncode == 0, only.stderr
     assert "no picture" not in only.stdout
+
+
+def test_a_margin_less_its_target_is_told_from_the_hosts(tmp_path: Path, reports: ManyFocalpo):
+    """TRL's margin and accuracy of SimPO have no target, so they can seem to contradict ours."""
+    for margin in ("simpo", "dpo"):
+        write_state(tmp_path / margin, [{"step": 1, "loss": 0.5}])
+        path = tmp_path / margin / "trainer_state.json"
+        record = {"args": {"record": {"loss": "focalpo", "margin": margin}}}
+        state = {**json.loads(path.read_text()), "stateful_callbacks": {IN_TRAINER_STATE: record}}
+        path.write_text(json.dumps(state))
+        code, said, error = reports("report", tmp_path / margin, "--format", "csv")
+        assert code == 0, error
+        assert ("are of the margin less the target" in said) == (margin == "simpo")
 
 
 def test_each_report_and_each_curve_has_a_folder_of_its_own(tmp_path: Path):
@@ -627,11 +641,12 @@ def test_the_way_of_the_run_is_marked(balanced: bool, shared: bool, name: str):
     window = Window(3, 7, [0, 1, 2, 3])
     plan = planned(Geometry(2, 1, 2), window, balanced_batches=balanced, shared_prompts=shared)
     path, largest = (text for _, text in _of_ways(four_ways(plan, FOUR)))
-    said = "critical path a step: plain 1.00 (38 tokens), balanced 0.74, shared 0.68, both 0.47"
-    ratio = re.search(rf"{name} (\d.\d\d)", said)[1]
-    marked = said.replace("38 tokens", "38 tokens, this run")
-    if name != "plain":
-        marked = said.replace(f"{name} {ratio}", f"{name} {ratio} (this run)")
+    said = "plain 1.00 (38 tokens), balanced 0.74 (saves 26%), shared 0.68 (saves 32%), "
+    said = f"critical path a step: {said}both 0.47 (saves 53%)"
+    if name == "plain":
+        marked = said.replace("38 tokens", "38 tokens, this run")
+    else:
+        marked = re.sub(rf"({name} \d.\d\d \()", r"\1this run, ", said)
     assert path == marked
     of_plain = "20 tokens (1 pair) in step 7, epoch 3"
     said = of_plain.replace("20", "14") if shared else of_plain

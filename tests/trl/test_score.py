@@ -663,7 +663,25 @@ def test_a_full_disk(setting, ends):
 def test_another_run_s_scores_are_not_gone_on_with(ends):
     code, _, errors = ends["other beta"]
     assert code == 2
-    assert "was made with another beta, 0.2 where this run has 0.5" in errors.splitlines()[-1]
+    assert "is of another run: beta was 0.2, got 0.5. Give another --out" in errors.splitlines()[-1]
+
+
+def test_it_says_which_run_the_scores_are_of(tmp_path: Path):
+    """Another folder by its name; the same folder with other weights as such."""
+    (tmp_path / "scores.jsonl").write_text(
+        '{"focalpo_score": 1, "policy": "sha256:a", "data": "d", '
+        '"given": {"policy": ["MODEL", "outputs/a"], "data": ["DATA", "x.jsonl"]}}\n'
+    )
+    asked = {"focalpo_score": 1, "policy": "sha256:b", "data": "d"}
+    for path, said in (
+        ("outputs/b", "MODEL was 'outputs/a', got 'outputs/b'. "),
+        ("outputs/a", "the files of MODEL 'outputs/a' were others. "),
+    ):
+        given = {"policy": ["MODEL", path], "data": ["DATA", "y.jsonl"]}
+        with pytest.raises(CommandError) as error:
+            read_scores(tmp_path / "scores.jsonl", {**asked, "given": given})
+        assert f"scores.jsonl is of another run: {said}Give another --out" in str(error.value)
+    assert read_scores(tmp_path / "scores.jsonl", {**asked, "policy": "sha256:a"}) == {}
 
 
 @shares_ends

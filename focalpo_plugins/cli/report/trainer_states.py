@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...guards.resume import of_trainer_state
 from .quantities import Log, quantities
 
 
@@ -15,7 +16,8 @@ def from_states(states: Sequence[tuple[dict[str, Any], Path]]) -> tuple[Log, Pat
     """The log of the newest run among ``states``, its file, and remarks on it for the user."""
     state, source = _newest(states)
     series = _series(state)
-    return series, source, [*_of_other_runs(states, state, source), *_silence(state, series)]
+    notes = [*_of_other_runs(states, state, source), *_silence(state, series), *_of_target(state)]
+    return series, source, notes
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -52,6 +54,20 @@ def _of_other_runs(
     if not others:
         return []
     return [f"not of the same run, older than {source.parent.name}, left out: {', '.join(others)}"]
+
+
+def _of_target(state: Mapping[str, Any]) -> list[str]:
+    """That a margin less its target is not TRL's margin, which has no target."""
+    try:
+        recorded = of_trainer_state(state) or {}
+    except (LookupError, TypeError, AttributeError):
+        return []
+    if recorded.get("margin") != "simpo":
+        return []
+    return [
+        "SimPO: margin and accuracy are without the target simpo_gamma; m_correct, m_incorrect, "
+        "weight and reversed are of the margin less the target"
+    ]
 
 
 def _silence(state: Mapping[str, Any], series: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from ...loss import check_beta
 from .. import CommandError
 from ..output import Output, write
 from .beta import DEFAULT, beta_of
-from .scores_file import append, identity_of, read_scores
+from .scores_file import NAMES, append, identity_of, read_scores
 from .summary import draw, groups_of, histogram, print_summary, with_rewards
 
 _START_OF_SUMMARY = json.dumps({"focalpo_score": 1}, indent=2).removesuffix("\n}")
@@ -45,6 +45,8 @@ def run(args: Namespace) -> int:
         print(note)
     header |= {"data": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(), "beta": beta}
     header |= {"max_length": args.max_length, "dtype": args.dtype}
+    given = (("policy", "MODEL", args.model), ("reference", "--ref", args.ref))
+    header[NAMES] = {key: [word, path] for key, word, path in (*given, ("data", "DATA", args.data))}
     for role, source in zip(("policy", "reference"), sources, strict=True):
         if source.base is not None:
             header[f"{role}_base"] = identity_of(source.base)

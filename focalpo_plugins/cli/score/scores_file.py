@@ -11,6 +11,8 @@ from typing import Any
 from .. import CommandError
 from ..output import writing
 
+#: The key of the words and paths that the command line gave, by the key that depends on them.
+NAMES = "given"
 # What the file begins with.
 _START = json.dumps({"focalpo_score": 1}).removesuffix("}")
 # Weights, config, tokenizer and chat template.
@@ -58,16 +60,30 @@ def read_scores(scores: Path, header: dict[str, Any]) -> dict[int, dict[str, Any
             "move it, or give another --out."
         ) from None
     if records:
-        differing = [key for key in header if records[0].get(key) != header[key]]
+        compared = header.keys() - {NAMES}
+        differing = [
+            key for key in header if key in compared and records[0].get(key) != header[key]
+        ]
         if differing:
+            changes = ", ".join(_change(key, records[0], header) for key in differing)
             raise CommandError(
-                f"{scores} was made with another {differing[0]}, {records[0].get(differing[0])} "
-                f"where this run has {header[differing[0]]}: give another --out, or remove it."
+                f"{scores} is of another run: {changes}. Give another --out, or remove that folder."
             )
     if len(whole) < len(content):
         with writing(scores), scores.open("r+b") as file:
             file.truncate(len(whole))
     return done
+
+
+def _change(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """How a value of an earlier run's header differs, in the words of the command line."""
+    if key not in now.get(NAMES, {}):
+        return f"{key} was {before.get(key)}, got {now[key]}"
+    word, given = now[NAMES][key]
+    was = before.get(NAMES, {}).get(key, (word, None))[1]
+    if was in (given, None):
+        return f"the files of {word} {given!r} were others"
+    return f"{word} was {was!r}, got {given!r}"
 
 
 def append(scores: Path, records: Iterable[dict[str, Any]]) -> None:
