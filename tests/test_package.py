@@ -43,7 +43,7 @@ OF_HOST = {
 }
 CORE = {
     "errors", "loss", "hookspecs", "options", "pairwise_loss", "registry", "diagnostics", "plan",
-    "guards", "compute", "balanced", "run",
+    "guards", "compute", "balanced", "releases", "run",
 }  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
@@ -60,7 +60,8 @@ ARROWS: dict[str, set[str]] = {
     "diagnostics": {"registry"},
     "balanced": {"errors", "registry"},
     "plan": {"balanced", "registry"},
-    "run": {"errors", "guards", "diagnostics", "registry"},
+    "releases": set(),
+    "run": {"errors", "guards", "diagnostics", "registry", "releases"},
     "hf_sequences": {"balanced"},
     "hf_batches": {"errors", "balanced"},
     "hf_models": set(),
@@ -70,7 +71,7 @@ ARROWS: dict[str, set[str]] = {
     "hf_reference": {"errors", "guards", "reference", "hf_models", "hf_trainer"},
     "trl": {
         "errors", "loss", "options", "registry", "run", "balanced", "hf_trainer", "hf_batches",
-        "hf_models", "hf_sequences", "guards", "compute", "sharing"
+        "hf_models", "hf_sequences", "guards", "compute", "sharing", "releases"
     },
     "axolotl": {
         "errors", "loss", "options", "registry", "balanced", "plan", "guards", "compute", "trl"
@@ -86,7 +87,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "openrlhf": {
         "errors", "loss", "options", "registry", "run", "plan", "balanced", "guards", "sharing",
-        "reference"
+        "reference", "releases"
     },
     "cli": {
         "errors", "loss", "balanced", "plan", "guards", "trl", "axolotl", "openrlhf",

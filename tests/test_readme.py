@@ -14,6 +14,8 @@ import re
 import shlex
 import sys
 from argparse import ArgumentParser
+from email import message_from_string
+from importlib.metadata import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -22,7 +24,15 @@ import torch
 from harness import EXAMPLES, run_python
 
 import focalpo_plugins
-from focalpo_plugins import axolotl, cli, focalpo_loss, focalpo_weight, llamafactory, swift
+from focalpo_plugins import (
+    axolotl,
+    cli,
+    focalpo_loss,
+    focalpo_weight,
+    llamafactory,
+    releases,
+    swift,
+)
 from focalpo_plugins.diagnostics import margin_sums, means, of_ranks
 from focalpo_plugins.loss import VARIANTS, check_gamma
 from focalpo_plugins.openrlhf import flags
@@ -394,7 +404,7 @@ def test_the_table_of_releases():
     listed = {version for cell in cells for version in re.findall(r"\d+\.[\d.]*\d", cell)}
     assert listed == ran - {"0.28.0"}
     assert write_numbers.refused() == "0.28.0"
-    # README has the ends of each host's: the messages of a refusal send a user there.
+    # README has the ends of each host's.
     ends: dict[str, list[str]] = {}
     host = ""
     for row, cell in zip(rows, cells, strict=True):
@@ -405,6 +415,26 @@ def test_the_table_of_releases():
         # The oldest and the newest TRL are those that are tested alone.
         assert write_numbers.releases(host) == f"{of_host[0]} to {of_host[-1]}"
         assert f"<!--= releases {host} -->" in README
+
+
+def test_the_releases_in_messages(monkeypatch: pytest.MonkeyPatch):
+    """They are those that nox runs the tests in; the pages are named once setup.cfg names them."""
+    swift = [*write_numbers.session("swift_releases"), *write_numbers.constant("SWIFT")]
+    (llamafactory,) = write_numbers.constant("LLAMA_FACTORY")
+    assert {
+        **{host.lower(): write_numbers.releases(host) for host in ("Axolotl", "OpenRLHF", "TRL")},
+        "llamafactory": llamafactory,
+        "ms-swift": f"{swift[0]} to {swift[-1]}",
+    } == releases.TESTED
+    paper = "Project-URL: Paper, https://arxiv.org/abs/2501.06645\n"
+    assert metadata("focalpo_plugins").get_all("Project-URL") == [paper.partition(": ")[2].strip()]
+    assert releases.install("llamafactory") == f"Install llamafactory {llamafactory}."
+    pages = "Project-URL: Documentation, https://pages.example/focalpo\n"
+    monkeypatch.setattr(releases, "metadata", lambda name: message_from_string(paper + pages))
+    assert releases.install("llamafactory") == (
+        f"Install llamafactory {llamafactory}, or see https://pages.example/focalpo for newer "
+        "releases."
+    )
 
 
 def test_sessions():

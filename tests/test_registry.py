@@ -36,8 +36,11 @@ def test_description_is_what_the_startup_line_shows():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"gama": 0.1}, "gama is no option of the loss 'focalpo'; did you mean 'gamma'?"),
-        ({"k": 1}, "k is no option of the loss 'focalpo'; known: gamma, gamma_end, gamma_schedule"),
+        ({"gama": 0.1}, "gama is not an option of the loss 'focalpo'; did you mean 'gamma'?"),
+        (
+            {"k": 1},
+            "k is not an option of the loss 'focalpo'; known: gamma, gamma_end, gamma_schedule",
+        ),
         ({"gamma": 2.0}, "gamma must be below 1/ln 2"),
         ({"variant": "wrong"}, "variant must be one of"),
     ],
@@ -308,8 +311,8 @@ def loss(margins, **options):
 
 # What is wrong with the second loss of a package whose first is fine.
 REFUSED: dict[str, tuple[tuple, dict[str, Any], str]] = {
-    "taken": (("focalpo", loss), {}, "name must be new, got 'focalpo', which is registered already"
-              " by the package focalpo_plugins"),
+    "taken": (("focalpo", loss), {}, "name must be new, got 'focalpo': the package focalpo_plugins"
+              " has registered it already"),
     "taken by itself": (("fine", loss), {}, "name must be new, got 'fine'"),
     "capital": (("Hinge", loss), {}, "name must be an identifier in lower case, without outer or"),
     "hyphen": (("my-loss", loss), {}, "name must be an identifier in lower case, without outer or"),
@@ -317,13 +320,13 @@ REFUSED: dict[str, tuple[tuple, dict[str, Any], str]] = {
     "double underscore": (("my__loss", loss), {}, "name must be an identifier in lower case, with"),
     "no word": ((None, loss), {}, "name must be an identifier in lower case, without outer"),
     **{
-        f"a host's: {name}": ((name, loss), {}, f"name must be none that a host uses, got {name!r}")
+        f"a host's: {name}": ((name, loss), {}, f"name must not be a name that a host uses, got {name!r}")
         for name in ("dpo", "ipo", "lora", "rl", "trl", "train", "eval", "loss", "rewards")
     },
     **{
         f"a trainer's: {option}": (
             ("mine", loss), {"options": {option: 1}},
-            f"an option of mine must be none that a host uses, got {option!r}",
+            f"an option of mine must not be a name that a host uses, got {option!r}",
         )
         for option in ("fused", "allow_changed", "allow_data", "precompute_ref", "precompute_dir",
                        "loss")
@@ -338,7 +341,7 @@ REFUSED: dict[str, tuple[tuple, dict[str, Any], str]] = {
     },
     "a key of another": (
         ("focalpo_allow", loss), {"options": {"reversed": False}},
-        "an option of focalpo_allow must make a key that is new, got 'reversed': "
+        "an option of focalpo_allow must give a new key, got 'reversed': "
         "focalpo_allow_reversed belongs to the loss focalpo",
     ),
     "a key of every loss": (
@@ -407,7 +410,7 @@ except ValueError as error:
     run = run_python("-c", script, path=path)
     found, error = run.stdout.splitlines()
     assert found == "['focalpo', 'hinge'] ['focalpo', 'hinge'] hinge"
-    assert "The package bad failed to register: name must be none that a host uses" in error
+    assert "The package bad failed to register: name must not be a name that a host uses" in error
     assert run.stderr.count("the package bad failed to register its losses and is left out") == 1
 
 
@@ -432,7 +435,7 @@ def test_a_loss_that_moves():
         ({"gamma_end": "small"}, "gamma_end must be a finite number"),
         ({"gamma_end": 1.0, "variant": "correct_exact"}, "gamma_end must be below 1 for variant"),
         ({"gamma": 2.0, "gamma_end": 0.1}, "gamma must be below 1/ln 2"),
-        ({"gamma_schedule": "linear"}, "gamma_schedule 'linear' needs a gamma_end"),
+        ({"gamma_schedule": "linear"}, "gamma_schedule 'linear' needs gamma_end, got none"),
     ],
 )
 def test_both_ends_of_a_gamma_are_checked(options: dict, message: str):

@@ -81,7 +81,7 @@ def test_common_starts(chosen: list[int], rejected: list[int], start: int):
 
 def test_padding_before_a_sequence_is_refused():
     ids = torch.tensor([[0, 7, 8], [7, 8, 9]])
-    with pytest.raises(ValueError, match="padded behind each sequence, got another mask"):
+    with pytest.raises(ValueError, match="with the padding after each sequence, got another mask"):
         layout_of_batch(ids, torch.tensor([[0, 1, 1], [1, 1, 1]]))
 
 

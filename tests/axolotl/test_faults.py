@@ -74,7 +74,7 @@ def test_a_half_written_checkpoint(axolotl: Axolotl, trained: Run, tmp_path: Pat
         state.unlink()
     run = resumed(axolotl, checkpoint)
     assert run.code != 0
-    assert "resume_from_checkpoint must be a whole checkpoint, got " in run.output
+    assert "resume_from_checkpoint must be a complete checkpoint, got " in run.output
     assert "trainer_state.json can't be read" in run.output
 
 

@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "gamma backwards, and the way out": (
         {"focalpo_gamma": 1.5},
-        "; focalpo_allow_reversed: true accepts it all the same.",
+        "; to train anyway, set focalpo_allow_reversed: true.",
     ),
     "exact gamma 1": (
         {"focalpo_gamma": 1.0, "focalpo_variant": "correct_exact"},
@@ -323,7 +323,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a schedule to nowhere": (
         {"focalpo_gamma_schedule": "cosine"},
-        "focalpo_gamma_schedule 'cosine' needs a gamma_end to go to, got none",
+        "focalpo_gamma_schedule 'cosine' needs gamma_end, got none",
     ),
     "schedule misspelt": (
         {"focalpo_gamma_end": 0.1, "focalpo_gamma_schedule": "cosin"},

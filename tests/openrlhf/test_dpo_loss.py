@@ -101,7 +101,11 @@ def test_a_trainer_chooses_the_loss_by_the_margins():
         ((0.1, 0.5), {}, "label_smoothing must be at least 0 and below 0.5, got 0.5"),
         ((0.1, 0.0, True), {}, "ipo must be false with the loss 'focalpo', got True"),
         ((0.1,), {"gamma": -1.0}, "gamma must be a finite number of at least 0, got -1.0"),
-        ((0.1,), {"gama": 1.0}, "gama is no option of the loss 'focalpo'; did you mean 'gamma'?"),
+        (
+            (0.1,),
+            {"gama": 1.0},
+            "gama is not an option of the loss 'focalpo'; did you mean 'gamma'?",
+        ),
         (
             (0.1,),
             {"loss": "focalp"},

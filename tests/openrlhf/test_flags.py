@@ -33,9 +33,9 @@ REFUSED = [
     ([*OURS, "--focalpo.gamma", "x"], "argument --focalpo.gamma: must be a number, got 'x'; it is 0.05 by default."),
     (
         [*OURS, "--focalpo.gamma", "1.5"],
-        "--focalpo.gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 1.5: from there on "
+        "--focalpo.gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 1.5: from there on, "
         "training runs backwards from the first step. The paper uses 0.05; "
-        "--focalpo.allow_reversed accepts it all the same.",
+        "to train anyway, set --focalpo.allow_reversed.",
     ),
     (
         [*OURS, "--focalpo.gamma=1", "--focalpo.variant=correct_exact"],
@@ -195,7 +195,7 @@ def test_help(ends: dict):
         "--focalpo.allow_reversed",
         "Option of the loss hinge (default: 1.0)",
         "--hinge.precompute_ref",
-        "Folder of precompute_ref's file (default: OpenRLHF's output folder)",
+        "Folder for the file of precompute_ref (default: OpenRLHF's output folder)",
     ):
         assert text in ours, output
 

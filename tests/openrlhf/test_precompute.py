@@ -329,7 +329,7 @@ def in_trouble(train_many: Callable, variants, flags, in_turn, tmp_path_factory)
     [
         ("damaged", "its checksum is wrong"),
         ("half", ""),
-        ("of others", "it is of another reference or other pairs"),
+        ("of others", "it belongs to another reference or other pairs"),
     ],
 )
 def test_a_damaged_file_is_recreated(in_trouble, name: str, why: str):
@@ -338,7 +338,7 @@ def test_a_damaged_file_is_recreated(in_trouble, name: str, why: str):
     path = folders[name] / whole.name
     (line,) = run.said("is damaged")
     assert line.startswith(f"focalpo_plugins: {path} is damaged ({why}")
-    assert line.endswith(") and is recreated.")
+    assert line.endswith("); recreating it.")
     assert said(run.stderr).startswith(f"27 pairs computed and kept in {path} in ")
     assert torch.equal(logps(cached(folders[name])), logps(whole))
 
@@ -357,9 +357,9 @@ def stopped(run) -> str:
 def test_a_folder_that_cannot_be_written_to(in_trouble):
     runs, folders, _ = in_trouble
     line = stopped(runs["no folder"])
-    start = "focalpo_plugins: --focalpo.precompute_dir must be a folder with room for 0.0 MiB"
-    assert line.startswith(f"{start} that can be written to, got {str(folders['no folder'])!r}: ")
-    assert line.endswith("Not a directory: " + repr(str(folders["no folder"])) + ". Name another.")
+    start = "focalpo_plugins: --focalpo.precompute_dir must be a writable folder with 0.0 MiB of "
+    assert line.startswith(f"{start}free space, got {str(folders['no folder'])!r}: ")
+    assert line.endswith(f"Not a directory: {str(folders['no folder'])!r}. Choose another.")
     assert "Reference log-probs" not in runs["no folder"].stderr
 
 
@@ -371,8 +371,8 @@ def test_a_full_disk_and_a_kill(train: Callable, flags, in_turn, tmp_path: Path)
     faults = {"first": ["disk_faults.sitecustomize"]}
     full = train(*asked, **faults, FULL_AT="reference_logps")
     line = stopped(full)
-    assert "must be a folder with room for 0.0 MiB that can be written to" in line
-    assert line.endswith("[Errno 27] File too large. Name another.")
+    assert "must be a writable folder with 0.0 MiB of free space" in line
+    assert line.endswith("[Errno 27] File too large. Choose another.")
     assert not list((tmp_path / "cache").iterdir())
     killed = train(*asked, **faults, KILLED_AT_NAMING="reference_logps")
     assert killed.returncode == -9, killed.output
@@ -388,8 +388,9 @@ def test_a_log_probability_that_is_not_finite(in_trouble, variants):
     """NaN in the embedding of a token that one pair alone has, counted from 0."""
     runs, folders, _ = in_trouble
     line = stopped(runs["nan"])
-    assert "the reference gives pair 3 of the training data, " in line
-    assert "a log-probability that is not finite (1 of 27 pairs): '<|begin_of_text|>" in line
+    assert "the reference's log-probabilities are not finite for 1 of 27 pairs. " in line
+    assert "The first is pair 3 of the training data that OpenRLHF kept, counted from 0: " in line
+    assert "0: '<|begin_of_text|>" in line
     assert list(folders["nan"].iterdir()) == []
 
 
@@ -401,7 +402,7 @@ def test_pairs_that_one_rank_alone_does_not_know(watched: Callable):
     assert run.returncode == 1, run.output
     error = (
         "RunError: on rank 1, the reference's log-probabilities of pair 0 of "
-        "a batch were not precomputed: it is in neither data set as it was when training began."
+        "a batch were not precomputed: the pair was in neither data set when training began."
     )
     assert run.stderr.count(error) == 2
     assert not run.steps("train/")
@@ -416,7 +417,7 @@ def test_a_name_that_is_taken(train: Callable, flags, in_turn, tmp_path: Path):
     asked = (*flags, *PRECOMPUTE, "--focalpo.precompute_dir", str(cache), "--ds.zero_stage", "3")
     run = train(*asked, ranks=2)
     line = stopped(run)
-    start = "focalpo_plugins: --focalpo.precompute_dir must be a folder where a file can have the "
-    assert line.startswith(f"{start}name {name}, got {str(cache)!r}: ")
+    start = "focalpo_plugins: --focalpo.precompute_dir must be a folder in which the file "
+    assert line.startswith(f"{start}{name} can be written, got {str(cache)!r}: ")
     assert "Is a directory" in line
     assert [path.name for path in cache.iterdir()] == [name]

@@ -163,7 +163,8 @@ def test_a_pair_with_a_log_probability_that_is_not_finite(model, tmp_path: Path)
         model.get_input_embeddings().weight[5] = torch.nan
     rows = [KNOWN[1], ([1, 5, 3], [1, 2], 1)]
     with pytest.raises(
-        InvalidValue, match=r"pair 1, a log-probability that is not finite \(1 of 2"
+        InvalidValue,
+        match=r"log-probabilities are not finite for 1 of 2 pairs\. The first is pair 1: ",
     ):
         run(model, tmp_path, rows)
     assert list(tmp_path.iterdir()) == []
@@ -171,5 +172,5 @@ def test_a_pair_with_a_log_probability_that_is_not_finite(model, tmp_path: Path)
 
 def test_a_folder_that_cannot_be_written_to(model, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidValue, match="^the_folder must be a folder with room for 0.0 MiB"):
+    with pytest.raises(InvalidValue, match="^the_folder must be a writable folder with 0.0 MiB"):
         run(model, tmp_path / "file" / "folder")

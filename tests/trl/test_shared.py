@@ -449,7 +449,9 @@ def test_a_batch_that_one_rank_cannot_lay_out_ends_all_ranks():
         network(**given)
     assert len(checks) == 1
     turned = {name: values.flip(1) for name, values in given.items()}
-    refused = pytest.raises(ValueError, match="padded behind each sequence, got another mask")
+    refused = pytest.raises(
+        ValueError, match="with the padding after each sequence, got another mask"
+    )
     with refused, torch.no_grad(), shared.of(2):
         network(**turned)
     assert len(checks) == 2

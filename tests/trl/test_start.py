@@ -74,9 +74,9 @@ def test_a_policy_that_was_changed(tokenizer, saved: str, tmp_path: Path, capsys
         FocalPOTrainer, tokenizer, tmp_path, policy=policy, reference=None, **SGD
     ).train()
     said = capsys.readouterr().err
-    assert said.count("warning: at the first step every margin should be 0, as the policy starts"
-                      " as its reference, got ") == 1  # fmt: skip
-    assert "Look for a reference other than the intended one" in said
+    assert said.count("warning: the largest margin of the first step is ") == 1
+    assert " nats), expected 0: the policy starts as its reference. " in said
+    assert "Check for: a wrong reference, weights changed after loading, " in said
 
 
 def test_nothing_is_said_of_another_reference_or_a_resumed_run(
@@ -150,7 +150,7 @@ def test_a_resumed_adapter_that_was_not_loaded(tokenizer, saved, tmp_path, capsy
     assert "after resuming" not in start(sft, 2, None)[1]
     resumed, said = start(sft, 4, checkpoint)
     (line,) = [line for line in said.splitlines() if "after resuming" in line]
-    assert "focalpo_plugins: warning: at the first step after resuming the largest margin " in line
+    assert "focalpo_plugins: warning: the largest margin of the first step after resuming " in line
     assert f"PeftModel.from_pretrained(BASE_MODEL, {checkpoint!r}, is_trainable=True)" in line
     cured, said = start(checkpoint, 4, checkpoint)
     assert "after resuming" not in said

@@ -797,7 +797,7 @@ def test_the_same_batch_however_it_is_split(tokenizer, tmp_path):
         ),
         ({"beta": 0.0}, "beta must be a finite number above 0, got 0.0"),
         ({"focalpo_gamma": 2.0}, "focalpo_gamma must be below 1/ln 2"),
-        ({"focalpo_gamma": 1.5}, "; focalpo_allow_reversed=True accepts it all the same."),
+        ({"focalpo_gamma": 1.5}, "; to train anyway, set focalpo_allow_reversed=True."),
         ({"focalpo_gamma": -1.0}, "focalpo_gamma must be a finite number of at least 0, got -1.0"),
         (
             {"focalpo_variant": "corect"},
@@ -1264,7 +1264,9 @@ def test_a_checkpoint_whose_state_cannot_be_read(tokenizer, tmp_path, text: str)
     trainer(FocalPOTrainer, tokenizer, tmp_path, **saving).train()
     (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(text)
     host = trainer(FocalPOTrainer, tokenizer, tmp_path, **{**saving, "max_steps": 2})
-    with pytest.raises(ValueError, match="^resume_from_checkpoint must be a whole checkpoint, got"):
+    with pytest.raises(
+        ValueError, match="^resume_from_checkpoint must be a complete checkpoint, got"
+    ):
         host.train(resume_from_checkpoint=True)
 
 
