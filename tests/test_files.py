@@ -75,8 +75,8 @@ def test_a_folder_that_is_read_only(tmp_path: Path):
     for path in (folder, folder / "new"):
         run = run_python("-c", CHECK, str(path), path=FAULTS, PERMISSIONS_HOLD="1")
         assert run.stderr.splitlines()[-1] == (
-            f"focalpo_plugins.errors.InvalidValue: output_dir must be a folder that can be written to, got {str(path)!r}: "
-            "Permission denied. Name another, or change its permissions."
+            f"focalpo_plugins.errors.InvalidValue: output_dir must be a writable folder, got {str(path)!r}: "
+            "Permission denied. Choose another, or change its permissions."
         )
     folder.chmod(0o755)
     run = run_python("-c", CHECK, str(folder / "new"), path=FAULTS, PERMISSIONS_HOLD="1")

@@ -44,8 +44,9 @@ def test_words(row: dict, words: str):
     [
         ({"prompt": "a", "good": "b"}, "it has no 'chosen' and no 'rejected'"),
         ({"chosen": "a", "rejected": None}, "it has no 'rejected'"),
-        ({"chosen": [USER, GOOD], "rejected": "bad"}, "chosen and rejected are not alike"),
-        ({"chosen": [GOOD], "rejected": [BAD]}, "its answers stand without a prompt"),
+        ({"chosen": "a", "rejectd": "b"}, "it has no 'rejected'; did you mean 'rejectd'?"),
+        ({"chosen": [USER, GOOD], "rejected": "bad"}, "chosen and rejected have different formats"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "its answers have no prompt"),
         ({"chosen": 1, "rejected": 2}, "chosen and rejected are neither text nor messages"),
         (
             {"chosen": [{"from": "gpt", "value": "a"}], "rejected": [{"from": "gpt", "value": "b"}]},

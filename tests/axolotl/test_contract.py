@@ -19,27 +19,29 @@ class AxolotlHost(TrainerHost):
     apart: dict[str, Any] = {"rate": 1e-3}  # it has no other reference
     refused = {
         "equal answers": (
-            "the training data can't be learnt from, got 16 of 16 pairs have a chosen answer equal to the rejected one",
+            "training data refused: 16 of 16 pairs have identical answers",
             "The first is row 0 of the tokenized data, ",
         ),
-        "most answers equal": ("got 9 of 16 pairs have a chosen answer equal",),
+        "most answers equal": ("training data refused: 9 of 16 pairs have identical answers",),
         # For which Axolotl takes the whole conversation.
-        "empty answers": ("got 16 of 16 pairs have a BOS, or another turn, inside an answer",),
+        "empty answers": (
+            "training data refused: 16 of 16 pairs have a BOS or another turn inside an answer",
+        ),
         "earlier turns that differ": (
-            "got 16 of 16 rows have sides whose earlier turns differ: Axolotl trains the rejected answer after the chosen side's turns",
+            "training data refused: 16 of 16 rows have sides whose earlier turns differ: Axolotl trains the rejected answer after the chosen side's turns",
         ),
         "prompts beyond the limit": ("train_dataset must hold a pair, got none", "sequence_len"),
         "an empty file": (
             "datasets[0].path must hold a pair, got ",
-            "pairs.jsonl', which is empty",
+            "pairs.jsonl': the file is empty",
         ),
         "a cut first line": (
             "datasets[0].path must be JSON lines, got ",
-            "pairs.jsonl', of which line 1 can't be used: ",
+            "pairs.jsonl': line 1 can't be used: ",
         ),
         "a cut last line": (
             "datasets[0].path must be JSON lines, got ",
-            "pairs.jsonl', of which line 16 can't be used: ",
+            "pairs.jsonl': line 16 can't be used: ",
         ),
         "no column chosen": ("it has no 'chosen'",),
         "no column rejected": ("it has no 'rejected'",),

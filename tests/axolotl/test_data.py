@@ -147,7 +147,7 @@ def test_a_type_that_fails(answers: dict, name: str, number: int):
 @shares_answers
 def test_a_row_that_differs(answers: dict):
     said = error_of(answers["odd"])
-    assert "and type is chat_template.default, which is right; row 2 has chosen (text)" in said
+    assert "and type is chat_template.default, which fits, but row 2 has chosen (text)" in said
     assert said.endswith("prompt (list). Fix or remove that row.")
 
 
@@ -169,7 +169,10 @@ def test_an_empty_cell(answers: dict, case: str, file: str, row: int, column: st
 def test_a_second_thought(answers: dict):
     """Axolotl's qwen3_5 opens a thought in each generation prompt, and so does the answer."""
     said = error_of(answers["a second thought"])
-    assert "got 4 of 4 rows have an answer that begins what the end of the prompt has begun" in said
+    assert (
+        "refused: 4 of 4 rows have an answer that repeats the end of the prompt, such as a second"
+        in said
+    )
     assert "<think>\\n\\n<think>\\nHm, 0.\\n" in said
 
 

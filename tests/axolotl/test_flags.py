@@ -231,7 +231,7 @@ def test_a_broken_file_is_refused_before_the_launcher_starts(command: Callable, 
     path.write_text('{"prompt": "Hi"}]\n')
     data = {"path": str(path), "ds_type": "json", "type": "chat_template.argilla_chat"}
     code, output = outcome(command, axolotl.config(datasets=[data]), TRAIN)
-    start = f"Error: datasets[0].path must be JSON lines, got {str(path)!r}, of which line "
+    start = f"Error: datasets[0].path must be JSON lines, got {str(path)!r}: line "
     assert code == 1 and output.splitlines()[-1].startswith(start), output
 
 

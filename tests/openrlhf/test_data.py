@@ -173,7 +173,7 @@ def test_flags_that_fail(answers: dict, name: str, number: int):
 def test_a_row_that_differs(answers: dict):
     said = error_of(answers["odd"])
     assert said.endswith(
-        "which is right; row 1 has chosen (text), rejected (list). Fix or remove that row."
+        "which fits, but row 1 has chosen (text), rejected (list). Fix or remove that row."
     )
 
 
@@ -207,7 +207,7 @@ def test_an_empty_cell_of_the_evaluation_data(answers: dict):
 def test_the_second_of_two_files(answers: dict):
     """OpenRLHF leaves out the space after the comma."""
     said = error_of(answers["second file"])
-    assert "beside.jsonl', of which line 2 can't be used: Expecting ',' delimiter. Fix" in said
+    assert "beside.jsonl': line 2 can't be used: Expecting ',' delimiter. Fix" in said
 
 
 @shares_answers
@@ -246,7 +246,7 @@ def test_the_evaluation_data_is_looked_at(answers: dict):
     found = json.loads(output)
     (flag,) = of_host(["--eval.dataset"])
     assert f"7 of 7 pairs of {flag} are evaluated" in found["notes"]
-    same = "3 of 7 pairs of the evaluation data have a chosen answer equal to the rejected one"
+    same = "3 of 7 pairs of the evaluation data have identical answers"
     assert any(warning.startswith(same) for warning in found["warnings"])
     assert len(found["formats"]) == 3
 
@@ -256,9 +256,9 @@ def test_what_a_run_refuses_is_refused(answers: dict):
     """And allowed and warned of by the same flag; OpenRLHF's own loss refuses nothing."""
     said = error_of(answers["differ"])
     fault = "4 of 4 rows have sides whose earlier turns differ: OpenRLHF cuts both off"
-    assert f"the training data can't be trained as written, got {fault}" in said
-    assert "Give --focalpo.allow_data to train on them anyway. The first is row 0 of " in said
-    alike = "the training data can't be learnt from, got 3 of 3 pairs have a chosen answer equal"
+    assert f"training data refused: {fault}" in said
+    assert "To train anyway, set --focalpo.allow_data. The first is row 0 of " in said
+    alike = "training data refused: 3 of 3 pairs have identical answers"
     assert alike in error_of(answers["alike"])
     for case in ("differ, allowed", "differ, dpo"):
         code, output, errors = answers[case]

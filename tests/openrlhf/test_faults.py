@@ -97,7 +97,7 @@ def test_a_checkpoint_of_another_loss(train, never_killed, tmp_path: Path, flags
     again = (*OURS, *TWO_EPOCHS, *LORA, "--ckpt.load_enable", *flags)
     run = train(*again, folder=tmp_path)
     assert run.returncode != 0 and message in run.output
-    assert "global_step9; give the values it was trained with" in run.output
+    assert "global_step9. Set the values that it was trained with" in run.output
     assert not run.steps("train/")
 
 
@@ -157,7 +157,7 @@ def test_two_ranks_refuse_a_checkpoint_of_the_hosts_dpo(train, never_killed, tmp
     flags = (*OURS, *TWO_EPOCHS, *ZERO3, "--ckpt.load_enable")
     run = train(*flags, ranks=2, folder=tmp_path)
     assert run.returncode == 1
-    assert len(run.said("does not say that it was trained with a loss of focalpo_plugins")) == 1
+    assert len(run.said("has no record of a loss of focalpo_plugins")) == 1
     assert "Traceback" not in run.stderr
     assert not run.steps("train/")
 
@@ -208,8 +208,8 @@ def test_a_folder_that_is_read_only(train, tmp_path: Path, name: str):
     assert run.returncode == 1
     (flag,) = of_host([f"--{name}"])
     assert run.said("that can be written to") == [
-        f"focalpo_plugins: {flag} must be a folder that can be written to, got {str(folder)!r}: "
-        "Permission denied. Name another, or change its permissions."
+        f"focalpo_plugins: {flag} must be a writable folder, got {str(folder)!r}: "
+        "Permission denied. Choose another, or change its permissions."
     ]
     assert not run.steps("train/") and not list(folder.iterdir())
 
@@ -231,8 +231,8 @@ def test_a_folder_where_no_checkpoints_are_asked_for(train_many, tmp_path: Path)
         assert runs[name].returncode == 0, runs[name].output
         assert not (runs[name].folder / "checkpoints").exists()
     assert runs["used"].returncode == 1
-    (line,) = runs["used"].said("must be a folder that can be written to")
-    assert line.startswith("focalpo_plugins: --ckpt.path must be a folder that can be written to, ")
+    (line,) = runs["used"].said("must be a writable folder")
+    assert line.startswith("focalpo_plugins: --ckpt.path must be a writable folder, ")
     assert not runs["used"].steps("train/")
 
 

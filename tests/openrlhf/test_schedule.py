@@ -100,7 +100,7 @@ def test_resumed_with_another_length(uneven: Callable, train: Callable, tmp_path
     longer = (*flags, "--train.max_epochs", "3")
     run = resumed(train, whole, 9, tmp_path / "longer", *longer)
     (line,) = run.said("warning: --focalpo.gamma changes over the run")
-    assert "the checkpoint's run had 11 steps, got 16 for this one" in line
+    assert "the checkpoint's run had 11 steps, but this one has 16" in line
     allowed = resumed(train, whole, 9, tmp_path / "allowed", *flags, "--focalpo.allow_changed")
     (line,) = allowed.said("done.")
     first = 2**-0.045 * math.log(2)  # the tenth of eleven gammas is .045

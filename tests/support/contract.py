@@ -325,7 +325,7 @@ class Contract:
     def test_resuming_the_hosts_own(self, host: Host):
         own = trained(host.run({"loss": "dpo", "steps": 5, "save": 3}))
         run = host.run({"steps": 5, "save": 3}, resume=host.checkpoint(own, 3))
-        stopped(run, "does not say that it was trained with a loss of focalpo_plugins")
+        stopped(run, "has no record of a loss of focalpo_plugins")
 
     # A gamma that moves.
 
@@ -449,13 +449,13 @@ class Contract:
         run = trained(
             host.run({"steps": 2, "allow_data": True}, pairs=pairs(CASES["equal answers"]))
         )
-        assert len(run.said("warning: 16 of 16 pairs have a chosen answer equal")) == 1
+        assert len(run.said("warning: 16 of 16 pairs have identical answers")) == 1
         assert len(run.steps) == 2
 
     def test_a_few_equal_answers_are_warned_of(self, host: Host, pairs: Callable[..., Path]):
         a_few = pairs(lambda rows: lines([*map(alike, rows[:FEW]), *rows[FEW:]]))
         run = trained(host.run({"steps": 2}, pairs=a_few))
-        assert len(run.said("warning: 4 of 16 pairs have a chosen answer equal")) == 1
+        assert len(run.said("warning: 4 of 16 pairs have identical answers")) == 1
 
 
 def trained(run: Result) -> Result:

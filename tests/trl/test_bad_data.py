@@ -1,4 +1,4 @@
-"""Data that nothing can be learnt from, through TRL's trainer: refused before it computes anything."""
+"""Useless data in TRL's trainer: it is refused before anything is computed."""
 
 from __future__ import annotations
 
@@ -82,17 +82,18 @@ def asks(i: int, *more: tuple[str, str], chosen: str = "one", rejected: str = "t
     return turns
 
 
-EQUAL = "8 of 8 pairs have a chosen answer equal to the rejected one"
+EQUAL = "8 of 8 pairs have identical answers"
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "alike": (alike, {}, EQUAL + ": the margin stays 0"),
+    "alike": (alike, {}, EQUAL + ", so their margin stays 0"),
     "alike once cut": (
-        late, {"max_length": 16}, EQUAL + ", 8 of them once cut to max_length=16: the margin"),
+        late, {"max_length": 16},
+        EQUAL + " (8 of them only once cut to max_length=16), so their margin"),
     "alike once their start is cut": (
         early, {"max_length": 12, "truncation_mode": "keep_end"},
-        EQUAL + ", 8 of them once cut to max_length=12: the margin"),
+        EQUAL + " (8 of them only once cut to max_length=12), so their margin"),
     "empty answers": (without_answer, {}, "8 of 8 pairs have an empty answer"),
     "empty turns": (silent, {}, "8 of 8 pairs have an empty answer"),
-    "five of eight": (lambda i: (alike if i < 5 else good)(i), {}, "got 5 of 8 pairs have a chosen"),
+    "five of eight": (lambda i: (alike if i < 5 else good)(i), {}, "5 of 8 pairs have identical"),
 }  # fmt: skip
 PASS: dict[str, tuple[Any, dict[str, Any]]] = {
     "good": (good, {}),
@@ -104,7 +105,7 @@ PASS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 # The generation prompt has a word more than the rendering of a row.
 THINKING = TEMPLATE.replace("assistant {% endif %}", "assistant w1 w2 {% endif %}")
-OTHER = "got 8 of 8 rows have an answer that isn't trained as the chat template renders it"
+OTHER = "training data refused: 8 of 8 rows have an answer that isn't trained as the chat template renders it"
 
 
 @pytest.fixture(scope="module")
@@ -162,12 +163,12 @@ def test_refused(build: Any, case: str, capsys: Any):
     rows = [make(i) for i in range(8)]
     with pytest.raises(ValueError) as refused:
         build(rows, precompute_ref_log_probs=True, **changes)
-    assert "the training data can't be learnt from, got" in str(refused.value)
-    assert why in str(refused.value) and "focalpo_allow_data: true" in str(refused.value)
+    assert f"training data refused: {why}" in str(refused.value)
+    assert "To train anyway, set focalpo_allow_data=True. " in str(refused.value)
     assert not warnings(capsys)
     build(stream(rows), focalpo_allow_data=True, **changes)
     (warning,) = warnings(capsys)
-    assert why.removeprefix("got ") in warning
+    assert why in warning
 
 
 def test_a_stream_is_refused_and_allowed(build: Any):
@@ -211,8 +212,10 @@ def test_a_few_are_warned_of(build: Any, capsys: Any):
     build(rows, eval_dataset={"train": stream([*map(alike, range(8))])})
     ours = "focalpo_plugins: warning: "
     training, evaluation = warnings(capsys)
-    assert training.startswith(ours + "3 of 8 pairs have a chosen answer equal to")
-    assert evaluation.startswith(ours + "8 of 8 pairs of the evaluation data have a chosen answer")
+    assert training.startswith(ours + "3 of 8 pairs have identical answers")
+    assert evaluation.startswith(
+        ours + "8 of 8 pairs of the evaluation data have identical answers"
+    )
 
 
 def test_the_first_rows_of_a_stream(build: Any, capsys: Any):
@@ -226,7 +229,7 @@ def test_the_first_rows_of_a_stream(build: Any, capsys: Any):
 
     trainer = build(IterableDataset.from_generator(rows), per_device_train_batch_size=4)
     (warning,) = warnings(capsys)
-    assert "30 of 64 pairs have a chosen answer equal" in warning and "is row 34 of" in warning
+    assert "30 of 64 pairs have identical answers" in warning and "is row 34 of" in warning
     assert max(read) <= 64
     batch = next(iter(trainer.get_train_dataloader()))
     ids = trainer.processing_class.convert_tokens_to_ids(["w0", "w1", "w2", "w3"])
@@ -275,7 +278,7 @@ def test_the_line_is_named_that_only_hosts_refuse(case: str, before: str, tmp_pa
     with pytest.raises(ValueError) as refused:
         check_file(file, "data")
     line = 3 if before == "\n" else 2
-    assert f"got {str(file)!r}, of which line {line} can't be used: " in str(refused.value)
+    assert f"got {str(file)!r}: line {line} can't be used: " in str(refused.value)
     file.write_text("".join([lines[0], *lines[2:]]))
     check_file(file, "data")
 
@@ -283,7 +286,7 @@ def test_the_line_is_named_that_only_hosts_refuse(case: str, before: str, tmp_pa
 def test_an_entry_of_an_array_that_only_hosts_refuse(tmp_path: Path):
     file = tmp_path / "pairs.json"
     file.write_text(f'[{GOOD}, {{"a": "x", "c": {"[" * 100}{"]" * 100}}}]')
-    with pytest.raises(ValueError, match="of which an entry can't be used: "):
+    with pytest.raises(ValueError, match=": an entry can't be used: "):
         check_file(file, "data")
     # The last one counts, in an array: the hosts read it.
     file.write_text('[{"a": "x", "a": "y"}]')

@@ -23,7 +23,7 @@ def test_files(tmp_path, case: str):
         return
     with pytest.raises(ValueError) as refused:
         check_file(file, "data")
-    start = f"data must be JSON lines, got {str(file)!r}, of which line {line} can't be used: "
+    start = f"data must be JSON lines, got {str(file)!r}: line {line} can't be used: "
     assert str(refused.value).startswith(start + why)
     assert str(refused.value).endswith(". Fix that line, or remove it.")
 

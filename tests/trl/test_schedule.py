@@ -124,7 +124,7 @@ def test_resuming_with_another_number_of_steps(moving: bool, tokenizer, tmp_path
         assert gammas(again) == pytest.approx([0.6, 0.4, 0.2, 0.0], abs=1e-12)
         assert (
             "focalpo_plugins: warning: focalpo_gamma changes over the run, and the checkpoint's run "
-            "had 3 steps, got 4 for this one" in said[0]
+            "had 3 steps, but this one has 4" in said[0]
         )
 
 

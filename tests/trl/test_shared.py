@@ -60,33 +60,33 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen 3 MoE": ("Qwen3Moe", {**EXPERTS, "head_dim": 16}),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "soft caps": ("Gemma2", {"head_dim": 16, "sliding_window": 16}, "attention that is given softcap"),
+    "soft caps": ("Gemma2", {"head_dim": 16, "sliding_window": 16}, "the argument softcap of "),
     "sinks": (
         "GptOss",
         {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
-        "attention that is given s_aux",
+        "the argument s_aux of ",
     ),
-    "alibi": ("Bloom", {"n_layer": 4, "n_head": 4}, "whose attention can be exchanged"),
-    "its own attention": ("StableLm", {}, "whose attention can be exchanged"),
+    "alibi": ("Bloom", {"n_layer": 4, "n_head": 4}, "whose attention can be replaced"),
+    "its own attention": ("StableLm", {}, "whose attention can be replaced"),
     "a state space": ("Mamba", {}, "got linear_attention"),
     "convolutions": ("Lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "got conv"),
     "a window in the mask alone": (
         "Qwen2Moe",
         {**EXPERTS, "shared_expert_intermediate_size": 64, "use_sliding_window": True,
          "sliding_window": 16, "max_window_layers": 4},
-        "attention that is given its window, got none in Qwen2MoeAttention",
+        "attention that gets its window as an argument, got none in Qwen2MoeAttention",
     ),
     "a window in the mask alone, by another config": (
         "Phimoe",
         {"num_local_experts": 2, "sliding_window": 16},
-        "attention that is given its window, got none in PhimoeAttention",
+        "attention that gets its window as an argument, got none in PhimoeAttention",
     ),
     "two calls a layer": (
         "DiffLlama",
         {},
         "needs 4 calls of transformers' attention, one for each layer of DiffLlamaModel, got 8",
     ),
-    "an error": ("Nemotron", {}, "NemotronModel, which fails on a row of shared prompts, got Runtime"),
+    "an error": ("Nemotron", {}, "NemotronModel, which fails on a row of shared prompts (Runtime"),
 }  # fmt: skip
 
 
@@ -244,7 +244,7 @@ def test_an_attention_that_computes_something_else_is_stopped(monkeypatch):
         return followed(module, query, key, value, *args, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", wrong)
-    with pytest.raises(ValueError, match="hidden states that differ by .* of their"), shared.of(2):
+    with pytest.raises(ValueError, match="hidden states differ by .* of their"), shared.of(2):
         network(**given)
 
 
@@ -316,7 +316,7 @@ def test_a_window_that_only_a_later_batch_shows(monkeypatch):
             ours = logps(network, short_inputs())
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-3)
         assert shared.tokens < shared.tokens_before
-        differ = pytest.raises(ValueError, match="hidden states that differ by .* of their")
+        differ = pytest.raises(ValueError, match="hidden states differ by .* of their")
         with differ, shared.of(2):
             network(**inputs())
 
@@ -484,8 +484,8 @@ def test_a_step_within_a_step():
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"output_hidden_states": True}, "that is given output_hidden_states, got True"),
-        ({"token_type_ids": torch.zeros(4, 60)}, "that is given token_type_ids, got (4, 60)"),
+        ({"output_hidden_states": True}, "the model's input output_hidden_states, got True"),
+        ({"token_type_ids": torch.zeros(4, 60)}, "the model's input token_type_ids, got (4, 60)"),
         (
             {"attention_mask": None},
             "needs an attention mask of the batch's shape (4, 60), got None",
@@ -769,7 +769,7 @@ ALORA = LoraConfig(
             {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)},
             "can't be combined with prompt learning, got 'PromptTuningConfig'",
         ),
-        ({"policy": "gemma2"}, "attention that is given softcap"),
+        ({"policy": "gemma2"}, "the argument softcap of "),
         ({"neftune_noise_alpha": 5.0}, "can't be combined with neftune_noise_alpha, got 5.0: its"),
         ({"peft_config": ALORA}, "adapters that act in PEFT's own forward, as aLoRA, X-LoRA and"),
     ],

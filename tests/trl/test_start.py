@@ -257,7 +257,7 @@ def test_a_token_without_an_embedding_that_no_pair_has(tokenizer, saved, tmp_pat
             FocalPOTrainer, with_a_token_more(tokenizer), tmp_path, policy=policy,
             reference=reference, **SGD,
         ).train()  # fmt: skip
-        line = "warning: the reference has 43 embeddings, and the tokenizer 44 tokens; no pair "
+        line = "warning: the reference has 43 embeddings, but the tokenizer has 44 tokens. No "
         assert capsys.readouterr().err.count(line) == (not resized)
 
 

@@ -1277,7 +1277,7 @@ def test_a_folder_that_checkpoints_cannot_be_written_to(tokenizer, tmp_path):
     host = trainer(FocalPOTrainer, tokenizer, folder, **saving)
     folder.rmdir()
     folder.touch()
-    with pytest.raises(ValueError, match="output_dir must be a folder that can be written to, got"):
+    with pytest.raises(ValueError, match="output_dir must be a writable folder, got"):
         host.train()
     assert host.state.global_step == 0
 
@@ -1354,8 +1354,8 @@ def test_what_one_rank_finds_ends_all(tmp_path):
     said = on_two_ranks(ONE_RANK_ALONE, tmp_path, path).splitlines()
     found = [json.loads(line.partition("ENDED ")[2]) for line in said if "ENDED " in line]
     words = {
-        "without_a_folder": "output_dir must be a folder that can be written to, got",
-        "from_dpo": "does not say that it was trained with a loss of focalpo_plugins",
+        "without_a_folder": "output_dir must be a writable folder, got",
+        "from_dpo": "has no record of a loss of focalpo_plugins",
         "anything": "on rank 1: KeyError: 'missing'",
         "no_folder": "resume_from_checkpoint must be the folder of a checkpoint, got",
     }
