@@ -160,7 +160,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "got 'nca_pair': its log-sigmoids are of each",
     ),
     "loss type among good ones": ({"dpo_loss_type": ["sigmoid", "ipo"]}, "got 'ipo'"),
-    "loss type sft alone": ({"dpo_loss_type": ["sft"]}, "there is no preference loss in it"),
+    "loss type sft alone": (
+        {"dpo_loss_type": ["sft"]},
+        "it has no preference loss. Add 'sigmoid' to 'sft'",
+    ),
     "label smoothing": (
         {"dpo_label_smoothing": 0.5},
         "dpo_label_smoothing must be at least 0 and below 0.5, got 0.5",

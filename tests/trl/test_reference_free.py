@@ -271,7 +271,7 @@ class Around(CPOTrainer):
     [
         (
             Twice,
-            "called logsigmoid 4 times for loss_type 'simpo', where focalpo_plugins .* expects 2",
+            "called logsigmoid 4 times for loss_type 'simpo', but focalpo_plugins .* expects 2: its",
         ),
         (Around, "it called the loss 0 times for 1 batch. .* Install trl 0.29.0 to 1.16.0"),
     ],

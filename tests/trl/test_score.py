@@ -196,13 +196,13 @@ def ends(setting: dict[str, Path]) -> dict[str, tuple[int, str, str]]:
 
 # Folder of the model, and what is said of it.
 WRONG_MODELS = {
-    "adapter, renamed": "must have the weights of its adapter and no others, got '{}', whose files lack 1 (base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight) and have besides 1 (base_model.model.elsewhere.lora_A.default.weight): missing",
+    "adapter, renamed": "must have exactly the weights of its adapter, got '{}': its files lack 1 (base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight) and also have 1 (base_model.model.elsewhere.lora_A.default.weight). Missing",
     "adapter, no norm": "base_model.model.model.norm.weight",  # PEFT's own error
-    "adapter, base is one": "must be an adapter of a whole model, got '{}', whose base",
-    "files beside an adapter": "must have the weights of its LlamaForCausalLM and no others, got '{}', whose files lack ",
-    "without": "whose files lack 1 (model.layers.0.self_attn.q_proj.weight): missing weights would be random",
-    "with more": "whose files have besides 1 (v_head.weight): missing",
-    "another shape": "whose files have in another shape 1 (model.layers.0.self_attn.q_proj.weight): missing",
+    "adapter, base is one": "must be an adapter of a whole model, got '{}': its base",
+    "files beside an adapter": "must have exactly the weights of its LlamaForCausalLM, got '{}': its files lack ",
+    "without": "its files lack 1 (model.layers.0.self_attn.q_proj.weight). Missing weights would be random",
+    "with more": "its files also have 1 (v_head.weight). Missing",
+    "another shape": "its files have in another shape 1 (model.layers.0.self_attn.q_proj.weight). Missing",
     "half": "must be a model that can be loaded, got '{}': SafetensorError: ",
 }  # fmt: skip
 
@@ -221,7 +221,7 @@ def test_a_model_with_other_weights_than_its_own_is_refused(setting, model: str)
 @shares_ends
 def test_a_model_that_cannot_score_is_one_line(ends):
     said = {
-        "files beside an adapter": "must have the weights of its LlamaForCausalLM and no others, got",
+        "files beside an adapter": "must have exactly the weights of its LlamaForCausalLM, got",
         "not a number": "must give finite log-probabilities, got nan for the chosen answer of row 0: ",
     }
     for case, words in said.items():
@@ -258,10 +258,13 @@ def test_an_adapter_is_loaded_over_its_base(setting, ends):
     assert "beta 0.5, which MODEL was trained with (" in ends["adapter"][1]
     said = ends["adapter, no base"][1]
     assert (
-        f"loaded over --ref {setting['ref']}: the base that it names, ./moved, is not there" in said
+        f"loaded over --ref {setting['ref']}: the base that it names, ./moved, wasn't found" in said
     )
     code, _, errors = ends["reference without base"]
-    assert (code, "--ref must be a model, or an adapter whose base is there" in errors) == (2, True)
+    assert (code, "--ref must be a model, or an adapter whose base can be found" in errors) == (
+        2,
+        True,
+    )
     header = json.loads((folder / "adapted" / "scores.jsonl").read_text().splitlines()[0])
     plain = json.loads((folder / "whole" / "scores.jsonl").read_text().splitlines()[0])
     assert header["policy_base"] == plain["reference"] == header["reference"]
@@ -271,7 +274,7 @@ def test_an_adapter_is_loaded_over_its_base(setting, ends):
 def test_without_peft_an_adapter_is_refused(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(
-        ValueError, match="it is an adapter, which needs peft, and that is not inst"
+        ValueError, match="it is an adapter, which needs the package peft. Install it"
     ):
         _with_adapter(None, "folder")
 
@@ -427,18 +430,18 @@ GOOD = {"prompt": "q", **TEXTS}
 BAD_ROWS = {
     "null": ([GOOD, {**GOOD, "chosen": None}], "row 1 (the first is 0) has nothing in chosen"),
     "no column": ([GOOD, TEXTS], "row 1 (the first is 0) has nothing in prompt"),
-    "number": ([{**GOOD, "rejected": 1}], "row 0 (the first is 0) has 1 in rejected, which is no text and"),
+    "number": ([{**GOOD, "rejected": 1}], "row 0 (the first is 0) has 1 in rejected, which is neither a text nor"),
     "numbers among texts": ([GOOD, {**GOOD, "rejected": 1}], "row 1 (the first is 0) has 1 in rejected"),
     "no message": ([{**WHOLE, "rejected": []}], "row 0 (the first is 0) has no message in rejected"),
-    "null message": ([{**WHOLE, "chosen": [user("q"), None]}], "row 0 (the first is 0) has None in chosen, which is no message"),
-    "no content": ([{**WHOLE, "chosen": [user("q"), {"role": "assistant", "content": None}]}], "which is no message with a role and a content"),
-    "ShareGPT": ([{"prompt": "q", "chosen": [{"from": "gpt", "value": "a"}], "rejected": [{"from": "gpt", "value": "b"}]}], "which is no message with a role and a content"),
-    "texts of a list": ([{"prompt": "q", "chosen": ["a"], "rejected": ["b"]}], "row 0 (the first is 0) has 'a' in chosen, which is no message"),
+    "null message": ([{**WHOLE, "chosen": [user("q"), None]}], "row 0 (the first is 0) has None in chosen, which isn't a message"),
+    "no content": ([{**WHOLE, "chosen": [user("q"), {"role": "assistant", "content": None}]}], "which isn't a message with a role and a content"),
+    "ShareGPT": ([{"prompt": "q", "chosen": [{"from": "gpt", "value": "a"}], "rejected": [{"from": "gpt", "value": "b"}]}], "which isn't a message with a role and a content"),
+    "texts of a list": ([{"prompt": "q", "chosen": ["a"], "rejected": ["b"]}], "row 0 (the first is 0) has 'a' in chosen, which isn't a message"),
     "text and messages": ([{**GOOD, "rejected": [answer("b")]}], "row 0 (the first is 0) has a text as one answer and messages as the other"),
     "another form": ([GOOD, {"prompt": [user("q")], **ALONE}], "row 1 (the first is 0) has texts where row 0 has messages, or"),
     "no prompt": ([ALONE], "row 0 (the first is 0) has no prompt: its two conversations begin with different"),
     "empty text": ([{"chosen": "", "rejected": "b"}], "row 0 (the first is 0) has an empty text as an answer, and no prompt"),
-    "Intel's": ([{"system": "", "question": "q", **TEXTS}], "DATA must have a prompt, got {} with question in place of it, which Axolotl puts"),
+    "Intel's": ([{"system": "", "question": "q", **TEXTS}], "DATA must have a prompt, got {} with question instead, which Axolotl puts"),
     "images": ([{**GOOD, "images": ["x.png"]}], "DATA must be pairs of texts, got {} with the column images"),
 }  # fmt: skip
 

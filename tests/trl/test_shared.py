@@ -763,7 +763,7 @@ ALORA = LoraConfig(
         ),
         (
             {"policy": "mixtral"},
-            "can't be combined with router_aux_loss_coef, got 0.001: the routers would see a row",
+            "can't be combined with router_aux_loss_coef, got 0.001: the routers would count a row",
         ),
         (
             {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)},

@@ -276,7 +276,7 @@ def test_prompts_whose_tokens_change_before_an_answer(
         dataset_num_proc=processes,
     )  # fmt: skip
     said = [line for line in capsys.readouterr().err.splitlines() if "focalpo_plugins: " in line]
-    lines = [line for line in said if "change the tokens at their prompt's end" in line]
+    lines = [line for line in said if "change the tokens at the end of their prompt" in line]
     source = Path(trl.trainer.dpo_trainer.__file__).read_text()
     if "Mismatch between tokenized prompt" in source:
         assert len(lines) == 1 and "warning: 16 answers change the tokens" in lines[0]
