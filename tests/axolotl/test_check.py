@@ -525,7 +525,7 @@ def test_dpo_is_said_to_be_dpo(answers):
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        ("unknown key", "focalpo_gama is no key of focalpo_plugins, got 0.1; did you mean"),
+        ("unknown key", "unknown key focalpo_gama, got 0.1; did you mean"),
         ("gamma", "focalpo_gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 1.5"),
         (
             "fused, capped",

@@ -46,7 +46,7 @@ class AxolotlHost(TrainerHost):
         "no column chosen": ("it has no 'chosen'",),
         "no column rejected": ("it has no 'rejected'",),
     }
-    unknown = "focalpo_gama is no key of focalpo_plugins, got 0.1; did you mean 'focalpo_gamma'?"
+    unknown = "unknown key focalpo_gama, got 0.1; did you mean 'focalpo_gamma'?"
 
     def __init__(self, tiny: Path, few: Path, new: Callable[[str], Path]) -> None:
         self.tiny, self.few, self.new = tiny, few, new

@@ -219,7 +219,7 @@ def test_the_one_type_of_orpo(answers: dict):
     assert said.endswith("; to read them, set type: chat_template.argilla")
     said = error_of(answers["orpo, chat"])
     assert said.endswith("these are whole conversations: set type: chat_template.argilla.")
-    assert "set type: chat_template.argilla, once they are made whole conversations" in error_of(
+    assert "make them whole conversations, and set type: chat_template.argilla" in error_of(
         answers["orpo, strings"]
     )
 

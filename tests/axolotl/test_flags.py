@@ -108,21 +108,21 @@ PYTHON = [*TRAIN, "--launcher", "python"]
 REFUSED: dict[str, tuple[list[str], str]] = {
     "misspelt": (
         [*TRAIN, "--focalpo-gama", "0.5"],
-        "--focalpo-gama is no option, got '--focalpo-gama'; did you mean '--focalpo-gamma'?",
+        "unknown option '--focalpo-gama'; did you mean '--focalpo-gamma'?",
     ),
     "misspelt, python": (
         [*PYTHON, "--focalpo_gama=0.5"],
-        "--focalpo_gama is no option, got '--focalpo_gama=0.5'; did you mean '--focalpo-gamma'?",
+        "unknown option '--focalpo_gama=0.5'; did you mean '--focalpo-gamma'?",
     ),
-    "one hyphen": ([*TRAIN, "-focalpo-gamma", "0.5"], "-focalpo-gamma is no option, got '-focalpo-"),
-    "OpenRLHF's": ([*TRAIN, "--focalpo.gamma", "0.5"], "--focalpo.gamma is no option, got '--focal"),
+    "one hyphen": ([*TRAIN, "-focalpo-gamma", "0.5"], "unknown option '-focalpo-"),
+    "OpenRLHF's": ([*TRAIN, "--focalpo.gamma", "0.5"], "unknown option '--focal"),
     "a third party's, misspelt": (
         [*TRAIN, "--hinge-ofset", "2"],
-        "--hinge-ofset is no option, got '--hinge-ofset'; did you mean '--hinge-offset'?",
+        "unknown option '--hinge-ofset'; did you mean '--hinge-offset'?",
     ),
-    "the plug-in's own key": ([*TRAIN, "--focalpo-loss", "focalpo"], "--focalpo-loss is no option"),
-    "evaluate": (["evaluate", "run.yml", "--focalpo-gama", "1"], "--focalpo-gama is no option, got"),
-    "preprocess": (["preprocess", "run.yml", "--focalpo-gama", "1"], "--focalpo-gama is no option"),
+    "the plug-in's own key": ([*TRAIN, "--focalpo-loss", "focalpo"], "unknown option '--focalpo-loss'"),
+    "evaluate": (["evaluate", "run.yml", "--focalpo-gama", "1"], "unknown option '--focalpo-gama'; did"),
+    "preprocess": (["preprocess", "run.yml", "--focalpo-gama", "1"], "unknown option '--focalpo-gama'"),
     "no value": ([*TRAIN, "--focalpo-gamma"], "Option '--focalpo-gamma' requires an argument"),
     "no number": ([*TRAIN, "--focalpo-gamma", "big"], "'big' is not a valid float"),
     "a value behind a switch": (
@@ -132,9 +132,9 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "the launcher's": (
         [*TRAIN, "--", "--focalpo-gamma", "0.5"],
-        "--focalpo-gamma must stand before the word --, got it after",
+        "--focalpo-gamma must come before --, got it after",
     ),
-    "the launcher's, misspelt": ([*TRAIN, "--", "--focalpo-gama=1"], "--focalpo-gama is no option"),
+    "the launcher's, misspelt": ([*TRAIN, "--", "--focalpo-gama=1"], "unknown option '--focalpo-gama=1'"),
     # Here the value has arrived where it is checked.
     "gamma out of range": (
         [*PYTHON, "--focalpo-gamma", "7"],
@@ -177,7 +177,7 @@ IN_YAML: dict[str, tuple[dict[str, Any], list[str], str | None]] = {
     "gamma": ({"focalpo_gamma": 7}, [], "focalpo_gamma must be below 1/ln 2 = 1.4427 for variant"),
     "gamma, put right": ({"focalpo_gamma": 7}, ["--focalpo-gamma", "0.5"], None),
     "gamma, made wrong": ({}, ["--focalpo-gamma", "7"], "focalpo_gamma must be below 1/ln 2"),
-    "misspelt": ({"focalpo_gama": 1}, [], "focalpo_gama is no key of focalpo_plugins, got 1; did"),
+    "misspelt": ({"focalpo_gama": 1}, [], "unknown key focalpo_gama, got 1; did"),
     "under dpo": (
         {"rl": "dpo"},
         [],
@@ -316,8 +316,8 @@ def test_refused_where_the_autoload_is_off(axolotl: Axolotl, launcher: str):
     said = {
         "accelerate": "unrecognized arguments: --focalpo-gamma",
         "torchrun": "unrecognized arguments: --focalpo-gamma",
-        "python": "--focalpo-gamma is no option that Axolotl's command knows, got it beside a config:"
-        " it would be dropped. Write focalpo_gamma in the YAML; options of ours need the autoload.",
+        "python": "unknown option '--focalpo-gamma': Axolotl's command would drop it. Write "
+        "focalpo_gamma in the YAML; options of focalpo_plugins need its autoload.",
     }[launcher]
     assert said in run.output
 

@@ -94,11 +94,11 @@ print("RESULTS", json.dumps(loaded, default=lambda value: getattr(value, "value"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": (
         {"focalpo_gama": 0.1},
-        "focalpo_gama is no key of focalpo_plugins, got 0.1; did you mean 'focalpo_gamma'?",
+        "unknown key focalpo_gama, got 0.1; did you mean 'focalpo_gamma'?",
     ),
     "the plug-in's own key": (
         {"focalpo_rl": "focalpo"},
-        "focalpo_rl is no key of focalpo_plugins",
+        "unknown key focalpo_rl, got",
     ),
     "keys under dpo": (
         {"rl": "dpo"},
@@ -208,7 +208,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "sequences over two ranks": (
         {"context_parallel_size": 2},
-        "context_parallel_size must be 1 under rl: focalpo, got 2: Axolotl gives each rank a part of",
+        "context_parallel_size must be 1 under rl: focalpo, got 2: Axolotl would give each rank only a part",
     ),
     "fused with sequences over two ranks": (
         {"focalpo_fused": True, "sequence_parallel_degree": 2},
@@ -236,7 +236,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an order that Axolotl doesn't know": (
         {"train_sampling_strategy": "batch_rebalance"},
-        "train_sampling_strategy must be unset, got 'batch_rebalance': it is no key of Axolotl's",
+        "train_sampling_strategy must be unset, got 'batch_rebalance': Axolotl doesn't have this key",
     ),
     "balanced, but how": (
         {"focalpo_balanced_batches": 1.5},
@@ -298,7 +298,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "orpo's lambda twice": (
         {"focalpo_margin": "orpo", "orpo_alpha": 0.2, "rl_beta": 0.1},
-        "orpo_alpha must be given alone, got 0.2 beside rl_beta or trl.beta",
+        "orpo_alpha can't be combined with rl_beta or trl.beta, got 0.2: both",
     ),
     "orpo's lambda 0": (
         {"focalpo_margin": "orpo", "orpo_alpha": 0, "rl_beta": None},
@@ -318,7 +318,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "fused under simpo's margin": (
         {"focalpo_margin": "simpo", "simpo_gamma": 0.5, "focalpo_fused": True},
-        "focalpo_fused can't be combined with focalpo_margin: simpo, got True: its path computes",
+        "focalpo_fused can't be combined with focalpo_margin: simpo, got True: the fused path computes only",
     ),
     "gamma's end": (
         {"focalpo_gamma_end": 2.0},
@@ -600,8 +600,8 @@ def test_a_loss_with_a_key_of_axolotls_is_refused_where_it_is_asked_for(add_loss
     add_loss("chat", lambda margins, template: -margins, options={"template": 1.0})
     other = DictDefault({"rl": "focalpo", "chat_template": "llama3"})
     assert rewritten(other)["focalpo_rl"] == "focalpo"
-    with pytest.raises(ValueError, match="^rl must be a loss that takes no name of Axolotl's own, got "
-                       "'chat': the package mine brings chat_template, which Axolotl has"):  # fmt: skip
+    with pytest.raises(ValueError, match="^rl must be a loss whose names Axolotl doesn't use, got "
+                       "'chat': the package mine brings chat_template, which Axolotl already has"):  # fmt: skip
         rewritten(DictDefault({"rl": "chat"}))
 
 
@@ -609,16 +609,16 @@ def test_a_loss_with_a_key_of_axolotls_is_refused_where_it_is_asked_for(add_loss
     "cfg, message",
     [
         ({"rl": "dpo", "mine_scale": 2.0}, "mine_scale belongs to rl: mine, got 2.0 under rl: dpo."),
-        ({"rl": "mine", "mine_scal": 2.0}, "mine_scal is no key of focalpo_plugins, got 2.0; did you"
+        ({"rl": "mine", "mine_scal": 2.0}, "unknown key mine_scal, got 2.0; did you"
          " mean 'mine_scale'?"),
         ({"rl": "mine", "mine_scale": 0.0}, "mine_scale must be above 0, got 0.0"),
         ({"rl": "mine", "focalpo_gamma": 0.1}, "focalpo_gamma belongs to rl: focalpo, got 0.1 under"),
-        ({"rl": "focalpo", "focalpo-gamma": 0.1}, "focalpo-gamma is no key of focalpo_plugins, got"),
-        ({"rl": "dpo", "focalpo": {"gamma": 0.1}}, "focalpo is no key of focalpo_plugins, got {'gam"),
+        ({"rl": "focalpo", "focalpo-gamma": 0.1}, "unknown key focalpo-gamma, got"),
+        ({"rl": "dpo", "focalpo": {"gamma": 0.1}}, "unknown key focalpo, got {'gam"),
         # What was loaded as FocalPO, and is validated once more as another.
         ({"rl": "ipo", "focalpo_rl": "focalpo", "trainer_cls": OURS[1]}, "focalpo_rl must go with"
          " rl: dpo, got 'focalpo' under rl: ipo: this config was loaded before, as rl: focalpo. Load"),
-        ({"rl": "dpo", "_focalpo_fused": False}, "_focalpo_fused is no key of focalpo_plugins, got "
+        ({"rl": "dpo", "_focalpo_fused": False}, "unknown key _focalpo_fused, got "
          "False; did you mean 'focalpo_fused'?"),
     ],
 )  # fmt: skip
@@ -644,7 +644,7 @@ def test_another_trainer_than_ours_never_trains():
     from focalpo_plugins.axolotl import FocalPOPlugin
 
     cfg = DictDefault({"rl": "dpo", "focalpo_rl": "focalpo"})
-    with pytest.raises(RuntimeError, match="^Axolotl built object where rl: focalpo needs Axolotl"):
+    with pytest.raises(RuntimeError, match="^Axolotl built object, but rl: focalpo needs Axolotl"):
         FocalPOPlugin().post_trainer_create(cfg, object())
 
 
