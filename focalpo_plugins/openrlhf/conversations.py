@@ -12,7 +12,7 @@ from .names import nested_args
 
 
 def text_faults(found: Iterable[Source], tokenizer: Any, evaluation: bool = False) -> list[Fault]:
-    """What OpenRLHF would train of the rows otherwise than the chat template renders it.
+    """The faults of rows that OpenRLHF would train otherwise than the chat template renders them.
 
     Args:
         found: the sources that the command line names.

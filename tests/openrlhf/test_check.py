@@ -298,7 +298,7 @@ def test_flags_that_need_cuda_are_checked_without_it(answers):
     ("case", "said"),
     [
         ("gamma", "--focalpo.gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 3.0"),
-        ("abbreviated", "--focalpo.gam is no flag, got '--focalpo.gam'; did you mean"),
+        ("abbreviated", "unknown flag --focalpo.gam, got '--focalpo.gam'; did you mean"),
         ("unknown", "unrecognized arguments: --beta 0.1"),
         ("no such pair", "--pair must be from 0 to 10, got 99."),
         ("no data", "--data.dataset must be given: there is nothing to train on."),

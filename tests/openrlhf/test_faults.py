@@ -189,7 +189,7 @@ def test_a_full_disk(train, tmp_path: Path):
         FULL_AT="focalpo_plugins.json",
     )
     assert run.returncode != 0
-    (line,) = run.said("the folder of checkpoints must have room")
+    (line,) = run.said("the checkpoint folder must be writable and have free space")
     assert str(tmp_path / "checkpoints") in line and "File too large" in line
     assert max(run.steps("train/"), default=0) <= 2
     checkpoints = tmp_path / "checkpoints"
@@ -253,7 +253,7 @@ def test_a_damaged_record(train_many, never_killed, tmp_path: Path, content: str
     path = ("--ckpt.path", str(tmp_path / "checkpoints"))
     run = train_many({"": (*OURS, *TWO_EPOCHS, *LORA, "--ckpt.load_enable", *path)})[""]
     assert run.returncode != 0
-    assert "must say what the checkpoint was trained with, and can't be read" in run.stderr
+    assert "records what the checkpoint was trained with, and can't be read" in run.stderr
     assert not run.steps("train/")
 
 

@@ -82,12 +82,12 @@ REFUSED = [
     ),
     (
         [*OURS, "--focalpo.precompute_dir", "kept"],
-        "--focalpo.precompute_dir goes with --focalpo.precompute_ref, got 'kept' alone. Give "
+        "--focalpo.precompute_dir needs --focalpo.precompute_ref, got only 'kept'. Add "
         "--focalpo.precompute_ref as well, or remove --focalpo.precompute_dir.",
     ),
     (
         [*OURS, "--focalpo.precompute"],
-        "--focalpo.precompute is no flag, got '--focalpo.precompute'; did you mean",
+        "unknown flag --focalpo.precompute, got '--focalpo.precompute'; did you mean",
     ),
     # Balanced batches: a flag of each loss of ours, and what makes a pair's loss depend on its batch.
     (
@@ -99,13 +99,13 @@ REFUSED = [
         ["--loss", "hinge", "--focalpo.balanced_batches"],
         "--focalpo.balanced_batches is a flag of --loss focalpo, got True with --loss hinge.",
     ),
-    ([*OURS, "--focalpo.balanced"], "--focalpo.balanced is no flag, got '--focalpo.balanced'; did you mean"),
+    ([*OURS, "--focalpo.balanced"], "unknown flag --focalpo.balanced, got '--focalpo.balanced'; did you mean"),
     # argparse alone would take each of these for the one flag that begins so.
-    ([*OURS, "--focalpo.gam", "0.1"], "--focalpo.gam is no flag, got '--focalpo.gam'; did you mean '--focalpo.gamma'?"),
-    ([*OURS, "--focalpo.g=0.1"], "--focalpo.g is no flag, got '--focalpo.g=0.1'"),
-    (["--los", "focalpo"], "--los is no flag, got '--los'; did you mean '--loss'?"),
+    ([*OURS, "--focalpo.gam", "0.1"], "unknown flag --focalpo.gam, got '--focalpo.gam'; did you mean '--focalpo.gamma'?"),
+    ([*OURS, "--focalpo.g=0.1"], "unknown flag --focalpo.g, got '--focalpo.g=0.1'"),
+    (["--los", "focalpo"], "unknown flag --los, got '--los'; did you mean '--loss'?"),
     # Misspelt.
-    ([*OURS, "--focalpo.gama", "0.1"], "--focalpo.gama is no flag, got '--focalpo.gama'; did you mean '--focalpo.gamma'?"),
+    ([*OURS, "--focalpo.gama", "0.1"], "unknown flag --focalpo.gama, got '--focalpo.gama'; did you mean '--focalpo.gamma'?"),
     # What needs CUDA, whatever the loss.
     ([*OURS, "--ds.packing_samples"], "--ds.packing_samples must be left out without CUDA, got it on a CPU"),
     (["--ds.packing_samples"], "--ds.packing_samples must be left out without CUDA, got it on a CPU"),

@@ -421,7 +421,10 @@ def test_a_host_with_a_loss_flag_of_its_own(commands: Callable, host_source: Pat
         [[*NO_MODEL, *OURS], NO_MODEL], tmp_path
     )
     assert code == 2
-    assert "OpenRLHF has --loss itself, which focalpo_plugins would add." in output
+    assert (
+        "OpenRLHF already has --loss, which focalpo_plugins would add. Install openrlhf 0.9.10 to 0.11.2"
+        in output
+    )
     assert f"with openrlhf {version('openrlhf')}" in output
     assert (code_without, "openrlhf/models/actor.py" in output_without) == (1, True)
 
