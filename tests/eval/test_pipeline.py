@@ -628,7 +628,7 @@ def test_bos(in_prompt: bool, count: int, place: Place, pipeline: ModuleType):
         ({"other": (1, 2), "paper": (1, 2, 3)}, "m-c", "LC 3.0 by the paper judge, of 3 folders."),
         ({"other": (1, 2, 3), "paper": (3, 2, 1)}, "m-c", "by the other judge, of 3 folders."),
         ({"other": (1, 2)}, None, "m: not chosen, no judge has judged all of its 3 folders."),
-        (None, None, "m: not chosen, no whole trainer_state.json in m-c."),
+        (None, None, "m: not chosen, no complete trainer_state.json in m-c."),
     ],
 )
 def test_the_learning_rate(lc, chosen: str | None, said: str, pipeline: ModuleType, plan):
@@ -758,10 +758,10 @@ def test_half_written_results(pipeline: ModuleType, tmp_path: Path):
     assert pipeline.to_judge(args, model)
     for broken in (answers.parent / "other" / "judgments.json", answers):
         broken.write_text('[{"instruction": "a", "outp')
-        with pytest.raises(SystemExit, match=f"{broken.name} isn't a whole list of rows"):
+        with pytest.raises(SystemExit, match=f"{broken.name} isn't a complete list of rows"):
             pipeline.to_judge(args, model)
     (answers.parent / "other" / "leaderboard.csv").write_text(",win_rate\n")
-    with pytest.raises(SystemExit, match="leaderboard.csv isn't a whole result of judge"):
+    with pytest.raises(SystemExit, match="leaderboard.csv isn't a complete result of judge"):
         pipeline.alpaca_eval_rates(tmp_path, "simpo", "other", model)
 
 

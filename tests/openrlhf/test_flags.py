@@ -83,7 +83,7 @@ REFUSED = [
     (
         [*OURS, "--focalpo.precompute_dir", "kept"],
         "--focalpo.precompute_dir needs --focalpo.precompute_ref, got only 'kept'. Add "
-        "--focalpo.precompute_ref as well, or remove --focalpo.precompute_dir.",
+        "--focalpo.precompute_ref, or remove --focalpo.precompute_dir.",
     ),
     (
         [*OURS, "--focalpo.precompute"],

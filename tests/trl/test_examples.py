@@ -131,5 +131,5 @@ def test_trl_focalpo_says_what_is_missing(tmp_path: Path):
     shutil.copy(EXAMPLES / "trl_focalpo.py", tmp_path)
     code, _, errors = forked.run(str(tmp_path / "trl_focalpo.py"), [], tmp_path)
     assert code == 2
-    said = f"{tmp_path / 'tiny'} is not there: run python examples/make_tiny.py first"
+    said = f"{tmp_path / 'tiny'} doesn't exist: run python examples/make_tiny.py first"
     assert said in errors.splitlines()[-1]
