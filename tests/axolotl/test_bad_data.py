@@ -12,12 +12,12 @@ from harness import Axolotl
 
 
 def without_answer(row: Row) -> Row:
-    """For which Axolotl takes the whole conversation."""
+    """A row without an answer: Axolotl takes the whole conversation instead."""
     return says(row, "chosen", "")
 
 
 def short_answer(row: Row) -> Row:
-    """A word that stands in the template, so that Axolotl takes all that follows it there."""
+    """A row whose answer is a word of the template: Axolotl takes all the text after that word."""
     return says(row, "rejected", "user")
 
 
@@ -32,7 +32,7 @@ REFUSED: dict[str, tuple[Callable[[list[Row]], str], tuple[str, ...]]] = {
         ("refused: 7 of 12 pairs have a BOS or another turn inside an answer", "answer is empty or",
          "To train anyway, set focalpo_allow_data: true."),
     ),
-    # The rows' end is `<|eot_id|>`, of which `find` leaves the last character.
+    # The row ends in `<|eot_id|>`; Axolotl's `find` leaves only its last character.
     "white space that the template trims": (
         lambda rows: lines([*rows[:5], *map(spaced, rows[5:])]),
         ("training data refused: 7 of 12 rows have an answer that isn't trained as the "
@@ -72,9 +72,9 @@ def test_a_few_of_other_text_are_warned_of(axolotl: Axolotl, tiny: Path):
 
 @pytest.mark.parametrize("first", ["chat", "plain"])
 def test_one_bos_in_mixed_data(axolotl: Axolotl, tiny: Path, first: str):
-    """The chat template writes a BOS, before which the tokenizer puts another; a plain text has the
-    tokenizer's alone.  All 16 rows are looked at.  With the plain ones first, the others' answers
-    are equal too, which is allowed here."""
+    """The chat template writes a BOS and the tokenizer adds another; plain text gets only the
+    tokenizer's. All 16 rows are checked. With the plain ones first, the others also have equal
+    answers, which is allowed here."""
     found = (tiny / "train.jsonl").read_text().splitlines()[:12]
     rows = [json.loads(line) for line in found]
     if first == "plain":

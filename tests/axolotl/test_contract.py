@@ -1,4 +1,4 @@
-"""Axolotl keeps the contract: its command, on one rank, or under ZeRO-3 on two."""
+"""Axolotl keeps the contract: its command on one rank, or on two under ZeRO-3."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AxolotlHost(TrainerHost):
             "The first is row 0 of the tokenized data, ",
         ),
         "most answers equal": ("training data refused: 9 of 16 pairs have identical answers",),
-        # For which Axolotl takes the whole conversation.
+        # Axolotl takes the whole conversation for these.
         "empty answers": (
             "training data refused: 16 of 16 pairs have a BOS or another turn inside an answer",
         ),

@@ -1,4 +1,5 @@
-"""What the plug-in does to a config: the rewriting, and every refusal.
+"""What the plug-in does to a config: the rewriting, and every refusal. A config goes through
+Axolotl's own ``load_cfg``, in a user's script: the autoload recognises Axolotl by its modules.
 
 A config goes through Axolotl's own ``load_cfg``, in a script of the user's: the autoload knows
 Axolotl by its modules.
@@ -54,7 +55,7 @@ for path in sys.argv[1:]:
 print("RESULTS", json.dumps(results, default=lambda value: getattr(value, "value", str(value))))
 """
 
-# A notebook that goes from one loss to another, with one object or with copies of it.
+# A notebook that changes from one loss to another, with one object or with copies of it.
 CELLS = """
 import json, sys
 import yaml
@@ -411,7 +412,9 @@ ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def load(
     folder: Path, configs: list[Path], *path: Path, **variables: str
 ) -> list[dict[str, Any] | str]:
-    """What ``load_cfg`` makes of each config, with ``path`` before what is installed.
+    """The result of ``load_cfg`` for each config, with ``path`` before installed packages. The
+    config comes from its file or, if the autoload is off, from the user's own object, which must
+    stay unchanged.
 
     From its file; or, where the autoload is off, as an object of the user's own, which has to be
     left as it was.
@@ -427,8 +430,8 @@ def results(
     fresh: bool = False,
     **variables: str,
 ) -> list[Any]:
-    """What the script prints behind ``RESULTS``, in a process forked off one that has imported
-    Axolotl; or in one of its own, if it is about the imports."""
+    """What the script prints after ``RESULTS``, in a process forked off one that has imported
+    Axolotl, or in its own process if the imports are tested."""
     script = folder / "script.py"
     script.write_text(source)
     if fresh or path:
@@ -453,7 +456,8 @@ CASES = {name: case[0] for name, case in {**REFUSED, **ACCEPTED}.items()}
 
 @pytest.fixture(scope="module")
 def outcomes(once: Axolotl, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What ``load_cfg`` makes of each case: by autoload, and by the ``plugins:`` line alone."""
+    """The result of ``load_cfg`` for each case: with the autoload, and with only the ``plugins:``
+    line."""
     folder = tmp_path_factory.mktemp("load")
     found = {}
     for way, variables in (("autoload", {}), ("plugins line", {"FOCALPO_AUTOLOAD": "0"})):
@@ -500,7 +504,7 @@ def test_a_rewritten_config_stays_as_it_is():
     assert cfg["rl"] == "dpo"
     once = dict(cfg)
     assert dict(rewritten(cfg)) == once
-    # And what is wrong is refused there too.
+    # Wrong values are refused there too.
     cfg["focalpo_gamma"] = 7.0
     with pytest.raises(ValueError, match="^focalpo_gamma must be below"):
         rewritten(cfg)
@@ -512,7 +516,7 @@ OURS = ["dpo", "focalpo_plugins.axolotl.trainer.AxolotlPairwiseTrainer", "focalp
 @pytest.mark.xdist_group("autoload off")
 @pytest.mark.parametrize("way", ["autoload", "plugins line", "listed by its module"])
 def test_one_config_for_several_losses(once: Axolotl, tmp_path: Path, way: str):
-    """A notebook changes `rl` of one object between its cells: each trains what it says there."""
+    """A notebook changes `rl` of one object between its cells: each cell trains its own loss."""
     plugins = {"autoload": [], "plugins line": [PLUGIN]}.get(
         way, ["focalpo_plugins.axolotl.plugin.FocalPOPlugin"]
     )
@@ -526,12 +530,12 @@ def test_one_config_for_several_losses(once: Axolotl, tmp_path: Path, way: str):
     assert loaded[6:] == [[*OURS, 0.5], ["dpo", None, None, None]]
 
 
-# Scripts of the user's that hand a config to Axolotl themselves; {} is the import of torch.
+# A user's scripts that pass a config to Axolotl themselves; {} is the import of torch.
 SCRIPTS = {
     "load_cfg": "from axolotl.cli.config import load_cfg\n{}\n",
     "validate_config": "from axolotl.utils.config import validate_config\n{}\n"
     "load_cfg = lambda path: validate_config(DictDefault(yaml.safe_load(open(path))))\n",
-    # As Ray's worker does, which never imports the command; before 0.19 it has no `_lazy_attr`.
+    # As Ray's worker does, which never imports the command; `_lazy_attr` exists from 0.19 on.
     "train": "from axolotl.cli import train\n{}\n"
     "from axolotl.utils import config\n"
     "find = getattr(train, '_lazy_attr', lambda name: getattr(config, name))\n"
@@ -568,7 +572,7 @@ def config_script(name: str, torch: str) -> str:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_axolotls_python_interface(once: Axolotl, tmp_path: Path, script: str):
-    """Where no command line names Axolotl, and its module comes before torch."""
+    """No command line names Axolotl, and its module is imported before torch."""
     source = config_script(script, "after")
     source += "print('RESULTS', json.dumps([load_cfg(sys.argv[1]).focalpo_rl]))\n"
     assert results(source, tmp_path, str(once.config()), fresh=True) == ["focalpo"]
@@ -592,7 +596,7 @@ def test_no_loss_may_have_a_name_of_axolotls():
 
 
 def test_a_loss_with_a_key_of_axolotls_is_refused_where_it_is_asked_for(add_loss):
-    """`chat` is no name of a host's, `chat_template` is a key of Axolotl's."""
+    """No host uses the name `chat`, but `chat_template` is a key of Axolotl's."""
     from axolotl.utils.dict import DictDefault
 
     from focalpo_plugins.axolotl.rewriting import rewritten
@@ -615,7 +619,7 @@ def test_a_loss_with_a_key_of_axolotls_is_refused_where_it_is_asked_for(add_loss
         ({"rl": "mine", "focalpo_gamma": 0.1}, "focalpo_gamma belongs to rl: focalpo, got 0.1 under"),
         ({"rl": "focalpo", "focalpo-gamma": 0.1}, "unknown key focalpo-gamma, got"),
         ({"rl": "dpo", "focalpo": {"gamma": 0.1}}, "unknown key focalpo, got {'gam"),
-        # What was loaded as FocalPO, and is validated once more as another.
+        # A config that was loaded as FocalPO and is validated again as another loss.
         ({"rl": "ipo", "focalpo_rl": "focalpo", "trainer_cls": OURS[1]}, "focalpo_rl must go with"
          " rl: dpo, got 'focalpo' under rl: ipo: this config was loaded before, as rl: focalpo. Load"),
         ({"rl": "dpo", "_focalpo_fused": False}, "unknown key _focalpo_fused, got "
@@ -661,7 +665,7 @@ def test_our_trainer_trains_no_loss_of_the_hosts(cfg):
 
 
 def test_what_the_user_set_aside_stays_so():
-    """As tests/conftest.py has, for these processes."""
+    """The same as in tests/conftest.py, for these processes."""
     from focalpo_plugins.axolotl.trainer import _SetAside
 
     before = gc.get_freeze_count()
@@ -674,7 +678,8 @@ def test_what_the_user_set_aside_stays_so():
 
 
 def test_broken_plug_in_does_not_stop_rl_dpo(once: Axolotl, package_copy: Path):
-    """Our modules raise, yet a run that doesn't ask for us loads its config; one that does stops."""
+    """This package's modules raise, but a run that doesn't use them loads its config; a run that
+    does stops."""
     loss = package_copy / "focalpo_plugins" / "loss.py"
     loss.write_text("raise RuntimeError('broken on purpose')")
     plain = once.config(rl="dpo", focalpo_gamma=None, focalpo_variant=None)
@@ -702,7 +707,7 @@ def test_a_trl_without_the_seam_is_refused_before_the_model_loads(once: Axolotl,
 
 @pytest.mark.xdist_group("autoload off")
 def test_axolotl_itself_would_train_dpo(once: Axolotl, tmp_path: Path):
-    """Why stray keys are refused: without us Axolotl takes them, and drops them."""
+    """The reason for refusing stray keys: without this package Axolotl accepts and drops them."""
     config = once.config(rl="dpo")
     (outcome,) = load(tmp_path, [config], FOCALPO_AUTOLOAD="0")
     assert outcome["rl"] == "dpo"
@@ -710,7 +715,7 @@ def test_axolotl_itself_would_train_dpo(once: Axolotl, tmp_path: Path):
 
 
 def test_help_is_not_slowed_by_a_listed_loss():
-    """`axolotl --help` works with us installed, and says nothing of us."""
+    """`axolotl --help` works with this package installed, and doesn't mention it."""
     done = subprocess.run(["axolotl", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "focalpo" not in done.stderr

@@ -32,7 +32,7 @@ def rows(few: Path) -> list[dict]:
 
 
 def refused(run) -> str:
-    """The last line of what was said."""
+    """The last printed line."""
     assert run.returncode != 0
     assert not run.steps("train/")
     return run.stderr.strip().splitlines()[-1]
@@ -47,7 +47,7 @@ def test_a_line_without_a_column(train: Callable, rows: list[dict], tmp_path: Pa
 
 
 def test_a_token_without_an_embedding(train: Callable, tiny: Path, tmp_path: Path):
-    """The reference has the first 100 of the tokenizer's 883 tokens."""
+    """The reference has only the first 100 of the tokenizer's 883 tokens."""
     from transformers import AutoModelForCausalLM
 
     cut = AutoModelForCausalLM.from_pretrained(tiny / "model")
@@ -78,7 +78,7 @@ def test_an_answer_of_a_space_and_an_eos(train: Callable, rows: list[dict], tmp_
 
 
 def test_evaluation_data_is_warned_of(train: Callable, rows: list[dict], tmp_path: Path):
-    """Of evaluation data, all that have a fault."""
+    """All pairs of the evaluation data have a fault."""
     (tmp_path / "held_out.jsonl").write_text(lines(map(alike, rows)))
     held_out = ("--eval.dataset", str(tmp_path / "held_out.jsonl"), "--eval.split", "train")
     run = train(*OURS, *held_out)

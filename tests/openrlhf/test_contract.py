@@ -23,9 +23,9 @@ FLAGS = {
 
 
 class OpenRLHF:
-    # bf16 rounds otherwise what is laid out otherwise.
+    # bf16 rounds differently in another layout.
     near, spread, two_ranks_gradient = 0.1, 0.1, 1.0
-    # Two runs that learn in bf16 drift apart by whatever rounds.
+    # Two runs that learn in bf16 drift apart with any rounding.
     apart: dict[str, Any] = {"rate": 1e-12, "beta": 1.0, "reference": "another"}
     names = {
         "loss": "loss_mean",
