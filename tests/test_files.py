@@ -1,4 +1,4 @@
-"""What we write when the disk is full, or the process ends in the middle."""
+"""Files of this package when the disk is full, or the process ends in the middle."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_whole_or_as_before(tmp_path: Path, before: str | None, fault: str):
     ],
 )
 def test_a_command_that_cannot_write(tmp_path: Path, how: str, at: str, why: str):
-    """One line with flag, folder, file and reason; what was written before it is whole."""
+    """One line with flag, folder, file and reason; files written before are complete."""
     out, variables = tmp_path / "out", {}
     if how == "full":
         variables = {"FULL_AT": at}

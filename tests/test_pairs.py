@@ -13,7 +13,7 @@ BOS, EOS, TURN, SPACE, MARKER = 1, 2, 3, 4, 99
 
 
 class Tokenizer:
-    """A token is its number, but for special ones, and one that is white space."""
+    """A token is its number, except for special ones and one that is white space."""
 
     bos_token_id, eos_token_id = BOS, EOS
 
@@ -37,11 +37,11 @@ BAD: dict[str, tuple[Pair, str, dict[str, Any]]] = {
         ([BOS, 5], [*[7] * 8, 8, EOS], [*[7] * 8, EOS]),
         f"{EQUAL} (2 of them only once cut to max_length=10), so their margin stays 0. Raise "
         "max_length, remove them", {}),
-    # The last 10 are kept, and of neither answer the first.
+    # The last 10 are kept, without the first token of either answer.
     "equal once their start is cut": (
         ([BOS, 5], [8, *[7] * 9, EOS], [9, *[7] * 9, EOS]),
         f"{EQUAL} (2 of them only once cut to max_length=10), so their margin stays 0", END),
-    # 10 tokens, as a host leaves them that has cut them itself.
+    # 10 tokens, as from a host that has already cut them.
     "cut before": (([BOS, 5], [7] * 8, [7] * 8), f"{EQUAL} (2 of them only once cut to max_length=10), so", {}),
     "equal, and cut": (([BOS, 5], [7] * 9, [7] * 9), f"{EQUAL}, so their margin stays 0", {}),
     "an EOS alone": (([BOS, 5], [EOS], [7, EOS]), EMPTY, {}),
@@ -57,7 +57,7 @@ BAD: dict[str, tuple[Pair, str, dict[str, Any]]] = {
     "a BOS further in": (([BOS, 5], [7, EOS], [SPACE, BOS, 5, 7]), STRAYED, {}),
     "the host's own text": (
         ([5], [7, MARKER, EOS], [7, EOS]), STRAYED, {"marker": f"{MARKER}"}),
-    # No BOS tells it where it is the EOS too, as GPT-2's is.
+    # A BOS proves nothing if it is also the EOS, as GPT-2's is.
     "that, without a BOS": (
         ([5], [EOS, MARKER, EOS], [7, EOS]), STRAYED, {"marker": f"{MARKER}", "bos": EOS}),
 }  # fmt: skip
@@ -92,7 +92,7 @@ def check(
 
 @pytest.mark.parametrize("fault", BAD)
 def test_refused_where_most_have_it(fault: str, capsys):
-    """Two of three is more than half, one of two is not."""
+    """Two of three is more than half; one of two is not."""
     pair, why, changes = BAD[fault]
     with pytest.raises(ValueError) as refused:
         check([GOOD, pair, pair], **changes)
@@ -115,7 +115,7 @@ def test_refused_where_most_have_it(fault: str, capsys):
 
 @pytest.mark.parametrize("fault", BAD)
 def test_allowed(fault: str, capsys):
-    """What would be refused is warned of in one line; of evaluation data it always is."""
+    """A refused fault becomes one line of warning; evaluation data always gets only the warning."""
     pair, why, changes = BAD[fault]
     why = why.replace("2 of them", "1 of them")
     check([pair], allowed=True, **changes)
@@ -136,8 +136,8 @@ def test_good_pairs_pass_without_a_word(case: str, capsys):
 
 
 def test_a_common_start_that_became_the_prompt_is_never_refused(capsys):
-    """Of "Yes" and "Yes, and no" the prompt is "Yes": the EOS alone is left, and its place learnt.
-    A pair that is equal besides stays at margin 0."""
+    """For "Yes" and "Yes, and no" the prompt is "Yes": only the EOS is left, and its place is
+    trained. A pair that is also equal stays at margin 0."""
     pair: Pair = ([BOS, 5, 7], [EOS], [8, EOS])
     check([pair] * 3, shared=True)
     said = capsys.readouterr().err
@@ -152,7 +152,7 @@ def test_a_common_start_that_became_the_prompt_is_never_refused(capsys):
 
 
 def test_no_pairs():
-    """Which nothing allows."""
+    """No setting allows it."""
     with pytest.raises(
         ValueError, match="data refused: it has no pair. .* longer than max_length=10. Check the"
     ):
@@ -160,7 +160,8 @@ def test_no_pairs():
 
 
 def test_the_rows_that_are_checked():
-    """All of a few; evenly spread, the first included, of many; of a stream the first ones."""
+    """All rows of a few; evenly spread rows, including the first, of many; the first rows of a
+    stream."""
     assert list(pairs.sampled("")) == [] and list(pairs.sampled("abc")) == [*enumerate("abc")]
     assert len([*pairs.sampled(range(pairs.SAMPLE))]) == pairs.SAMPLE
     many = list(pairs.sampled(range(10**6)))

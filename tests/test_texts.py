@@ -1,5 +1,5 @@
-"""What a host trains of a row, against the chat template's rendering: what is refused, what is
-warned of, what passes."""
+"""The text of a row that a host trains, against the chat template's rendering: what is refused,
+what causes a warning, what passes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from focalpo_plugins.guards.texts import Row, Side
 ASKED = "<user>Q</s><assistant>"
 THOUGHT = "<think>\n\n</think>\n\n"
 
-# The texts that are trained, what the last message says, and what the template renders.
+# The trained texts, the last message, and the template's rendering.
 SAME: dict[str, tuple[str, str, str, str]] = {
     "equal": (ASKED, "good</s>", "good", f"{ASKED}good</s>"),
     "but for a line end": (ASKED, "good</s>", "good", f"{ASKED}good</s>\n"),
@@ -89,7 +89,7 @@ def test_another_text(case: str):
 
 @pytest.mark.parametrize(("answer", "name"), [("good<|im_end|>", None), ("bad<|im_end|>", "cut")])
 def test_a_format_without_a_template(answer: str, name: str | None):
-    """All that can be asked then is that the answer says what the row's last message says."""
+    """The only requirement then is that the answer contains the row's last message."""
     assert texts.difference(Side(ASKED, answer, "good", None)) == name
 
 

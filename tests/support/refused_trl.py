@@ -1,4 +1,4 @@
-"""A TRL that computes its loss elsewhere: our trainer is refused before it looks at the model."""
+"""A TRL that computes its loss elsewhere: our trainer is refused before it reads the model."""
 
 from importlib.metadata import version
 
