@@ -1,4 +1,4 @@
-"""TRL keeps the contract: a script of a user's, in processes as torchrun starts them."""
+"""TRL keeps the contract: a user's script, in processes as torchrun starts them."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ PATTERNS = {
 
 @pytest.mark.parametrize("case", PATTERNS)
 def test_a_path_that_hosts_take_for_a_pattern(case: str, tmp_path, monkeypatch):
-    """The file is there, and they would read others."""
+    """The file exists, but hosts would read others."""
     path, others = PATTERNS[case]
     found = [] if others is None else others.split(", ")
     for name in (path, *found):
@@ -98,8 +98,8 @@ def test_a_path_that_hosts_take_for_a_pattern(case: str, tmp_path, monkeypatch):
 
 
 def test_a_folder_s_name_is_a_part_of_the_pattern(tmp_path, monkeypatch):
-    """Of the current folder too. A name that matches only itself is read, and so is a folder that
-    ``datasets`` has saved, which is no pattern."""
+    """Also for the current folder. A name that matches only itself is read, and so is a folder that
+    ``datasets`` has saved, which isn't a pattern."""
     for name in ("run[1]", "run1", "saved[1]"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "p.jsonl").write_text('{"a": 1}\n')

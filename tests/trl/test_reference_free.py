@@ -32,7 +32,7 @@ CONFIGS = {
     FocalORPOTrainer: FocalORPOConfig,
 }
 SIMPO = {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.7, "cpo_alpha": 0.0}
-# Of each margin TRL's trainer, ours, and arguments.
+# For each margin TRL's trainer, ours, and the arguments.
 MARGINS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "cpo": (CPOTrainer, FocalCPOTrainer, {"beta": 0.3}),
     "simpo": (CPOTrainer, FocalCPOTrainer, SIMPO),
@@ -101,8 +101,9 @@ def encoder_decoder() -> T5ForConditionalGeneration:
 
 @pytest.mark.parametrize("margin", ["cpo", "simpo", "orpo"])
 def test_an_encoder_decoder(margin: str, tmp_path: Path):
-    """The host's own to the last bit at gamma 0, another loss at another gamma; and of its data, which
-    have other columns, the same is refused.  No answer is cut by `max_length`, here shorter."""
+    """The host's own loss to the last bit at gamma 0, another loss at another gamma; the same
+    faults of its data, which have other columns, are refused. No answer is cut by `max_length`,
+    shorter here."""
     theirs, ours, arguments = MARGINS[margin]
     arguments = {**arguments, "max_completion_length": 16, "max_length": 2}
     found = []
@@ -151,8 +152,8 @@ def margins_and_nll(host: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, tor
 @pytest.mark.releases
 @pytest.mark.parametrize("margin", ["cpo", "simpo", "orpo"])
 def test_the_loss_is_the_papers_of_that_margin(margin: str, tmp_path: Path):
-    """``-p**gamma log p`` with p = sigmoid(z); CPO adds its SFT term once, ORPO is its own plus
-    beta times ours."""
+    """``-p**gamma log p`` with p = sigmoid(z); CPO adds its SFT term once; ORPO is its own loss
+    plus beta times ours."""
     _, ours, arguments = MARGINS[margin]
     host = trainer(ours, tmp_path, focalpo_gamma=GAMMA, **arguments)
     batch = next(iter(host.get_train_dataloader()))
@@ -162,7 +163,7 @@ def test_the_loss_is_the_papers_of_that_margin(margin: str, tmp_path: Path):
     expected = {"cpo": loss + nll, "simpo": loss, "orpo": nll + 0.3 * loss}[margin]
     found = host.compute_loss(host.model, batch)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    # What is logged is of the same margins.
+    # The logged values come from the same margins.
     host.log(logs := {"loss": 0.0})
     assert logs["focalpo/p"] == pytest.approx(z.sigmoid().mean().item(), rel=1e-5)
     assert z.abs().min() > 1e-3
@@ -172,7 +173,7 @@ def test_the_second_log_sigmoid_counts_only_where_it_is_multiplied(tmp_path, add
     """TRL calls for -z even without smoothing, and multiplies by 0: an infinite loss would make the
     product NaN."""
     seen = []
-    training = False  # not yet: a loss is tried before
+    training = False  # not yet: a loss is tried first
 
     def once(margins):
         seen.append(margins.detach())

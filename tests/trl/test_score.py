@@ -26,7 +26,7 @@ from focalpo_plugins.trl.score import prepared_by_trl
 from focalpo_plugins.trl.score_data import read_pairs
 from focalpo_plugins.trl.score_models import _with_adapter, load_model, resolve
 
-shares_ends = pytest.mark.xdist_group("ends")  # one worker makes the runs, once
+shares_ends = pytest.mark.xdist_group("ends")  # one worker makes the runs
 
 BETA = 0.2
 PAIRS = 6
@@ -37,8 +37,8 @@ def header_of(role: str) -> str:
 
 
 def by_hand(network: Any, tokenizer: Any, messages: list[dict[str, str]]) -> tuple[float, int]:
-    """Summed log-probability of the answer in float64, and its tokens.  The sequence is written
-    out here, template and all; the answer begins after the assistant's header."""
+    """Summed log-probability of the answer in float64, and its tokens. The sequence, including the
+    template, is written out here; the answer begins after the assistant's header."""
     user, assistant = (message["content"] for message in messages)
     prompt = f"<|begin_of_text|>{header_of('user')}{user}<|eot_id|>{header_of('assistant')}"
     before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -51,8 +51,8 @@ def by_hand(network: Any, tokenizer: Any, messages: list[dict[str, str]]) -> tup
 
 
 def save_adapter(base: Path, folder: Path) -> None:
-    """A LoRA that is not its initial self, over ``base``, in a folder as Axolotl leaves it: beside the
-    adapter a config.json, and a model.safetensors under PEFT's names."""
+    """A trained LoRA over ``base``, in a folder as Axolotl leaves it: with the adapter a
+    config.json, and a model.safetensors under PEFT's names."""
     model = AutoModelForCausalLM.from_pretrained(base)
     lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], modules_to_save=["norm"])
     lora.base_model_name_or_path = str(base)
@@ -70,7 +70,7 @@ def save_adapter(base: Path, folder: Path) -> None:
 
 
 def mend_models(folder: Path) -> None:
-    """Copies of the adapter and of the policy, each with something wrong."""
+    """Copies of the adapter and of the policy, each with one fault."""
 
     def copy(source: str, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
         shutil.copytree(folder / source, folder / name)
@@ -106,8 +106,7 @@ def mend_models(folder: Path) -> None:
 
 
 def write_record(file: Path, beta: float | None) -> None:
-    """What the trainer leaves in a checkpoint: its record in transformers' file; none where DPO has
-    trained it."""
+    """The trainer's record in a checkpoint, in transformers' file; none if DPO has trained it."""
     record = {"args": {"record": {"loss": "focalpo", "beta": beta}}, "attributes": {}}
     callbacks = {} if beta is None else {"_Record": record}
     file.write_text(json.dumps({"global_step": 6, "stateful_callbacks": callbacks}))
@@ -179,7 +178,7 @@ def ends(setting: dict[str, Path]) -> dict[str, tuple[int, str, str]]:
     cases["reference without base"] = argv("e", *csv, ref="adapter, no base")
     for model in ("files beside an adapter", "not a number"):
         cases[model] = argv("f", *csv, model=model)
-    # A disk that is full, and a folder where a file goes.
+    # A full disk, and a folder where a file should go.
     (folder / "full").mkdir()
     (folder / "full" / "scores.jsonl").symlink_to("/dev/full")
     cases["full"] = argv("full", "--format", "csv")
@@ -194,7 +193,7 @@ def ends(setting: dict[str, Path]) -> dict[str, tuple[int, str, str]]:
     return found | {name: focalpo(*words) for name, words in cases.items()}
 
 
-# Folder of the model, and what is said of it.
+# Folder of the model, and the message about it.
 WRONG_MODELS = {
     "adapter, renamed": "must have exactly the weights of its adapter, got '{}': its files lack 1 (base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight) and also have 1 (base_model.model.elsewhere.lora_A.default.weight). Missing",
     "adapter, no norm": "base_model.model.model.norm.weight",  # PEFT's own error
@@ -209,7 +208,7 @@ WRONG_MODELS = {
 
 @pytest.mark.parametrize("model", WRONG_MODELS)
 def test_a_model_with_other_weights_than_its_own_is_refused(setting, model: str):
-    """transformers gives what a file lacks at random, and goes on."""
+    """transformers fills weights that a file lacks with random numbers, and continues."""
     folder = str(setting["folder"] / model)
     with pytest.raises(ValueError) as error:
         load_model(resolve(folder, str(setting["ref"]))[0], "MODEL", "auto")
@@ -233,8 +232,8 @@ def test_a_model_that_cannot_score_is_one_line(ends):
 
 @shares_ends
 def test_an_adapter_is_loaded_over_its_base(setting, ends):
-    """Its log-probabilities are those of the model that it is merged into; as reference it changes
-    places; where its base is gone, --ref is its base.  beta 0.5 is its checkpoint's."""
+    """Its log-probabilities are those of the model that it is merged into; as the reference it
+    swaps places; if its base is missing, --ref is its base. beta 0.5 is its checkpoint's."""
     folder = setting["folder"]
     base = AutoModelForCausalLM.from_pretrained(setting["ref"])
     from peft import PeftModel
@@ -249,7 +248,7 @@ def test_an_adapter_is_loaded_over_its_base(setting, ends):
     assert [r["chosen_logp"] for r in adapted] == pytest.approx(logps, abs=1e-4)
     assert [r["ref_chosen_logp"] for r in turned] == pytest.approx(logps, abs=1e-4)
     assert [r["chosen_logp"] for r in over] == pytest.approx(logps, abs=1e-4)
-    assert max(abs(r["margin"]) for r in adapted) > 0.01  # it does something
+    assert max(abs(r["margin"]) for r in adapted) > 0.01  # the adapter has an effect
     for ours, theirs in zip(adapted, turned, strict=True):
         assert ours["margin"] / 0.5 == pytest.approx(-theirs["margin"] / BETA, abs=1e-3)
     assert (
@@ -283,8 +282,8 @@ def write_openrlhf(file: Path, beta: float) -> None:
     file.write_text(json.dumps({"loss": "focalpo", "focalpo.gamma": 0.05, "beta": beta}))
 
 
-# Files in the model's folder `out` or beside it, with the beta that each records; the model; what is
-# taken.  None is a run of DPO's, a text one that is not whole.
+# Files in the model's folder `out` or next to it, with the beta that each records; the model; what
+# is used. None is a run of DPO's, a text one that isn't complete.
 RECORDED = [
     ({}, "out", 0.1),
     ({"out/trainer_state.json": 0.3}, "out", 0.3),
@@ -292,7 +291,8 @@ RECORDED = [
     ({"out/checkpoint-9/trainer_state.json": 0.3, "out/checkpoint-10/trainer_state.json": "{"}, "out", 0.3),
     ({"out/checkpoint-9/trainer_state.json": None}, "out", 0.1),
     ({"out/trainer_state.json": -1.0}, "out", 0.1),
-    # Written one after the other: by a shorter run in the folder of a longer one; by one of DPO's.
+    # Written one after the other: by a shorter run in the folder of a longer one, and by one of
+    # DPO's.
     ({"out/checkpoint-60/trainer_state.json": 0.3, "out/checkpoint-30/trainer_state.json": 0.4}, "out", 0.4),
     ({"out/trainer_state.json": 0.3, "out/checkpoint-30/trainer_state.json": 0.4}, "out", 0.4),
     ({"out/ckpt/global_step60/focalpo_plugins.json": 0.3, "out/ckpt/global_step30/focalpo_plugins.json": 0.4}, "out", 0.4),
@@ -328,7 +328,7 @@ def test_beta_is_what_the_model_was_trained_with(tmp_path: Path, files, model: s
 
 
 def test_a_beta_of_another_run_in_the_folder_is_named(tmp_path: Path):
-    """The newest by time counts, and of the same beta nothing is said."""
+    """The newest file counts, and equal betas cause no message."""
     for step, beta, hour in ((60, 0.3, 1), (50, 0.4, 2), (30, 0.4, 3)):
         file = tmp_path / f"checkpoint-{step}" / "trainer_state.json"
         file.parent.mkdir()
@@ -368,7 +368,7 @@ ALONE = {"chosen": [answer("a")], "rejected": [answer("b")]}
 PARTS = ([user("q")], [answer("a")], [answer("b")])
 TEXTS = {"chosen": "a", "rejected": "b"}
 
-# Rows of a file, and prompt, chosen and rejected as a host takes them.
+# Rows of a file, and prompt, chosen and rejected as a host reads them.
 FORMS = {
     "texts": ({"prompt": "q", **TEXTS}, ("q", "a", "b")),
     "messages": ({"prompt": [user("q")], **ALONE}, PARTS),
@@ -399,13 +399,13 @@ def test_what_a_host_trains_on_can_be_scored(tmp_path: Path, row, expected):
     pairs, _ = read_pairs(write_rows(tmp_path, row, row))
     for found in pairs:
         assert tuple(found[key] for key in ("prompt", "chosen", "rejected")) == expected
-    # No column but the pair's decides whether it is a conversation.
+    # Only the pair's columns decide whether it is a conversation.
     assert "messages" not in pairs.column_names
 
 
 def test_a_prompt_that_is_the_start_of_both(tmp_path: Path):
-    """Conversations, as TRL divides them, also where a table fills one with None for what only the
-    other has.  Texts are left to TRL."""
+    """Conversations as TRL divides them, also if a table adds None for keys that only the other
+    message has. Texts are left to TRL."""
     file = write_rows(tmp_path, WHOLE, WHOLE)
     assert list(read_pairs(file)[0]) == [extract_prompt(WHOLE)] * 2
     file = write_rows(tmp_path, {"chosen": "q a", "rejected": "q b"})
@@ -426,7 +426,7 @@ def test_digits_in_a_csv_are_text(tmp_path: Path):
 
 
 GOOD = {"prompt": "q", **TEXTS}
-# Rows of a file, and what is said of the first that won't do, or of its columns.
+# Rows of a file, and the message about the first bad row, or about the columns.
 BAD_ROWS = {
     "null": ([GOOD, {**GOOD, "chosen": None}], "row 1 (the first is 0) has nothing in chosen"),
     "no column": ([GOOD, TEXTS], "row 1 (the first is 0) has nothing in prompt"),
@@ -464,8 +464,8 @@ TEMPLATE = (
 
 
 def test_it_prepares_what_a_run_trains_on(tiny: Path, tmp_path: Path):
-    """All that TRL puts into a prompt: tools, as JSON, and arguments of the template, beside columns
-    that it doesn't know, one of which has the name that the rows' numbers would have."""
+    """Everything that TRL puts into a prompt: tools, as JSON, and arguments of the template, with
+    columns that it ignores, one of which has the name that the rows' numbers would have."""
     tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
     tokenizer.chat_template = TEMPLATE
     tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
@@ -500,8 +500,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 @shares_ends
 def test_rewards_are_those_computed_by_hand(setting, ends):
-    """``beta * (log p - log p_ref)`` in float64, the second pair's margin 0; to 1e-4 nats, what
-    float32 leaves of sums of log-probabilities of about 20 nats."""
+    """``beta * (log p - log p_ref)`` in float64, the second pair's margin 0; to 1e-4 nats,
+    float32's rounding of sums of log-probabilities of about 20 nats."""
     assert ends["whole"][0] == 0, ends["whole"][2][-3000:]
     tokenizer = AutoTokenizer.from_pretrained(setting["ref"])
     policy, reference = (
@@ -541,7 +541,7 @@ def test_rewards_are_those_computed_by_hand(setting, ends):
 
 @shares_ends
 def test_goes_on_where_it_stopped(setting, ends):
-    """The half-written line is scored again, the whole ones are kept, in any batches."""
+    """The half-written line is scored again, the complete ones are kept, in any batches."""
     code, said, errors = ends["resumed"]
     assert code == 0, errors[-3000:]
     assert "has 3 pairs already" in said
@@ -556,8 +556,8 @@ def test_goes_on_where_it_stopped(setting, ends):
 
 @shares_ends
 def test_half_a_file_is_never_read_as_whole(setting, ends, tmp_path):
-    """Cut anywhere: what is gone on with are the pairs whose lines are whole, and the file then ends
-    with the last of these."""
+    """Cut anywhere: pairs with complete lines are kept, and the file then ends with the last of
+    them."""
     lines = (setting["folder"] / "whole" / "scores.jsonl").read_bytes().splitlines(keepends=True)
     content = b"".join(lines[:3])
     header, scores = json.loads(lines[0]), tmp_path / "scores.jsonl"
@@ -568,7 +568,7 @@ def test_half_a_file_is_never_read_as_whole(setting, ends, tmp_path):
         assert scores.read_bytes() == b"".join(lines[:whole])
 
 
-# One line of a user's file, and whole lines of one; and what could be the start of ours.
+# One line of a user's file, whole lines of one, and a possible start of our own file.
 FOREIGN = [
     '{"my": "results"}',
     '{"my": 1}\n{"my": 2}\n',
@@ -600,13 +600,13 @@ def test_other_files_of_the_user_are_never_touched(setting, ends):
 
 @shares_ends
 def test_a_path_is_no_pattern(setting, ends):
-    """The file that is named is scored, not those that its name would match."""
+    """The named file is scored, not the files that its name would match."""
     assert ends["pattern"][0] == 0, ends["pattern"][2][-3000:]
     assert records(setting["folder"] / "pattern") == records(setting["folder"] / "whole")
 
 
 def score_with(monkeypatch, tmp_path: Path, error: Exception, *words: str) -> int:
-    """``focalpo score`` with a scorer that fails on its third pair, after two that it has scored."""
+    """``focalpo score`` with a scorer that fails on its third pair, after scoring two."""
 
     class Scorer:
         rows, total, form = [0, 1, 2], 3, "texts"
@@ -636,7 +636,7 @@ def score_with(monkeypatch, tmp_path: Path, error: Exception, *words: str) -> in
     ids=repr,
 )  # fmt: skip
 def test_a_library_s_error_has_its_type_and_blames_nobody(monkeypatch, tmp_path, capsys, error):
-    """And the pairs before it are kept."""
+    """The pairs before it are kept."""
     assert score_with(monkeypatch, tmp_path, error) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     kind = type(error).__name__
@@ -671,7 +671,7 @@ def test_another_run_s_scores_are_not_gone_on_with(ends):
 
 @shares_ends
 def test_what_max_length_drops_is_counted(setting, ends):
-    """TRL drops the pairs whose prompt has 24 tokens or more, counted here by hand."""
+    """TRL drops pairs whose prompt has 24 tokens or more, counted here by hand."""
     assert ends["cut"][0] == 0, ends["cut"][2][-3000:]
     tokenizer = AutoTokenizer.from_pretrained(setting["ref"])
     lengths = []

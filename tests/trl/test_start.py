@@ -1,4 +1,4 @@
-"""What is said of the first step's margins, which are 0 where the policy starts as its reference."""
+"""Messages about the first step's margins, which are 0 if the policy starts as its reference."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_margins_are_zero(tokenizer, saved: str, tmp_path: Path, capsys, given: 
 
 
 def test_a_policy_that_was_changed(tokenizer, saved: str, tmp_path: Path, capsys):
-    """Its reference is loaded again from where it came from."""
+    """Its reference is loaded again from the policy's place."""
     policy = AutoModelForCausalLM.from_pretrained(saved)
     with torch.no_grad():
         policy.lm_head.weight.mul_(1.5)
@@ -131,8 +131,8 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, **SGD}
     "path", [{}, pytest.param({"focalpo_fused": True}, marks=pytest.mark.fused)]
 )
 def test_a_resumed_adapter_that_was_not_loaded(tokenizer, saved, tmp_path, capsys, path):
-    """Of a checkpoint with an adapter "ref" transformers loads only that one. The cure that is
-    named is one: the policy is then the checkpoint's."""
+    """From a checkpoint with an adapter "ref", transformers loads only that one. The remedy in the
+    message works: the policy is then the checkpoint's."""
 
     def start(adapter: str, steps: int, resume: str | None) -> tuple[Any, str]:
         base = AutoModelForCausalLM.from_pretrained(saved)
@@ -226,8 +226,8 @@ NEW = [{**pair, "chosen": f"{pair['chosen']} <new>"} for pair in tiny_trl.PAIRS]
 @pytest.mark.releases
 @pytest.mark.parametrize("given", ["reference", "made reference", "policy", "precomputed"])
 def test_a_token_without_an_embedding(tokenizer, saved: str, tmp_path: Path, given: str):
-    """The tokenizer got a 44th token, and not every model an embedding for it. If none is given,
-    TRL loads the reference from where the policy came from, without what was changed since."""
+    """The tokenizer got a 44th token, and not every model has an embedding for it. If no reference
+    is given, TRL loads it from the policy's place, without later changes."""
     policy = AutoModelForCausalLM.from_pretrained(saved)
     arguments: dict[str, Any] = {"reference": None, "precompute_ref_log_probs": False}
     if given != "policy":
@@ -247,7 +247,7 @@ def test_a_token_without_an_embedding(tokenizer, saved: str, tmp_path: Path, giv
 
 
 def test_a_token_without_an_embedding_that_no_pair_has(tokenizer, saved, tmp_path, capsys):
-    """It trains, and one line says it; nothing is said if both models were resized."""
+    """It trains, with one warning, or without one if both models were resized."""
     for resized in (False, True):
         policy, reference = (AutoModelForCausalLM.from_pretrained(saved) for _ in range(2))
         policy.resize_token_embeddings(44)
