@@ -286,7 +286,7 @@ def test_help_lists_them(command: Callable, axolotl: Axolotl):
     code, output = outcome(command, axolotl.config(), ["train", "--help"])
     assert code == 0
     for option in ("--focalpo-gamma FLOAT", "--focalpo-variant TEXT", "--hinge-offset FLOAT",
-                   "--focalpo-fused / --no-focalpo-fused"):  # fmt: skip
+                   "--focalpo-gamma-end VALUE", "--focalpo-fused / --no-focalpo-fused"):  # fmt: skip
         assert option in output
     assert "Focusing parameter; 0 is DPO. Key of focalpo_plugins." in " ".join(output.split())
     assert "--focalpo-rl" not in output

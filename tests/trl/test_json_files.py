@@ -62,6 +62,13 @@ def test_an_entry_without_a_column(tmp_path, content: str, place: str):
         check_file(tmp_path / "p.jsonl", "data", ["a", "b"])
 
 
+def test_a_misspelt_column(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"chosen": "a", "rejectd": "b"}\n')
+    why = "it has no 'rejected', got chosen, rejectd; did you mean 'rejectd'? Fix that line"
+    with pytest.raises(ValueError, match=re.escape(why)):
+        check_file(tmp_path / "p.jsonl", "data", ["chosen", "rejected"])
+
+
 def test_files_that_are_not_looked_at(tmp_path):
     """Other formats, and names on a hub."""
     for name in ("d.parquet", "e.jsonl.gz"):
