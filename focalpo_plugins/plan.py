@@ -43,8 +43,8 @@ class Window:
 
     Attributes:
         epoch: number of the epoch, from 1.
-        step: number of the optimizer step in the run, from 1.  A step that goes on into the next
-            epoch is two windows.
+        step: number of the optimizer step in the run, from 1.  A step that continues in the
+            next epoch is two windows.
         pairs: places among the pairs that are trained on, in the host's order and in the layout
             ``[micro-step][rank][place]``.  The last micro-step may be short on a single rank.
     """

@@ -26,11 +26,11 @@ _OF_CHAT = ("chat_template.", "chatml.", "llama3.")
 def text_faults(
     cfg: Any, tokenizer: Any, evaluation: bool = False, marker: str | None = None
 ) -> list[Fault]:
-    """The faults of rows that Axolotl would train otherwise than the chat template renders them.
+    """The faults of rows that Axolotl would train differently from the chat template.
 
     Args:
         cfg: a validated config.
-        evaluation: whether to look at ``test_datasets``, in place of ``datasets``.
+        evaluation: whether to check ``test_datasets`` instead of ``datasets``.
         marker: as in :func:`~focalpo_plugins.guards.texts.find`.
     """
     # Axolotl takes the names of columns, for test_datasets too, from the entries of datasets.

@@ -110,7 +110,7 @@ class _SetAside(TrainerCallback):
     done = False
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        if gc.get_freeze_count():  # the user's own: unfreezing ours later would end theirs
+        if gc.get_freeze_count():  # the user has frozen some: unfreezing later would free them too
             return
         gc.collect()
         gc.freeze()

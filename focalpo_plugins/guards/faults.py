@@ -59,7 +59,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Faults that are looked for together.
+    """The faults that one check can find.
 
     Attributes:
         unit: what the rows are, in the plural.

@@ -111,7 +111,7 @@ def find(
     marker: str | None = None,
     evaluation: bool = False,
 ) -> list[Fault]:
-    """The faults of rows that the host would train otherwise than the chat template renders them.
+    """The faults of rows that the host would train differently from the chat template.
 
     Args:
         host: the host's name.

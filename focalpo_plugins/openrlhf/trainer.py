@@ -78,7 +78,7 @@ class PairwiseDPOTrainer(DPOTrainer):
     """``DPOTrainer`` with the loss that ``strategy.args.loss`` names, and its diagnostics.
 
     Raises:
-        RuntimeError: OpenRLHF constructed its own loss, or trains a step without calling ours.
+        RuntimeError: OpenRLHF constructed its own loss, or trained a step without calling this one.
     """
 
     strategy: Any
@@ -151,7 +151,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         return Now(self._batches // of_step, self._steps, self.model.training, ends_step)
 
     def _check_data(self) -> None:
-        """Refuse useless data, and data that would be trained otherwise than written."""
+        """Refuse useless data, and data that would be trained differently from how it is written."""
         is_first, limit = self.strategy.is_rank_0(), nested_args(self.args).data.max_len
         allowed = bool(self._flags.get("allow_data"))
         policy = Policy(self._run.host.allow_data, allowed, is_first)
@@ -357,7 +357,7 @@ class PairwiseDPOTrainer(DPOTrainer):
 
     def evaluate(self, eval_dataloader: Any, *args: Any, **kwargs: Any) -> None:
         # The sampler repeats pairs at the end, so that all ranks have the same number.  The first
-        # ones of this rank are no repeats: as many as it would have without repeated pairs.
+        # ones of this rank aren't repeats: as many as it would have without repeated pairs.
         sampler = eval_dataloader.sampler
         own = range(sampler.rank, len(eval_dataloader.dataset), sampler.num_replicas)
         self._evaluated = list(sampler)[: len(own)]

@@ -73,5 +73,5 @@ class PairwiseBase(PairwiseTrainerMixin):
         together(RANKS, lambda: policy.check(faults()))
 
     def _faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> list[Fault]:
-        """The faults of rows that the host trains otherwise than the chat template renders them."""
+        """The faults of rows that the host trains differently from the chat template."""
         return []
