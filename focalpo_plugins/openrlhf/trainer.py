@@ -151,7 +151,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         return Now(self._batches // of_step, self._steps, self.model.training, ends_step)
 
     def _check_data(self) -> None:
-        """Refuse useless data, and data that would be trained differently from how it is written."""
+        """Refuse useless data, and data that would be trained differently than written."""
         is_first, limit = self.strategy.is_rank_0(), nested_args(self.args).data.max_len
         allowed = bool(self._flags.get("allow_data"))
         policy = Policy(self._run.host.allow_data, allowed, is_first)

@@ -14,8 +14,8 @@ _ANSWERS = ("chosen", "rejected")
 def rendered(dataset: Any, tokenizer: Any) -> Iterator[texts.Row]:
     """Rows spread over tokenized data; none if its rows are texts, or hold no messages any more.
 
-    TRL drops as many tokens of the whole row as the prompt has, and takes the rest as the answer.  So
-    the answer is complete if the row's rendering begins with the prompt's.
+    TRL drops as many tokens of the whole row as the prompt has, and takes the rest as the answer.
+    So the answer is complete if the row's rendering begins with the prompt's.
     """
     for place, row in pairs.sampled(dataset):
         if not all(_is_conversation(row.get(name)) for name in ("prompt", *_ANSWERS)):
