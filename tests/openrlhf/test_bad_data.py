@@ -83,5 +83,5 @@ def test_evaluation_data_is_warned_of(train: Callable, rows: list[dict], tmp_pat
     held_out = ("--eval.dataset", str(tmp_path / "held_out.jsonl"), "--eval.split", "train")
     run = train(*OURS, *held_out)
     assert run.returncode == 0, run.output
-    evaluated = "focalpo_plugins: warning: 16 of 16 pairs of the evaluation data have a chosen"
+    evaluated = "focalpo_plugins: warning: 16 of 16 pairs of the evaluation data have identical"
     assert len(run.said(evaluated)) == 1
