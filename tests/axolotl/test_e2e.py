@@ -406,7 +406,7 @@ def test_another_plugins_trainer_is_refused_before_the_model_loads(axolotl: Axol
     run = axolotl("train", axolotl.config(plugins=["test_only_plugins.OtherTrainer"]))
     assert run.code != 0
     assert (
-        "plugins holds test_only_plugins.OtherTrainer, whose trainer DPOTrainer would run"
+        "plugins lists test_only_plugins.OtherTrainer, whose trainer DPOTrainer would run"
         in run.output
     )
     assert not run.checkpoints

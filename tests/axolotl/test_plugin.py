@@ -283,7 +283,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "simpo without its target": (
         {"focalpo_margin": "simpo"},
-        "simpo_gamma must be a number with focalpo_margin: simpo, got None: the target margin",
+        "simpo_gamma must be a number with focalpo_margin: simpo, got None: it is the target margin",
     ),
     "simpo's target under dpo's margin": (
         {"simpo_gamma": 0.5},
