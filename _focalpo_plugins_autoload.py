@@ -3,8 +3,8 @@
 This module is outside the package and imports only the standard library, so that a broken package
 can't break ``import torch``.  :func:`autoload` puts one import finder before all others.  It waits
 for the modules of :data:`HOSTS`; every other import costs it one look into a set.  When such a
-module comes, the finder calls our adapter for it.  Nothing here raises, and ``FOCALPO_AUTOLOAD=0``
-turns it off.
+module is imported, the finder calls our adapter for it.  Nothing here raises, and
+``FOCALPO_AUTOLOAD=0`` turns it off.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _warn(error: Exception) -> None:
 
     with contextlib.suppress(Warning):  # which `python -W error` raises
         warnings.warn(
-            f"focalpo_plugins: autoload failed ({type(error).__name__}: {error}) and does nothing; "
-            "its losses now need the host's plugin line or our own command",
+            f"focalpo_plugins: autoload failed ({type(error).__name__}: {error}) and is off; its "
+            "losses now need the host's plugin line or the command of focalpo_plugins",
             stacklevel=2,
         )

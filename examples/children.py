@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-PATIENCE = 60.0  # seconds that a command has to end by itself
-# A script that is killed can end nothing. This process sees that its parent has gone, and does.
+PATIENCE = 60.0  # seconds that a command gets to end by itself
+# A killed script can't end its commands. This process notices that its parent is gone, and does.
 WATCH = """
 import os, signal, sys, time
 parent, group = int(sys.argv[1]), int(sys.argv[2])
@@ -25,7 +25,7 @@ os.killpg(group, signal.SIGKILL)
 
 @contextlib.contextmanager
 def child(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A command with a process group of its own, which ends with the block or with this process.
+    """A command in its own process group, which ends with the block or with this process.
 
     Args:
         command: the words.
@@ -45,7 +45,7 @@ def child(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[b
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a command's whole group: what it started may outlive it."""
+    """End a command's whole group: its children may outlive it."""
     with contextlib.suppress(ProcessLookupError):
         try:
             os.killpg(process.pid, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Take preference pairs apart for KTO, which learns from single answers with a label.
+"""Split preference pairs for KTO, which learns from single answers with a label.
 
     python examples/make_kto_data.py MODEL DATA --split train --out outputs/kto/train.jsonl
 
@@ -30,9 +30,9 @@ def render(tokenizer, messages: list[dict[str, str]], empty_system: bool) -> tup
         sys.exit(
             f"the chat template of {tokenizer.name_or_path} changes the prompt with the answer"
         )
-    # What some templates write after the end of the turn is not the model's to learn.
+    # Some templates write text after the end of the turn, which the model must not learn.
     completion = whole[len(prompt) :].rstrip()
-    # The tokenizer puts a BOS before the text by itself: one is enough.
+    # The tokenizer adds a BOS itself: one is enough.
     if tokenizer.bos_token_id in tokenizer("").input_ids:
         prompt = prompt.removeprefix(tokenizer.bos_token)
     return prompt, completion
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer.get_chat_template()
     except Exception as error:  # of transformers
         sys.exit(f"{args.model} has no tokenizer with a chat template: {first_line(error)}")
-    # Written whole or not at all: training must not start on half a file.
+    # Written completely or not at all: training must not start on half a file.
     half = args.out.with_suffix(".part")
     with half.open("w", encoding="utf-8") as out:
         for label, column in ((True, "chosen"), (False, "rejected")):

@@ -1,6 +1,6 @@
-"""FocalPO with TRL alone on made-up preferences: the settings of tiny_focalpo.yml.
+"""FocalPO with only TRL, on made-up preferences: the settings of tiny_focalpo.yml.
 
-Hardware: two CPU cores, no GPU; 40 s of one core. Where there is a GPU, it trains there.
+Hardware: two CPU cores, no GPU; 40 s of one core. If there is a GPU, it trains there.
 Make the data and the model once, then launch, both from the repository root:
   python examples/make_tiny.py
   HF_HUB_OFFLINE=1 python examples/trl_focalpo.py
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--out", default="outputs/tiny_focalpo_trl")
     args = parser.parse_args()
     if not (TINY / "made.json").is_file():
-        parser.error(f"{TINY} is not there: run python examples/make_tiny.py first")
+        parser.error(f"{TINY} doesn't exist: run python examples/make_tiny.py first")
     if args.max_steps < 1:  # TRL would train whole epochs
         parser.error(f"--max-steps must be at least 1, got {args.max_steps}")
     if Path(args.out).exists() and not Path(args.out).is_dir():

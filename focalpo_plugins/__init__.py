@@ -1,4 +1,4 @@
-"""FocalPO, a preference loss, for Axolotl, OpenRLHF and TRL.
+"""FocalPO, a preference loss, for Axolotl, TRL, OpenRLHF, LLaMA-Factory and ms-swift.
 
 ==================================  ==============================================================
 ``focalpo_loss(margins, gamma)``    loss of each pair, from its reward margin
@@ -11,14 +11,14 @@
 ``FocalCPOTrainer``                 the same for ``CPOTrainer`` (CPO, SimPO); ``FocalCPOConfig``
 ``FocalORPOTrainer``                the same for ``ORPOTrainer``; ``FocalORPOConfig``
 ``check(trainer)``                  prints what a trainer of TRL will train on, and what it takes
-``hookimpl``                        marks the hook with which a package adds a loss of its own
+``hookimpl``                        marks the hook with which a package adds its own loss
 ``FocalPOError``                    the base class of the errors of this package
 ``VARIANTS``, ``SCHEDULES``         the names of the factors, and of the schedules of gamma
 ==================================  ==============================================================
 
-``help(focalpo_plugins.focalpo_loss)`` and so on say more. In Axolotl ``rl: focalpo`` trains the
-loss, in OpenRLHF ``--loss focalpo`` does: neither needs an import from here. The names load on
-first use, so importing this package imports neither torch nor a host.
+See ``help(focalpo_plugins.focalpo_loss)`` and so on for details. Axolotl trains the loss with
+``rl: focalpo`` and OpenRLHF with ``--loss focalpo``; neither needs an import from here. The names
+load on first use, so importing this package imports neither torch nor a host.
 """
 
 from __future__ import annotations

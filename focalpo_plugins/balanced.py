@@ -29,7 +29,7 @@ from .registry import BoundLoss
 Cost = Literal["padded", "unpadded_backbone", "unpadded"]
 
 #: Why a term of a loss can't be combined with balanced batches.
-MEAN_OF_TOKENS = "is a mean over the tokens of a micro-batch, which would be of other pairs"
+MEAN_OF_TOKENS = "is a mean over the tokens of a micro-batch, whose pairs would change"
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,20 @@ class Geometry:
 
 
 def check_loss(loss: BoundLoss, key: str) -> None:
-    """Refuse a loss of a pair that depends on the other pairs of its batch.
+    """Refuse a loss that, for a pair, depends on the other pairs of its batch.
 
     Args:
         key: the key that asked for balanced batches, for the message.
 
     Raises:
-        ValueError: the loss of a batch isn't that of its pairs one by one.
+        ValueError: the losses of a batch differ from those of its pairs one by one.
     """
     margins = torch.linspace(-3, 3, 8).double()
     for at in (loss.at(0.0), loss.at(1.0)):
         alone = torch.cat([at(margin[None]) for margin in margins])
         if not torch.allclose(at(margins), alone, equal_nan=True):
-            why = "its loss of a pair depends on the other pairs of the batch"
-            raise conflict(key, "the loss", loss.name, why, f"Leave {key} out")
+            why = "its loss for a pair depends on the other pairs of the batch"
+            raise conflict(key, "the loss", loss.name, why, f"Remove {key}")
 
 
 def deal(
@@ -84,14 +84,14 @@ def deal(
 ) -> list[int]:
     """The pairs of one optimizer step in the order in which they are dealt.
 
-    The ranks of a micro-step come as the host drew their pairs, because a host may log the numbers
-    of one rank: those of the longest or of the shortest pairs would be no sample of the step's.
+    The ranks of a micro-step keep the order in which the host drew their pairs, because a host may
+    log the numbers of only one rank: the longest or the shortest pairs would be a biased sample.
 
     Args:
-        pairs: rows of the data, in the host's order.  Pairs behind the last whole micro-step stay
+        pairs: rows of the data, in the host's order.  Pairs after the last whole micro-step stay
             where they are, because a smaller batch gives its pairs more weight.
-        tokens: of each row of the data, the tokens of its longer sequence if ``cost`` is
-            ``padded``, else those that are computed of it without padding.
+        tokens: for each row of the data, the tokens of its longer sequence if ``cost`` is
+            ``padded``, else its tokens without padding.
         geometry: ``accumulation`` isn't read: a step at the end of an epoch may be shorter.
         cost: what a micro-batch costs.
         largest_first: whether the micro-step with the largest micro-batch comes first, so that a
@@ -108,7 +108,7 @@ def deal(
         for start in range(0, whole, size):
             step = places[start : start + size]
             if cost == "unpadded_backbone":
-                # The output layer still sees the padded batch: only like pairs are exchanged.
+                # The output layer still sees the padded batch: only similar pairs are exchanged.
                 batches += _even(step, costs, geometry.each)
             else:
                 batches += [step[i : i + geometry.each] for i in range(0, size, geometry.each)]
@@ -121,7 +121,7 @@ def _longest_first(costs: Sequence[int]) -> list[int]:
 
 
 def _even(places: Sequence[int], costs: Sequence[int], each: int) -> list[list[int]]:
-    """Batches of ``each`` places with like sums of costs, the largest first.
+    """Batches of ``each`` places with similar sums of costs, the largest first.
 
     The longest pair goes to the emptiest batch that has a place left.
 
@@ -149,14 +149,14 @@ def _as_drawn(batches: Sequence[list[int]], ranks: int, first_stays: bool) -> li
 
 
 def unknown_batches(key: str, what: str, got: object) -> InvalidValue:
-    """The error of batches of which it isn't known which pairs they hold.
+    """The error for a data loader whose batches can't be predicted.
 
     Args:
         key: the key that asked for balanced batches.
         what: the part of the host's data loader that isn't known.
         got: that part.
     """
-    why = "it is not known which pairs it puts into a batch"
+    why = "focalpo_plugins doesn't know which pairs it puts into a batch"
     return conflict(key, what, type(got).__name__, why, f"Remove {key}")
 
 
@@ -244,7 +244,7 @@ class BalancedSampler(Sampler[int]):
             yield from dealt
 
     def __getattr__(self, name: str) -> Any:
-        """What the host asks of its own sampler, such as ``set_epoch``."""
+        """Pass on what the host asks its own sampler for, such as ``set_epoch``."""
         if name == "order":  # before __init__, as when it is copied
             raise AttributeError(name)
         return getattr(self.order, name)
@@ -259,8 +259,8 @@ def critical_path(
     padded.
 
     Args:
-        order: rows in the layout ``[micro-step][rank][place]``; what fills no micro-step is left
-            out.
+        order: rows in the layout ``[micro-step][rank][place]``; those after the last whole
+            micro-step are left out.
         tokens: as in :func:`deal`.
     """
     each, size = geometry.each, geometry.micro_step

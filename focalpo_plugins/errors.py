@@ -1,6 +1,6 @@
 """The errors that this package raises with a message for the user.
 
-Each is also one of Python's own, so ``except ValueError`` catches a wrong value as usual.
+Each is also one of Python's built-in errors: ``except ValueError`` catches a wrong value as usual.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class InvalidType(FocalPOError, TypeError):
 
 
 class RunError(FocalPOError, RuntimeError):
-    """A run would train something else than was asked for, or another rank ended."""
+    """A run would train something other than what was asked for, or another rank failed."""
 
 
 class NotFinite(FocalPOError, FloatingPointError):
@@ -27,10 +27,10 @@ class NotFinite(FocalPOError, FloatingPointError):
 
 
 def conflict(key: str, other: str, got: object, why: str, fix: str) -> InvalidValue:
-    """The error of a key that was given beside another setting.
+    """The error for a key that can't be combined with another setting.
 
     Args:
-        key: our key or flag, as the user writes it.
+        key: this package's key or flag, as the user writes it.
         other: what it can't be combined with, as the user writes it.
         got: the value of ``other``.
         why: the reason, without a full stop.

@@ -21,15 +21,15 @@ def check_batches(args: TrainingArguments) -> None:
             "train_sampling_strategy must be random or sequential, got 'batch_rebalance': its "
             "micro-batches have different numbers of pairs, and TRL takes the mean of each, so a "
             "pair's weight would depend on its length. Remove it, and set focalpo_balanced_batches "
-            "in its place."
+            "instead."
         )
 
 
 def balance(loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, key: str) -> Dealt:
     """Balance the batches of a data loader, which accelerate has prepared.
 
-    Its innermost sampler is replaced.  So seeds, epochs, resuming and the split over ranks stay the
-    host's.
+    This replaces only its innermost sampler: seeds, epochs, resuming and the split over ranks stay
+    the host's.
 
     Args:
         loader: the data loader.

@@ -1,4 +1,4 @@
-"""Weights of transformers models: those that two have in common, and those that are in parts."""
+"""Weights of transformers models: whether two models share them, and gathering sharded ones."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-# Numbers of a weight that tell if two models have it in common.
+# Elements of a weight that are compared.
 _COMPARED = 1024
 
 
 def same_weights(policy: Any, reference: Any) -> bool:
     """Whether both are known to start with the same weights.
 
-    They are if the host makes the reference from the policy, if it loads one of them from the place
-    of the other, or if two models are equal.  Two models from one place may differ: the policy may
-    hold an adapter, or have one merged into it.
+    They are known to if the host makes the reference from the policy, if it loads both from one
+    place, or if two models are equal.  Two models from one place may differ: the policy may hold an
+    adapter, or have one merged into it.
 
     Args:
         policy: a model, or its folder or hub name.
@@ -29,7 +29,7 @@ def same_weights(policy: Any, reference: Any) -> bool:
         {} if isinstance(model, str) else dict(model.named_parameters())
         for model in (policy, reference)
     ]
-    # ZeRO-3 leaves no number of a weight in its parameter.
+    # Under ZeRO-3 the parameters themselves are empty.
     if not all(any(weight.numel() for weight in of.values()) for of in weights):
         places = [
             model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")

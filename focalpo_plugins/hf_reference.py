@@ -1,4 +1,4 @@
-"""A precomputed reference in a ``transformers.Trainer`` whose host has none of its own.
+"""A precomputed reference for a ``transformers.Trainer`` whose host can't precompute it.
 
 :mod:`focalpo_plugins.reference` computes and keeps the log-probabilities, by the host's own
 collator and forward pass.
@@ -65,22 +65,24 @@ class PrecomputedReference:
 
     @property
     def unknown(self) -> str:
-        """What to say of such a pair; empty if there was none."""
+        """A message about such a pair; empty if there was none."""
         return self._logps.unknown
 
 
 def _check(trainer: Any, source: _Source, folder: Path) -> None:
-    """Refuse what has no whole reference before training begins, and a folder that is closed."""
+    """Refuse runs without a whole reference before training, and a folder that isn't writable."""
     fix = f"Set {KEY} to false"
     if trainer.is_fsdp_enabled:
-        raise conflict(KEY, "fsdp", True, "each rank has a part of the reference's weights", fix)
+        raise conflict(
+            KEY, "fsdp", True, "each rank holds only a part of the reference's weights", fix
+        )
     if trainer.is_deepspeed_enabled and trainer.ref_model is None:
         why = "the reference is the policy, which DeepSpeed prepares when training begins"
         raise conflict(KEY, "adapters under DeepSpeed", True, why, fix)
     if getattr(trainer.args, "sync_ref_model", False):
         raise conflict(KEY, "sync_ref_model", True, "the reference follows the policy", fix)
     if not source.sets:
-        raise InvalidValue(f"{KEY} needs data that aren't streamed, got none. {fix}.")
+        raise InvalidValue(f"{KEY} needs data that isn't streamed, got only streamed data. {fix}.")
     check_folder(folder, FOLDER_KEY)
 
 

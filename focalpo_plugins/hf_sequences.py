@@ -74,7 +74,7 @@ class PairSequences:
         chosen, rejected = (np.minimum(length, limit) for length in whole)
         common = prompt + _in_common(*answers)
         if self.keep_end:
-            # PairSequences that lose starts of different lengths are no longer side by side.
+            # Sequences that lose starts of different lengths no longer line up.
             lost = [length - left for length, left in zip(whole, (chosen, rejected), strict=True)]
             common = np.where(lost[0] == lost[1], np.maximum(common - lost[0], 0), 0)
         return chosen, rejected, np.minimum(common, np.minimum(chosen, rejected))

@@ -1,4 +1,4 @@
-"""What the trainers of all hosts share that are a ``transformers.Trainer``, for any margin."""
+"""What all trainers share that derive from ``transformers.Trainer``, for any margin."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ RANKS = AccelerateRanks()
 
 
 class PairwiseTrainerMixin(_Trainer):
-    """Trains with one of our losses what a host's trainer would train with its own.
+    """Makes a host's trainer train with a loss of this package.
 
     It comes before the host's trainer in the list of bases, and trains nothing before
     :meth:`set_loss` is called.  The adapter's class calls :meth:`_count` with the margins of each
@@ -181,7 +181,10 @@ class PairwiseTrainerMixin(_Trainer):
             def balanced() -> None:
                 sequences, cost = self._sequences(), self._cost()
                 if sequences is None:
-                    data, why = type(self.train_dataset).__name__, "its lengths are not known"
+                    data, why = (
+                        type(self.train_dataset).__name__,
+                        "the pairs' lengths are not known",
+                    )
                     raise conflict(key, "training data", data, why, f"Set {key} to false")
                 tokens = sequences.tokens(cost, say=RANKS.rank == 0)
                 steps = self.args.gradient_accumulation_steps
@@ -193,7 +196,7 @@ class PairwiseTrainerMixin(_Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """The host's own training, after our checks.
+        """The host's own training, after this package's checks.
 
         Raises:
             ValueError: the checkpoint to resume from was trained with another loss, or checkpoints
@@ -214,7 +217,7 @@ class PairwiseTrainerMixin(_Trainer):
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(output_dir)
-        # The host reports these two on the rank that misses the folder, and the others would wait.
+        # The host reports these two only on the rank without the folder: the others would wait.
         if folder is None:
             raise InvalidValue(
                 "resume_from_checkpoint=True needs a checkpoint in output_dir, got none in "
@@ -222,8 +225,8 @@ class PairwiseTrainerMixin(_Trainer):
             )
         if not Path(folder).is_dir():
             raise InvalidValue(
-                f"resume_from_checkpoint must be the folder of a checkpoint, got {folder!r}: there "
-                "is no such folder."
+                f"resume_from_checkpoint must be the folder of a checkpoint, got {folder!r}, which "
+                "doesn't exist. Name another folder, or start without resuming."
             )
         self._check_checkpoint(self._run, str(folder))
 
@@ -252,12 +255,12 @@ class PairwiseTrainerMixin(_Trainer):
     ) -> Any:
         """The host's own loop, with the diagnostics of its pairs added to its metrics.
 
-        They have the loop's prefix, so each named evaluation set has its own diagnostics, and so
-        has ``predict()``.
+        They get the loop's prefix, so each named evaluation set and ``predict()`` have their own
+        diagnostics.
         """
         self._say_active()
         if self._run is not None:
-            self._run.forget(training=False)  # what a loop has left that was interrupted
+            self._run.forget(training=False)  # left over from an interrupted loop
         output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
@@ -327,7 +330,7 @@ def _held_out(history: list[dict[str, float]]) -> dict[str, float | list[float]]
 
 
 class _Record(TrainerCallback, ExportableState):
-    """Makes transformers write what was trained into each checkpoint's trainer_state.json."""
+    """Makes transformers write this run's record into each checkpoint's trainer_state.json."""
 
     _record: ClassVar[Mapping[str, Any]] = {}
 
@@ -355,7 +358,7 @@ class _Record(TrainerCallback, ExportableState):
 class _Saved(TrainerCallback):
     """Remembers the step of the last checkpoint that this process has saved.
 
-    The folder alone doesn't tell: an earlier run may have left checkpoints there.
+    Looking into the folder isn't enough: an earlier run may have left checkpoints there.
     """
 
     step: int | None = None
@@ -365,7 +368,7 @@ class _Saved(TrainerCallback):
 
 
 def _read_checkpoint(checkpoint: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """The record in a checkpoint, None if none of our losses trained it; and transformers' state.
+    """The record in a checkpoint, None without a loss of this package; and transformers' state.
 
     Raises:
         ValueError: the checkpoint's state can't be read.
@@ -378,7 +381,7 @@ def _read_checkpoint(checkpoint: Path) -> tuple[dict[str, Any] | None, dict[str,
         return None if found is None else {"margin": "dpo", **found}, state
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise InvalidValue(
-            f"resume_from_checkpoint must be a whole checkpoint, got {str(checkpoint)!r}: "
-            f"{path.name} can't be read ({error}), as when a run was killed while it saved. "
+            f"resume_from_checkpoint must be a complete checkpoint, got {str(checkpoint)!r}: "
+            f"{path.name} can't be read ({error}); the run may have been killed while it saved. "
             "Remove the folder, and resume from an earlier one."
         ) from None

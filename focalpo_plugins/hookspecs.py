@@ -28,7 +28,7 @@ hookimpl = pluggy.HookimplMarker("focalpo_plugins")
 
 
 class Register(Protocol):
-    """What a ``register_losses`` hook is given to call."""
+    """The function that a ``register_losses`` hook is given."""
 
     def __call__(
         self,
@@ -46,7 +46,7 @@ class Register(Protocol):
         Args:
             name: what the user writes as ``rl: NAME``; an identifier in lower case, without outer
                 or double underscores, and not one of the registry's ``RESERVED_NAMES``, which hosts
-                use.  OpenRLHF also refuses a loss that is called as one of its flags begins.
+                use.  OpenRLHF also refuses a loss whose name is the first word of one of its flags.
             loss: ``loss(margins, **options)`` returns the per-pair losses ``(B,)`` of the reward
                 margins ``(B,)``: a floating-point tensor with a gradient, finite at margin 0.  It
                 raises ``ValueError`` for an option out of range, with a message that begins with
@@ -62,15 +62,15 @@ class Register(Protocol):
             help: for each option, a phrase that says what it does, for the hosts' ``--help``.
             at: for a loss that changes over the run.  ``at(progress, **options)`` returns the
                 options, by name, for the calls of the functions above at a point of the run.
-                ``progress`` is 0 at the first optimizer step and 1 at the last.  Evaluations are at
-                1, so that their losses can be compared.  A returned number
-                that changes over the run is logged as ``NAME/OPTION``.  The result must depend only
-                on the arguments, so that a resumed run continues like an uninterrupted one.
+                ``progress`` is 0 at the first optimizer step and 1 at the last.  Evaluations use 1,
+                so that their losses can be compared.  A returned number that changes over the run
+                is logged as ``NAME/OPTION``.  The result must depend only on the arguments, so that
+                a resumed run continues like an uninterrupted one.
 
         ``loss`` is called with all options by name, or with those that ``at`` returns.  ``weight``
         and ``reversal`` are called with the options that they name, or with all options if they
-        take ``**options``.  All are tried before training: a function that can't be called in this
-        way stops the run.
+        take ``**options``.  All functions are tried before training: one that can't be called in
+        this way stops the run.
 
         Raises:
             ValueError: a name breaks a rule above or is taken, or a default is a value that JSON

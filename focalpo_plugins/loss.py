@@ -1,6 +1,6 @@
 r"""FocalPO as functions of the reward margin, and a thin module over them.
 
-Everything here is per pair and knows no trainer.  With the reward margin
+Everything here is per pair and independent of any trainer.  With the reward margin
 ``z = beta * (logratio_chosen - logratio_rejected)`` and ``p = sigmoid(z)``, DPO's loss is
 ``-log p``.  FocalPO (arXiv 2501.06645, section 3) multiplies it by a modulating factor:
 
@@ -158,14 +158,14 @@ def label_smoothed(
 def gamma_at(
     progress: float, gamma: float, gamma_end: float | None = None, gamma_schedule: str | None = None
 ) -> float:
-    r"""Gamma at a point of a run, as a function of the progress ``t`` alone.
+    r"""Gamma at a point of a run, as a function of only the progress ``t``.
 
     .. math::
         \gamma_t = \gamma_1 + (\gamma_0 - \gamma_1)\,(1 - t) \quad\text{(linear)}, \qquad
         \gamma_t = \gamma_1 + (\gamma_0 - \gamma_1)\,\tfrac{1 + \cos \pi t}{2}
         \quad\text{(cosine)}
 
-    If gamma falls over the run, training at first leaves out more of the pairs ranked wrong.
+    A falling gamma makes training ignore more misranked pairs at first.
 
     Args:
         progress: ``t``, 0 at the first step of a run and 1 at its last.
@@ -197,8 +197,8 @@ def gamma_at(
         )
     if not moves and schedule != "constant":
         raise InvalidValue(
-            f"gamma_schedule {gamma_schedule!r} needs a gamma_end to go to, got none: give "
-            "gamma_end, or remove gamma_schedule."
+            f"gamma_schedule {gamma_schedule!r} needs gamma_end, got none: set it, or remove "
+            "gamma_schedule."
         )
     if gamma_end is None or progress == 0:
         return gamma
@@ -225,14 +225,14 @@ def check_gamma(
     if variant == "correct" and gamma >= REVERSAL_GAMMA and not allow_reversed:
         raise InvalidValue(
             f"{name} must be below 1/ln 2 = {REVERSAL_GAMMA:.4f} for variant 'correct', got "
-            f"{gamma!r}: from there on training runs backwards from the first step. The paper uses "
-            "0.05; allow_reversed=True accepts it all the same."
+            f"{gamma!r}: from there on, training runs backwards from the first step. The paper "
+            "uses 0.05; to train anyway, set allow_reversed=True."
         )
     if variant == "correct_exact" and gamma >= 1 and not allow_reversed:
         raise InvalidValue(
-            f"{name} must be below 1 for variant 'correct_exact', got {gamma!r}: from 1 on the "
-            "loss no longer falls as the margin grows. The paper uses 0.05; allow_reversed=True "
-            "accepts it all the same."
+            f"{name} must be below 1 for variant 'correct_exact', got {gamma!r}: from 1 on, the "
+            "loss no longer falls as the margin grows. The paper uses 0.05; to train anyway, set "
+            "allow_reversed=True."
         )
 
 
@@ -249,7 +249,7 @@ def check_label_smoothing(label_smoothing: float) -> None:
     if not _is_number(label_smoothing) or not 0 <= label_smoothing < 0.5:
         raise InvalidValue(
             f"label_smoothing must be at least 0 and below 0.5, got {label_smoothing!r}: it is the "
-            "share of labels taken to be flipped, and from 0.5 on the labels say nothing."
+            "assumed share of flipped labels, and from 0.5 on the labels carry no information."
         )
 
 
@@ -350,7 +350,7 @@ def _value(z: Tensor, gamma: float, variant: str) -> Tensor:
     s = _exponent(gamma, variant)
     log_q = F.logsigmoid(-z)
     # For z >= 0, -log p = (1 - p)(1 + t) log1p(t)/t with t = exp(-z): (1 - p)**s and 1 - p share
-    # one exponential; alone, each would overflow or vanish (the NaN of the paper's note 2).
+    # one exponential.  Separately, each would overflow or vanish (the NaN of the paper's note 2).
     right = torch.exp((s + 1) * log_q) * (1 + _exp_minus_abs(z)) * _log1p_ratio(z)
     return torch.where(z < 0, -torch.exp(s * log_q) * log_p, right)
 

@@ -1,4 +1,4 @@
-"""What each of our options does, for Axolotl's schema, TRL's config and the hosts' ``--help``."""
+"""What each option of this package does, for Axolotl's schema, TRL's config and ``--help``."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from .loss import SCHEDULES, VARIANTS
 #: FocalPO's own options.
 OF_FOCALPO = {
     "gamma": "Focusing parameter; 0 is DPO",
-    "gamma_end": "Focusing parameter at the last step, which gamma moves to over the run",
-    "gamma_schedule": f"How it moves: {', '.join(SCHEDULES)}; linear unless given",
+    "gamma_end": "Focusing parameter at the last step; gamma moves to it over the run",
+    "gamma_schedule": f"How gamma moves: {', '.join(SCHEDULES)}; linear by default",
     "variant": f"Modulating factor: {', '.join(VARIANTS)}",
-    "allow_reversed": "Accept a gamma with which training runs backwards",
+    "allow_reversed": "Accept a gamma that makes training run backwards",
 }
 #: The options of every loss; each exists only in the hosts where it does something.
 OF_ANY_LOSS = {
-    "margin": "Margin of the loss: dpo, or without a reference simpo, cpo or orpo",
-    "fused": "Compute the loss without ever holding the logits of the batch",
-    "shared_prompts": "Compute each pair's common start once, and no padding",
+    "margin": "Margin of the loss: dpo, or one without a reference: simpo, cpo or orpo",
+    "fused": "Compute the loss without holding all logits of the batch in memory",
+    "shared_prompts": "Compute each pair's common start once instead of twice, and no padding",
     "balanced_batches": "Deal each optimizer step's pairs to ranks and micro-batches by length",
     "precompute_ref": "Compute the reference's log-probabilities once, keep them in a file, and "
     "free the reference before the first step",
-    "precompute_dir": "Folder of precompute_ref's file",
-    "allow_changed": "Resume a checkpoint that another loss has trained",
-    "allow_data": "Train on data that mostly can't be learnt from",
+    "precompute_dir": "Folder for the file of precompute_ref",
+    "allow_changed": "Resume a checkpoint that was trained with another loss",
+    "allow_data": "Train even if more than half of the data has a fault",
 }

@@ -1,4 +1,4 @@
-"""A pairwise loss: its parts, its options set, and one trial of it before it trains."""
+"""A pairwise loss: its parts, its options, and a trial of it before it trains."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class PairwiseLoss:
         for option, value in options.items():
             if option not in self.options:
                 raise InvalidValue(
-                    f"{option} is no option of the loss {self.name!r}"
+                    f"{option} is not an option of the loss {self.name!r}"
                     f"{did_you_mean(option, self.options)}"
                 )
             check_json(option, value)
@@ -118,8 +118,8 @@ class BoundLoss:
         self._try("at", lambda: self.now)
         if not isinstance(self.now, Mapping):
             raise self._refused("at", f"must return options by name, got {self.now!r}")
-        # The margin at which a run with a reference starts, and another.  On a CPU, in float32 and
-        # with a graph, whatever the caller has set.
+        # The margin at which a run with a reference starts, and one other.  They are on a CPU, in
+        # float32 and with a graph, whatever the caller has set.
         margins = torch.tensor([0.0, 1.0], device="cpu", dtype=torch.float32)
         with torch.inference_mode(False), torch.enable_grad():
             start = margins.clone().requires_grad_()
@@ -175,7 +175,7 @@ class BoundLoss:
         asked = {
             f"{self.name}{separator}{name}": value
             for name, value in self.options.items()
-            # FocalPO's only accepts a gamma and changes no loss; None means the same as no record.
+            # FocalPO's allow_reversed changes no loss; None means the same as no record.
             if (self.name, name) != ("focalpo", "allow_reversed") and value is not None
         }
         record: dict[str, Any] = json.loads(json.dumps({"loss": self.name, **asked, **of_host}))
@@ -188,8 +188,7 @@ def check_json(what: str, value: object) -> None:
         json.dumps(value)
     except (TypeError, ValueError):
         raise InvalidValue(
-            f"{what} must be a value that JSON can hold, got {value!r}: a checkpoint says what it "
-            "was trained with"
+            f"{what} must be a value that JSON can hold, got {value!r}: checkpoints record it"
         ) from None
 
 

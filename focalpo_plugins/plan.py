@@ -43,8 +43,8 @@ class Window:
 
     Attributes:
         epoch: number of the epoch, from 1.
-        step: number of the optimizer step in the run, from 1.  A step that goes on into the next
-            epoch is two windows.
+        step: number of the optimizer step in the run, from 1.  A step that continues in the
+            next epoch is two windows.
         pairs: places among the pairs that are trained on, in the host's order and in the layout
             ``[micro-step][rank][place]``.  The last micro-step may be short on a single rank.
     """
@@ -95,7 +95,7 @@ class Plan:
 
     Attributes:
         host: the host's name and release.
-        loss: our loss that the host will train, None for the host's own.
+        loss: the loss of this package that the host will train; None for the host's own.
         host_loss: the host's loss, trained if ``loss`` is None.
         margin: the margin of the loss, ``dpo`` or one without a reference.
         terms: the host's names of the losses that are added up, each with its weight; ``loss``
@@ -198,7 +198,7 @@ def epoch_steps(
 def windows(
     order: Iterable[int], geometry: Geometry, drop_last: bool, steps: int
 ) -> Iterator[Window]:
-    """The pairs of a run of so many steps, as accelerate divides them among the ranks.
+    """The pairs of a run of ``steps`` steps, as accelerate divides them among the ranks.
 
     Args:
         order: draws the pairs of an epoch each time.
@@ -222,12 +222,12 @@ def windows(
 
 
 class AnyOrder:
-    """A random order of so many pairs, another one each time, for hosts whose own isn't read."""
+    """A random order of the pairs, a new one each time, for hosts whose own order isn't read."""
 
-    #: What a plan notes that has it.
+    #: The note of a plan with this order.
     NOTE = (
-        "the critical path and the largest micro-batch are those of a random order, but not the "
-        "run's"
+        "the critical path and the largest micro-batch are for a random order, not for the run's "
+        "own"
     )
 
     def __init__(self, pairs: int) -> None:

@@ -100,7 +100,7 @@ class ReferenceLogps:
         if -1 in rows:
             self.unknown = (
                 f"the reference's log-probabilities of pair {rows.index(-1)} of a batch were not "
-                "precomputed: it is in neither data set as it was when training began. Leave out "
+                "precomputed: the pair was in neither data set when training began. Leave out "
                 "precompute_ref."
             )
         chosen, rejected = self._logps[rows].to(pairs.chosen_ids.device).unbind(1)
@@ -123,7 +123,7 @@ def pair_digests(pairs: Pairs) -> list[bytes]:
 def describe_model(
     model: Any, ranks: Ranks, gathered: Callable[[Tensor], AbstractContextManager[Any]]
 ) -> dict[str, Any]:
-    """What the log-probabilities depend on in a transformers model, for :func:`precompute`.
+    """The parts of a transformers model that the log-probabilities depend on.
 
     Args:
         model: the reference as it is in memory, without wrappers.
@@ -185,8 +185,8 @@ def precompute(
     Args:
         source: the pairs and the reference.
         ranks: the collectives of all ranks.
-        settings: what the log-probabilities depend on beside the pairs, as values for JSON;
-            :func:`describe_model` has the model's.
+        settings: what else the log-probabilities depend on, as values for JSON;
+            :func:`describe_model` gives the model's.
         folder: the folder of the file.
         key: the key or flag by which the user named ``folder``.
 
@@ -264,9 +264,9 @@ def _compute(source: PairsAndReference, ranks: Ranks, pairs: _AllPairs) -> Tenso
     if bad:
         first = min(pairs.numbers[row] for row in bad)
         raise InvalidValue(
-            f"the reference gives {source.name(first)}, a log-probability that is not finite "
-            f"({len(bad)} of {len(order)} pairs): {source.text(first)[:80]!r}. Look at this pair "
-            "and at the reference's weights; fp16 overflows where bf16 does not."
+            f"the reference's log-probabilities are not finite for {len(bad)} of {len(order)} "
+            f"pairs. The first is {source.name(first)}: {source.text(first)[:80]!r}. Check this "
+            "pair and the reference's weights; fp16 can overflow when bf16 doesn't."
         )
     return logps
 

@@ -1,4 +1,4 @@
-"""The file of a reference's log-probabilities: its key, its room on the disk, its checksum."""
+"""The file of a reference's log-probabilities: its key, its space on the disk, its checksum."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ReferenceFile:
         folder: where it is, or will be.
         option: the key or flag by which the user named ``folder``.
         digests: digests of the pairs, ``(N, 16)``, bytes.
-        settings: what the log-probabilities depend on beside the pairs, as values for JSON.
+        settings: what else the log-probabilities depend on, as values for JSON.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class ReferenceFile:
                 metadata, digests = file.metadata(), file.get_tensor("digests")
                 logps: Tensor = file.get_tensor("logps")
             if metadata["key"] != self._key or not torch.equal(digests, self._digests):
-                raise ValueError("it is of another reference or other pairs")
+                raise ValueError("it belongs to another reference or other pairs")
             if metadata["sha256"] != _checksum(logps):
                 raise ValueError("its checksum is wrong")
         except Exception as error:  # any error, because the other ranks wait
-            say(f"{self.path} is damaged ({error}) and is recreated.")
+            say(f"{self.path} is damaged ({error}); recreating it.")
             return self._nothing
         return logps
 
@@ -93,14 +93,14 @@ class ReferenceFile:
             yield
         except IsADirectoryError as error:
             raise InvalidValue(
-                f"{self._option} must be a folder where a file can have the name "
-                f"{self.path.name}, got {folder!r}: {error}. Remove what has that name, or name "
-                "another folder."
+                f"{self._option} must be a folder in which the file {self.path.name} can be "
+                f"written, got {folder!r}: {error}. Remove the folder of that name, or choose "
+                "another."
             ) from None
         except OSError as error:
             raise InvalidValue(
-                f"{self._option} must be a folder with room for {self._size / 2**20:.1f} MiB that "
-                f"can be written to, got {folder!r}: {error}. Name another."
+                f"{self._option} must be a writable folder with {self._size / 2**20:.1f} MiB of "
+                f"free space, got {folder!r}: {error}. Choose another."
             ) from None
 
 

@@ -32,13 +32,13 @@ RESERVED_NAMES = frozenset(
         *("dpo", "ebft", "gdpo", "grpo", "ipo", "kto", "orpo", "simpo", "sft", "reward_model"),
         *("adapter", "base", "dataset", "datasets", "deepspeed", "fsdp", "lora", "peft", "plugins"),
         *("rl", "trainer", "trl", "vllm"),
-        # our own flag in OpenRLHF, whose other flags are compared when ours are added
+        # this package's own flag in OpenRLHF; OpenRLHF's flags are compared when it is added
         "loss",
-        # the first words of what the hosts log
+        # the first words of the names that hosts log
         *("entropy", "eval", "logits", "logps", "rewards", "test", "train"),
     }
 )
-# Names of keys or flags that each of our losses has in a host, so no option can have them.
+# Every loss has keys or flags with these names in a host, so no option can have them.
 RESERVED_OPTIONS = frozenset({*OF_ANY_LOSS, "loss", "pairwise_loss", "rl"})
 
 #: :func:`add` registers losses here.
@@ -61,7 +61,7 @@ def get_loss(name: str) -> PairwiseLoss:
     """The loss registered as ``name``.
 
     Raises:
-        ValueError: there is none; the message lists the known losses.
+        ValueError: there is no such loss; the message lists the known ones.
     """
     failed = _add_installed()
     if name not in _losses:
@@ -195,8 +195,8 @@ def _check(loss: PairwiseLoss, others: Mapping[str, PairwiseLoss]) -> None:
     _check_word("name", "an identifier in lower case", loss.name, RESERVED_NAMES)
     if loss.name in others:
         raise InvalidValue(
-            f"name must be new, got {loss.name!r}, which is registered already by the package "
-            f"{others[loss.name].package}"
+            f"name must be new, got {loss.name!r}: the package {others[loss.name].package} has "
+            "registered it already"
         )
     taken = {
         f"{other.name}_{option}": other.name
@@ -209,7 +209,7 @@ def _check(loss: PairwiseLoss, others: Mapping[str, PairwiseLoss]) -> None:
         key = f"{loss.name}_{option}"
         if key in taken:
             raise InvalidValue(
-                f"an option of {loss.name} must make a key that is new, got {option!r}: {key} "
+                f"an option of {loss.name} must give a new key, got {option!r}: {key} "
                 f"belongs to the loss {taken[key]}"
             )
     for option in loss.help:
@@ -229,7 +229,7 @@ def _check_word(what: str, kind: str, word: object, reserved: Collection[str]) -
         )
     if word in reserved:
         raise InvalidValue(
-            f"{what} must be none that a host uses, got {word!r}; they are "
+            f"{what} must not be a name that a host uses, got {word!r}; these are "
             f"{', '.join(sorted(reserved))}"
         )
 

@@ -1,4 +1,4 @@
-"""What a run with one of our losses does, whatever trains it.
+"""What a run with a loss of this package does, in every host.
 
 A host's adapter tells a :class:`Run` how the host's ranks add up numbers
 (:class:`~focalpo_plugins.guards.ranks.Ranks`) and which step it is at (:class:`Now`).  For each
@@ -24,6 +24,7 @@ from .guards.messages import say
 from .guards.ranks import Ranks
 from .guards.resume import check_unchanged, warn_of_another_length, warn_of_unknown
 from .registry import BoundLoss
+from .releases import install
 
 #: Largest difference of two log-probs of a sequence that rounding explains, in nats: in float32,
 #: and below float32.
@@ -59,7 +60,7 @@ class Host:
         packages: the packages whose versions the start-up line names; the first one is the host.
         separator: the text between a loss's name and its option, in the user's spelling.
         allow_changed: what the user sets to resume a checkpoint of another loss.
-        allow_data: what the user sets to train on data that can't be learnt from.
+        allow_data: what the user sets to train on data that is refused.
         keys: the user's names of the host's values, if they differ.
     """
 
@@ -71,17 +72,17 @@ class Host:
     keys: Mapping[str, str] = field(default_factory=dict)
 
     def moved(self, why: str, loss: str) -> RunError:
-        """The error of a release of the host that doesn't train as the known releases do.
+        """The error for a release of the host that doesn't train as the tested releases do.
 
         Args:
-            why: what was seen.
+            why: what differs, without a full stop.
             loss: the name of the loss that was asked for.
         """
         ours, package = version("focalpo_plugins"), self.packages[0]
         return RunError(
-            f"focalpo_plugins {ours} with {package} {version(package)}: {why}, unlike in the "
-            "releases that are known; this run would have trained another loss under the name "
-            f"{loss}. Use a release of {self.name} that the README lists."
+            f"focalpo_plugins {ours} can't train with {package} {version(package)}: "
+            f"{why.rstrip('.')}. This run would have trained another loss under the name {loss}. "
+            f"{install(package)}"
         )
 
     def key(self, name: str) -> str:
@@ -219,7 +220,7 @@ class Run:
 
     @contextmanager
     def one_step(self) -> Iterator[None]:
-        """Stop the run unless what is inside calls :meth:`count` exactly once.
+        """Stop the run unless the code inside calls :meth:`count` exactly once.
 
         Raises:
             RuntimeError: it didn't, so the host has trained another loss.
@@ -243,7 +244,7 @@ class Run:
             raise self.host.moved(why, self.asked.name)
 
     def logs(self, *, training: bool = True) -> dict[str, float]:
-        """The diagnostics of what was counted since :meth:`forget`, by the name in the log."""
+        """The diagnostics since the last :meth:`forget`, by the name in the log."""
         window = self._windows[training]
         if window.sums is None:
             return {}
@@ -251,11 +252,11 @@ class Run:
         return found | window.moving
 
     def forget(self, *, training: bool = True) -> None:
-        """Begin the diagnostics anew: what was counted is logged, or its evaluation is over."""
+        """Start the diagnostics over: they have been logged, or their evaluation is over."""
         self._windows[training] = _Window()
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint records about its training, by the key that asks for it."""
+        """What a checkpoint records about its training, by the user's key."""
         return self.asked.record(self.host.separator, **self._in_loss)
 
     def check_resumed(
@@ -267,7 +268,7 @@ class Run:
         steps: int | None = None,
         allowed: bool = False,
     ) -> None:
-        """Refuse a checkpoint that another loss has trained.
+        """Refuse a checkpoint that was trained with another loss.
 
         Args:
             recorded: its record, without what isn't compared; None if there is none.
@@ -380,7 +381,7 @@ class Run:
         return words
 
     def _check_first(self, now: Now, largest: float) -> None:
-        """What the first step's margins show; called for each of its micro-batches."""
+        """Check the first step's margins; called for each of its micro-batches."""
         is_first_rank, resumed = self.ranks.rank == 0, self._resumed
         if self._starts_at_zero:
             self._starts_at_zero = False
@@ -411,9 +412,9 @@ class Run:
         bad = "; ".join(words for _, words in found if words)
         raise NotFinite(
             f"{self.asked.name}: reward margins are not finite, {when}: {bad}. The host's "
-            "log-probabilities of the policy or of the reference are NaN or infinite there. Look "
-            "at those pairs and at the weights; lower the learning rate, or train in bf16 or fp32 "
-            "if it is fp16. The last checkpoint was saved earlier."
+            "log-probabilities of the policy or of the reference are NaN or infinite there. Check "
+            "those pairs and the weights; lower the learning rate, or train in bf16 or fp32 if it "
+            "is fp16. The last checkpoint was saved before this."
         )
 
 
@@ -440,18 +441,17 @@ def check_first_margins(largest: float, beta: float, narrow: bool) -> None:
         say(f"first step: policy and reference agree, largest margin {largest:.2g}.")
         return
     say(
-        "warning: at the first step every margin should be 0, as the policy starts as its "
-        f"reference, got {largest:.2g} at most, {nats:.2g} nats. Look for a reference other than "
-        "the intended one, weights that were changed after they were loaded, an adapter that does "
-        "not start at 0, dropout, NEFTune's noise, a wrong attention mask, or packing without an "
-        "attention for it."
+        f"warning: the largest margin of the first step is {largest:.2g} ({nats:.2g} nats), "
+        "expected 0: the policy starts as its reference. Check for: a wrong reference, weights "
+        "changed after loading, an adapter that doesn't start at 0, dropout, NEFTune's noise, a "
+        "wrong attention mask, or packing without an attention that supports it."
     )
 
 
 def check_resumed_margins(
     largest: float, history: Sequence[Mapping[str, Any]], checkpoint: str
 ) -> None:
-    """Warn if the policy of a resumed run is its reference although it had been trained.
+    """Warn if policy and reference of a resumed run are equal, but the policy had been trained.
 
     Args:
         largest: largest absolute reward margin of the first step's pairs on all ranks.
@@ -460,15 +460,15 @@ def check_resumed_margins(
     """
     logged = [entry for entry in history if "rewards/margins" in entry]
     before = abs(logged[-1]["rewards/margins"]) if logged else 0.0
-    # The first step's margins are 0 anyway; its learning rate tells if anything was learnt.
+    # The first step's margins are 0 anyway; its learning rate tells whether it changed anything.
     at_first = not logged or logged[-1]["step"] == 1 and logged[-1].get("learning_rate") != 0
     if largest < _LOST * before or largest == 0 and before == 0 and at_first:
-        was = f", and {before:.2g} on average when {checkpoint} was saved" if before else ""
+        was = f", but the mean was {before:.2g} when {checkpoint} was saved" if before else ""
         say(
-            f"warning: at the first step after resuming the largest margin is {largest:.2g}{was}: "
-            f"the policy is its own reference. The weights of {checkpoint} were not loaded, or the "
-            "reference is that checkpoint itself. transformers doesn't load the trained adapter "
-            "from a checkpoint with a folder `ref`: to resume such a run, give the policy as "
+            f"warning: the largest margin of the first step after resuming is {largest:.2g}{was}: "
+            f"policy and reference are equal. Either the weights of {checkpoint} were not loaded, "
+            "or the reference is that checkpoint. transformers doesn't load the trained adapter "
+            "from a checkpoint with a folder `ref`: to resume such a run, pass the policy as "
             f"PeftModel.from_pretrained(BASE_MODEL, {checkpoint!r}, is_trainable=True)."
         )
 
@@ -476,7 +476,7 @@ def check_resumed_margins(
 def _not_finite(
     margins: Tensor, rank: int, find_rows: Callable[[], Sequence[int | None] | None] | None
 ) -> str:
-    """Text on a rank's reward margins ``(B,)`` that are NaN or infinite; empty if none is."""
+    """A text about a rank's reward margins ``(B,)`` that are NaN or infinite; empty if none is."""
     bad = (~margins.isfinite()).nonzero().flatten().tolist()
     if not bad:
         return ""

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: the tiny assets, and other people's packages, whole and broken."""
+"""Fixtures for all tests: the tiny assets, and third-party packages, whole and broken."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ gc.set_threshold(100_000, 20, 20)  # for what the tests import
 
 
 def pytest_collection_finish() -> None:
-    """Trainers collect garbage, half a second each time in all that the tests have imported."""
+    """Trainers collect garbage, half a second each time, in everything that the tests have
+    imported."""
     gc.freeze()
 
 
 def pytest_runtest_setup() -> None:
-    """What a test draws at random does not depend on the tests that its worker ran before."""
+    """A test's random numbers don't depend on the tests that its worker ran before."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny assets, built once; the builder does nothing where they are there."""
+    """The tiny assets, built once; the builder does nothing if they exist."""
     folder = EXAMPLES / "tiny"
     with FileLock(tmp_path_factory.getbasetemp().parent / "tiny.lock"):
         subprocess.run([sys.executable, str(EXAMPLES / "make_tiny.py")], check=True)
@@ -52,7 +53,7 @@ def few(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def another(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with its last norm times 1.1: a reference from which the policy differs."""
+    """The tiny model with its last norm times 1.1: a reference that differs from the policy."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,7 +118,7 @@ def add_loss(add_package) -> Callable[..., None]:
 
 @pytest.fixture
 def broken_third_party(tmp_path: Path) -> Path:
-    """A folder that looks as if a package had been installed there whose module raises."""
+    """A folder that looks like an installed package whose module raises."""
     (tmp_path / "bad_losses.py").write_text("raise RuntimeError('raises at import')\n")
     info = tmp_path / "bad_losses-1.0.dist-info"
     info.mkdir()

@@ -1,4 +1,4 @@
-"""What runs inside everybody's ``import torch``."""
+"""The code that runs inside everybody's ``import torch``."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ print(config.validate_config)
 
 @pytest.fixture(scope="module")
 def said_by_torch() -> str:
-    """What `import torch` prints without any autoload: without NumPy, say, a warning of its own."""
+    """What `import torch` prints without any autoload, for example a warning about NumPy."""
     return run_python("-c", "import torch", TORCH_DEVICE_BACKEND_AUTOLOAD="0").stderr
 
 
 @pytest.fixture
 def broken_package(package_copy: Path) -> Path:
-    """The installed package once more, with every module of it broken, first on the path."""
+    """A copy of the installed package with every module broken, first on the path."""
     modules = list((package_copy / "focalpo_plugins").rglob("*.py"))
     assert modules
     for module in modules:
@@ -43,7 +43,7 @@ def broken_package(package_copy: Path) -> Path:
     return package_copy
 
 
-# What is left of an installation; without `_focalpo_plugins_autoload.py` there is no torch.
+# The rest of an installation; without `_focalpo_plugins_autoload.py`, `import torch` fails.
 HALVES = {
     "syntax error": lambda package: (package / "loss.py").write_text("def focalpo_loss(:\n"),
     "module missing": lambda package: (package / "registry.py").unlink(),
@@ -58,7 +58,7 @@ HALVES = {
 
 @pytest.mark.parametrize("half", HALVES)
 def test_import_torch_survives_half_a_package(package_copy: Path, half: str, said_by_torch: str):
-    """In a process that is no host nothing is said, and in a host's at most one warning."""
+    """Nothing is printed in a process without a host, and at most one warning in a host's."""
     HALVES[half](package_copy / "focalpo_plugins")
     run = run_python("-c", REPORT, path=package_copy)
     assert run.stdout == WAITS
@@ -94,14 +94,15 @@ def test_loads_no_host_module():
 
 
 def test_no_command_line_changes_what_it_waits_for(said_by_torch: str):
-    """Not even one that a program has made nonsense of, before it imports torch."""
+    """Not even one that a program has corrupted before it imports torch."""
     for argv in ("[]", "[1]", "['axolotl']", "[__import__('pathlib').Path('axolotl')]"):
         run = run_python("-c", f"import sys; sys.argv = {argv}; del sys.orig_argv\n{REPORT}")
         assert (run.stdout, run.stderr) == (WAITS, said_by_torch), argv
 
 
-# How a process can come to run a host's command, with the command's file in {}; what comes before
-# is Python's own or the standard library's.  `.../bin/axolotl` is the console script.
+# The ways in which a process can come to run a host's command, with the command's file in {};
+# earlier frames are Python's own or the standard library's. `.../bin/axolotl` is the console
+# script.
 RUNS_AXOLOTL = (
     "-m axolotl.cli.train c.yml",
     "-maxolotl.cli.train c.yml",
@@ -132,7 +133,7 @@ RUNS_OPENRLHF = (
     "-m cProfile {}/openrlhf/cli/train_dpo.py --loss focalpo",
     "-m trace --count -C counts {}/openrlhf/cli/train_dpo.py",
 )
-# What has a host's name in its command line and runs none.
+# Processes with a host's name in their command line that run no host.
 RUNS_NONE = (
     "{}/mine/axolotl.py",
     "{}/mine/cli/train.py",
@@ -166,7 +167,7 @@ SOURCES = {
     "named += [word[9:] for word in sys.argv if word.startswith('--module=')]\n"
     "sys.argv[:] = ['', *sys.argv[-1:]]\n"
     "runpy.run_module(named[0], run_name='__main__') if named else print(torch.called())\n",
-    # What torch does with us, and what our adapters are called with.
+    # What torch does with this package, and what the adapters are called with.
     "torch/__init__.py": "import sys, _focalpo_plugins_autoload as autoload\n"
     "calls = []\n"
     "def called(): return 'CALLED', calls, 'focalpo_plugins' in sys.modules\n"
@@ -183,8 +184,8 @@ SOURCES = {
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Packages with the hosts' names, whose commands say which adapters were called, and a `torch`
-    that does what torch does with us; so that each run is a few milliseconds."""
+    """Packages with the hosts' names, whose commands print which adapters were called, and a
+    `torch` that loads this package as torch does, so that each run takes a few milliseconds."""
     folder = tmp_path_factory.mktemp("commands")
     for command, source in SOURCES.items():
         path = folder / command
@@ -233,11 +234,11 @@ def test_knows_openrlhf_whoever_runs_it(commands: Path, command: str):
 
 @pytest.mark.parametrize("command", RUNS_NONE)
 def test_leaves_every_other_process_alone(commands: Path, command: str):
-    """Among them one that imports the module of OpenRLHF's command as a library."""
+    """One of them imports the module of OpenRLHF's command as a library."""
     assert called(commands, *split(commands, command)) == []
 
 
-# How a program that no host's name starts comes to a host's module.
+# Ways in which a program that no host's name starts imports a host's module.
 IMPORTS = {
     "after torch": "import torch, axolotl.utils.config",
     "before torch": "import axolotl.utils.config, torch",
@@ -291,7 +292,7 @@ def test_import_torch_survives_a_broken_package(broken_package: Path, said_by_to
 
 
 def test_a_host_survives_a_broken_package(broken_package: Path):
-    """The module waited for is imported as without us, and one warning says what is missing."""
+    """The module is imported as without this package, and one warning names what is missing."""
     config = broken_package / "axolotl" / "utils"
     config.mkdir(parents=True)
     (config.parent / "__init__.py").write_text("")
@@ -310,7 +311,7 @@ def test_a_launcher_survives_a_broken_package(broken_package: Path):
 
 
 def test_never_raises_where_warnings_are_errors():
-    """`python -W error` makes an exception of a warning."""
+    """`python -W error` turns a warning into an exception."""
     lost = "import sys; sys.meta_path = tuple(sys.meta_path)\n"
     script = "import _focalpo_plugins_autoload as a; a.autoload(); print('on')"
     run = run_python("-W", "error", "-c", lost + script)
@@ -318,8 +319,8 @@ def test_never_raises_where_warnings_are_errors():
 
 
 def test_costs_less_than_a_millisecond():
-    """Of the processor, in a process that is no host: the median of five calls, and of a thousand
-    imports of modules that no row of the table names."""
+    """Processor time in a process without a host: the median of five calls, and of a thousand
+    imports of modules that aren't in the table."""
     script = """
 import sys, time
 import _focalpo_plugins_autoload as autoload

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-# Where each table is; and what runs it.
+# Where each table is, and what runs it.
 TABLES = (
     "axolotl/test_plugin.py",  # load_cfg, as `axolotl train` calls it, by autoload and by plugins:
     "axolotl/test_bad_data.py",  # axolotl train
@@ -21,7 +21,7 @@ TABLES = (
 
 
 def rows(table: str) -> list[tuple[str, str]]:
-    """Each row's source, and the strings in it: what is given, and what has to be said."""
+    """Each row's source, and the strings in it: the input, and the expected message."""
     tree = ast.parse((TESTS / table).read_text())
     # At the file's top, or in a class there.
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
@@ -46,7 +46,7 @@ def rows(table: str) -> list[tuple[str, str]]:
 
 
 def test_the_corpus_is_large_and_has_no_row_twice():
-    # Two hosts may say the same of the same data.
+    # Two hosts may give the same message for the same data.
     found = [(table.partition("/")[0], row) for table in TABLES for row, _ in rows(table)]
     assert len(found) >= 60
     assert len({*found}) == len(found)

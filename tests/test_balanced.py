@@ -61,7 +61,7 @@ geometries = st.builds(Geometry, st.integers(1, 5), st.integers(1, 4), st.intege
 @settings(deadline=None)
 @given(geometries, st.lists(st.integers(1, 500), min_size=1, max_size=90), st.sampled_from(COSTS))
 def test_no_pair_leaves_its_step(geometry, tokens, cost):
-    """Nor does one leave the batches that aren't full, whose pairs have another weight."""
+    """It also keeps the batches that aren't full, whose pairs have another weight."""
     order = list(range(len(tokens)))[::-1]
     dealt = list(BalancedSampler(order, tokens, geometry, cost))
     for start in range(0, len(order), geometry.step):
@@ -82,7 +82,7 @@ def test_the_largest_micro_batch_is_in_the_first_micro_step(geometry, tokens, co
 
 
 def test_a_loss_that_depends_on_its_batch():
-    """Centred on the mean margin of the batch, a pair's loss is another one in another batch."""
+    """Centred on the batch's mean margin, a pair's loss differs between batches."""
     check_loss(get_loss("focalpo").bind(gamma=0.5, gamma_end=0.0), "focalpo_balanced_batches")
     centred = PairwiseLoss("centred", lambda z: -torch.nn.functional.logsigmoid(z - z.mean()))
     with pytest.raises(ValueError, match="the other pairs of the batch") as refused:

@@ -40,7 +40,7 @@ def test_the_critical_path():
 
 
 def test_steps_that_are_not_whole_are_left_out():
-    """Of five pairs of equal length with two a step, four count: 2 steps of 2 * 4 tokens."""
+    """Five pairs of equal length, two a step: four count, 2 steps of 2 * 4 tokens."""
     pairs = lengths.Lengths([(1, 3, 1)] * 5)
     geometry = Geometry(2, 1, 1)
     assert lengths.path(pairs, geometry, "balanced") == 16
@@ -129,7 +129,7 @@ def test_a_rank_that_fails_ends_all(toy: Path):
 
 
 def test_the_table_of_made_up_lengths():
-    """What docs/speed.md says of them is what the package's rule gives."""
+    """The sizes in docs/speed.md follow the package's rule."""
     text = (ROOT / "docs" / "speed.md").read_text().partition("| ranks x pairs |")[2]
     lines = text.partition("\n\n")[0].splitlines()[2:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

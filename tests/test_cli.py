@@ -73,7 +73,7 @@ def test_version():
         )
 
 
-# One line each, and no traceback: arguments, what is said.
+# Arguments, and the message: one line each, without a traceback.
 ERRORS = [
     (["cruves"], "invalid choice: 'cruves'"),
     (["curves", "--gamma", "-1"], "--gamma must be a finite number of at least 0, got -1.0"),
@@ -290,7 +290,8 @@ def write_state(folder: Path, log: list[dict[str, float]], step: int = 0) -> Non
 
 
 def trl_log(steps: int, weight: bool) -> list[dict[str, float]]:
-    """At step s the loss is 1/s, the margin s and the accuracy s/100; evaluated at the end."""
+    """At step s the loss is 1/s, the margin s and the accuracy s/100; the evaluation is at the
+    end."""
     log = []
     for s in range(1, steps + 1):
         entry = {"step": s, "loss": 1 / s, "rewards/margins": s, "rewards/accuracies": s / 100}
@@ -300,8 +301,8 @@ def trl_log(steps: int, weight: bool) -> list[dict[str, float]]:
 
 
 def test_report_of_trainer_states(tmp_path: Path):
-    """Of 20 steps the last tenth is 19 and 20: the mean margin is 19.5, the mean loss
-    ``(1/19 + 1/20) / 2``.  The checkpoint that got farthest is read, not the last by name."""
+    """Of 20 steps the last tenth is 19 and 20: the mean margin is 19.5, the mean loss ``(1/19 +
+    1/20) / 2``. The checkpoint with the most steps is read, not the last by name."""
     write_state(tmp_path / "dpo" / "checkpoint-9", trl_log(9, weight=False))
     write_state(tmp_path / "dpo" / "checkpoint-20", trl_log(20, weight=False))
     write_state(tmp_path / "other" / "focal", trl_log(20, weight=True))
@@ -324,14 +325,14 @@ def test_report_of_trainer_states(tmp_path: Path):
     assert float(train["accuracy"]) == pytest.approx(0.195)
     assert (train["weight"], held_out["weight"]) == ("", "")
     assert (held_out["loss"], held_out["margin"], held_out["accuracy"]) == ("0.5", "7.0", "0.75")
-    assert held_out["first_loss"] == ""  # it is of step 20
+    assert held_out["first_loss"] == ""  # the one of step 20
     assert float(mine["weight"]) == pytest.approx(0.9)
     assert float(mine["reversed"]) == 0.25
 
 
 @pytest.mark.parametrize(("accuracy", "margin"), [(0.0, 0.0), (0.5, 0.0), (0.0, -0.1)])
 def test_report_says_why_the_accuracy_starts_at_0(reports, tmp_path, accuracy, margin):
-    """Where policy and reference are equal no margin is above 0; chance is something else."""
+    """If policy and reference are equal, no margin is above 0, and that isn't chance."""
     start = {"step": 0, "eval_loss": 0.67}
     start |= {"eval_rewards/accuracies": accuracy, "eval_rewards/margins": margin}
     write_state(tmp_path / "run", [start, *trl_log(4, weight=True)])
@@ -345,7 +346,8 @@ def test_report_says_why_the_accuracy_starts_at_0(reports, tmp_path, accuracy, m
 
 
 def test_report_of_tensorboard(tmp_path: Path):
-    """OpenRLHF's names.  It logs no margin: chosen less rejected reward, here ``s - (-s) = 2 s``."""
+    """OpenRLHF's names. It logs no margin: the chosen minus the rejected reward, here ``s - (-s) =
+    2 s``."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(tmp_path / "run" / "tensorboard" / "exp")) as writer:
@@ -368,12 +370,13 @@ def test_report_of_tensorboard(tmp_path: Path):
     assert float(train["loss"]) == pytest.approx(0.1)
     assert (train["margin"], train["accuracy"], train["weight"]) == ("20.0", "0.5", "0.75")
     assert (held_out["split"], held_out["loss"], held_out["margin"]) == ("eval", "0.25", "")
-    assert held_out["first_loss"] == ""  # it is of step 10
+    assert held_out["first_loss"] == ""  # the one of step 10
 
 
 def test_report_of_a_resumed_run_in_tensorboard(tmp_path: Path):
-    """OpenRLHF's, which writes to another folder after each start: trained to step 4, resumed at 3,
-    trained to 6, resumed at 5.  The losses are .1 times the step, of the first run 1 more."""
+    """OpenRLHF's logs, which go to another folder after each start: trained to step 4, resumed at
+    3, trained to 6, resumed at 5. The losses are .1 times the step, those of the first run 1
+    more."""
     from torch.utils.tensorboard import SummaryWriter
 
     logs = tmp_path / "run" / "tensorboard"
@@ -416,7 +419,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path):
 
 
 def test_what_exists_is_a_run_and_not_a_name(reports, tmp_path: Path):
-    """Sweeps name their folders so; and a name may have a ``=`` too."""
+    """Sweeps name their folders like this, and a name may contain a ``=``."""
     for folder in ("lr=1e-4", "b=2/lr=3"):
         write_state(tmp_path / folder, trl_log(3, weight=False))
     runs = {
@@ -429,7 +432,7 @@ def test_what_exists_is_a_run_and_not_a_name(reports, tmp_path: Path):
     assert {row["run"] for row in rows(tmp_path / "out" / "report.csv")} == set(runs.values())
 
 
-# What a run that was killed while it saved left of its newest trainer_state.json.
+# A run that was killed while it saved leaves this of its newest trainer_state.json.
 HALF_WRITTEN = {
     "cut": '{"global_step": 9, "log_hist',
     "empty": "",
@@ -469,8 +472,8 @@ def evaluated(name: str, loss: float, margin: float, weight: float, own: bool) -
 
 @pytest.mark.parametrize("own", [True, False])
 def test_each_named_evaluation_set_has_a_row(reports, tmp_path: Path, own: bool):
-    """Names that look like transformers' own keys, and that begin alike, among them; TRL's other
-    losses are no set's name."""
+    """They include names that look like transformers' own keys, and names with the same beginning;
+    TRL's other losses aren't names of sets."""
     sets = {"easy": 0.4, "hard": 0.8, "hard_new": 0.9, "loss": 0.3, "aux": 0.2}
     log = [
         {"step": 0, "eval_easy_loss": 0.6695, "eval_rewards/margins": 0.0},
@@ -545,7 +548,7 @@ def test_logging_steps_larger_than_the_run_are_said(reports, tmp_path: Path):
 
 
 def test_a_run_without_evaluation_is_not_faint():
-    """Beside one that has evaluations, whose training batches are."""
+    """Next to a run with evaluations, the training batches are named as such."""
     from focalpo_plugins.cli.plots import pyplot
     from focalpo_plugins.cli.report.picture import draw
     from focalpo_plugins.cli.report.runs import Run
@@ -556,7 +559,7 @@ def test_a_run_without_evaluation_is_not_faint():
         Run("without", Path("b"), {"train": train}, []),
     ]
     lines = draw(pyplot(), runs).axes[0].get_lines()
-    # Training batches and evaluation of the first, training batches of the second.
+    # Training batches and evaluation of the first run, training batches of the second.
     assert [line.get_alpha() for line in lines] == [0.45, None, None]
     assert [line.get_marker() for line in lines] == ["None", "o", "None"]
     assert len({line.get_color() for line in lines}) == 2
@@ -583,7 +586,7 @@ def test_the_critical_path_by_hand():
     largest = {name: way.largest for name, way in found.ways.items()}
     of_padded, of_shared = Largest(20, 1, 1, 1), Largest(14, 1, 1, 1)
     assert [*largest.values()] == [of_padded, of_padded, of_shared, of_shared]
-    # Without the fused path the output layer gets the padded batch in each way.
+    # Without the fused path the output layer gets the padded batch in both ways.
     assert [way.logits for way in found.ways.values()] == [20, 20, 20, 20]
 
 
@@ -595,7 +598,7 @@ def test_the_largest_micro_batch_by_hand():
     found = four_ways(planned(Geometry(1, 2, 2), *windows), FOUR)
     assert found.ways["plain"] == Way((40 + 18 + 40 + 6) / 2, Largest(40, 2, 1, 1), 40)
     assert found.ways["shared"] == Way((18 + 12 + 26 + 4) / 2, Largest(26, 2, 2, 2), 40)
-    # A batch that is smaller gives its pairs more weight, so nothing is exchanged with it.
+    # A smaller batch gives its pairs more weight, so nothing is exchanged with it.
     assert found.ways["balanced"] == found.ways["plain"]
     assert found.ways["both"] == found.ways["shared"]
     # The smaller batch may be the largest.
@@ -666,7 +669,7 @@ def test_what_two_sequences_begin_with(chosen: list[int], rejected: list[int], c
     assert in_common(chosen, rejected) == common
 
 
-# A command, and each file that it writes; a run's log is at LOG.
+# A command, and each file that it writes; LOG stands for a run's log.
 WRITTEN = [
     (["curves"], ["fig2", "fig3", "fig4"]),
     (["curves", "--gamma-end", "0.1"], ["gamma"]),
@@ -677,7 +680,7 @@ WRITTEN = [
 @pytest.mark.parametrize(("words", "names"), WRITTEN)
 def test_a_file_that_is_not_of_the_command_is_never_touched(reports, tmp_path, words, names):
     """Whatever the user has under such a name: one error, before anything is written. A file of the
-    command's own is written again."""
+    command itself is overwritten."""
     write_state(tmp_path / "log", trl_log(4, weight=True))
     out = tmp_path / "out"
     formats = ["csv", "png", "svg"]
@@ -771,7 +774,7 @@ def test_tensorboard_of_a_folder_that_was_used_before(reports, tmp_path: Path):
 
 
 def test_a_run_with_bytes_that_are_no_text_in_its_name(tmp_path: Path):
-    """Python reads such bytes as lone surrogates, which no encoding has."""
+    """Python reads such bytes as lone surrogates, which no encoding supports."""
     write_state(tmp_path / os.fsdecode(b"run\xff"), trl_log(4, weight=True))
     done = focalpo(
         "report", tmp_path / os.fsdecode(b"run\xff"), "--format", "csv", "--out", tmp_path

@@ -1,4 +1,4 @@
-"""What we write when the disk is full, or the process ends in the middle."""
+"""Files of this package when the disk is full, or the process ends in the middle."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_whole_or_as_before(tmp_path: Path, before: str | None, fault: str):
     ],
 )
 def test_a_command_that_cannot_write(tmp_path: Path, how: str, at: str, why: str):
-    """One line with flag, folder, file and reason; what was written before it is whole."""
+    """One line with flag, folder, file and reason; files written before are complete."""
     out, variables = tmp_path / "out", {}
     if how == "full":
         variables = {"FULL_AT": at}
@@ -75,8 +75,8 @@ def test_a_folder_that_is_read_only(tmp_path: Path):
     for path in (folder, folder / "new"):
         run = run_python("-c", CHECK, str(path), path=FAULTS, PERMISSIONS_HOLD="1")
         assert run.stderr.splitlines()[-1] == (
-            f"focalpo_plugins.errors.InvalidValue: output_dir must be a folder that can be written to, got {str(path)!r}: "
-            "Permission denied. Name another, or change its permissions."
+            f"focalpo_plugins.errors.InvalidValue: output_dir must be a writable folder, got {str(path)!r}: "
+            "Permission denied. Choose another, or change its permissions."
         )
     folder.chmod(0o755)
     run = run_python("-c", CHECK, str(folder / "new"), path=FAULTS, PERMISSIONS_HOLD="1")

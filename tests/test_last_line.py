@@ -1,4 +1,4 @@
-"""The reason why a run ended, as the last line of what its launcher prints."""
+"""The reason why a run ended is the last line of its launcher's output."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from harness import run_python
 
-# A process that fails as {}, under a hook that explains a KeyError.
+# A process that fails with {}, under a hook that explains a KeyError.
 FAILS = """
 import sys
 from focalpo_plugins.guards import last_line
@@ -17,7 +17,7 @@ last_line.install(lambda error: "it has no %r" % error.args[0] if type(error) is
 print("began", flush=True)
 {}
 """
-# A launcher, which the autoload knows by the module of one that it imports.
+# A launcher, which the autoload recognises by a module that it imports.
 LAUNCHES = """
 import subprocess, sys, torch.distributed.run
 subprocess.run([sys.executable, {failing!r}], check=True)
@@ -55,7 +55,7 @@ def test_the_launchers_last_line(tmp_path: Path, case: str):
 
 
 def test_a_launcher_that_another_command_takes_the_place_of(tmp_path: Path):
-    """As `axolotl train` does with `accelerate launch`: the same process goes on under its name."""
+    """As in `axolotl train` with `accelerate launch`: the same process continues under its name."""
     (tmp_path / "next.py").write_text(LAUNCHES.format(failing=str(tmp_path / "failing.py")))
     replaced = (
         "import os, sys, torch.distributed.run\nos.execv(sys.executable, [sys.executable, "
@@ -73,7 +73,7 @@ def test_of_several_ranks_the_first(tmp_path: Path):
 
 
 def test_of_torchrun(tmp_path: Path):
-    """The real one, whose last lines are a table of the processes that failed."""
+    """The real launcher, whose last lines are a table of the failed processes."""
     (tmp_path / "failing.py").write_text(FAILS.format("check_beta(-1)"))
     launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "failing.py"))
     run = run_python(*launch, OMP_NUM_THREADS="1")
@@ -84,7 +84,7 @@ def test_of_torchrun(tmp_path: Path):
 
 
 def test_a_launcher_within_a_launcher(tmp_path: Path):
-    """As the launcher on each machine is for DeepSpeed's: the outermost one prints."""
+    """As with DeepSpeed's launcher on each machine: the outermost one prints."""
     (tmp_path / "within.py").write_text(LAUNCHES.format(failing=str(tmp_path / "failing.py")))
     outer = LAUNCHES.format(failing=str(tmp_path / "within.py")).replace("{", "{{")
     *lines, last = launched(tmp_path, "check_beta(-1)", outer)
@@ -94,7 +94,7 @@ def test_a_launcher_within_a_launcher(tmp_path: Path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_without_a_launcher(tmp_path: Path, case: str):
-    """Where nothing armed the process, the reason follows the traceback."""
+    """If no launcher prepared the process, the reason follows the traceback."""
     failing, reason = CASES[case]
     (tmp_path / "failing.py").write_text(FAILS.format(failing))
     run = run_python(str(tmp_path / "failing.py"))
@@ -105,14 +105,14 @@ def test_without_a_launcher(tmp_path: Path, case: str):
         assert run.stderr.splitlines()[-1].startswith(reason)
 
 
-# Values of the variable that no process of ours gives; {} is a file of the user's.
+# Values of the variable that no process of this package sets; {} is a user's file.
 FOREIGN = ["{}", "../user/notes.txt", "focalpo_plugins-1-../../user/notes.txt", "x", "", "-", "a-1",
            "focalpo_plugins-1-zz", "focalpo_plugins-1-aa\n", "focalpo_plugins-" + "9" * 5000]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FOREIGN, ids=lambda name: repr(name)[:40])
 def test_a_variable_of_others_reads_writes_and_removes_nothing(tmp_path: Path, name: str):
-    """The run gives a name of its own, by which the reason is passed on as usual."""
+    """The run sets its own name, and the reason is passed on as usual."""
     (tmp_path / "user").mkdir()
     notes = tmp_path / "user" / "notes.txt"
     notes.write_text("mine")
@@ -123,8 +123,8 @@ def test_a_variable_of_others_reads_writes_and_removes_nothing(tmp_path: Path, n
 
 
 def test_a_file_of_the_user_is_kept_at_the_end_of_a_process(tmp_path: Path):
-    """The name holds the process's own number, as if it had given it; it comes from a shell that
-    the process replaces."""
+    """The name contains the process's own number, as if the process had set it; it comes from a
+    shell that the process replaces."""
     notes = tmp_path / "x-PID-notes.txt"
     script = tmp_path / "launcher.py"
     script.write_text(
@@ -140,7 +140,7 @@ def test_a_file_of_the_user_is_kept_at_the_end_of_a_process(tmp_path: Path):
 
 
 def test_a_name_without_a_file_ends_quietly(tmp_path: Path):
-    """A folder of that name, and a folder for temporary files that is gone."""
+    """A folder with that name, and a missing folder for temporary files."""
     script = tmp_path / "launcher.py"
     script.write_text(
         "import os, sys, torch.distributed.run\n"

@@ -523,7 +523,7 @@ def test_gamma_at_both_ends_is_what_was_given():
         ),
         (
             (0.5, 0.1, None, "linear"),
-            "gamma_schedule 'linear' needs a gamma_end to go to, got none",
+            "gamma_schedule 'linear' needs gamma_end, got none",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Lines of ours in a log that several ranks write to."""
+"""Lines of this package in a log that several ranks write to."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def test_a_line_stays_one_line(capsys):
 
 
 def test_nothing_else_writes_to_stderr():
-    """``print`` and ``sys.exit`` write a line and its end apart; commands, which run alone, may."""
+    """``print`` and ``sys.exit`` write a line and its end separately; only commands, which run as
+    one process, may use them."""
     apart = re.compile(r"\bprint\(|sys\.exit\(\s*f?\"|stderr\.write")
     found = {
         str(path.relative_to(PACKAGE))

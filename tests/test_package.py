@@ -25,7 +25,7 @@ HOSTS = {
     "peft",
     "liger_kernel",
 }
-# By module or folder of ours: which hosts it may import, and which of our own it does.
+# For each module or folder: which hosts, and which of this package's own modules, it may import.
 OF_HOST = {
     "axolotl": {"axolotl", "transformers", "accelerate"},
     "llamafactory": {"llamafactory", "peft"},
@@ -43,7 +43,7 @@ OF_HOST = {
 }
 CORE = {
     "errors", "loss", "hookspecs", "options", "pairwise_loss", "registry", "diagnostics", "plan",
-    "guards", "compute", "balanced", "run",
+    "guards", "compute", "balanced", "releases", "run",
 }  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
@@ -60,7 +60,8 @@ ARROWS: dict[str, set[str]] = {
     "diagnostics": {"registry"},
     "balanced": {"errors", "registry"},
     "plan": {"balanced", "registry"},
-    "run": {"errors", "guards", "diagnostics", "registry", "balanced"},
+    "releases": set(),
+    "run": {"errors", "guards", "diagnostics", "registry", "releases", "balanced"},
     "hf_sequences": {"balanced"},
     "hf_batches": {"errors", "balanced"},
     "hf_models": set(),
@@ -70,7 +71,7 @@ ARROWS: dict[str, set[str]] = {
     "hf_reference": {"errors", "guards", "reference", "hf_models", "hf_trainer"},
     "trl": {
         "errors", "loss", "options", "registry", "run", "balanced", "hf_trainer", "hf_batches",
-        "hf_models", "hf_sequences", "guards", "compute", "sharing", "plan"
+        "hf_models", "hf_sequences", "guards", "compute", "sharing", "plan", "releases"
     },
     "axolotl": {
         "errors", "loss", "options", "registry", "balanced", "plan", "guards", "compute", "trl"
@@ -86,7 +87,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "openrlhf": {
         "errors", "loss", "options", "registry", "run", "plan", "balanced", "guards", "sharing",
-        "reference"
+        "reference", "releases"
     },
     "cli": {
         "errors", "loss", "balanced", "plan", "guards", "hf_trainer", "trl", "axolotl", "openrlhf",
@@ -131,7 +132,7 @@ def imports_of(file: Path) -> set[str]:
 
 
 def place(file: Path) -> str:
-    """The module or the folder of ours that a file belongs to."""
+    """The module or the folder of this package that a file belongs to."""
     return file.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
@@ -167,18 +168,18 @@ def test_the_arrows():
 
 
 def test_the_autoload_imports_the_standard_library_alone():
-    """Our own module is imported by name, where the process is a host."""
+    """Our own module is imported by name, only in a host's process."""
     file = PACKAGE.parent / "_focalpo_plugins_autoload.py"
     assert {"os", "sys", "importlib"} <= imports_of(file) <= {*sys.stdlib_module_names}
     of_module = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import)]
     assert {alias.name for node in of_module for alias in node.names} == {"os", "sys"}
 
 
-# What would run or fetch something that a user's data or config names.
+# Functions that could run or fetch something named in a user's data or config.
 NEVER_IMPORTED = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "socket", "urllib",
                   "http", "requests", "httpx", "ftplib", "subprocess", "ctypes"}  # fmt: skip
 NEVER_CALLED = {"eval", "exec", "compile", "__import__", "system", "popen"}
-OF_TORCH = {"load", "save"}  # both pickle
+OF_TORCH = {"load", "save"}  # both use pickle
 
 
 def test_nothing_is_unpickled_fetched_or_run():
@@ -221,7 +222,7 @@ def test_public_names_say_what_they_are(name: str):
 
 
 def test_help_without_trl():
-    """It begins with what the package offers, and leaves out the names that need TRL."""
+    """It begins with the package's names, and leaves out those that need TRL."""
     shown = run_python(
         "-c",
         "import pydoc, sys; sys.modules['trl'] = None\n"
@@ -248,7 +249,7 @@ def test_the_wheel_holds_what_it_should():
         "_focalpo_plugins_autoload.py",
     } <= files
     assert not any(file.startswith(("tests/", "examples/")) for file in files)
-    # What pip lists it takes away: our modules together with the entry points that name them.
+    # pip removes what it lists: our modules together with the entry points that name them.
     assert any(file.endswith(".dist-info/entry_points.txt") for file in files)
     listed = {dist.locate_file(file).resolve() for file in dist.files}
     assert {path.resolve() for path in PACKAGE.rglob("*.py")} <= listed

@@ -1,4 +1,4 @@
-"""Pairs that nothing can be learnt from: what is refused, what is warned of, what passes."""
+"""Useless pairs: which ones are refused, which ones cause a warning, which ones pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BOS, EOS, TURN, SPACE, MARKER = 1, 2, 3, 4, 99
 
 
 class Tokenizer:
-    """A token is its number, but for special ones, and one that is white space."""
+    """A token is its number, except for special ones and one that is white space."""
 
     bos_token_id, eos_token_id = BOS, EOS
 
@@ -24,26 +24,26 @@ class Tokenizer:
 
 Pair = tuple[list[int], list[int], list[int]]
 GOOD: Pair = ([BOS, 5, 6], [7, 8, EOS], [9, EOS])
-EQUAL = "a chosen answer equal to the rejected one"
+EQUAL = "identical answers"
 EMPTY = "an empty answer. Remove them"
 LEFT = "no token of the answer within max_length=10. Raise"
-STRAYED = "a BOS, or another turn, inside an answer"
-DOUBLED = "two BOS at their start: chat template and tokenizer"
+STRAYED = "a BOS or another turn inside an answer"
+DOUBLED = "two BOS at their start: the chat template and the tokenizer each add one. Remove it"
 END: dict[str, Any] = {"keep_end": True}
 BAD: dict[str, tuple[Pair, str, dict[str, Any]]] = {
-    "equal": (([BOS, 5], [7, EOS], [7, EOS]), f"{EQUAL}: the margin stays 0. Remove them", {}),
+    "equal": (([BOS, 5], [7, EOS], [7, EOS]), f"{EQUAL}, so their margin stays 0. Remove them", {}),
     # 2 tokens of the prompt and 8 of the answer are kept; the answers differ in the ninth.
     "equal once cut": (
         ([BOS, 5], [*[7] * 8, 8, EOS], [*[7] * 8, EOS]),
-        f"{EQUAL}, 2 of them once cut to max_length=10: the margin stays 0. Raise max_length, "
-        "remove them", {}),
-    # The last 10 are kept, and of neither answer the first.
+        f"{EQUAL} (2 of them only once cut to max_length=10), so their margin stays 0. Raise "
+        "max_length, remove them", {}),
+    # The last 10 are kept, without the first token of either answer.
     "equal once their start is cut": (
         ([BOS, 5], [8, *[7] * 9, EOS], [9, *[7] * 9, EOS]),
-        f"{EQUAL}, 2 of them once cut to max_length=10: the margin stays 0", END),
-    # 10 tokens, as a host leaves them that has cut them itself.
-    "cut before": (([BOS, 5], [7] * 8, [7] * 8), f"{EQUAL}, 2 of them once cut to", {}),
-    "equal, and cut": (([BOS, 5], [7] * 9, [7] * 9), f"{EQUAL}: the margin stays 0", {}),
+        f"{EQUAL} (2 of them only once cut to max_length=10), so their margin stays 0", END),
+    # 10 tokens, as from a host that has already cut them.
+    "cut before": (([BOS, 5], [7] * 8, [7] * 8), f"{EQUAL} (2 of them only once cut to max_length=10), so", {}),
+    "equal, and cut": (([BOS, 5], [7] * 9, [7] * 9), f"{EQUAL}, so their margin stays 0", {}),
     "an EOS alone": (([BOS, 5], [EOS], [7, EOS]), EMPTY, {}),
     "nothing": (([BOS, 5], [7, EOS], []), EMPTY, {}),
     "a space and an EOS": (([BOS, 5], [SPACE, EOS], [7, EOS]), EMPTY, {}),
@@ -57,7 +57,7 @@ BAD: dict[str, tuple[Pair, str, dict[str, Any]]] = {
     "a BOS further in": (([BOS, 5], [7, EOS], [SPACE, BOS, 5, 7]), STRAYED, {}),
     "the host's own text": (
         ([5], [7, MARKER, EOS], [7, EOS]), STRAYED, {"marker": f"{MARKER}"}),
-    # No BOS tells it where it is the EOS too, as GPT-2's is.
+    # A BOS proves nothing if it is also the EOS, as GPT-2's is.
     "that, without a BOS": (
         ([5], [EOS, MARKER, EOS], [7, EOS]), STRAYED, {"marker": f"{MARKER}", "bos": EOS}),
 }  # fmt: skip
@@ -92,14 +92,14 @@ def check(
 
 @pytest.mark.parametrize("fault", BAD)
 def test_refused_where_most_have_it(fault: str, capsys):
-    """Two of three is more than half, one of two is not."""
+    """Two of three is more than half; one of two is not."""
     pair, why, changes = BAD[fault]
     with pytest.raises(ValueError) as refused:
         check([GOOD, pair, pair], **changes)
-    assert "the training data can't be learnt from, got 2 of 3 pairs have " in str(refused.value)
+    assert "training data refused: 2 of 3 pairs have " in str(refused.value)
     shown = Tokenizer().decode([*pair[0], *pair[1]])
     assert str(refused.value).endswith(
-        f" Give allow_data: true to train on them anyway. The first is row 1 of the "
+        f" To train anyway, set allow_data: true. The first is row 1 of the "
         f"tokenized data, {shown!r}"
     )
     assert why in str(refused.value)
@@ -115,7 +115,7 @@ def test_refused_where_most_have_it(fault: str, capsys):
 
 @pytest.mark.parametrize("fault", BAD)
 def test_allowed(fault: str, capsys):
-    """What would be refused is warned of in one line; of evaluation data it always is."""
+    """A refused fault becomes one line of warning; evaluation data always gets only the warning."""
     pair, why, changes = BAD[fault]
     why = why.replace("2 of them", "1 of them")
     check([pair], allowed=True, **changes)
@@ -136,8 +136,8 @@ def test_good_pairs_pass_without_a_word(case: str, capsys):
 
 
 def test_a_common_start_that_became_the_prompt_is_never_refused(capsys):
-    """Of "Yes" and "Yes, and no" the prompt is "Yes": the EOS alone is left, and its place learnt.
-    A pair that is equal besides stays at margin 0."""
+    """For "Yes" and "Yes, and no" the prompt is "Yes": only the EOS is left, and its place is
+    trained. A pair that is also equal stays at margin 0."""
     pair: Pair = ([BOS, 5, 7], [EOS], [8, EOS])
     check([pair] * 3, shared=True)
     said = capsys.readouterr().err
@@ -145,20 +145,23 @@ def test_a_common_start_that_became_the_prompt_is_never_refused(capsys):
         "focalpo_plugins: warning: 3 of 3 pairs have one answer that is the start"
     )
     assert said.count("\n") == 1 and "column prompt" in said and "empty" not in said
-    with pytest.raises(ValueError, match="got 3 of 3 pairs have a chosen answer equal to"):
+    with pytest.raises(
+        ValueError, match="training data refused: 3 of 3 pairs have identical answers"
+    ):
         check([([BOS, 5], [EOS], [EOS])] * 3, shared=True)
 
 
 def test_no_pairs():
-    """Which nothing allows."""
+    """No setting allows it."""
     with pytest.raises(
-        ValueError, match="must hold a pair, got none: .* longer than max_length=10"
+        ValueError, match="data refused: it has no pair. .* longer than max_length=10. Check the"
     ):
         check([], allowed=True)
 
 
 def test_the_rows_that_are_checked():
-    """All of a few; evenly spread, the first included, of many; of a stream the first ones."""
+    """All rows of a few; evenly spread rows, including the first, of many; the first rows of a
+    stream."""
     assert list(pairs.sampled("")) == [] and list(pairs.sampled("abc")) == [*enumerate("abc")]
     assert len([*pairs.sampled(range(pairs.SAMPLE))]) == pairs.SAMPLE
     many = list(pairs.sampled(range(10**6)))

@@ -58,7 +58,7 @@ def test_the_reference_wins_half(quality: ModuleType, world):
 
 
 def test_gamma_0_is_dpo(quality: ModuleType, world, monkeypatch: pytest.MonkeyPatch):
-    """To the last bit: with torch's own log-sigmoid in the place of our loss."""
+    """To the last bit, with torch's own log-sigmoid instead of our loss."""
     losses = [quality.Loss("FocalPO 0", variant) for variant in ("correct", "incorrect")]
     ours = quality.train(world, 0.2, losses, betas=[1.0], rates=[8e-3], epochs=3)
     other = quality.train(world, 0.2, [quality.LOSSES[1]], betas=[1.0], rates=[8e-3], epochs=3)
@@ -85,7 +85,7 @@ def test_the_direction(quality: ModuleType, world, name: str):
 
 
 def test_flips_are_nested(quality: ModuleType, world):
-    """More noise flips the same labels and others; none leaves the better arm chosen."""
+    """More noise flips the same labels and further ones; no noise leaves the better arm chosen."""
     flipped = [world.labelled(noise)[0] != world.better for noise in (0.0, 0.1, 0.4)]
     assert flipped[0].sum() == 0
     assert 5 < flipped[1].sum() < flipped[2].sum() < 140
@@ -94,7 +94,7 @@ def test_flips_are_nested(quality: ModuleType, world):
 
 
 def test_a_moving_gamma(quality: ModuleType, world, monkeypatch: pytest.MonkeyPatch):
-    """From the first to the last step in a straight line; without an end it stays."""
+    """A straight line from the first to the last step; without an end it stays."""
     falling = quality.Loss("falling", gamma=0.25, last_gamma=0.05)
     assert [falling.gamma_at(k, 5) for k in range(5)] == pytest.approx([0.25, 0.2, 0.15, 0.1, 0.05])
     assert quality.Loss("", gamma=0.25).gamma_at(4, 5) == falling.gamma_at(0, 1) == 0.25
@@ -140,7 +140,7 @@ def test_settings_come_from_other_seeds_and_prompts(quality: ModuleType):
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
-        (0.0, [0, 0]),  # the reference alone
+        (0.0, [0, 0]),  # only the reference
         (0.1, [0.5, 0]),  # half of the prompts to it
         (0.2, [1, 0]),
         (0.6, [0.5, 0.5]),

@@ -1,4 +1,4 @@
-"""What README and docs/ hold that needs no host: numbers, names, commands, links and snippets.
+"""What README and docs/ contain that needs no host: numbers, names, commands, links and snippets.
 
 No sentence is tested, so anybody can better one.  Numbers and tables that the code makes stand
 between markers, which ``docs/write_numbers.py`` fills in.
@@ -14,6 +14,8 @@ import re
 import shlex
 import sys
 from argparse import ArgumentParser
+from email import message_from_string
+from importlib.metadata import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -22,7 +24,15 @@ import torch
 from harness import EXAMPLES, run_python
 
 import focalpo_plugins
-from focalpo_plugins import axolotl, cli, focalpo_loss, focalpo_weight, llamafactory, swift
+from focalpo_plugins import (
+    axolotl,
+    cli,
+    focalpo_loss,
+    focalpo_weight,
+    llamafactory,
+    releases,
+    swift,
+)
 from focalpo_plugins.diagnostics import margin_sums, means, of_ranks
 from focalpo_plugins.loss import VARIANTS, check_gamma
 from focalpo_plugins.openrlhf import flags
@@ -31,14 +41,14 @@ from focalpo_plugins.registry import get_loss
 ROOT = EXAMPLES.parent
 README = (ROOT / "README.md").read_text()
 DOCS = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
-# What a user reads, in one text.
+# Everything a user reads, in one text.
 ALL = "\n".join([README, *DOCS.values()])
 NOXFILE = (ROOT / "noxfile.py").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *EXAMPLES.rglob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
 def script(name: str) -> ModuleType:
-    """A file of the repository that is no part of a package."""
+    """A file of the repository that isn't part of a package."""
     spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -57,7 +67,7 @@ def code(text: str) -> list[str]:
 
 
 def prose(page: str) -> str:
-    """Without what the code makes, and without code blocks."""
+    """Without generated parts and code blocks."""
     page = re.sub(r"^```.*?^```$", "", write_numbers.MARKED.sub("", page), flags=re.M | re.S)
     return "\n".join(line for line in page.splitlines() if not line.startswith("    "))
 
@@ -68,8 +78,8 @@ def test_what_the_code_makes():
 
 
 def test_the_markers():
-    """Each has its end; one at the start of a line would end the paragraph on the site, unless it
-    is that of a table; and what can be written is written somewhere."""
+    """Each marker has its end; a marker at the start of a line would end the paragraph on the site,
+    unless it is a table's; and everything that can be written is written somewhere."""
     used = set()
     for page in PAGES:
         text = page.read_text()
@@ -109,7 +119,7 @@ def test_what_is_written(marker: str, expected: str):
 
 
 def test_the_first_losses():
-    """None is written by hand; and the formulas beside them are the loss."""
+    """No table is written by hand, and the formulas in it are the loss."""
     for page in PAGES:
         assert not {"0.6695", "0.6931"} & {*re.findall(r"\d\.\d+", prose(page.read_text()))}, page
     formulas = {"correct": "2**-gamma * ln 2", "correct_exact": "2**gamma * ln 2"}
@@ -150,7 +160,7 @@ def test_the_site():
 
 
 def test_the_table_of_variants():
-    """Each factor as it is written there, times -log p; and each range of gamma."""
+    """Each factor as written there, times -log p, and each range of gamma."""
     rows = table(DOCS["loss"], "variant")
     assert tuple(row[0].strip("`") for row in rows) == VARIANTS
     gamma = 0.5
@@ -183,7 +193,7 @@ def test_the_table_of_what_is_logged():
 
 
 def test_the_startup_line():
-    """It has what a bound loss says of itself, and releases that were tested together."""
+    """It contains a bound loss's own description, and releases that were tested together."""
     (line,) = [line for line in code(README) if line.startswith("focalpo_plugins: active. ")]
     assert f" {get_loss('focalpo').bind().describe()} " in line
     versions = dict(word.split("=") for word in line.split() if re.search(r"=\d+\.\d+\.\d", word))
@@ -193,7 +203,7 @@ def test_the_startup_line():
 
 
 def test_keys_and_flags():
-    """Every key and flag there is, and none that there isn't."""
+    """Every key and flag is there, and no other."""
     options = get_loss("focalpo").options
     hosts = (axolotl, llamafactory, swift)
     constants = {value for host in hosts for value in vars(host).values() if isinstance(value, str)}
@@ -218,7 +228,7 @@ def test_keys_and_flags():
 
 
 def test_commands_of_ours(monkeypatch: pytest.MonkeyPatch):
-    """``focalpo ...`` as it stands there is taken, and each command is there."""
+    """``focalpo ...`` as written there is accepted, and each command is there."""
     lines = [line for line in code(ALL) if line.startswith("focalpo ")]
     run: list[str] = []
     for line in lines:
@@ -232,7 +242,7 @@ def test_commands_of_ours(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_another_loss(tmp_path: Path):
-    """The package of the page as it stands: pip installs it, and its own test passes beside us."""
+    """The page's package as written there: pip installs it, and its own test passes."""
     page = DOCS["another-loss"]
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
@@ -251,7 +261,8 @@ def test_another_loss(tmp_path: Path):
 
 
 def test_the_picture_of_a_benchmark(tmp_path: Path):
-    """Ratio and both sides of each bar are in it, and the machine; without a file one line says so."""
+    """It contains each bar's ratio and both sides, and the machine; without a file one line reports
+    it."""
     row = {
         "benchmark": "shared",
         "case": "10 M: some data, 4 pairs, shared",
@@ -298,7 +309,7 @@ def test_the_picture_of_a_benchmark(tmp_path: Path):
 
 
 def test_the_picture_of_ranks(tmp_path: Path):
-    """A panel for each set of lengths, and each ratio over its bar."""
+    """A panel for each set of lengths, and each ratio above its bar."""
     ratios = {"balanced": 0.61, "shared": 0.82, "both": 0.484, "ideal": 0.45}
     rows = [
         {"benchmark": "ranks", "case": f"8 x 1, {name}", "quantity": what, "ratio": ratio}
@@ -337,7 +348,7 @@ def test_what_a_page_names_is_there(page: Path):
 
 
 def test_the_table_of_examples():
-    """Each entry is there; and what is in the folder is in the table, or named elsewhere."""
+    """Each entry exists, and everything in the folder is in the table or named elsewhere."""
     rows = table(DOCS["reproduction"], "files")
     named = re.findall(r"`([^`]+)`", " ".join(row[0] for row in rows))
     found = [path for name in named for path in EXAMPLES.glob(name)]
@@ -352,7 +363,7 @@ def test_the_table_of_examples():
 
 
 def test_the_index_of_examples():
-    """It links every file of the folder, in a row that says what it is, and nothing else."""
+    """It links every file of the folder, in a row that describes it, and nothing else."""
     rows = [
         line.strip("|").split("|")
         for line in (EXAMPLES / "README.md").read_text().splitlines()
@@ -381,7 +392,7 @@ def test_what_is_installed_is_what_the_tests_run_with():
 
 
 def test_the_table_of_releases():
-    """It has those that nox runs the tests in, and no other but the one that is refused."""
+    """It has the releases that nox runs the tests in, and no other except the refused one."""
     sessions = (
         "trl_releases", "axolotl_releases", "openrlhf_releases", "swift_releases", "old_torch"
     )  # fmt: skip
@@ -394,7 +405,7 @@ def test_the_table_of_releases():
     listed = {version for cell in cells for version in re.findall(r"\d+\.[\d.]*\d", cell)}
     assert listed == ran - {"0.28.0"}
     assert write_numbers.refused() == "0.28.0"
-    # README has the ends of each host's: the messages of a refusal send a user there.
+    # README has the ends of each host's.
     ends: dict[str, list[str]] = {}
     host = ""
     for row, cell in zip(rows, cells, strict=True):
@@ -405,6 +416,27 @@ def test_the_table_of_releases():
         # The oldest and the newest TRL are those that are tested alone.
         assert write_numbers.releases(host) == f"{of_host[0]} to {of_host[-1]}"
         assert f"<!--= releases {host} -->" in README
+
+
+def test_the_releases_in_messages(monkeypatch: pytest.MonkeyPatch):
+    """They are the releases that nox runs the tests in; the pages are named once setup.cfg names
+    them."""
+    swift = [*write_numbers.session("swift_releases"), *write_numbers.constant("SWIFT")]
+    (llamafactory,) = write_numbers.constant("LLAMA_FACTORY")
+    assert {
+        **{host.lower(): write_numbers.releases(host) for host in ("Axolotl", "OpenRLHF", "TRL")},
+        "llamafactory": llamafactory,
+        "ms-swift": f"{swift[0]} to {swift[-1]}",
+    } == releases.TESTED
+    paper = "Project-URL: Paper, https://arxiv.org/abs/2501.06645\n"
+    assert metadata("focalpo_plugins").get_all("Project-URL") == [paper.partition(": ")[2].strip()]
+    assert releases.install("llamafactory") == f"Install llamafactory {llamafactory}."
+    pages = "Project-URL: Documentation, https://pages.example/focalpo\n"
+    monkeypatch.setattr(releases, "metadata", lambda name: message_from_string(paper + pages))
+    assert releases.install("llamafactory") == (
+        f"Install llamafactory {llamafactory}, or see https://pages.example/focalpo for newer "
+        "releases."
+    )
 
 
 def test_sessions():
@@ -464,7 +496,7 @@ def test_the_autoload_opens_nothing():
 
 
 def test_torch_stops_where_an_entry_point_is_left_alone(tmp_path: Path):
-    """What is left where a module was deleted by hand and its metadata were not."""
+    """The state after a module was deleted by hand but its metadata were not."""
     info = tmp_path / "gone-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gone\nVersion: 1.0\n")

@@ -1,4 +1,4 @@
-"""Losses register through one hook, FocalPO's own as a third party's."""
+"""Losses register through one hook, FocalPO's own like a third party's."""
 
 from __future__ import annotations
 
@@ -36,8 +36,11 @@ def test_description_is_what_the_startup_line_shows():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"gama": 0.1}, "gama is no option of the loss 'focalpo'; did you mean 'gamma'?"),
-        ({"k": 1}, "k is no option of the loss 'focalpo'; known: gamma, gamma_end, gamma_schedule"),
+        ({"gama": 0.1}, "gama is not an option of the loss 'focalpo'; did you mean 'gamma'?"),
+        (
+            {"k": 1},
+            "k is not an option of the loss 'focalpo'; known: gamma, gamma_end, gamma_schedule",
+        ),
         ({"gamma": 2.0}, "gamma must be below 1/ln 2"),
         ({"variant": "wrong"}, "variant must be one of"),
     ],
@@ -96,7 +99,7 @@ except ValueError as error:
 
 
 class Scaled(torch.nn.Module):
-    """A module takes anything when it is called, and its ``forward`` says what."""
+    """A module accepts anything when it is called; its ``forward`` has the signature."""
 
     def forward(self, margins, scale):
         return scale * margins
@@ -159,7 +162,7 @@ def test_which_options_a_reversal_gets(add_loss, reversal: Callable, expected: f
     )
 
 
-# An option's value, another that is the same once JSON has held it, and one that is not.
+# An option's value, another value that JSON makes equal to it, and one that differs.
 VALUES: dict[str, tuple[Any, Any, Any]] = {
     "tuple": ((1, 2), [1, 2], [2, 1]),
     "tuples in it": ({"at": ((0, 1), (2,))}, {"at": [[0, 1], [2]]}, {"at": [[0, 1], [3]]}),
@@ -190,7 +193,7 @@ def test_a_checkpoint_of_the_same_options_is_the_same_loss(add_loss, kind: str):
 
 
 sigmoid = torch.nn.functional.logsigmoid
-# What a loss returns for the margins 0 and 1, and what is said of it.
+# What a loss returns for the margins 0 and 1, and the message about it.
 RETURNED: dict[str, tuple[Callable, str]] = {
     "a sum": (lambda margins: -sigmoid(margins).sum(), "a tensor of shape ()"),
     "a mean": (lambda margins: -sigmoid(margins).mean(), "a tensor of shape ()"),
@@ -215,7 +218,7 @@ RETURNED: dict[str, tuple[Callable, str]] = {
 
 @pytest.mark.parametrize("kind", RETURNED)
 def test_a_loss_that_does_not_return_one_for_each_pair(add_loss, kind: str):
-    """Refused before it trains, by name and package; at every point of the run."""
+    """Refused before it trains, by name and package, at every point of the run."""
     wrong, words = RETURNED[kind]
     add_loss("mine", wrong)
     expected = (
@@ -278,7 +281,7 @@ def in_place(margins: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_a_loss_that_is_accepted(add_loss, right: Callable):
-    """Whatever the caller has switched off: gradients, or the default dtype and device."""
+    """With any settings of the caller: gradients off, or another default dtype or device."""
     add_loss("mine", right, weight=lambda margins: margins.exp())
     get_loss("mine").bind()
     with torch.no_grad():
@@ -294,7 +297,8 @@ def test_an_option_that_no_checkpoint_can_hold(add_loss):
 
 
 def test_an_option_that_another_loss_has_too_is_recorded(add_loss):
-    """Of FocalPO's options `allow_reversed` alone changes no loss; another's may mean anything."""
+    """Among FocalPO's options, only `allow_reversed` changes no loss; another package's may mean
+    anything."""
     options = {"allow_reversed": True}
     add_loss("mine", lambda margins, allow_reversed: margins, options=options)
     recorded = get_loss("mine").bind().record("_")
@@ -306,10 +310,10 @@ def loss(margins, **options):
     return margins
 
 
-# What is wrong with the second loss of a package whose first is fine.
+# The fault in the second loss of a package whose first is fine.
 REFUSED: dict[str, tuple[tuple, dict[str, Any], str]] = {
-    "taken": (("focalpo", loss), {}, "name must be new, got 'focalpo', which is registered already"
-              " by the package focalpo_plugins"),
+    "taken": (("focalpo", loss), {}, "name must be new, got 'focalpo': the package focalpo_plugins"
+              " has registered it already"),
     "taken by itself": (("fine", loss), {}, "name must be new, got 'fine'"),
     "capital": (("Hinge", loss), {}, "name must be an identifier in lower case, without outer or"),
     "hyphen": (("my-loss", loss), {}, "name must be an identifier in lower case, without outer or"),
@@ -317,13 +321,13 @@ REFUSED: dict[str, tuple[tuple, dict[str, Any], str]] = {
     "double underscore": (("my__loss", loss), {}, "name must be an identifier in lower case, with"),
     "no word": ((None, loss), {}, "name must be an identifier in lower case, without outer"),
     **{
-        f"a host's: {name}": ((name, loss), {}, f"name must be none that a host uses, got {name!r}")
+        f"a host's: {name}": ((name, loss), {}, f"name must not be a name that a host uses, got {name!r}")
         for name in ("dpo", "ipo", "lora", "rl", "trl", "train", "eval", "loss", "rewards")
     },
     **{
         f"a trainer's: {option}": (
             ("mine", loss), {"options": {option: 1}},
-            f"an option of mine must be none that a host uses, got {option!r}",
+            f"an option of mine must not be a name that a host uses, got {option!r}",
         )
         for option in ("fused", "allow_changed", "allow_data", "precompute_ref", "precompute_dir",
                        "loss")
@@ -338,7 +342,7 @@ REFUSED: dict[str, tuple[tuple, dict[str, Any], str]] = {
     },
     "a key of another": (
         ("focalpo_allow", loss), {"options": {"reversed": False}},
-        "an option of focalpo_allow must make a key that is new, got 'reversed': "
+        "an option of focalpo_allow must give a new key, got 'reversed': "
         "focalpo_allow_reversed belongs to the loss focalpo",
     ),
     "a key of every loss": (
@@ -359,7 +363,7 @@ REFUSED: dict[str, tuple[tuple, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_all_of_a_packages_losses_or_none(add_package, case: str):
-    """The package's first loss, which is fine, isn't left behind, and it can be added once more."""
+    """The package's first loss, which is fine, isn't kept, and it can be added again."""
     arguments, parts, message = REFUSED[case]
 
     def register_losses(register):
@@ -375,7 +379,7 @@ def test_all_of_a_packages_losses_or_none(add_package, case: str):
 
 
 def test_what_options_do(add_loss):
-    """FocalPO says it of each of its options, and another package of those that it likes."""
+    """FocalPO describes each of its options, another package those that it chooses."""
     focalpo = get_loss("focalpo")
     assert focalpo.help.keys() == focalpo.options.keys()
     add_loss("mine", lambda margins, at, to: margins, options={"at": 1, "to": 2}, help={"at": "A"})
@@ -389,7 +393,7 @@ def test_a_package_without_a_loss():
 
 
 def test_one_packages_failure_is_one_warning(broken_third_party: Path, hinge_package: Path):
-    """The first of three fails half-way; the losses of the others are there."""
+    """The first of three fails half-way; the losses of the others are registered."""
     (broken_third_party / "bad_losses.py").write_text(
         "from focalpo_plugins import hookimpl\n\n"
         "@hookimpl\ndef register_losses(register):\n"
@@ -407,7 +411,7 @@ except ValueError as error:
     run = run_python("-c", script, path=path)
     found, error = run.stdout.splitlines()
     assert found == "['focalpo', 'hinge'] ['focalpo', 'hinge'] hinge"
-    assert "The package bad failed to register: name must be none that a host uses" in error
+    assert "The package bad failed to register: name must not be a name that a host uses" in error
     assert run.stderr.count("the package bad failed to register its losses and is left out") == 1
 
 
@@ -432,7 +436,7 @@ def test_a_loss_that_moves():
         ({"gamma_end": "small"}, "gamma_end must be a finite number"),
         ({"gamma_end": 1.0, "variant": "correct_exact"}, "gamma_end must be below 1 for variant"),
         ({"gamma": 2.0, "gamma_end": 0.1}, "gamma must be below 1/ln 2"),
-        ({"gamma_schedule": "linear"}, "gamma_schedule 'linear' needs a gamma_end"),
+        ({"gamma_schedule": "linear"}, "gamma_schedule 'linear' needs gamma_end, got none"),
     ],
 )
 def test_both_ends_of_a_gamma_are_checked(options: dict, message: str):
@@ -445,7 +449,7 @@ def test_a_gamma_that_ends_backwards_on_purpose():
     assert loss.at(1.0).reversal() > 0
 
 
-# Parts of a loss with the option `at`, and what is said of the first that can't be called.
+# Parts of a loss with the option `at`, and the message about the first that can't be called.
 CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "loss without the option": (
         {"loss": lambda margins: margins}, "loss of .* got an unexpected keyword argument 'at'",

@@ -1,4 +1,4 @@
-"""What rows of preference data are said to look like."""
+"""The description of rows of preference data."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ def test_words(row: dict, words: str):
     [
         ({"prompt": "a", "good": "b"}, "it has no 'chosen' and no 'rejected'"),
         ({"chosen": "a", "rejected": None}, "it has no 'rejected'"),
-        ({"chosen": [USER, GOOD], "rejected": "bad"}, "chosen and rejected are not alike"),
-        ({"chosen": [GOOD], "rejected": [BAD]}, "its answers stand without a prompt"),
+        ({"chosen": "a", "rejectd": "b"}, "it has no 'rejected'; did you mean 'rejectd'?"),
+        ({"chosen": [USER, GOOD], "rejected": "bad"}, "chosen and rejected have different formats"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "its answers have no prompt"),
         ({"chosen": 1, "rejected": 2}, "chosen and rejected are neither text nor messages"),
         (
             {"chosen": [{"from": "gpt", "value": "a"}], "rejected": [{"from": "gpt", "value": "b"}]},
@@ -63,14 +64,14 @@ def test_what_no_host_reads(row: dict, problem: str):
 
 
 def test_named_columns():
-    """The user's own names count, before those that are usual."""
+    """The user's own names come before the usual ones."""
     row = {"question": "a", "prompt": "b", "good": "c", "bad": "d"}
     seen = describe([row], "good", "bad", "question")
     assert (seen.format, seen.prompt) == ("strings", "question")
 
 
 def test_a_row_that_differs():
-    """The first row that isn't as the first one, however many follow."""
+    """The first row that differs from the first one, however many follow."""
     row = FORMATS["strings"][0]
     seen = describe([row, row, {**row, "chosen": None}, {**row, "prompt": [USER]}])
     assert seen.odd == "row 2 has chosen (nothing), rejected (text), prompt (text)"

@@ -1,4 +1,5 @@
-"""Shared prompts without a model: where each token goes, and attention that follows."""
+"""Shared prompts without a model: the place of each token, and attention that follows the
+layout."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from focalpo_plugins.compute.shared_prompts import (
 
 
 def batch(*sequences: list[int]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, padded behind each sequence with 0."""
+    """Token ids and mask, padded with 0 at the end of each sequence."""
     width = max(map(len, sequences))
     ids = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences])
     return ids, torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])
@@ -81,7 +82,7 @@ def test_common_starts(chosen: list[int], rejected: list[int], start: int):
 
 def test_padding_before_a_sequence_is_refused():
     ids = torch.tensor([[0, 7, 8], [7, 8, 9]])
-    with pytest.raises(ValueError, match="padded behind each sequence, got another mask"):
+    with pytest.raises(ValueError, match="with the padding after each sequence, got another mask"):
         layout_of_batch(ids, torch.tensor([[0, 1, 1], [1, 1, 1]]))
 
 
@@ -241,7 +242,7 @@ def test_the_kernel_of_a_gpu(torch_has, monkeypatch, capability, kernel: Any, na
     "kernels, name",
     [
         ("varlen_fwd = None", "flash_attn_varlen_func"),
-        ("", "torch varlen_attn"),  # its Python part alone
+        ("", "torch varlen_attn"),  # only its Python part
         ("raise ImportError('undefined symbol: of another torch')", "torch varlen_attn"),
         (None, "torch varlen_attn"),  # version 4 has neither this module nor the function
     ],
@@ -250,7 +251,7 @@ def test_the_kernel_of_a_gpu(torch_has, monkeypatch, capability, kernel: Any, na
 def test_a_flash_attn_without_its_kernels(
     torch_has, monkeypatch, tmp_path: Path, kernels: str | None, name: str, named: str
 ):
-    """Such a package is imported without an error, and would fail in the first step."""
+    """Such a package imports without an error, and would fail in the first step."""
     (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").touch()
     if kernels is not None:

@@ -1,5 +1,5 @@
-"""What a host trains of a row, against the chat template's rendering: what is refused, what is
-warned of, what passes."""
+"""The text of a row that a host trains, against the chat template's rendering: what is refused,
+what causes a warning, what passes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from focalpo_plugins.guards.texts import Row, Side
 ASKED = "<user>Q</s><assistant>"
 THOUGHT = "<think>\n\n</think>\n\n"
 
-# The texts that are trained, what the last message says, and what the template renders.
+# The trained texts, the last message, and the template's rendering.
 SAME: dict[str, tuple[str, str, str, str]] = {
     "equal": (ASKED, "good</s>", "good", f"{ASKED}good</s>"),
     "but for a line end": (ASKED, "good</s>", "good", f"{ASKED}good</s>\n"),
@@ -89,7 +89,7 @@ def test_another_text(case: str):
 
 @pytest.mark.parametrize(("answer", "name"), [("good<|im_end|>", None), ("bad<|im_end|>", "cut")])
 def test_a_format_without_a_template(answer: str, name: str | None):
-    """All that can be asked then is that the answer says what the row's last message says."""
+    """The only requirement then is that the answer contains the row's last message."""
     assert texts.difference(Side(ASKED, answer, "good", None)) == name
 
 
@@ -103,11 +103,11 @@ def test_most_rows_are_refused():
     assert fault.refused
     assert fault.words.startswith("2 of 3 rows have an answer that isn't trained as the chat ")
     assert str(fault).startswith(f"{fault.words}. The first is row 0: ")
-    assert "'<user>Q</s><assistant>>' is trained where the template renders " in str(fault)
+    assert "'<user>Q</s><assistant>>' is trained, but the template renders " in str(fault)
     with pytest.raises(
         ValueError,
-        match="can't be trained as written, got 2 of 3 rows have .*"
-        "Give KEY to train on them anyway. The first is row 0: ",
+        match="training data refused: 2 of 3 rows have .*"
+        "To train anyway, set KEY. The first is row 0: ",
     ):
         Policy("KEY", allowed=False, say=True).check([fault])
 
@@ -141,7 +141,7 @@ def test_sides_whose_earlier_turns_differ():
     assert fault.refused and "sides whose earlier turns differ: it mixes them." in fault.words
     assert not found(Row("row 0", GOOD, GOOD, turns_differ=True))
     (fault,) = found(Row("row 0", GOOD, GOOD, in_answers=True))
-    assert not fault.refused and "the user's too" in fault.words
+    assert not fault.refused and "including the user's" in fault.words
 
 
 def test_what_the_check_of_tokens_names_is_left_to_it():

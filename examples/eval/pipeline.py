@@ -6,7 +6,7 @@
     python examples/eval/pipeline.py table     # prints the tables
     python examples/eval/pipeline.py answers   # prints the answers to one question
 
-README.md beside this file has what has to be installed.
+README.md in this folder lists what has to be installed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ TASKS = {
 KEYS = ("models", "formats", "decodings", "judges", "port", "serve", "lm_eval")  # of models.yml
 # The question of the paper's Tables 3 and 4.
 QUESTION = "How long will it take to walk around the world"
-HEADER = "# Written by pipeline.py from models.yml, which is the file to change.\n"
+HEADER = "# Written by pipeline.py from models.yml: change that file.\n"
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def one_line(error: BaseException) -> str:
 
 
 def whole(path: Path) -> Any:
-    """What a JSON file holds; None if it ends early, as where its run was killed."""
+    """The content of a JSON file; None if it ends early, as when its run was killed."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError:
@@ -154,10 +154,10 @@ def whole(path: Path) -> Any:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON file of ours or of alpaca_eval's."""
+    """The rows of a JSON file written by this script or by alpaca_eval."""
     rows = whole(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise SystemExit(f"{path} isn't a whole list of rows. Delete it to have it made again.")
+        raise SystemExit(f"{path} isn't a complete list of rows. Delete it to have it made again.")
     return rows
 
 
@@ -190,7 +190,7 @@ def learning_rate(folder: Path) -> float | None:
     return max(rates, default=None)
 
 
-# --- what is asked ------------------------------------------------------------------------------
+# --- the prompts --------------------------------------------------------------------------------
 
 
 def prompt(plan: Plan, model: Model) -> str:
@@ -240,7 +240,7 @@ def check_bos(plan: Plan, model: Model) -> None:
 
 
 def write(path: Path, content: Any, note: str = "") -> None:
-    """Text as it is, anything else as YAML that says whence it comes."""
+    """Write text as it is, and anything else as YAML with a note on its source."""
     text = content
     if not isinstance(content, str):
         text = HEADER + (f"# {note}\n" if note else "") + yaml.safe_dump(content, sort_keys=False)
@@ -350,7 +350,7 @@ def alpaca_judge(plan: Plan, judge: dict[str, Any]) -> dict[str, Any]:
 
 
 def arena_judge(model: Model, judge: dict[str, Any]) -> dict[str, Any]:
-    """Arena-Hard's judge; its prompts are added from the checkout, so that they stay its own."""
+    """Arena-Hard's judge; its prompts come from the checkout."""
     return {
         "name": f"{BENCH} {model.name}",
         "bench_name": BENCH,
@@ -402,7 +402,7 @@ def lm_eval_config(plan: Plan, model: Model, out: Path) -> dict[str, Any]:
 def served(plan: Plan, vllm: str, path: str, name: str, options: Sequence[str]) -> Iterator[None]:
     """A vLLM server, from the moment that it answers; it ends with the block, or with this process.
 
-    A server that another run left alive would answer in its place, with another model's weights.
+    A server that another run left alive would answer instead, with another model's weights.
     """
     port = plan.file["port"]
     with socket.socket() as probe:
@@ -471,7 +471,7 @@ def alpaca_eval_answers(config: Path, file: Path, asked: Any) -> None:
     )
     before = [pd.DataFrame(rows_of(file))] if file.exists() else []
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: the answers from before are in it.
+    # Completely or not at all: it holds the earlier answers.
     half = file.with_suffix(".part")
     pd.concat([*before, kept]).to_json(half, orient="records", indent=2)
     half.replace(file)
@@ -558,7 +558,7 @@ def unanswered(args: argparse.Namespace, model: Model, asked: Any) -> Any:
 def answer(
     plan: Plan, args: argparse.Namespace, model: Model, folder: Path, left: Any, arena: Path | None
 ) -> None:
-    """Serves a model, and asks it what it has not answered."""
+    """Serves a model, and asks it the questions that it has not answered."""
     template = folder / "arena_hard" / model.name / "chat_template.jinja"
     options = [*plan.file["serve"], "--chat-template", str(template)]
     server: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -576,7 +576,7 @@ def answer(
 
 
 def chosen(plan: Plan, args: argparse.Namespace) -> list[Model]:
-    """The models that were named, or all that are there."""
+    """The named models, or all that exist."""
     if args.models:
         known = {model.name: model for model in plan.models}
         for name in args.models:
@@ -591,7 +591,7 @@ def chosen(plan: Plan, args: argparse.Namespace) -> list[Model]:
                 print(f"{model.name}: left out, no model in {model.path}", flush=True)
         found = [model for model in plan.models if model.is_here]
     for model in found:
-        # Its other weights would be made up, and nothing fails.
+        # Its other weights would be random, without any error.
         if (Path(model.path) / "adapter_config.json").exists():
             raise SystemExit(f"{model.name}: {model.path} has an adapter; merge it into a model.")
     return found
@@ -601,7 +601,7 @@ def chosen(plan: Plan, args: argparse.Namespace) -> list[Model]:
 
 
 def judge(plan: Plan, args: argparse.Namespace) -> None:
-    """Judges the answers that are there."""
+    """Judges the answers that exist."""
     entry = plan.file["judges"][args.judge]
     if "serve" in entry:
         os.environ.setdefault("OPENAI_API_KEY", "unused")  # alpaca_eval's client wants one
@@ -616,7 +616,7 @@ def judge(plan: Plan, args: argparse.Namespace) -> None:
     of_alpaca = [] if asked is None else [model for model in models if to_judge(args, model)]
     of_arena = [model for model in models if arena and arena_answers(arena, model).exists()]
     if not of_alpaca and not of_arena:
-        print("nothing to judge: all answers that are there have been judged", flush=True)
+        print("nothing to judge: all answers have been judged", flush=True)
         return
     server: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if "serve" in entry:
@@ -747,7 +747,8 @@ def alpaca_eval_rates(out: Path, decoding: str, judge: str, model: Model) -> dic
         }
     except (KeyError, ValueError) as error:
         raise SystemExit(
-            f"{file} isn't a whole result of judge: {one_line(error)}. Delete it, and judge again."
+            f"{file} isn't a complete result of judge: {one_line(error)}. Delete it, and judge "
+            "again."
         ) from None
 
 
@@ -823,7 +824,7 @@ class Printed:
 
 
 def printed(path: Path) -> list[Printed]:
-    """The paper's tables, those with columns for yours."""
+    """The paper's tables that have columns for your numbers."""
     found: list[Printed] = []
     above = ""
     for block in path.read_text("utf-8-sig").split("\n\n"):
@@ -916,7 +917,9 @@ def choose(
         ]
         unknown = [model.path for model in models if model.learning_rate is None]
         if unknown:
-            why.append(f"{sweep}: not chosen, no whole trainer_state.json in {', '.join(unknown)}.")
+            why.append(
+                f"{sweep}: not chosen, no complete trainer_state.json in {', '.join(unknown)}."
+            )
         elif not full:
             why.append(
                 f"{sweep}: not chosen, no judge has judged all of its {len(models)} folders."
@@ -962,7 +965,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="From models.yml to the filled tables.")
     parser.add_argument("command", choices=["configs", "generate", "judge", "table", "answers"])
     add = parser.add_argument
-    add("--models", nargs="+", metavar="NAME", help="all that are there, unless named")
+    add("--models", nargs="+", metavar="NAME", help="default: all that exist")
     add("--benchmarks", nargs="+", choices=BENCHMARKS, default=BENCHMARKS)
     add("--decoding", default="simpo", help="a name under decodings in models.yml")
     add("--judge", default="other", help="a name under judges in models.yml")

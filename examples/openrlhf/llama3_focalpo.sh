@@ -8,11 +8,11 @@
 # Hardware: 8 GPUs of 40 GB or more (the paper: 8 A100-40GB), ZeRO-3; about 468 steps.
 # Launch:   bash examples/openrlhf/llama3_focalpo.sh
 #           Further flags go after it, and the last of two wins: ... --train.micro_batch_size 2
-# Resume:   the same command with --ckpt.load_enable goes on from the last checkpoint.
+# Resume:   the same command with --ckpt.load_enable continues from the last checkpoint.
 # Expected: first loss 0.6695 (2^-0.05 ln 2: every margin starts at 0), and the line
 #           "focalpo_plugins: active." on the first rank.  The paper evaluates the result with
 #           AlpacaEval 2 and Arena-Hard.
-# Not run by the authors of this file for want of the GPUs: OpenRLHF's parser takes every flag, and
+# Not run by the authors of this file, who have no such GPUs. OpenRLHF's parser accepts every flag, and
 # tiny_focalpo.sh runs the same code on a CPU.
 #
 # Sources: [P] the paper; [S] the SimPO repository, whose setting the paper says it follows for
@@ -36,7 +36,7 @@ flags=(
   --eval.split test
   --eval.steps 100                    # [H]
 
-  --adam.lr 6e-7                      # [P], out of 3e-7, 5e-7, 6e-7, 1e-6
+  --adam.lr 6e-7                      # [P], chosen from 3e-7, 5e-7, 6e-7, 1e-6
   --adam.betas 0.9 0.999              # [T] OpenRLHF's default is 0.9 0.95
   --lr_scheduler cosine               # [S]
   --lr_warmup_ratio 0.1               # [S]
@@ -54,7 +54,7 @@ flags=(
   --ckpt.output_dir outputs/llama3_focalpo_openrlhf       # [H]
   --ckpt.path outputs/llama3_focalpo_openrlhf/checkpoints # [H] each run its own
   --ckpt.save_steps 100               # [H] with the optimizer's state, to resume from
-  --ckpt.max_num 2                    # [H] the one before stays until the next is whole
+  --ckpt.max_num 2                    # [H] the previous one stays until the next is complete
   --logger.tensorboard_dir outputs/llama3_focalpo_openrlhf/tensorboard # [H]
 
   # To uncomment: wandb (any word as the key, after `wandb login`), and a prompt computed once for

@@ -8,11 +8,11 @@
 # Hardware: GPUS (default 4) of 80 GB, ZeRO-2: a copy of policy and reference, 16 GB each, on each;
 #           about 468 steps. Add --ds.load_in_4bit for smaller ones.
 # Launch:   GPUS=2 bash examples/openrlhf/llama3_focalpo_lora.sh
-# Resume:   the same command with --ckpt.load_enable goes on from the last checkpoint.
+# Resume:   the same command with --ckpt.load_enable continues from the last checkpoint.
 # Expected: first loss 0.6695 (2^-0.05 ln 2: every margin starts at 0; LoRA starts as the
 #           reference), and the line "focalpo_plugins: active." on the first rank.  The output
 #           folder holds the adapter alone.
-# Not run by the authors of this file for want of the GPUs: OpenRLHF's parser takes every flag.
+# Not run by the authors of this file, who have no such GPUs. OpenRLHF's parser accepts every flag.
 #
 # Sources: [P] the paper; [S] the SimPO repository, whose setting the paper says it follows for
 # Llama-3; [Q] the Zephyr QLoRA DPO recipe of the alignment-handbook, as of its commit 95dc472; [T]
@@ -41,7 +41,7 @@ flags=(
   --eval.split test
   --eval.steps 100                    # [H]
 
-  --adam.lr 5e-6                      # [Q] ten times that of the full fine-tuning, as LoRA wants
+  --adam.lr 5e-6                      # [Q] ten times that of the full fine-tuning, as usual for LoRA
   --adam.betas 0.9 0.999              # [T] OpenRLHF's default is 0.9 0.95
   --lr_scheduler cosine               # [S]
   --lr_warmup_ratio 0.1               # [S]
@@ -59,7 +59,7 @@ flags=(
   --ckpt.output_dir outputs/llama3_focalpo_lora_openrlhf       # [H]
   --ckpt.path outputs/llama3_focalpo_lora_openrlhf/checkpoints # [H] each run its own
   --ckpt.save_steps 100               # [H] with the optimizer's state, to resume from
-  --ckpt.max_num 2                    # [H] the one before stays until the next is whole
+  --ckpt.max_num 2                    # [H] the previous one stays until the next is complete
   --logger.tensorboard_dir outputs/llama3_focalpo_lora_openrlhf/tensorboard # [H]
 
   # To uncomment: wandb (any word as the key, after `wandb login`), and a prompt computed once for

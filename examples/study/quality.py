@@ -1,4 +1,4 @@
-"""Which loss gives the better policy, where the true reward is known?
+"""Which loss gives the better policy if the true reward is known?
 
 A contextual bandit stands in for preference training: a prompt is a vector, an answer is one of 24
 arms, and a policy's win rate against the reference and its KL to it are exact sums on each prompt.
@@ -7,7 +7,7 @@ several shares of flipped labels, and compared by three protocols.
 
     python examples/study/quality.py --out outputs/quality
 
-README.md beside this file has what came out and how far it carries.
+README.md in this folder has the results and their limits.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 BUDGETS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0)  # nats of KL(policy || reference)
 SHOWN_BUDGET = 0.5
 METRICS = ("win_rate", "kl", "reward")
-# Settings are chosen on the first set of prompts, and every number of a table is of the second.
+# Settings are chosen on the first set of prompts; all numbers in tables are for the second.
 SETS = ("tuning", "reported")
 PROTOCOLS = {
     "shared": "the base's settings",
@@ -56,8 +56,8 @@ KEY = ("noise", "loss", "protocol", "beta", "budget")  # of a row
 class Loss:
     """A loss on the margin ``z = beta * (log pi(w) - log pi(l) - offset)``.
 
-    The offset is the reference's ``log ref(w) - log ref(l)``, as in DPO.  Where ``target`` is given
-    the offset is that number, as in SimPO, whose own gamma is then ``beta * target``.  An arm is an
+    The offset is the reference's ``log ref(w) - log ref(l)``, as in DPO.  If ``target`` is given,
+    it is the offset, as in SimPO, whose own gamma is then ``beta * target``.  An arm is an
     answer of length 1: SimPO's division by the length changes nothing here.
     """
 
@@ -141,7 +141,7 @@ class World:
         rewards = truth(self.x).gather(1, both)
         self.better = torch.where(rewards[:, 0] > rewards[:, 1], both[:, 0], both[:, 1])
         self.worse = both.sum(1) - self.better
-        # One draw for every share of noise: more noise flips the same labels and others.
+        # One draw for all shares of noise: more noise flips the same labels and further ones.
         self.luck = torch.rand(pairs, generator=self.draw)
         self.order = int(torch.randint(2**31, (), generator=self.draw))
         unit = truth(self.normal(4096, INPUTS)).std()
@@ -270,7 +270,7 @@ def run_seed(
 
 
 def end_with_parent() -> None:
-    """In a worker: a pool's workers would outlive a parent that is killed."""
+    """For a worker: a pool's workers would outlive a killed parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -380,7 +380,7 @@ def summarise(
     Returns:
         Rows with ``win_rate`` in per cent and ``kl`` in nats on the reported prompts, and with
         ``difference``, the win rate less the base's in points; ``..._95`` is half of the 95 %
-        interval over the seeds.  ``beta`` is None where beta is chosen with the learning rate.
+        interval over the seeds.  ``beta`` is None if beta is chosen with the learning rate.
     """
     rows: list[dict[str, Any]] = []
     for n, noise in enumerate(noises):
@@ -434,11 +434,11 @@ def described(settings: np.ndarray, betas: Sequence[float], rates: Sequence[floa
     return " / ".join(words)
 
 
-# ---- what is written
+# ---- the output
 
 
 def cell(row: dict[str, Any]) -> str:
-    """The win rate of what is its own base, and of others the difference from the base's."""
+    """A base's win rate; for other losses the difference from their base's."""
     if row["loss"] == row["base"]:
         return f"{row['win_rate']:.2f} ± {row['win_rate_95']:.2f} %"
     return f"{round(row['difference'], 2) + 0.0:+.2f} ± {row['difference_95']:.2f}"
@@ -591,7 +591,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_out(parser: argparse.ArgumentParser, out: Path) -> None:
-    """Refuse a folder that can't be one, before hours of work."""
+    """Refuse a folder that can't be created, before hours of work."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which loss gives the better language model, where the true answers are known?
+"""Which loss gives the better language model if the true answers are known?
 
 The question of quality.py with the small Llama of examples/make_tiny.py, asked how many words a
 list has.  For each seed other data are made and another reference is fine-tuned on them; it answers
@@ -8,7 +8,7 @@ training saw.
 
     python examples/study/quality_lm.py --out outputs/quality_lm
 
-README.md beside this file has what came out and how far it carries.
+README.md in this folder has the results and their limits.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SAMPLES = 4  # answers of the reference to each training prompt
 LONGEST = 64  # tokens of an answer
 BATCH, SCORED_AT_ONCE = 32, 250
 SIMPO_BETA = 2.5  # SimPO's margin is a mean over tokens, so it asks for a larger beta
-PILOT = 0  # the seed whose data and reference choose the learning rate, and nothing else
+PILOT = 0  # the seed whose data and reference only choose the learning rate
 RATES = (1e-4, 3e-4, 1e-3)
 BETA, EPOCHS = 1.0, 2
 METRICS = ("right", "win_rate", "kl")
@@ -78,8 +78,8 @@ Answered = tuple[list[int], list[int]]  # token ids of a prompt, and of its answ
 class World:
     """Other prompts, another reference and other pairs for each seed.
 
-    ``pairs`` are chosen and rejected answers to one prompt, ``flipped`` says which of them have the
-    labels the wrong way round.  ``right`` are all right answers to the unseen prompts, and
+    ``pairs`` are chosen and rejected answers to one prompt, ``flipped`` says which of them have
+    swapped labels.  ``right`` are all right answers to the unseen prompts, and
     ``right_of`` the prompt of each.
     """
 
@@ -87,14 +87,14 @@ class World:
         rng, by_prompt = random.Random(seed), {}
         while len(by_prompt) < prompts + unseen:
             pair = make_tiny.make_pair(rng)
-            # Of facts on unseen prompts so small a model gets about 2 in 1000 right: nothing would
-            # be left to compare.
+            # So small a model gets about 2 in 1000 facts on unseen prompts right: too few to
+            # compare.
             if listed(pair["chosen"][0]["content"]):
                 by_prompt.setdefault(pair["chosen"][0]["content"], pair)
         texts = list(by_prompt)
         rng.shuffle(texts)
         seen, self.seed = texts[:prompts], seed
-        # Right and wrong answers alike: which of them a row calls chosen does not matter here.
+        # Right and wrong answers alike: it doesn't matter here which one a row calls chosen.
         rows = [by_prompt[text] for text in seen]
         self.tokenizer = make_tiny.make_tokenizer(rows)
         self.reference, _ = make_tiny.make_model(self.tokenizer, rows, seed)
@@ -281,7 +281,7 @@ def run_seed(
             model, margins = train(world, loss, settings["beta"], rate, settings["epochs"])
             flipped = np.array(world.flipped) & np.isfinite(margins)
             row = {**about, "loss": loss.name, "rate": rate, **judge(world, model)}
-            # How far the wrong labels were learnt: their share with a margin above 0.
+            # How well the wrong labels were learnt: their share with a margin above 0.
             row["flipped_learnt"] = float((margins[flipped] > 0).mean()) if flipped.any() else None
             rows.append(row)
             shown = ", ".join(f"{name} {row[name]:.4f}" for name in METRICS)
@@ -290,7 +290,7 @@ def run_seed(
     return rows
 
 
-# ---- what came of it
+# ---- the results
 
 
 def power(spread: float, seeds: int) -> float:
@@ -363,7 +363,7 @@ def draw(rows: Sequence[dict[str, Any]], title: str) -> Any:
                       marker="o", label="mean, 95 % over seeds" * (place == 0))  # fmt: skip
         left.plot(row["each_seed"], [place + 0.2] * len(row["each_seed"]), "|", color="#555555",
                   markersize=9, label="one seed" * (place == 0))  # fmt: skip
-    # In numbers as well: one loss that breaks its models sets the scale.
+    # Also in numbers: one loss that breaks its models sets the scale.
     gaps = [f"{row['difference']:+.2f} ± {row['difference_95']:.2f}" for row in of]
     names = [f"{row['loss']}\n{gap}" for row, gap in zip(of, gaps, strict=True)]
     left.set_yticks(range(len(of)), names, fontsize=9)

@@ -1,4 +1,4 @@
-"""What does each loss do to the pairs that the reference ranks right, and to those it ranks wrong?
+"""How does each loss change the pairs that the reference ranks right, and those it ranks wrong?
 
 Trains DPO, FocalPO at several gammas, `correct_exact` and `incorrect` with Axolotl, all from one
 model and, seed by seed, on the same batches; scores held-out pairs with `focalpo score`; and
@@ -10,8 +10,8 @@ draws margins, accuracies and weights of both kinds of pairs, and the paired dif
     python examples/study/study.py --model MODEL --data pairs.jsonl --out outputs/my_study \\
         --set sequence_len=512 learning_rate=1e-4 max_steps=100 warmup_steps=10
 
-Run again, the same command goes on where it stopped; other --gamma and --seeds add to what is
-there. README.md beside this file says what such a study can show and what it can't.
+If you run the same command again, it continues where it stopped; other --gamma and --seeds add
+runs. README.md in this folder explains what such a study can show and what it can't.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ NOT_IN_A_STUDY = ("test_datasets", "val_set_size", "eval_steps", "evals_per_epoc
 # One checkpoint is saved, at the end.
 SAVING = ("save_steps", "save_strategy", "saves_per_epoch", "save_first_step", "save_only_model")
 OWN_KEYS = ("rl", "seed", "base_model", "datasets", "output_dir", "logging_steps", *SAVING)
-# What makes Axolotl read a part of a file, or another one: the study reads whole files.
+# Keys that make Axolotl read a part of a file, or another one: the study reads whole files.
 PARTS = ("shards", "shards_idx", "data_files", "name", "revision")
 # The one process on a CPU needs no launcher, which takes as long to start as Axolotl itself.
 LAUNCHER = () if torch.cuda.is_available() else ("--launcher", "python")
-INTERRUPTED = threading.Event()  # by Ctrl-C, which commands of their own session don't get
+INTERRUPTED = threading.Event()  # by Ctrl-C, which commands in their own session don't get
 
 
 class StudyError(Exception):
-    """What is wrong with the arguments or with a run, in one line for the user."""
+    """An error in the arguments or in a run, in one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Loss:
         return "dpo" if self.gamma == 0 else f"{self.variant}_{self.gamma:g}"
 
     def weights(self, margins: np.ndarray) -> np.ndarray:
-        """What DPO's gradient of each pair is multiplied by at its margin."""
+        """The factor on DPO's gradient of each pair at its margin."""
         bound = get_loss("focalpo").bind(variant=self.variant, gamma=self.gamma)
         weights = bound.weight(torch.from_numpy(margins))
         assert weights is not None
@@ -97,7 +97,7 @@ class Scores:
 
     margin: np.ndarray
     ranked: np.ndarray  # the policy itself prefers the chosen answer: log p_chosen > log p_rejected
-    right: np.ndarray  # the same of the reference
+    right: np.ndarray  # the same for the reference
     row: np.ndarray
 
 
@@ -163,8 +163,8 @@ def read_pairs(path: Path) -> list[dict[str, list[dict[str, str]]]]:
 
 
 def split(pairs: list[Any], share: float) -> tuple[list[Any], list[Any]]:
-    """Hold out ``share`` of the prompts, with all their pairs; which ones depends on their text
-    alone."""
+    """Hold out ``share`` of the prompts, with all their pairs; the choice depends only on their
+    text."""
     prompts = {prompt_of(pair) for pair in pairs}
     ordered = sorted(prompts, key=lambda text: hashlib.sha256(text.encode()).digest())
     held_out = set(ordered[: round(share * len(ordered))])
@@ -192,12 +192,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def of_the_loss(key: str) -> bool:
-    """Whether it says what is trained, which the study sets; focalpo_fused only says how."""
+    """Whether the key decides what is trained, which the study sets; focalpo_fused doesn't."""
     return key.startswith("focalpo_") and key != "focalpo_fused"
 
 
 def base_config(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
-    """What every run shares of the YAML, without what a run or the study itself sets."""
+    """The keys of the YAML that all runs share, without those that a run or the study sets."""
     config = dict(config)
     for word in args.set:
         key, equals, value = word.partition("=")
@@ -325,7 +325,7 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
             "type": "chat_template.argilla_chat",
         }
     ]
-    # Long pairs are cut by TRL, alike in every run, and no cache of another run is read.
+    # TRL cuts long pairs the same way in every run, and no cache of another run is read.
     config["skip_prepare_dataset"] = True
     config |= {"rl": "focalpo", "save_steps": config["max_steps"], "save_only_model": True}
     config |= {"logging_steps": 1}
@@ -337,7 +337,7 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
             before = json.loads(stamp.read_text(encoding="utf-8"))
             old_config, old_data = before["config"], before["data"]
         except (ValueError, KeyError, TypeError):
-            raise StudyError(f"{stamp} isn't whole: give another --out.") from None
+            raise StudyError(f"{stamp} isn't complete: give another --out.") from None
         for key in {**old_config, **config}:
             old, new = old_config.get(key), config.get(key)
             if old != new:
@@ -346,8 +346,8 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
                     "another --out."
                 )
         if old_data != digest:
-            raise StudyError(f"{args.out} holds a study of other data: give another --out.")
-    # The stamp last, and whole: a folder with one has its data.
+            raise StudyError(f"{args.out} holds a study with other data: give another --out.")
+    # The stamp is written last: a folder with one has its data.
     data.mkdir(parents=True, exist_ok=True)
     texts[stamp] = json.dumps(about, indent=2) + "\n"
     for path, text in texts.items():
@@ -387,7 +387,7 @@ def command(words: Sequence[str], log: Path, bar: tqdm, cores: int) -> None:
 def train_and_score(
     loss: Loss, seed: int, config: dict[str, Any], held_out: Path, out: Path, bar: tqdm, cores: int
 ) -> None:
-    """One run, each half of it only if it isn't there already."""
+    """One run; each half only if its results don't exist yet."""
     folder = out / "runs" / loss.folder / f"seed_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / "model"
@@ -400,7 +400,7 @@ def train_and_score(
             "seed": seed,
             "output_dir": str(folder / "unfinished"),
         }
-        # What a killed run left is no part of this one.
+        # Remove what a killed run left.
         shutil.rmtree(folder / "unfinished", ignore_errors=True)
         path = folder / "config.yml"
         path.write_text(yaml.safe_dump({**config, **own}, sort_keys=False), encoding="utf-8")
@@ -416,7 +416,7 @@ def train_and_score(
 
 
 def scored(summary: Path, beta: float) -> bool:
-    """Whether there are whole scores at the beta of training."""
+    """Whether there are complete scores at the beta of training."""
     try:
         return json.loads(summary.read_text(encoding="utf-8"))["beta"] == beta
     except (OSError, ValueError, KeyError, TypeError):
@@ -456,7 +456,7 @@ def run_all(
             raise
 
 
-# ---- what came of it
+# ---- the results
 
 
 def check_paired(losses: Sequence[Loss], seeds: Iterable[int], out: Path) -> None:
@@ -509,7 +509,7 @@ def quantities(loss: Loss, scores: Scores) -> dict[str, np.ndarray]:
         "accuracy": (scores.margin > 0).astype(float),
         "ranking": scores.ranked.astype(float),
         "weight": weights,
-        # |dL/dz|, but for its sign where the loss is reversed.
+        # |dL/dz|, except for its sign where the loss is reversed.
         "pull": weights / (1 + np.exp(scores.margin)),
     }
 
@@ -518,7 +518,7 @@ def bootstrap(
     values: np.ndarray, prompts: np.ndarray, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
     """95 % interval of the mean of ``values`` ``(N,)``, with whole prompts drawn again: the pairs
-    of one prompt are no independent witnesses."""
+    of one prompt aren't independent."""
     _, where = np.unique(prompts, return_inverse=True)
     sums, counts = np.bincount(where, values), np.bincount(where).astype(float)
     k = len(sums)
@@ -663,7 +663,7 @@ def draw(
                     axis.plot(each, [at] * len(each), "|", color=look["color"], markersize=9)
                 axis.plot([mean], [at], linestyle="", markersize=6, **look)
         if axis.dataLim.width < NO_WIDTH:
-            # Equal values have no scale of their own; rounding's 1e-17 would become one.
+            # Equal values have no scale: rounding's 1e-17 would become one.
             middle = axis.dataLim.x0
             axis.set_xlim(middle - 0.01, middle + 0.01)
     axes[0, 0].set_yticks(range(len(losses)), [loss.name for loss in losses])
@@ -762,7 +762,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plt = pyplot()
         for name in ("axolotl", "focalpo"):
             if shutil.which(name) is None:
-                raise StudyError(f"the command {name} isn't there: install it, or activate its "
+                raise StudyError(f"the command {name} wasn't found: install it, or activate its "
                                  "environment.")  # fmt: skip
         config, held_out = start(args)
         run_all(losses, args, config, held_out)
@@ -787,7 +787,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     figure.savefig(args.out / "study.png", dpi=150, bbox_inches="tight")
     names = ("study.png", "results.csv", "differences.csv")
     print("\nwrote " + ", ".join(str(args.out / name) for name in names))
-    print("It shows where each loss turns training, not which loss gives the better model.")
+    print("It shows how each loss directs training, not which loss gives the better model.")
     return 0
 
 

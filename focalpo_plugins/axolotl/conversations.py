@@ -16,8 +16,8 @@ from .sources import TEMPLATE, Source, listed
 _OF_SIDES = "Axolotl trains the rejected answer after the chosen side's turns"
 _OF_CUT = (
     "Axolotl looks for the answer's text in the rendering, and misses it if the template trims "
-    "white space or rewrites reasoning, or if the template itself has the same words. Remove white "
-    "space at the ends of the answers, or use another template"
+    "white space, rewrites reasoning, or contains the same words itself. Remove white space at the "
+    "ends of the answers, or use another template"
 )
 # The types that read conversations; the others write a user's own format, or none.
 _OF_CHAT = ("chat_template.", "chatml.", "llama3.")
@@ -26,17 +26,17 @@ _OF_CHAT = ("chat_template.", "chatml.", "llama3.")
 def text_faults(
     cfg: Any, tokenizer: Any, evaluation: bool = False, marker: str | None = None
 ) -> list[Fault]:
-    """What Axolotl would train of the rows otherwise than the chat template renders it.
+    """The faults of rows that Axolotl would train differently from the chat template.
 
     Args:
         cfg: a validated config.
-        evaluation: whether to look at ``test_datasets``, in place of ``datasets``.
+        evaluation: whether to check ``test_datasets`` instead of ``datasets``.
         marker: as in :func:`~focalpo_plugins.guards.texts.find`.
     """
     # Axolotl takes the names of columns, for test_datasets too, from the entries of datasets.
     of_columns = list(listed(cfg, "datasets"))
     found = listed(cfg, "test_datasets") if evaluation else of_columns
-    # One that has no such entry stops Axolotl.
+    # Axolotl stops at one that has no such entry.
     both = zip(found, enumerate(of_columns), strict=False)
     return texts.find(
         (row for source, columns in both for row in _rendered(source, *columns, tokenizer)),

@@ -1,4 +1,4 @@
-"""Why Axolotl could not read a config's data, and what of it may come from a hub."""
+"""Why Axolotl could not read a config's data, and which names may be on a hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an Axolotl YAML will train on, read by Axolotl itself.
+"""What an Axolotl YAML will train on, as Axolotl itself reads it.
 
 Config, data and trainer come from the calls that ``axolotl train`` makes.  Only the model is
 replaced, by a tiny stand-in: what the trainer does to the data doesn't depend on the model.
@@ -27,9 +27,9 @@ from .conversations import text_faults
 from .data import explain, remote_names
 from .sources import listed
 
-# Assumed if there is no GPU to ask: an A100's capabilities, the least that train in bf16.
+# Assumed without a GPU: an A100's capabilities, the lowest ones that train in bf16.
 _ASSUMED = {"bf16": True, "fp8": False, "tf32": True, "compute_capability": "sm_80"}
-# Keys that change how a run computes, not what: off, as any machine must build the stand-in.
+# Keys that change how a run computes, not what: off, so that any machine can build the stand-in.
 _OFF_FOR_STAND_IN: dict[str, Any] = {
     "adapter": None,
     "bf16": False,
@@ -82,15 +82,15 @@ def plan(config: Path, gpus: int, scratch: Path, shape: Path | None = None) -> P
 
 
 def _check(cfg: Any) -> None:
-    """Refuse what a run would refuse later, or what there is nothing to say about."""
+    """Refuse what a run would refuse later, and losses that can't be checked."""
     from .refusals import check_adapter
 
     if cfg.get(RL_AS_WRITTEN) is not None:
         check_adapter(cfg)
     elif cfg.rl not in ("dpo", "ipo"):
         raise InvalidValue(
-            f"rl must be focalpo, or another loss of preference pairs, got {_rl(cfg)!r}: there is "
-            "nothing here that could be checked. Set rl: focalpo."
+            f"rl must be focalpo or another loss of preference pairs, got {_rl(cfg)!r}: `focalpo "
+            "check` can't check it. Set rl: focalpo."
         )
 
 
@@ -106,9 +106,9 @@ def _without_data(cfg: Any, gpus: int, notes: list[str]) -> Plan:
     warnings = []
     if cfg.dpo_use_liger_kernel:
         warnings.append(
-            "dpo_use_liger_kernel: the loss runs on this package's fused path, with the values of "
-            "the plain one; Axolotl also swaps in Liger's Triton layers, which can't be tried on "
-            "a CPU. focalpo_fused only asks for the fused path."
+            "dpo_use_liger_kernel: the loss runs on the fused path of focalpo_plugins, with the "
+            "values of the plain one; Axolotl also swaps in Liger's Triton layers, which can't be "
+            "tried on a CPU. focalpo_fused switches on only the fused path."
         )
     split = (cfg.tensor_parallel_size or 1) * (cfg.context_parallel_size or 1)
     beta = cfg.rl_beta or (cfg.trl or {}).get("beta")
@@ -137,7 +137,7 @@ def _without_data(cfg: Any, gpus: int, notes: list[str]) -> Plan:
 
 
 def _with_data(bare: Plan, cfg: Any) -> Plan:
-    """The plan with what Axolotl's trainer makes of the data."""
+    """The plan with the data as Axolotl's trainer prepares it."""
     from axolotl.common.datasets import load_preference_datasets
     from axolotl.loaders import load_tokenizer
 
@@ -150,8 +150,8 @@ def _with_data(bare: Plan, cfg: Any) -> Plan:
     rows = _rows(cfg, tokenizer, data)
     if len(data.train_dataset) == 0:
         raise InvalidValue(
-            f"datasets must hold a pair that fits into sequence_len, got {rows} pairs, and "
-            f"none fits into {cfg.sequence_len}. Raise sequence_len."
+            f"datasets must hold a pair that fits into sequence_len, got {rows} pairs, none of "
+            f"which fits into {cfg.sequence_len}. Raise sequence_len."
         )
     trainer = _trainer(cfg, data, tokenizer)
     found = [*text_faults(cfg, tokenizer), *text_faults(cfg, tokenizer, evaluation=True)]
@@ -196,7 +196,7 @@ def _load_cfg(config: Path, gpus: int, scratch: Path, shape: Path | None) -> tup
         _check_listed(config, off)
     notes = []
     if not torch.cuda.is_available():
-        notes.append(f"there is no GPU here: the config is checked as for {gpus} x A100")
+        notes.append(f"no GPU here: the config is checked as for {gpus} x A100")
         env = {"torch_version": str(torch.__version__).split("+", maxsplit=1)[0]}
         cli_config.gpu_capabilities = lambda: ({**_ASSUMED, "n_gpu": gpus}, env)
         config_module.is_torch_bf16_gpu_available = lambda: True  # for `bf16: auto`
@@ -217,7 +217,7 @@ def _check_listed(config: Path, off: str) -> None:
     listed = written.get("plugins") or []
     if not any("FocalPOPlugin" in str(name) for name in listed):
         raise InvalidValue(
-            f"plugins must list {PLUGIN} where {off}=0 turns the autoload off, got {listed!r}. "
+            f"plugins must list {PLUGIN} if {off}=0 turns the autoload off, got {listed!r}. "
             f"Add the lines `plugins:` and `  - {PLUGIN}`, or unset {off}."
         )
 
@@ -276,7 +276,7 @@ def _state(cfg: Any) -> ModelState:
         zero_stage=zero_stage,
         # With adapters there is no second model: TRL switches them off to get the reference.
         reference=not cfg.adapter and not cfg.precompute_ref_log_probs and cfg.rl != "orpo",
-        # Axolotl loads a reference for SimPO as well, and releases it.
+        # Axolotl also loads a reference for SimPO, and releases it.
         reference_freed=cfg.rl == "simpo",
         offloaded=offloaded,
         logits_at_once=LOGITS_AT_ONCE if fused else None,

@@ -1,4 +1,4 @@
-"""Our keys as options of Axolotl's commands: ``axolotl train run.yml --focalpo-gamma 0.1``.
+"""This package's keys as options of Axolotl's commands: ``axolotl train --focalpo-gamma 0.1``.
 
 Axolotl turns only its own keys into options.  Its parser hands unknown options to the launcher, and
 drops them if the launcher is ``python``.
@@ -55,16 +55,15 @@ def check_arrived(cfg: Any) -> None:
         for word in context.args:
             if _key(word).startswith(("focalpo", f"{cfg.get('rl')}_")):
                 raise InvalidValue(
-                    f"{word} is no option that Axolotl's command knows, got it beside a config: it "
-                    f"would be dropped. Write {_key(word)} in the YAML; options of ours need the "
-                    "autoload."
+                    f"unknown option {word!r}: Axolotl's command would drop it. Write {_key(word)} "
+                    "in the YAML; options of focalpo_plugins need its autoload."
                 )
     if cfg.get("strict") and cfg.get("trainer_cls") not in TRAINERS:
         for word in sys.argv[1:]:
             if word.startswith("--") and _key(word) in _keys() and cfg.get(_key(word)) is None:
                 raise InvalidValue(
-                    f"{word} would be dropped under strict: true, which takes from the command "
-                    f"line what the YAML has. Write {_key(word)} in the YAML, or remove strict."
+                    f"{word} would be dropped under strict: true, which takes only the YAML's keys "
+                    f"from the command line. Write {_key(word)} in the YAML, or remove strict."
                 )
 
 
@@ -79,7 +78,7 @@ def _check_config(given: Mapping[str, Any]) -> None:
     Raises:
         click.ClickException: the config can't be trained; the message names the key.
     """
-    # Another machine reads the first; of the second, each run has a config of its own.
+    # Another machine reads the first; with the second, each run has its own config.
     if given.get("cloud") or given.get("sweep"):
         return
     try:
@@ -137,7 +136,7 @@ def _key(word: str) -> str:
 
 
 def _with_ours(command: click.Command, args: list[str]) -> list[str]:
-    """Add our options to the command if ``args`` may hold any; return ``args`` as it spells them.
+    """Add our options to the command if ``args`` may hold any; return ``args`` in their spelling.
 
     Raises:
         click.UsageError: one of our options is misspelt, or is at a place where it is dropped.
@@ -170,7 +169,7 @@ def _with_ours(command: click.Command, args: list[str]) -> list[str]:
             word = flag + equals + value
         elif flag in flags:
             raise click.UsageError(
-                f"{name} must stand before the word --, got it after: the launcher takes the rest."
+                f"{name} must come before --, got it after: what follows goes to the launcher."
             )
         elif word in unknown and (
             _key(word).startswith("focalpo")
@@ -178,7 +177,7 @@ def _with_ours(command: click.Command, args: list[str]) -> list[str]:
         ):
             from ..guards.messages import did_you_mean
 
-            raise click.UsageError(f"{name} is no option, got {word!r}{did_you_mean(flag, flags)}")
+            raise click.UsageError(f"unknown option {word!r}{did_you_mean(flag, flags)}")
         words.append(word)
     return words
 
@@ -199,6 +198,7 @@ def _add(command: click.Command) -> dict[str, Any]:
                     [f"{flag}/{off}" if kind is bool else flag, key],
                     default=None,
                     type=None if kind is bool else _KINDS.get(kind, _any),
+                    metavar=None if kind is bool or kind in _KINDS else "VALUE",
                     help=f"{description or 'Option of a loss'}. Key of focalpo_plugins.",
                 )
             )

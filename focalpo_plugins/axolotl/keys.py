@@ -1,4 +1,4 @@
-"""What a config says of our loss: the loss with its options, its margin, and the fused path."""
+"""What a config asks for: the loss with its options, its margin, and the fused path."""
 
 from __future__ import annotations
 

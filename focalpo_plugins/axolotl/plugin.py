@@ -1,4 +1,4 @@
-"""The Axolotl plugin: what Axolotl calls in a run with one of our losses."""
+"""The Axolotl plugin: what Axolotl calls in a run with a loss of this package."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ class FocalPOPlugin(BasePlugin):
             trainer = plugin.get_trainer_cls(cfg)
             if trainer is not None:
                 raise InvalidValue(
-                    f"plugins holds {name}, whose trainer {trainer.__name__} would run instead of "
+                    f"plugins lists {name}, whose trainer {trainer.__name__} would run instead of "
                     f"the one that trains rl: {cfg[RL_AS_WRITTEN]}. Remove one of the two."
                 )
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Make sure that the trainer is ours and has the loss that this config asks for.
+        """Make sure that Axolotl built our trainer, with the loss that the config asks for.
 
         Raises:
             RuntimeError: Axolotl built another trainer, or a trainer with another loss.
@@ -77,13 +77,14 @@ class FocalPOPlugin(BasePlugin):
         module, _, needed = MARGINS[margin(cfg)][1].rpartition(".")
         if not isinstance(trainer, getattr(import_module(module), needed)):
             raise RunError(
-                f"Axolotl built {type(trainer).__name__} where rl: {loss.name} needs {needed}: it "
+                f"Axolotl built {type(trainer).__name__}, but rl: {loss.name} needs {needed}: it "
                 "would have trained another loss. Remove what replaces the trainer (trainer_cls, "
                 "another plugin)."
             )
         if trainer.pairwise_loss != loss:
             raise RunError(
-                f"Axolotl built a trainer of {trainer.pairwise_loss} where {loss} was asked for."
+                f"Axolotl built a trainer for {trainer.pairwise_loss}, but the config asks for "
+                f"{loss}."
             )
         dropped = ignored(cfg)
         if dropped is not None and trainer.accelerator.is_main_process:

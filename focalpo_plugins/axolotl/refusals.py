@@ -1,4 +1,4 @@
-"""What a config is refused for, before Axolotl validates it.
+"""Checks that refuse a config before Axolotl validates it.
 
 Nothing here imports TRL or more of Axolotl than its schema: ``axolotl train`` checks the config
 before it starts the launcher.
@@ -38,7 +38,7 @@ _OF_HOST = tuple(rl.value for rl in RLType)
 
 
 def check(cfg: Any) -> None:
-    """Refuse what a config asks for and can't be trained with, or what would be dropped.
+    """Refuse keys that can't be trained with, or that would be dropped.
 
     Args:
         cfg: a config as the user wrote it, whatever it trains.
@@ -51,8 +51,8 @@ def check(cfg: Any) -> None:
     _check_keys(cfg, name)
     if trainer is not None and (trainer in TRAINERS or name in losses()):
         raise InvalidValue(
-            f"trainer_cls must be unset, got {trainer!r} under rl: {name}: a loss of ours "
-            "brings its trainer. Remove trainer_cls and set rl: focalpo."
+            f"trainer_cls must be unset, got {trainer!r} under rl: {name}: losses of "
+            "focalpo_plugins bring their own trainer. Remove trainer_cls and set rl: focalpo."
         )
     if name is not None and name in losses():
         loss = get_loss(name)
@@ -83,9 +83,9 @@ def _check_names(loss: PairwiseLoss) -> None:
         taken.insert(0, f"rl: {loss.name}")
     if taken:
         raise InvalidValue(
-            f"rl must be a loss that takes no name of Axolotl's own, got {loss.name!r}: the "
-            f"package {loss.package} brings {', '.join(taken)}, which Axolotl has itself. The "
-            "package has to rename it."
+            f"rl must be a loss whose names Axolotl doesn't use, got {loss.name!r}: the package "
+            f"{loss.package} brings {', '.join(taken)}, which Axolotl already has. The package has "
+            "to rename it."
         )
 
 
@@ -109,7 +109,7 @@ def _check_keys(cfg: Any, rl: Any) -> None:
             )
         if key not in of_loss and f"{word}_".startswith(("focalpo_", f"{of_any}_")):
             near = did_you_mean(word, of_loss)
-            raise InvalidValue(f"{key} is no key of focalpo_plugins, got {cfg[key]!r}{near}")
+            raise InvalidValue(f"unknown key {key}, got {cfg[key]!r}{near}")
         if key in of_loss and cfg[key] is not None and of_loss[key] != rl:
             raise InvalidValue(
                 f"{key} belongs to rl: {of_loss[key]}, got {cfg[key]!r} under rl: {rl}. Set "
@@ -147,15 +147,15 @@ def _check_margin(cfg: Any) -> None:
     if chosen == "simpo" and not isinstance(as_number(cfg.get("simpo_gamma")), float):
         raise InvalidValue(
             f"simpo_gamma must be a number with {MARGIN}: simpo, got {cfg.get('simpo_gamma')!r}: "
-            "the target margin, 0.3 (Llama-3) and 0.8 (Mistral) times rl_beta in its authors' "
-            "recipes. Set it."
+            "it is the target margin. Set it; SimPO's authors use 0.3 (Llama-3) and 0.8 (Mistral) "
+            "times rl_beta."
         )
     _check_orpo_alpha(cfg)
     of_dpo = [key for key in cfg if str(key).startswith("dpo_") or key in _OF_REFERENCE]
     why = dict.fromkeys(
-        of_dpo, "it is of DPO's trainer and its reference, which that margin doesn't have"
+        of_dpo, "it belongs to DPO's trainer and reference, which that margin doesn't use"
     )
-    why[FUSED] = "its path computes DPO's log-probabilities alone"
+    why[FUSED] = "the fused path computes only DPO's log-probabilities"
     for key, reason in why.items():
         if cfg.get(key):
             raise conflict(key, f"{MARGIN}: {chosen}", cfg[key], reason, f"Remove {key}")
@@ -169,13 +169,13 @@ def _check_orpo_alpha(cfg: Any) -> None:
         check_beta(as_number(weight))
     except ValueError:
         raise InvalidValue(
-            f"orpo_alpha must be a finite number above 0, got {weight!r}: ORPO's lambda, 0.1 "
-            "in its authors' recipe."
+            f"orpo_alpha must be a finite number above 0, got {weight!r}: it is ORPO's lambda, and "
+            "its authors use 0.1."
         ) from None
     if cfg.get("rl_beta") is not None or (cfg.get("trl") or {}).get("beta") is not None:
         raise InvalidValue(
-            f"orpo_alpha must be given alone, got {weight!r} beside rl_beta or trl.beta: both "
-            "are ORPO's lambda, and Axolotl would take the other. Remove one of the two."
+            f"orpo_alpha can't be combined with rl_beta or trl.beta, got {weight!r}: both are "
+            "ORPO's lambda, and Axolotl would use the other. Remove one of the two."
         )
 
 
@@ -223,7 +223,7 @@ _CONFLICTS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
 }
 _WHY_CONFLICT = {
     FUSED: "the fused path does not compute it",
-    SHARED: "it has to know how each layer's tokens see each other",
+    SHARED: "it has to know which tokens each layer's attention sees",
 }
 
 
@@ -234,7 +234,7 @@ def _check_switches(cfg: Any) -> None:
     if cfg.get("dpo_use_liger_kernel") and find_spec("liger_kernel") is None:
         raise InvalidValue(
             "dpo_use_liger_kernel needs the package liger-kernel, which is not installed. Install "
-            f"it, or set {FUSED} in its place, which needs nothing."
+            f"it, or set {FUSED} instead, which needs no package."
         )
     for switch, asked in ((FUSED, fused_key(cfg)), (SHARED, SHARED if cfg.get(SHARED) else None)):
         for key, conflicts in _CONFLICTS[switch].items():
@@ -265,12 +265,12 @@ def _check_balanced(cfg: Any) -> None:
 
 
 def _check_sampling(cfg: Any) -> None:
-    """Refuse an order of the pairs that a ``transformers.Trainer`` knows, and Axolotl doesn't."""
+    """Refuse an order of the pairs that transformers supports, but Axolotl doesn't."""
     key = "train_sampling_strategy"
     if key not in AxolotlInputConfig.model_fields and cfg.get(key) not in (None, "random"):
         raise InvalidValue(
-            f"{key} must be unset, got {cfg[key]!r}: it is no key of Axolotl's, which drops it and "
-            f"draws the pairs in random order. Remove it; {BALANCED} deals them by length."
+            f"{key} must be unset, got {cfg[key]!r}: Axolotl doesn't have this key, and would draw "
+            f"the pairs in random order. Remove it; {BALANCED} deals them by length."
         )
 
 
@@ -278,9 +278,9 @@ def _check_ranks(cfg: Any) -> None:
     for key in ("context_parallel_size", "sequence_parallel_degree"):
         if cfg.get(key) not in (None, 0, 1):
             raise InvalidValue(
-                f"{key} must be 1 under rl: {cfg['rl']}, got {cfg[key]!r}: Axolotl gives each rank "
-                "a part of a sequence and its logits, and a margin is of whole sequences. Remove "
-                f"it; {FUSED} and ZeRO-3 save memory too."
+                f"{key} must be 1 under rl: {cfg['rl']}, got {cfg[key]!r}: Axolotl would give each "
+                "rank only a part of each sequence, but a margin needs whole sequences. Remove it; "
+                f"{FUSED} and ZeRO-3 also save memory."
             )
 
 
@@ -296,7 +296,7 @@ def _check_files(cfg: Any) -> None:
 def check_adapter(cfg: Any) -> None:
     """Refuse an adapter to continue from, which Axolotl doesn't load for DPO's trainer.
 
-    Not a part of the validation: ``axolotl merge-lora`` gets the adapter by the same key.
+    This isn't part of the validation: ``axolotl merge-lora`` gets the adapter by the same key.
     """
     folder = cfg.get("lora_model_dir")
     if folder and margin(cfg) == "dpo" and not cfg.get("merge_lora"):
@@ -332,7 +332,7 @@ _OF_SFT = (
 
 
 def ignored(cfg: Any) -> str | None:
-    """What to know of keys that Axolotl accepts and doesn't use for preference pairs."""
+    """A warning about keys that Axolotl accepts, but doesn't use for preference pairs."""
     given = [key for key in _OF_SFT if cfg.get(key)]
     if not given:
         return None

@@ -57,7 +57,7 @@ def rewritten(cfg: Any) -> Any:
 
 
 def _check_trl(cfg: Any) -> None:
-    """Refuse a TRL that computes its loss elsewhere, and types of its loss that ours can't be."""
+    """Refuse a TRL that computes its loss elsewhere, and loss types that ours can't replace."""
     from ..trl import check_host, check_loss_types
 
     if margin(cfg) == "dpo":

@@ -59,7 +59,7 @@ class Source(sources.Source):
         needed = self._needed(rows)
         if not needed:
             return Advice(
-                "set type: chat_template.argilla, once they are made whole conversations", False
+                "make them whole conversations, and set type: chat_template.argilla", False
             )
         taken = all(
             value in (self.entry.get(key), self.cfg.get(key)) for key, value in needed.items()

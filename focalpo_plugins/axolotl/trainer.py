@@ -57,8 +57,9 @@ class OfConfig:
         loss = None if cfg is None else requested_loss(cfg)
         if loss is None:
             raise RunError(
-                f"{type(self).__name__} must be built by Axolotl for a config that asks for a loss "
-                f"of ours, got {'none' if cfg is None else 'another'}. Load one with rl: focalpo."
+                f"{type(self).__name__} must be built by Axolotl for a config with a loss of "
+                f"focalpo_plugins, got {'no' if cfg is None else 'another'} config. Load one with "
+                "rl: focalpo."
             )
         # In the order of Axolotl's own choice.
         betas = {"trl.beta": (cfg.get("trl") or {}).get("beta"), "rl_beta": cfg.get("rl_beta")}
@@ -66,7 +67,14 @@ class OfConfig:
         beta = next((key for key, value in betas.items() if value is not None), "rl_beta")
         keys = {**TRL.keys, "max_length": "sequence_len", **self._keys, "beta": beta}
         packages = ("axolotl", *TRL.packages)
-        self._host = replace(TRL, name="Axolotl", packages=packages, keys=keys)
+        self._host = replace(
+            TRL,
+            name="Axolotl",
+            packages=packages,
+            allow_changed=f"{ALLOW_CHANGED}: true",
+            allow_data=f"{ALLOW_DATA}: true",
+            keys=keys,
+        )
         self._read(cfg, kwargs)
         self._shared_key = SHARED if cfg.get(SHARED) else None
         self._balanced_key = BALANCED if cfg.get(BALANCED) else None
@@ -83,7 +91,7 @@ class OfConfig:
         """
 
     def _faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> list[Fault]:
-        """The faults of the config's rows, as Axolotl has rendered them."""
+        """The faults of the config's rows as Axolotl has rendered them."""
         host: Any = super()
         return [
             *host._faults(dataset, tokenizer, evaluation),
@@ -97,12 +105,12 @@ class OfConfig:
 
 
 class _SetAside(TrainerCallback):
-    """Sets all objects aside when training begins, for collections of garbage to pass over."""
+    """Hides all objects from the garbage collector when training begins."""
 
     done = False
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        if gc.get_freeze_count():  # the user's own: unfreezing ours later would end theirs
+        if gc.get_freeze_count():  # the user has frozen some: unfreezing later would free them too
             return
         gc.collect()
         gc.freeze()
@@ -132,7 +140,7 @@ class AxolotlPairwiseTrainer(OfConfig, PairwiseLossMixin, _OneBosTrainer):
         """Axolotl's training, which before 0.21 collects garbage after every micro-batch.
 
         Each collection looks at all objects of the process, and Axolotl's imports make hundreds of
-        thousands.  What is there before the first step is set aside until training ends.
+        thousands.  The objects that exist before the first step are hidden until training ends.
         """
         set_aside = _SetAside()
         self.add_callback(set_aside)

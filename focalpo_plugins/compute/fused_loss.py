@@ -111,7 +111,7 @@ class _Part:
         self.states = hidden[self.places].to(dtype)
 
     def by_sequence(self, values: Tensor) -> Tensor:
-        """Sums of ``values`` ``(N,)`` over each sequence ``(2B,)``, added always in one order."""
+        """Sums of ``values`` ``(N,)`` over each sequence ``(2B,)``, always in the same order."""
         return self.back(values).sum(1)
 
     def back(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:

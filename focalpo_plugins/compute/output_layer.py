@@ -1,4 +1,4 @@
-"""A language model's output layer, and checks that this layer alone makes the logits."""
+"""A language model's output layer, and checks that the logits come from only this layer."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def head_of(model: Any, key: str) -> Head:
         backbone is not model
         and isinstance(weight, Tensor)
         and weight.is_floating_point()
-        # Outside of the model's forward, FSDP and tensor parallelism have only pieces of it.
+        # Outside the model's forward, FSDP and tensor parallelism hold only parts of it.
         and type(weight) in (Tensor, nn.Parameter)
     )
     if not plain:
         raise InvalidValue(
-            f"{key} needs a model that is a backbone and one linear output layer, got "
+            f"{key} needs a model made of a backbone and one linear output layer, got "
             f"{type(model).__name__} with {type(layer).__name__}. Set {key} to false."
         )
     return Head(model, backbone, layer)
@@ -121,7 +121,7 @@ def check_logits(
     largest = expected.abs().nan_to_num(0, 0).max().item()
     if not off <= _TOLERANCE * largest:
         raise InvalidValue(
-            f"{key} can't be used with {type(head.model).__name__}, got logits that differ by "
-            f"{off:.3g} from those of its output layer: the model changes them afterwards. Set "
+            f"{key} can't be used with {type(head.model).__name__}: its logits differ by {off:.3g} "
+            "from those of its output layer, so the model changes them afterwards. Set "
             f"{key} to false."
         )

@@ -6,9 +6,9 @@ longest sequence.  Here a batch of ``B`` pairs becomes one row of tokens
     start_1  chosen_1  rejected_1  start_2  chosen_2  rejected_2  ...
 
 ``start`` is the longest common start of a pair's two sequences, after they were cut and collated.
-All layers but attention compute each token by itself.  Attention gets a :class:`Layout`: a chosen
-token sees the start and the chosen tokens before it, and a rejected token sees the start and the
-rejected tokens before it.  The positions of both answers continue from the start.
+All layers except attention compute each token by itself.  Attention gets a :class:`Layout`: a
+chosen token sees the start and the chosen tokens before it, and a rejected token sees the start and
+the rejected tokens before it.  The positions of both answers continue from the start.
 
 Nothing here depends on a model: :mod:`focalpo_plugins.sharing` puts it into one.
 """
@@ -168,7 +168,7 @@ def layout_of_batch(ids: Tensor, mask: Tensor) -> Layout:
     table = torch.stack([common, *lengths.chunk(2), *in_front.all(1).chunk(2)], 1).tolist()
     if not all(row[3] and row[4] for row in table):
         raise InvalidValue(
-            "shared prompts need batches that are padded behind each sequence, got another mask. "
+            "shared prompts need batches with the padding after each sequence, got another mask. "
             "Use the host's own collator, or switch shared prompts off."
         )
     starts, of_chosen, of_rejected = ([row[i] for row in table] for i in range(3))
@@ -177,7 +177,7 @@ def layout_of_batch(ids: Tensor, mask: Tensor) -> Layout:
 
 
 def layout_of_packed(ids: Tensor, lengths: Sequence[int]) -> Layout:
-    """The layout of a batch that is packed already.
+    """The layout of a packed batch.
 
     Args:
         ids: token ids ``(1, T)``, one sequence behind the other, the chosen ones first.
@@ -305,8 +305,8 @@ def kernel_for(device: torch.device) -> tuple[str, Kernel | None]:
 
 
 def _flash_attn_works() -> bool:
-    """False also where flash-attn is installed without its kernels, for another torch, or as a
-    release with other functions, as version 4 is."""
+    """False if flash-attn's kernels are missing or built for another torch, or if the release has
+    other functions, as version 4 does."""
     try:
         interface = importlib.import_module("flash_attn.flash_attn_interface")
     except (ImportError, OSError):

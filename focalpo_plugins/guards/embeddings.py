@@ -18,8 +18,8 @@ def check(
 ) -> None:
     """Refuse data with a token for which a model has no embedding.
 
-    If a model has fewer embeddings than the tokenizer has tokens, and the data have none of the
-    others, there is a warning.
+    If a model has fewer embeddings than the tokenizer has tokens, but enough for the data, this
+    only warns.
 
     Args:
         embeddings: number of embeddings by the name of the model, ``policy`` or ``reference``; None
@@ -41,10 +41,11 @@ def check(
                 f"the {name} must have an embedding for each token of the data, got {rows} "
                 f"embeddings and the token id {largest}: the tokenizer has {tokens} tokens. Call "
                 f"resize_token_embeddings({tokens}) on policy and reference before training, or "
-                "take the tokenizer that was saved with the model."
+                "use the tokenizer that was saved with the model."
             )
     if say:
         named = ", ".join(f"the {name} has {rows} embeddings" for name, rows in few.items())
         messages.say(
-            f"warning: {named}, and the tokenizer {tokens} tokens; no pair checked has the others."
+            f"warning: {named}, but the tokenizer has {tokens} tokens. No checked pair has a token "
+            "without an embedding."
         )

@@ -1,4 +1,4 @@
-"""Faults of data that a run is refused for, or warned of."""
+"""Faults of data: most of them stop a run if most rows have them, others only cause a warning."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ class Fault(NamedTuple):
     """A fault that some rows have.
 
     Attributes:
-        problem: what is wrong with data of such rows.
         words: how many rows have it, what it is, and what to do.
         first: the first row that has it.
         refused: whether a run is refused for it.
     """
 
-    problem: str
     words: str
     first: str
     refused: bool
@@ -34,7 +32,7 @@ class Policy:
     """What a run does about faults of its data.
 
     Attributes:
-        allow: what the user sets to train on data that is refused, for the message.
+        allow: what the user sets to train anyway, for the message.
         allowed: whether the user has set it; then there are only warnings.
         say: whether this process writes the warnings.
     """
@@ -44,7 +42,7 @@ class Policy:
     say: bool
 
     def check(self, faults: Iterable[Fault]) -> None:
-        """Refuse data for a fault that most rows have, and warn of the others.
+        """Refuse data for a fault of most rows, and warn about the others.
 
         Raises:
             ValueError: more than half of the training data's rows have the same fault.
@@ -52,8 +50,8 @@ class Policy:
         for fault in faults:
             if fault.refused and not self.allowed:
                 raise InvalidValue(
-                    f"the training data {fault.problem}, got {fault.words}. Give {self.allow} to "
-                    f"train on them anyway. The first is {fault.first}"
+                    f"training data refused: {fault.words}. To train anyway, set {self.allow}. The "
+                    f"first is {fault.first}"
                 )
             if self.say:
                 say(f"warning: {fault}")
@@ -61,16 +59,14 @@ class Policy:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Faults that are looked for together.
+    """The faults that one check can find.
 
     Attributes:
-        problem: what is wrong with data of which most rows have one.
         unit: what the rows are, in the plural.
         why: for each fault, what it is, and what to do; with places for words in braces.
-        harmless: those that a run is never refused for.
+        harmless: the faults for which no run is refused.
     """
 
-    problem: str
     unit: str
     why: Mapping[str, str]
     harmless: Sequence[str]
@@ -88,7 +84,6 @@ class Catalogue:
         unit = self.unit + " of the evaluation data" * evaluation
         return [
             Fault(
-                self.problem,
                 f"{len(places)} of {rows} {unit} have {self.why[name].format_map(words)}",
                 places[0],
                 refused=2 * len(places) > rows and not evaluation and name not in self.harmless,

@@ -1,4 +1,4 @@
-"""Checks of folders, and files that are written whole or not at all."""
+"""Checks of folders, and files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
         OSError: it can't be written.
     """
     if isinstance(content, str):
-        # A path may hold bytes that are no text, which Python reads as lone surrogates.
+        # A path may hold bytes that aren't text, which Python reads as lone surrogates.
         content = content.encode(errors="backslashreplace")
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -35,7 +35,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def check_folder(path: Path, name: str) -> None:
     """Create a folder if it doesn't exist, and check that a file can be written there.
 
-    So a run fails now, and not when there is something to save.
+    A run then fails now, and not when it saves.
 
     Args:
         name: name of the key or flag for the folder.
@@ -49,6 +49,6 @@ def check_folder(path: Path, name: str) -> None:
             pass
     except OSError as error:
         raise InvalidValue(
-            f"{name} must be a folder that can be written to, got {str(path)!r}: "
-            f"{error.strerror}. Name another, or change its permissions."
+            f"{name} must be a writable folder, got {str(path)!r}: {error.strerror}. Choose "
+            "another, or change its permissions."
         ) from None

@@ -1,4 +1,4 @@
-"""What a run takes from a model hub, and what to do if that fails."""
+"""What to do if reading from a model hub, or from a broken file, fails."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ _DATA = (*SUFFIXES, ".parquet", ".csv", ".arrow", ".txt")
 
 
 def explain(error: BaseException, names: Mapping[str, str]) -> str | None:
-    """What to do about an error while reading from a hub, or from a file that is broken or isn't
-    there; None for other errors, and if everything that is named is there.
+    """What to do about an error in reading from a hub, from a broken file, or from a missing one.
+
+    None for other errors, and if everything that is named is there.
 
     Args:
         names: the models and data that the run names, by the user's key or flag.
@@ -43,10 +44,10 @@ def explain(error: BaseException, names: Mapping[str, str]) -> str | None:
     listed = ", ".join(f"{key} {name!r}{_near(name)}" for key, name in missing.items())
     gated = any("meta-llama/" in name for name in missing.values())
     return (
-        f"Not found on this machine, and so looked for on the Hugging Face hub: {listed}. Config, "
+        f"Not found on this machine, so looked up on the Hugging Face hub: {listed}. Config, "
         "tokenizer and data come from there. Check the names and the connection; log in with `hf "
-        f"auth login`{' once access to Llama 3, which is gated, was granted' * gated}; or name "
-        "local folders. `focalpo check --model-config` estimates the memory without them."
+        f"auth login`{' once you have access to Llama 3, which is gated' * gated}; or name local "
+        "folders. `focalpo check --model-config` estimates the memory without them."
     )
 
 

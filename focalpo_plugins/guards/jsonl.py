@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import InvalidValue
-from .messages import one_line
+from .messages import meant, one_line
 
 #: The suffixes of the files whose content is checked.
 SUFFIXES = (".json", ".jsonl")
@@ -29,8 +29,8 @@ def check_file(path: Path, name: str, columns: Sequence[str] = ()) -> None:
     """Refuse a local JSON file that is empty, that hosts can't read, or that lacks a column.
 
     The hosts' own errors name neither file nor line.  Hosts read either objects, each on one line
-    or over several lines, or one array of objects.  A file of any other kind is only refused if its
-    path is a pattern, by which hosts would read other files.
+    or over several lines, or one array of objects.  Any other file is only refused if its path
+    is a pattern by which hosts would read other files.
 
     Args:
         name: name of the key or flag for the file.
@@ -46,14 +46,13 @@ def check_file(path: Path, name: str, columns: Sequence[str] = ()) -> None:
     try:
         wrong = _wrong(path, columns)
     except UnicodeDecodeError as error:
-        raise InvalidValue(
-            f"{name} must be in UTF-8, {got} ({error}). Write it again in UTF-8."
-        ) from None
+        raise InvalidValue(f"{name} must be in UTF-8, {got} ({error}). Save it as UTF-8.") from None
     if wrong == "":
-        raise InvalidValue(f"{name} must hold a pair, {got}, which is empty.")
+        raise InvalidValue(f"{name} must hold a pair, {got}: the file is empty.")
     if wrong is not None:
+        end = "" if wrong.endswith("?") else "."
         raise InvalidValue(
-            f"{name} must be JSON lines, {got}, of which {wrong}. Fix that line, or remove it."
+            f"{name} must be JSON lines, {got}: {wrong}{end} Fix that line, or remove it."
         )
 
 
@@ -64,7 +63,7 @@ def _wrong(path: Path, columns: Sequence[str]) -> str | None:
         for place, row in _entries(path):
             missing = next((column for column in columns if column not in row), None)
             if missing is not None:
-                has = ", ".join(row) or "nothing"
+                has = (", ".join(row) or "nothing") + meant(missing, row)
                 return f"{place} can't be used: it has no {missing!r}, got {has}"
     except json.JSONDecodeError as error:
         # The hosts' reader accepts a little more.
@@ -79,7 +78,7 @@ def _wrong(path: Path, columns: Sequence[str]) -> str | None:
 
 
 def _check_path(path: Path, name: str) -> None:
-    """Refuse the path of a file or folder that hosts take for a pattern of other paths.
+    """Refuse the path of a file or folder that hosts would read as a pattern of other paths.
 
     The path is a part of the pattern, and so is the current folder before a relative one.
     """
@@ -91,8 +90,8 @@ def _check_path(path: Path, name: str) -> None:
     if read != [str(whole)] and not any((whole / name).exists() for name in saved):
         found = ", ".join(read[:_NAMED]) + ", ..." * (len(read) > _NAMED) or "nothing"
         raise InvalidValue(
-            f"{name} must have a path without [ * ?, got {str(path)!r}: hosts take {str(whole)!r} "
-            f"for a pattern, which matches {found}. Rename the file or its folder."
+            f"{name} must have a path without [ * ?, got {str(path)!r}: hosts read {str(whole)!r} "
+            f"as a pattern, which matches {found}. Rename the file or its folder."
         )
 
 

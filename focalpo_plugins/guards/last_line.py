@@ -66,7 +66,7 @@ def install(explain: Callable[[BaseException], str | None]) -> None:
 
 
 def repeat(reason: str) -> bool:
-    """Make the launcher print the reason when it ends, and return whether there is one that can.
+    """Make the launcher print the reason when it ends, and return whether a launcher can.
 
     If several ranks fail, the first reason is kept.
     """
@@ -75,7 +75,7 @@ def repeat(reason: str) -> bool:
         return False
     try:
         path = os.path.join(gettempdir(), given[0])
-        # A path may hold bytes that are no text, which Python reads as lone surrogates.
+        # A path may hold bytes that aren't text, which Python reads as lone surrogates.
         with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(" ".join(reason.split()))
     except FileExistsError:
@@ -88,7 +88,7 @@ def repeat(reason: str) -> bool:
 def _show(process: int) -> None:
     if os.getpid() != process:  # a fork of the launcher
         return
-    with suppress(Exception):  # at its end, a process has nobody who would catch it
+    with suppress(Exception):  # nobody catches an error at the end of a process
         path = os.path.join(gettempdir(), os.environ[VARIABLE])
         with open(path, encoding="utf-8", errors="replace") as file:
             reason = file.read()

@@ -22,7 +22,7 @@ def say(what: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's message in one line, with the error's type unless it is ours or a ValueError."""
+    """The message in one line, with the type unless it is a FocalPOError or a ValueError."""
     errors = getattr(error, "errors", None)
     if callable(errors):  # pydantic's list of errors
         found = [
@@ -37,7 +37,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def explained(explain: Callable[[Exception], str | None]) -> Iterator[None]:
-    """Add to a host's error raised inside what ``explain`` returns for it, if it returns anything.
+    """Add the result of ``explain`` to an error of the host raised inside, unless it is None.
 
     Raises:
         ValueError: the host's message and the explanation.
@@ -75,8 +75,13 @@ def named(prefix: str, options: Iterable[str] = (), true: str = "=True") -> Iter
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A sentence's end: ``; did you mean 'gamma'?``, or ``; known: a, b.`` if nothing is near."""
     known = list(known)
-    near = difflib.get_close_matches(word.lower(), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}."
+    return meant(word, known) or f"; known: {', '.join(known) or 'none'}."
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """``; did you mean 'gamma'?``, or nothing if nothing is near."""
+    near = difflib.get_close_matches(word.lower(), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def modules_of(error: BaseException) -> Iterator[tuple[str, str]]:

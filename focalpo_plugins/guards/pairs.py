@@ -1,4 +1,4 @@
-"""Finds pairs that can't be learnt from in a host's tokenized data, before it trains."""
+"""Finds useless pairs in a host's tokenized data, before it trains."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ FIRST = 64
 _SHOWN = 40  # tokens
 
 _WHY = {
-    "identical": "a chosen answer equal to the rejected one{cut}: the margin stays 0. {fix}, "
-    "or look at which columns are read as chosen and rejected",
-    "empty": "an empty answer. Remove them, or look at which columns are read as the answers",
-    "shared": "one answer that is the start of the other: without a column prompt their common "
-    "start is the prompt, and the pair only teaches where to stop. Give a column prompt if that "
-    "is not meant",
+    "identical": "identical answers{cut}, so their margin stays 0. {fix}, or check which columns "
+    "are read as chosen and rejected",
+    "empty": "an empty answer. Remove them, or check which columns are read as the answers",
+    "shared": "one answer that is the start of the other: without a column prompt, their common "
+    "start is the prompt, and the pair only teaches where to stop. Add a column prompt if you "
+    "don't want that",
     "cut": "a prompt that leaves no token of the answer within {key}={limit}. Raise {key}, or "
     "remove them",
-    "strayed": "a BOS, or another turn, inside an answer: the host took more than the answer, as "
-    "Axolotl's chat templates do for an empty answer or one that is a word of the template. "
-    "Remove them",
-    "doubled": "two BOS at their start: chat template and tokenizer both write one. Take it out of "
-    "the template or of the text",
+    "strayed": "a BOS or another turn inside an answer: the host read more than the answer, as "
+    "Axolotl's chat templates do if an answer is empty or a word of the template. Remove them",
+    "doubled": "two BOS at their start: the chat template and the tokenizer each add one. Remove "
+    "it from the template or from the text",
 }
-_CATALOGUE = Catalogue("can't be learnt from", "pairs", _WHY, harmless=("shared",))
+_CATALOGUE = Catalogue("pairs", _WHY, harmless=("shared",))
 
 #: Row in the data, and token ids of prompt, chosen and rejected answer.
 Pair = tuple[int, Sequence[int], Sequence[int], Sequence[int]]
@@ -42,15 +41,14 @@ Pair = tuple[int, Sequence[int], Sequence[int], Sequence[int]]
 
 @dataclass(frozen=True)
 class Cutting:
-    """How a host cuts sequences, and takes prompt and answers apart.
+    """How a host cuts sequences, and separates prompt and answers.
 
     Attributes:
         key: the host's key or flag for the length that sequences are cut to.
         limit: that length in tokens; None if nothing is cut.
         keep_end: whether the start is cut off, and not the end.
         shared: whether the host takes the common start of two texts as their prompt.  One answer
-            can then become empty.  Such a pair causes a warning but is never refused: it teaches
-            where to stop.
+            can then become empty.  Such a pair only causes a warning: it teaches where to stop.
         marker: a text that the host renders beside an answer, and never as a part of it.
     """
 
@@ -107,7 +105,7 @@ def cut(
 def sampled(dataset: Any) -> Iterator[tuple[int, Any]]:
     """Number and content of each row that is checked, spread evenly over the data.
 
-    Of a stream, these are the first ones.
+    For a stream, these are the first ones.
     """
     if not hasattr(dataset, "__len__"):
         yield from enumerate(islice(dataset, FIRST))
@@ -122,9 +120,9 @@ def find(
     """The faults of tokenized pairs.
 
     Args:
-        tokenizer: knows BOS and EOS, and decodes the first bad pair for the message: a row number
+        tokenizer: gives BOS and EOS, and decodes the first bad pair for the message: a row number
             isn't enough, as hosts shuffle and drop rows.
-        evaluation: whether this is evaluation data, of which nothing is refused.
+        evaluation: whether this is evaluation data, for which no run is refused.
 
     Raises:
         ValueError: there is no pair to train on.
@@ -145,12 +143,12 @@ def find(
     key, limit = cutting.key, cutting.limit
     if not checked and not evaluation:
         raise InvalidValue(
-            "the training data must hold a pair, got none: the file is empty, or every pair was "
-            f"dropped as longer than {key}={limit}. Look at the file, or raise {key}."
+            "training data refused: it has no pair. The file is empty, or every pair was dropped "
+            f"as longer than {key}={limit}. Check the file, or raise {key}."
         )
     once_cut, fix = "", "Remove them"
     if alike_once_cut:
-        once_cut = f", {alike_once_cut} of them once cut to {key}={limit}"
+        once_cut = f" ({alike_once_cut} of them only once cut to {key}={limit})"
         fix = f"Raise {key}, remove them"
     return _CATALOGUE.faults(
         found, checked, evaluation, key=key, limit=limit, cut=once_cut, fix=fix

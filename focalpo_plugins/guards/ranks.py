@@ -1,4 +1,4 @@
-"""What a run needs of a host's ranks, and checks that end all of them together."""
+"""The interface of a host's ranks, and checks that end all ranks together."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Ranks(Protocol):
 def together(ranks: Ranks, check: Callable[[], Any]) -> None:
     """Run ``check`` on every rank, and raise on all ranks if it raises on one.
 
-    If one rank ended alone, the others would wait for it.
+    If only one rank ended, the others would wait for it.
 
     Args:
         check: may raise any error.

@@ -16,7 +16,7 @@ RECORD_FILE = "focalpo_plugins.json"
 
 
 def of_trainer_state(state: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record in a checkpoint's trainer_state.json; None if none of our losses trained it.
+    """The record in a checkpoint's trainer_state.json; None without a loss of this package.
 
     Raises:
         LookupError, AttributeError: ``state`` is not what transformers writes.
@@ -49,12 +49,11 @@ def check_unchanged(
     Raises:
         ValueError: they differ; half a run would be trained with one loss and half with another.
     """
-    rest = f"give the values it was trained with, start without resuming, or give {allow}."
     if recorded is None:
         raise InvalidValue(
-            f"the checkpoint {checkpoint} does not say that it was trained with a loss of "
-            f"focalpo_plugins, got loss={asked['loss']!r} to go on with. Resume it with the loss "
-            f"that began it, start without resuming, or give {allow}."
+            f"the checkpoint {checkpoint} has no record of a loss of focalpo_plugins, got "
+            f"loss={asked['loss']!r} for resuming. Resume it with the loss that it was trained "
+            f"with, start without resuming, or set {allow}."
         )
     unknown = {key for key in of_host if key not in recorded}
     changed = [
@@ -64,8 +63,9 @@ def check_unchanged(
     ]
     if changed:
         raise InvalidValue(
-            f"{'; '.join(changed)}: resuming would change the loss of the checkpoint {checkpoint}; "
-            f"{rest}"
+            f"{'; '.join(changed)}: resuming would change the loss of the checkpoint {checkpoint}. "
+            "Set the values that it was trained with, start without resuming, or set "
+            f"{allow}."
         )
 
 
@@ -83,8 +83,8 @@ def warn_of_unknown(
     if unknown:
         say(
             f"warning: the checkpoint {checkpoint} was saved by an earlier release of "
-            f"focalpo_plugins, which did not record {', '.join(unknown)}. Make sure that they are "
-            "what it was trained with."
+            f"focalpo_plugins, which did not record {', '.join(unknown)}. Make sure that they have "
+            "the values it was trained with."
         )
 
 
@@ -101,8 +101,8 @@ def warn_of_another_length(before: int | None, now: int, moving: str) -> None:
     if before not in (None, now):
         say(
             f"warning: {moving} changes over the run, and the checkpoint's run had {before} steps, "
-            f"got {now} for this one: the value jumps at the first resumed step. Give the number "
-            "of steps that the checkpoint's run had to continue it as it was."
+            f"but this one has {now}: the value jumps at the first resumed step. To continue as "
+            f"before, set {before} steps."
         )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from .messages import meant
+
 #: The formats that the hosts can read, by the names that docs/data.md gives them.
 CONVERSATIONS = "whole conversations"
 PROMPT_BESIDE = "a prompt beside whole conversations"
@@ -72,7 +74,7 @@ def describe(
 
 
 def empty_cell(dataset: Any, columns: Iterable[str], name: str, path: str = "") -> str | None:
-    """The first row of a data set of ``datasets`` that has nothing in one of the columns, in words.
+    """The first row of a data set of ``datasets`` with an empty cell in the columns, in words.
 
     Hosts stop at such a row with an obscure error, or train on the word None.
 
@@ -104,13 +106,13 @@ def _format(
     """The format, or why there is none."""
     missing = [name for name in (chosen, rejected) if row.get(name) is None]
     if missing:
-        return None, f"it has no {' and no '.join(map(repr, missing))}"
+        return None, f"it has no {' and no '.join(map(repr, missing))}{meant(missing[0], row)}"
     answers = _kind(row[chosen]), _kind(row[rejected])
     asked = None if prompt is None else _kind(row[prompt])
     if "other messages" in (*answers, asked):
         return None, "its messages have other keys than role and content: rename them"
     if answers[0] != answers[1]:
-        return None, f"{chosen} and {rejected} are not alike"
+        return None, f"{chosen} and {rejected} have different formats"
     answer = answers[0]
     if answer == "conversation":
         return (CONVERSATIONS if asked is None else PROMPT_BESIDE), None
@@ -119,7 +121,7 @@ def _format(
     if answer not in ("answer", "message"):
         return None, f"{chosen} and {rejected} are neither text nor messages"
     if asked is None:
-        return None, "its answers stand without a prompt: put it into a column prompt"
+        return None, "its answers have no prompt: put it into a column prompt"
     return (MESSAGES if answer == "answer" else ONE_MESSAGE), None
 
 

@@ -1,4 +1,4 @@
-"""The data sets that a run reads: what their rows look like, and why the host can't read them."""
+"""The data sets that a run reads: the format of their rows, and why the host can't read them."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ class Source(ABC):
             return None
         start = f"{self.key} {self.path!r}: its first row has {rows.words}, and {self.in_use()}"
         if rows.problem is not None:
-            return f"{start}: {rows.problem}."
+            return f"{start}: {rows.problem}{'' if rows.problem.endswith('?') else '.'}"
         words, taken = self.advice(rows)
         if not taken:
             return f"{start}: these are {rows.format}: {words}."
         if rows.odd is None:
             return None
-        return self.empty_cell() or f"{start}, which is right; {rows.odd}. Fix or remove that row."
+        return self.empty_cell() or f"{start}, which fits, but {rows.odd}. Fix or remove that row."
 
     def empty_cell(self) -> str | None:
         """The first row without a prompt or an answer, in words; None if none is found."""
@@ -118,6 +118,6 @@ def remote_names(models: Mapping[str, str], sources: Iterable[Source]) -> dict[s
     """The names of models and data that may come from a hub, by the user's key or flag."""
     names = dict(models)
     for source in sources:
-        if not source.file.exists():  # of a list, what isn't here
+        if not source.file.exists():
             names[source.key] = ", ".join(filter(None, (names.get(source.key), source.path)))
     return names

@@ -1,4 +1,4 @@
-"""Compares what a host trains of a row, as text, with what the chat template renders of it."""
+"""Compares the text of a row that a host trains with the chat template's rendering of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .faults import Catalogue, Fault
 _END = 16  # characters at the end of an answer, which every template keeps
 _BEFORE, _AFTER = 24, 60  # characters that a message shows around the first difference
 
-# A thought without a word, as templates write it for an answer without reasoning.
+# An empty thought, as templates write it for an answer without reasoning.
 _NO_THOUGHT = re.compile(
     r"<(\w+)>\s*</\1>|\[(\w+)\]\s*\[/\2\]|<\|(\w+)>\w*\s*<\3\|>", re.IGNORECASE
 )
@@ -22,18 +22,17 @@ _WHY = {
     "sides": "sides whose earlier turns differ: {of_sides}. Give both sides the same turns before "
     "the last one",
     "cut": "an answer that isn't trained as the chat template renders it: {of_cut}",
-    "twice": "an answer that begins what the end of the prompt has begun, such as a second "
-    "<think>: the chat template's generation prompt writes it too. Take it out of the answers, or "
-    "use another template",
+    "twice": "an answer that repeats the end of the prompt, such as a second <think>: the chat "
+    "template's generation prompt already writes it. Remove it from the answers, or use another "
+    "template",
     "lacks": "a prompt and an answer that together differ from what the chat template renders, "
     "such as a thought that isn't closed: {host} doesn't train what the template writes between "
-    "the two. Use another template if that isn't meant",
+    "the two. Use another template if you don't want that",
     "turns": "sides that differ before their last turn: all turns from the first difference on are "
-    "trained as the answer, the user's too. Give both sides the same turns before the last one if "
-    "that isn't meant",
+    "trained as the answer, including the user's. Give both sides the same turns before the last "
+    "one if you don't want that",
 }
 _CATALOGUE = Catalogue(
-    "can't be trained as written",
     "rows",
     _WHY,
     harmless=("lacks", "turns"),  # the answers are trained in full
@@ -78,9 +77,9 @@ class Row(NamedTuple):
 def difference(side: Side) -> str | None:
     """How prompt and answer differ from the template's rendering: ``cut``, ``twice`` or ``lacks``.
 
-    None if they don't, or only by white space or by a thought without a word.  Such a thought
-    stands before an answer in some templates' renderings only, or only in their generation prompts:
-    a model of such a template answers with it and without it.
+    None if they don't, or only by white space or by an empty thought.  Some templates write an
+    empty thought only in their renderings or only in their generation prompts: models of such a
+    template answer with it and without it.
     """
     said, answer = side.said.strip(), side.answer.rstrip()
     if side.rendered is None:
@@ -112,7 +111,7 @@ def find(
     marker: str | None = None,
     evaluation: bool = False,
 ) -> list[Fault]:
-    """What the host would train of the rows otherwise than the chat template renders it.
+    """The faults of rows that the host would train differently from the chat template.
 
     Args:
         host: the host's name.
@@ -120,7 +119,7 @@ def find(
         of_cut: why the host cuts an answer wrongly, and what to do.
         marker: a text that the host renders beside an answer.  An answer that holds it is left to
             the check of the tokens, which says more about it.
-        evaluation: whether this is evaluation data, of which nothing is refused.
+        evaluation: whether this is evaluation data, for which no run is refused.
     """
     found: dict[str, list[str]] = defaultdict(list)
     checked = 0
@@ -152,10 +151,10 @@ def _shown(side: Side) -> str:
     """The trained text and the template's, from shortly before they differ."""
     trained, whole = (side.prompt + side.answer).rstrip(), (side.rendered or "").rstrip()
     if side.rendered is None:
-        return f": trained is {side.answer[:_AFTER]!r}, and not {side.said[:_AFTER]!r}"
+        return f": {side.answer[:_AFTER]!r} is trained instead of {side.said[:_AFTER]!r}"
     if trained == whole:
         return ""
     differ = len(commonprefix([trained, whole]))
     start = max(0, differ - _BEFORE)
     one, other = (repr(text[start : differ + _AFTER]) for text in (trained, whole))
-    return f": {one} is trained where the template renders {other}"
+    return f": {one} is trained, but the template renders {other}"

@@ -27,7 +27,6 @@ _TAGS = {
     "system_tag": "system",
 }
 _CATALOGUE = Catalogue(
-    "can't be learnt from",
     "pairs",
     {
         "cut": "a prompt whose end is cut off to fit {key}={limit}: LLaMA-Factory keeps the "

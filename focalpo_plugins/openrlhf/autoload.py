@@ -1,4 +1,4 @@
-"""Makes ``--loss`` a flag of OpenRLHF's command; called once, before OpenRLHF is imported.
+"""Adds the flag ``--loss`` to OpenRLHF's command; called once, before OpenRLHF is imported.
 
 OpenRLHF has no plug-in mechanism, and it builds its parser under ``if __name__ == "__main__"``,
 where no other code can reach it.  So argparse's methods are wrapped until that parser parses.

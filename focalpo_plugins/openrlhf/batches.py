@@ -18,7 +18,7 @@ from ..guards.messages import say
 from ..guards.ranks import Ranks, together
 from ..sharing import rope_depends_on_batch
 
-_LONG = 5.0  # seconds, from which the time is said that lengths took
+_LONG = 5.0  # seconds; reading lengths that takes longer is reported
 _SHOWN_AFTER = 2.0  # seconds until the progress bar
 
 
@@ -92,7 +92,7 @@ class BalancedDistributedSampler(DistributedSampler):
 
 
 def check_model(model: Any, max_len: int, key: str, flag: str) -> None:
-    """Refuse a model with which a pair's loss depends on the other pairs of its batch.
+    """Refuse a model that makes a pair's loss depend on the other pairs of its batch.
 
     Args:
         model: a model without wrappers; adapters' models may be around it.
@@ -114,13 +114,13 @@ def check_model(model: Any, max_len: int, key: str, flag: str) -> None:
 
 
 def check_loader(loader: Any, key: str) -> None:
-    """Refuse a data loader of which it isn't known how it makes batches.
+    """Refuse a data loader whose batches can't be predicted.
 
     Args:
         key: the flag that asked for balanced batches, for the message.
 
     Raises:
-        ValueError: it has not OpenRLHF's sampler, or other batches than that sampler's.
+        ValueError: its sampler isn't OpenRLHF's, or its batches aren't that sampler's.
     """
     sampler, batches = (getattr(loader, name, None) for name in ("sampler", "batch_sampler"))
     if type(sampler) is not DistributedSampler:

@@ -1,4 +1,4 @@
-"""What we write into OpenRLHF's checkpoints and logs, and read when a run is resumed."""
+"""What this package writes into OpenRLHF's checkpoints and logs, and reads when a run resumes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..guards.resume import RECORD_FILE
 from .names import installed_flag, nested_args
 from .ranks import on_rank_0
 
-# The key of a record whose value tells of the run, and is not compared.
+# The key of a record for values of the run, which are not compared.
 _RUN = "run"
 
 
 class Saved(NamedTuple):
-    """What a checkpoint says of its training.
+    """A checkpoint's information about its training.
 
     Attributes:
         checkpoint: its folder.
-        record: what was trained; None if none of our losses was.
+        record: what was trained; None without a loss of this package.
         steps: the number of optimizer steps of the whole run, if it is known.
         losses: the losses of the run's first step and its last.
         log: the name of TensorBoard's folder.
@@ -42,7 +42,7 @@ def with_run(record: Mapping[str, Any], **run: Any) -> dict[str, Any]:
 
 
 def read(folder: Path) -> Saved | None:
-    """What the last checkpoint in ``folder`` says; None if there is none.
+    """The information in the last checkpoint in ``folder``; None if there is none.
 
     Raises:
         ValueError: its record can't be read.
@@ -59,13 +59,13 @@ def read(folder: Path) -> Saved | None:
         return Saved(str(checkpoint), record, **record.pop(_RUN, {}))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InvalidValue(
-            f"{path} must say what the checkpoint was trained with, and can't be read ({error}). "
-            "Resume an earlier checkpoint, which the file latest beside it names."
+            f"{path} records what the checkpoint was trained with, and can't be read ({error}). "
+            f"Resume an earlier checkpoint: write its name into {latest}."
         ) from None
 
 
 def check_folders(args: Any, saves: bool) -> None:
-    """Refuse folders to which the trained model or a checkpoint could not be written.
+    """Refuse folders in which the trained model or a checkpoint could not be saved.
 
     OpenRLHF writes to its output folder only after the last step.
 
@@ -94,7 +94,7 @@ def save_with_record(
 ) -> Any:
     """Write our record into the checkpoint's folder, then call DeepSpeed's ``save_checkpoint``.
 
-    DeepSpeed names a checkpoint in ``latest`` when it is whole, so a whole checkpoint has a record.
+    DeepSpeed names a checkpoint in ``latest`` once it is complete, so it always has a record.
     """
 
     def write() -> None:
@@ -104,9 +104,9 @@ def save_with_record(
             write_whole(path, json.dumps(record()))
         except OSError as error:
             raise InvalidValue(
-                "the folder of checkpoints must have room and be one that can be written to, got "
-                f"{folder!r}: {error}. Make room, or name another; the last checkpoint that is "
-                "whole can be resumed."
+                f"the checkpoint folder must be writable and have free space, got {folder!r}: "
+                f"{error}. Free some space, or name another folder; the last complete checkpoint "
+                "can be resumed."
             ) from None
 
     on_rank_0(strategy, write)
@@ -121,5 +121,5 @@ def link_logs(log: Path, before: str, after: int) -> None:
         before: the name of that of the run that is resumed.
         after: the number of steps that it had done.
     """
-    with suppress(OSError):  # a run is worth more than a part of a picture
+    with suppress(OSError):  # not worth stopping the run
         write_whole(log / RECORD_FILE, json.dumps({"resumed": {"after": after, "log": before}}))

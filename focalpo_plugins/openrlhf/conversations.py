@@ -12,12 +12,12 @@ from .names import nested_args
 
 
 def text_faults(found: Iterable[Source], tokenizer: Any, evaluation: bool = False) -> list[Fault]:
-    """What OpenRLHF would train of the rows otherwise than the chat template renders it.
+    """The faults of rows that OpenRLHF would train differently from the chat template.
 
     Args:
         found: the sources that the command line names.
         tokenizer: the one whose template OpenRLHF applies.
-        evaluation: whether to look at the evaluation data, in place of the training data.
+        evaluation: whether to check the evaluation data instead of the training data.
     """
     return texts.find(
         (

@@ -1,4 +1,4 @@
-"""The CPU mode: replaces what OpenRLHF needs of CUDA on a machine without CUDA.
+"""The CPU mode: replaces OpenRLHF's calls to CUDA on a machine without CUDA.
 
 OpenRLHF is written for CUDA, but only a handful of calls keep its DPO command from running on a
 CPU.  With these replaced, users can try a command line, a data set and a chat template before they
@@ -41,8 +41,8 @@ def stand_in() -> None:
     torch.cuda.synchronize = lambda device=None: None
     if os.environ.get("RANK", "0") == "0":
         warnings.warn(
-            "focalpo_plugins: CPU mode. No CUDA was found, so OpenRLHF runs on the CPU: meant for "
-            "trying a command out on a small model.",
+            "focalpo_plugins: CPU mode. No CUDA was found, so OpenRLHF runs on the CPU. This is "
+            "meant for trying a command on a small model.",
             stacklevel=2,
         )
 

@@ -54,7 +54,7 @@ class Source(sources.Source):
 
     @property
     def file(self) -> Path:
-        """The path without what OpenRLHF takes for a folder inside a data set, after ``@``."""
+        """The path without what follows ``@``, which OpenRLHF takes for a folder in a data set."""
         return Path(self.path.partition("@")[0].strip())
 
     def load(self) -> Any:
@@ -92,7 +92,7 @@ class Source(sources.Source):
         return super().wrong()
 
     def no_split(self) -> str | None:
-        """Why there is no such split; OpenRLHF would take all splits for one data set."""
+        """Why there is no such split; OpenRLHF would use all splits as one data set."""
         if self.file.suffix in _FILES:
             splits, what = ["train"], "a file"
         elif (self.file / "dataset_dict.json").is_file():
@@ -112,7 +112,7 @@ class Source(sources.Source):
         )
 
     def _flags(self) -> list[str]:
-        """How ``--data.apply_chat_template`` and ``--data.prompt_key`` are installed_flag."""
+        """``--data.apply_chat_template`` and ``--data.prompt_key``, as OpenRLHF spells them."""
         names = ("data.apply_chat_template", "data.prompt_key")
         return [f"--{installed_flag(name, vars(self.args))}" for name in names]
 
@@ -164,7 +164,7 @@ def check_local(args: Any, columns: Sequence[str]) -> None:
 def check_cells(found: Sequence[Source]) -> None:
     """Refuse a row without a prompt or an answer.
 
-    OpenRLHF stops when it meets the row, maybe in the middle of training, or puts the word None
+    OpenRLHF stops when it reaches the row, maybe in the middle of training, or puts the word None
     into an input template.  Call it after OpenRLHF has read the data.
 
     Raises:

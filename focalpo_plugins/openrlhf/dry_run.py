@@ -1,4 +1,4 @@
-"""What an OpenRLHF command line will train on, read by OpenRLHF itself.
+"""What an OpenRLHF command line will train on, as OpenRLHF itself reads it.
 
 OpenRLHF's command runs until it first uses the parsed flags.  Then this module creates data set and
 tokenizer with the same calls as the rest of the command.
@@ -28,6 +28,7 @@ from ..guards.messages import explained
 from ..guards.sources import described
 from ..plan import ModelState, Pair, Plan, Tokens, Window
 from ..registry import get_loss
+from ..releases import install
 from . import COMMAND, cpu
 from .autoload import patch
 from .conversations import text_faults
@@ -65,7 +66,7 @@ def plan(argv: Sequence[str], gpus: int, shape: Path | None = None) -> Plan:
 
 
 def _explained(of_host: Any) -> AbstractContextManager[None]:
-    """Adds to OpenRLHF's error what it means, if that is known."""
+    """Explains OpenRLHF's error, if its cause is known."""
     return explained(
         lambda error: explain(of_host, error) or hub.explain(error, remote_names(of_host))
     )
@@ -86,7 +87,7 @@ def _without_data(of_host: Any, gpus: int, shape: Path | None) -> Plan:
         loss = get_loss(of_host.loss).bind(**options)
     notes = []
     if not torch.cuda.is_available():
-        notes.append("no GPU here: flags that need one were taken as on a machine that has them")
+        notes.append("no GPU here: flags that need one were accepted as if there were one")
     data_ranks = max(1, gpus // (args.ds.ring_attn_size * args.ds.tensor_parallel_size))
     of_step = args.train.micro_batch_size * data_ranks
     return Plan(
@@ -112,21 +113,21 @@ def _without_data(of_host: Any, gpus: int, shape: Path | None) -> Plan:
 
 
 def _warnings(args: Any, data_ranks: int) -> list[str]:
-    """What OpenRLHF does with flags otherwise than one may think."""
+    """Warnings about flags that OpenRLHF handles in an unexpected way."""
     micro_batch, warned = args.train.micro_batch_size, []
     if args.train.batch_size % (micro_batch * data_ranks):
         warned.append(
-            f"--train.batch_size {args.train.batch_size} is no multiple of micro-batch x ranks, "
+            f"--train.batch_size {args.train.batch_size} isn't a multiple of micro-batch x ranks, "
             f"{micro_batch} x {data_ranks}: OpenRLHF rounds the accumulation down, "
-            "and DeepSpeed refuses a batch size that is no such multiple."
+            "and DeepSpeed refuses such a batch size."
         )
     if args.ds.use_liger_kernel:
         warned.append(
-            "--ds.use_liger_kernel swaps in Liger's Triton layers, which a CPU can't try; the loss "
-            "is not Liger's."
+            "--ds.use_liger_kernel swaps in Liger's Triton layers, which can't be tried on a CPU; "
+            "the loss is not Liger's."
         )
     if args.model.ipo_enable:
-        warned.append("--model.ipo_enable: IPO is trained, a loss of its own.")
+        warned.append("--model.ipo_enable: IPO is trained, which is another loss.")
     return warned
 
 
@@ -135,7 +136,7 @@ def _asks_for_ours(of_host: Any) -> bool:
 
 
 def _with_data(bare: Plan, of_host: Any) -> Plan:
-    """The plan with what OpenRLHF makes of the data."""
+    """The plan with the data as OpenRLHF prepares it."""
     from openrlhf.utils import get_strategy, get_tokenizer
 
     args = nested_args(of_host)
@@ -207,7 +208,7 @@ def _windows(data: Any, geometry: Geometry, epochs: int, seed: int) -> Iterator[
         ]
         start = 0
         while start < len(micro_steps):
-            # A step goes on into the next epoch.
+            # A step continues in the next epoch.
             step, done = divmod(begun, geometry.accumulation)
             window = micro_steps[start : start + geometry.accumulation - done]
             yield Window(epoch + 1, step + 1, list(chain.from_iterable(window)))
@@ -295,7 +296,7 @@ def _flags(argv: Sequence[str]) -> Any:
     # The launcher and its flags may come before the command's own.
     starts = [i for i, word in enumerate(argv) if word in (COMMAND, _OURS)]
     sys.argv = [COMMAND, *argv[starts[-1] + 1 if starts else 0 :]]
-    # A flag that needs CUDA is no mistake here: the run is planned for a machine that has it.
+    # A flag that needs CUDA isn't a mistake here: the run is planned for a machine with CUDA.
     cpu.active = False
     ArgumentParser.error = refuse  # type: ignore[assignment, method-assign]
     utils.get_strategy = stop  # the first thing that the command's train() calls, with its flags
@@ -311,7 +312,7 @@ def _flags(argv: Sequence[str]) -> Any:
         sys.argv, cpu.active, ArgumentParser.error, utils.get_strategy = before  # type: ignore[method-assign]
     raise RunError(
         f"openrlhf {version('openrlhf')} starts its training in a way that focalpo_plugins "
-        f"{version('focalpo_plugins')} does not know. Use a release that the README lists."
+        f"{version('focalpo_plugins')} does not know. {install('openrlhf')}"
     )
 
 
@@ -322,8 +323,7 @@ def _pairs(of_host: Any, trained: Any, whole: Any, max_length: int) -> Iterator[
     if len(kept) != len(trained):
         raise RunError(
             f"openrlhf {version('openrlhf')} dropped {len(whole) - len(trained)} of {len(whole)} "
-            f"pairs where {len(whole) - len(kept)} were expected. Use a release that the README "
-            "lists."
+            f"pairs, but {len(whole) - len(kept)} were expected. {install('openrlhf')}"
         )
     for place, original in enumerate(kept):
         with _explained(of_host):  # OpenRLHF joins prompt and answer here

@@ -13,6 +13,7 @@ from ..guards import hub, last_line
 from ..guards.messages import did_you_mean, named
 from ..options import OF_ANY_LOSS
 from ..registry import BoundLoss, PairwiseLoss, get_loss, losses
+from ..releases import TESTED
 from . import cpu, data, refusals
 from .names import FLAT, versions
 
@@ -37,7 +38,7 @@ def parse(
     *more: Any,
     **kwargs: Any,
 ) -> Any:
-    """Parse with our flags in OpenRLHF's parser, and install our trainer if our loss is asked for.
+    """Parse with our flags in OpenRLHF's parser, and install our trainer if it is asked for.
 
     Any error in the command line ends the process as in argparse: usage, message, exit code 2.
 
@@ -114,8 +115,8 @@ def _add(parser: ArgumentParser, argv: Sequence[str], offered: Mapping[str, Pair
         if _written(offered) & {word.split("=")[0] for word in argv}:
             _refuse(
                 parser,
-                f"{versions()}: OpenRLHF has --loss itself, which focalpo_plugins would add. Use "
-                "an openrlhf release that the README lists, or set FOCALPO_AUTOLOAD=0.",
+                f"{versions()}: OpenRLHF already has --loss, which focalpo_plugins would add. "
+                f"Install openrlhf {TESTED['openrlhf']}, or set FOCALPO_AUTOLOAD=0.",
             )
         return False
     group = parser.add_argument_group(
@@ -146,7 +147,7 @@ def _add(parser: ArgumentParser, argv: Sequence[str], offered: Mapping[str, Pair
 
 
 def _written(offered: Mapping[str, PairwiseLoss]) -> set[str]:
-    """Our flags as they are written."""
+    """Our flags, with their dashes."""
     return {"--loss", *(f"--{flag}" for flag in _flags(offered))}
 
 
@@ -208,8 +209,8 @@ def _check_spelling(
         if (abbreviates or of_loss) and not any(flag.startswith(name) for flag in of_host):
             _refuse(
                 parser,
-                f"{name} is no flag, got {word!r}{did_you_mean(name, ours)} The flags of "
-                "focalpo_plugins have to be written out.",
+                f"unknown flag {name}, got {word!r}{did_you_mean(name, ours)} The flags of "
+                "focalpo_plugins can't be abbreviated.",
             )
 
 

@@ -52,7 +52,7 @@ class PairwiseDPOLoss(nn.Module):
         check_label_smoothing(label_smoothing)
         if ipo:
             raise InvalidValue(
-                f"ipo must be false with the loss {loss!r}, got {ipo!r}: IPO is a loss of its own. "
+                f"ipo must be false with the loss {loss!r}, got {ipo!r}: IPO is another loss. "
                 "Choose one of the two."
             )
         self.beta = beta

@@ -87,7 +87,7 @@ def nested_args(args: Any) -> Any:
 
 
 def given_options(args: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was given under the name of ``args.loss``: options of the loss, and the trainer's flags.
+    """The flags under the name of ``args.loss``: options of the loss, and flags of the trainer.
 
     Args:
         args: OpenRLHF's arguments, with or without a namespace for each prefix.

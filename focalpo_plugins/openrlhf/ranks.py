@@ -64,7 +64,7 @@ def _ended_together(strategy: Any) -> Iterator[None]:
 
 
 def stop_all(strategy: Any, why: str) -> NoReturn:
-    """End this rank, as all other ranks do too; the first one prints why."""
+    """End this rank, as all other ranks do; the first one prints why."""
     if strategy.is_rank_0():
         say(why)
         last_line.repeat(why)

@@ -90,10 +90,10 @@ class _Source:
 
     def name(self, number: int) -> str:
         trained = self._data.cumulative_sizes[0]
-        data = f"pair {number} of the training data"
+        pair = f"pair {number} of the training data"
         if number >= trained:
-            data = f"pair {number - trained} of the evaluation data"
-        return f"{data}, without those that OpenRLHF dropped and counted from 0"
+            pair = f"pair {number - trained} of the evaluation data"
+        return f"{pair} that OpenRLHF kept, counted from 0"
 
     def text(self, number: int) -> str:
         text: str = self._trainer.tokenizer.decode(self.batch([number]).chosen_ids[0])

@@ -1,4 +1,4 @@
-"""What a command line with one of our losses is refused for, before OpenRLHF begins."""
+"""Checks that refuse a command line with a loss of this package, before OpenRLHF begins."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from ..errors import InvalidValue, conflict
 from ..guards.messages import named
 from ..loss import check_beta, check_label_smoothing
 from ..registry import BoundLoss, PairwiseLoss
+from ..releases import install
 from . import data
 from .names import installed_flag, versions
 
-_PARTS = "each rank has a part of a sequence or of its heads"
-_GRAPHS = "each batch would be a graph of its own"
+_PARTS = "each rank has only a part of a sequence or of its heads"
+_GRAPHS = "each batch would be compiled anew"
 # What shared prompts can't be combined with: a flag as OpenRLHF spells it, from 0.10.2 on or
 # before, the value that is fine, and why another one isn't.
 _CONFLICTS_OF_SHARED = (
@@ -25,7 +26,7 @@ _CONFLICTS_OF_SHARED = (
 
 
 def check(namespace: Namespace, loss: BoundLoss) -> None:
-    """Refuse what can't be trained with the loss; ``precompute_dir`` gets its default.
+    """Refuse flags that can't be combined with the loss; ``precompute_dir`` gets its default.
 
     Args:
         namespace: the parsed command line, by the flags' names.
@@ -54,15 +55,15 @@ def _check_host_flags(values: dict[str, Any], name: str) -> None:
         if flag not in values:
             raise InvalidValue(
                 f"{versions()}: OpenRLHF has no flag --{flag}, which goes into the loss {name}. "
-                "Use an openrlhf release that the README lists."
+                f"{install('openrlhf')}"
             )
     for option, check in (("beta", check_beta), ("label_smoothing", check_label_smoothing)):
         with named(f"--{flags[option].removesuffix(option)}"):
             check(values[flags[option]])
     if values[flags["ipo_enable"]]:
         raise InvalidValue(
-            f"--{flags['ipo_enable']} must be left out with --loss {name}, got both: IPO is a loss "
-            "of its own. Remove one of the two."
+            f"--{flags['ipo_enable']} must be left out with --loss {name}, got both: IPO is "
+            "another loss. Remove one of the two."
         )
 
 
@@ -73,8 +74,8 @@ def _check_precompute(values: dict[str, Any], loss: PairwiseLoss) -> None:
         values.setdefault(folder, values[installed_flag("ckpt.output_dir", values)])
     elif folder in values:
         raise InvalidValue(
-            f"--{folder} goes with --{ref}, got {values[folder]!r} alone. Give --{ref} as well, or "
-            f"remove --{folder}."
+            f"--{folder} needs --{ref}, got only {values[folder]!r}. Add --{ref}, or remove "
+            f"--{folder}."
         )
 
 

@@ -1,6 +1,6 @@
 """``python -m focalpo_plugins.openrlhf.train_dpo``: OpenRLHF's command with ``--loss``.
 
-It is needed only if the autoload is off.  It takes the same flags, and the same launchers run it.
+It is needed only if the autoload is off.  It takes the same flags and launchers.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import sys
 from importlib.util import find_spec
 
 from ..guards.messages import say
+from ..releases import install
 from . import COMMAND
 
 
 def main() -> None:
     """Run OpenRLHF's command in this process."""
     if find_spec("openrlhf") is None:
-        say("OpenRLHF is not installed here; the README tells how.")
+        say(f"OpenRLHF is not installed here. {install('openrlhf')}")
         sys.exit(1)
     from .autoload import patch
 

@@ -78,7 +78,7 @@ class PairwiseDPOTrainer(DPOTrainer):
     """``DPOTrainer`` with the loss that ``strategy.args.loss`` names, and its diagnostics.
 
     Raises:
-        RuntimeError: OpenRLHF constructed its own loss, or trains a step without calling ours.
+        RuntimeError: OpenRLHF constructed its own loss, or trained a step without calling this one.
     """
 
     strategy: Any
@@ -110,7 +110,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         # Counted here: once OpenRLHF resumes inside an epoch, the loader's length is what is left.
         self._steps = self.epochs * len(self.train_dataloader) // strategy.accumulated_gradient
         self._run = self._start(loss_fn.pairwise_loss)
-        # What is cheap comes first, and the reference, which can take an hour, last.  The start-up
+        # Cheap checks come first, and the reference, which can take an hour, last.  The start-up
         # line is printed once nothing can be refused any more.
         self._check_data()
         self._check_resumed()
@@ -133,7 +133,7 @@ class PairwiseDPOTrainer(DPOTrainer):
             allow_data=f"--{loss.name}.allow_data",
             keys=keys,
         )
-        # If no reference is named, OpenRLHF's flag names the policy.
+        # Without a reference, OpenRLHF uses the policy.
         same = of_host.ref.model_name_or_path in (None, of_host.model.model_name_or_path)
         return Run(
             loss,
@@ -151,7 +151,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         return Now(self._batches // of_step, self._steps, self.model.training, ends_step)
 
     def _check_data(self) -> None:
-        """Refuse data that can't be learnt from, or would be trained otherwise than written."""
+        """Refuse useless data, and data that would be trained differently than written."""
         is_first, limit = self.strategy.is_rank_0(), nested_args(self.args).data.max_len
         allowed = bool(self._flags.get("allow_data"))
         policy = Policy(self._run.host.allow_data, allowed, is_first)
@@ -184,7 +184,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         on_rank_0(self.strategy, check_texts)
 
     def _check_resumed(self) -> None:
-        """Refuse a checkpoint that another loss trained."""
+        """Refuse a checkpoint that was trained with another loss."""
         ckpt = nested_args(self.args).ckpt
         if not ckpt.load_enable or self._flags.get("allow_changed"):
             return
@@ -329,7 +329,7 @@ class PairwiseDPOTrainer(DPOTrainer):
         """Count the pairs of a batch, before its gradients are computed; return its loss.
 
         Training repeats no pair: OpenRLHF drops the pairs that don't fill a batch of every rank,
-        others in each epoch.
+        and different ones in each epoch.
         """
         loss = self._run.loss
         why = "" if self._reference is None else self._reference.unknown
@@ -363,7 +363,7 @@ class PairwiseDPOTrainer(DPOTrainer):
 
     def evaluate(self, eval_dataloader: Any, *args: Any, **kwargs: Any) -> None:
         # The sampler repeats pairs at the end, so that all ranks have the same number.  The first
-        # ones of this rank are no repeats: as many as it would have without repeated pairs.
+        # ones of this rank aren't repeats: as many as it would have without repeated pairs.
         sampler = eval_dataloader.sampler
         own = range(sampler.rank, len(eval_dataloader.dataset), sampler.num_replicas)
         self._evaluated = list(sampler)[: len(own)]
@@ -397,7 +397,7 @@ class _CountedLoss(PairwiseDPOLoss):
 class _ReducingDiagnostics:
     """OpenRLHF's strategy, with our diagnostics among the numbers that it reduces.
 
-    The trainer shows and logs the numbers that it has reduced over the ranks.
+    The trainer shows and logs the numbers that it reduces over the ranks.
     """
 
     def __init__(self, strategy: Any, join: Callable[[dict[str, float]], None]) -> None:
@@ -421,17 +421,15 @@ def _embeddings_of(actor: Any) -> int | None:
 
 
 def _check_shared(model: Any, key: str) -> None:
-    """Refuse models with which a row of shared prompts would be trained otherwise."""
+    """Refuse models that would train a row of shared prompts differently."""
     if hasattr(model, "get_base_model"):  # PEFT's
         model = model.get_base_model()
     kind, config = type(model).__name__, model.config
     if getattr(config.get_text_config(), "output_router_logits", None) is not None:
-        why = (
-            "OpenRLHF asks for its routers' loss, which would be of a row, not of the padded batch"
-        )
+        why = "OpenRLHF asks for its routers' loss, which would count the row, not the padded batch"
         raise conflict(key, "a mixture of experts", kind, why, f"Remove {key}")
     if hasattr(config, "vision_config"):
-        raise conflict(key, "a vision model", kind, "images are no tokens", f"Remove {key}")
+        raise conflict(key, "a vision model", kind, "images can't be shared", f"Remove {key}")
 
 
 @contextmanager

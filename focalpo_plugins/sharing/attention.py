@@ -25,8 +25,8 @@ KEYWORD = "focalpo_layout"
 _LAYERS = {"full_attention", "sliding_attention"}
 # transformers' implementations that our attention can replace.
 _OF_TRANSFORMERS = ("sdpa", "flash_attention_2", "flash_attention_3")
-# Each model has its own eager function, so ours gets this name.  transformers would take a name
-# with "flash" or "/" for a kernel of the hub.
+# Each model has its own eager function, so ours gets this name.  transformers would read a name
+# with "flash" or "/" as a kernel of the hub.
 _EAGER = "focalpo_eager"
 # Arguments of attention that don't change its result, or that the layout replaces.
 _NO_CHANGE = {"position_ids", "cache_position", "use_cache", "num_items_in_batch"}
@@ -35,12 +35,12 @@ _WIDEST_HEAD = 256
 
 
 def refusal(key: str, why: str) -> InvalidValue:
-    """The error of a model that can't share prompts: ``key``, ``why``, and what to do."""
+    """The error for a model that can't share prompts: ``key``, ``why``, and what to do."""
     return InvalidValue(f"{key} {why}. Set {key} to false.")
 
 
 def check_layers(config: Any, key: str, attention: str | None = None) -> None:
-    """Refuse a model by its config alone; the model need not be loaded.
+    """Refuse a model by its config; the model need not be loaded.
 
     Args:
         config: transformers' config of the model.
@@ -56,7 +56,7 @@ def check_layers(config: Any, key: str, attention: str | None = None) -> None:
         raise refusal(
             key,
             f"needs layers of full or sliding attention, got {', '.join(kinds)} in a model of type "
-            f"{text.model_type}: they mix tokens in another way",
+            f"{text.model_type}: these mix tokens in another way",
         )
     if attention is not None and attention not in ("eager", _EAGER, *_OF_TRANSFORMERS):
         raise InvalidValue(
@@ -76,7 +76,7 @@ def follow_layouts(model: Any, key: str) -> None:
     if not getattr(model, "_supports_attention_backend", False):
         raise refusal(
             key,
-            f"needs a model whose attention can be exchanged, got {type(model).__name__}, which "
+            f"needs a model whose attention can be replaced, got {type(model).__name__}, which "
             "computes its own",
         )
     if before in _OF_TRANSFORMERS:
@@ -112,7 +112,7 @@ def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _following(original: Callable[..., Any], key: str) -> Callable[..., Any]:
-    """Wrap ``original``, an attention function of transformers; with a layout, ours runs."""
+    """Wrap ``original``, an attention function of transformers; ours runs if there is a layout."""
 
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         layout = kwargs.pop(KEYWORD, None)
@@ -167,16 +167,16 @@ def _check(
     for name, given in others.items():
         if name not in _NO_CHANGE and given is not None and given is not False:
             shown = tuple(given.shape) if isinstance(given, Tensor) else given
-            what = f"attention that is given {name}, as that of {layer} is"
-            why = "the attention of a row of shared prompts does not know it"
+            what = f"the argument {name} of {layer}"
+            why = "the attention of a row of shared prompts doesn't support it"
             raise conflict(key, what, shown, why, f"Set {key} to false")
     if both_ways:
         raise refusal(key, f"needs causal attention, got is_causal=False in {layer}")
     if window is None and _has_window(module):
         raise refusal(
             key,
-            f"needs attention that is given its window, got none in {layer}, although the model's "
-            "config has one: it would come from the mask, which the row does without",
+            f"needs attention that gets its window as an argument, got none in {layer}, but the "
+            "config has one: a row of shared prompts has no mask that would hold it",
         )
 
 

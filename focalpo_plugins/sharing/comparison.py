@@ -58,9 +58,9 @@ def compare(
     if not furthest <= _ROUNDING[narrow]:
         raise refusal(
             key,
-            f"can't be used with {type(backbone).__name__}, got hidden states that differ by "
-            f"{furthest:.3g} of their size from those of its own attention, beyond {plain.dtype}'s "
-            "rounding",
+            f"can't be used with {type(backbone).__name__}: its hidden states differ by "
+            f"{furthest:.3g} of their size from those of its own attention, more than the rounding "
+            f"of {plain.dtype}",
         )
 
 
@@ -120,7 +120,7 @@ def _states_of_row(
         raise refusal(
             key,
             f"can't be used with {type(backbone).__name__}, which fails on a row of shared "
-            f"prompts, got {type(error).__name__}: {error}",
+            f"prompts ({type(error).__name__}: {error})",
         ) from error
     return states
 
@@ -143,14 +143,14 @@ def _refuse_noise(key: str, backbone: Any, ids: Tensor | None) -> None:
         raise refusal(
             key,
             "can't be combined with noise on the embeddings, such as NEFTune's, got a hook on "
-            f"{type(embeddings).__name__} that acts in training: it would read the row's shape in "
-            "place of the batch's. Remove it",
+            f"{type(embeddings).__name__} that acts in training: it would read the row's shape "
+            "instead of the batch's. Remove it",
         )
 
 
 @contextmanager
 def _without_traces(backbone: nn.Module) -> Iterator[None]:
-    """Inside, a forward pass has no gradient and no dropout, and leaves nothing behind."""
+    """Inside, a forward pass has no gradient and no dropout, and changes no state."""
     modes = {module: module.training for module in backbone.modules()}
     for module in modes:
         # Except bitsandbytes' 4-bit layers: on a CPU they repack their weights in eval mode, and

@@ -31,7 +31,7 @@ _LONGER_THAN_ANY = 2**62  # a length, for a batch that has none
 
 
 class _Hook:
-    """A hook that keeps nobody alive, and acts on one module.
+    """A hook that keeps no object alive, and acts on one module.
 
     A model's copy copies its hooks, but the copy belongs to no trainer.
     """
@@ -108,7 +108,7 @@ class SharedPrompts:
         if backbone is model:
             raise refusal(
                 self.key,
-                f"needs a model that is a backbone and an output layer, got {type(model).__name__}",
+                f"needs a model made of a backbone and an output layer, got {type(model).__name__}",
             )
         follow_layouts(model, self.key)
         if before is not None:
@@ -186,19 +186,19 @@ class SharedPrompts:
                 self.key,
                 f"needs {layers} calls of transformers' attention, one for each layer of "
                 f"{type(backbone).__name__}, got {layout.calls - self._calls}: the model's layers "
-                "attend in another way, or another attention was put in its place",
+                "attend in another way, or their attention was replaced",
             )
         if not isinstance(getattr(output, "last_hidden_state", None), Tensor):
             raise refusal(
                 self.key,
-                "needs a backbone that gives its last hidden states, got "
+                "needs a backbone that returns its last hidden states, got "
                 f"{type(output).__name__} of {type(backbone).__name__}",
             )
         output.last_hidden_state = layout.states_of_batch(output.last_hidden_state)
         return output
 
     def _refuse_other_inputs(self, ids: Tensor, args: tuple[Any, ...], kwargs: Any) -> None:
-        """Refuse inputs that the row has no place for, such as one value for each token."""
+        """Refuse inputs that a row can't have, such as one value for each token."""
         others = {f"argument {place}": value for place, value in enumerate(args) if place}
         others |= {name: value for name, value in kwargs.items() if name not in REPLACED}
         for name, value in others.items():
@@ -206,7 +206,7 @@ class SharedPrompts:
             wanted = name.startswith("output_") and value
             if by_token or wanted or name == "past_key_values" and value is not None:
                 shown = tuple(value.shape) if isinstance(value, Tensor) else value
-                what, why = f"a model that is given {name}", "a row of shared prompts has none"
+                what, why = f"the model's input {name}", "a row of shared prompts has none"
                 raise conflict(self.key, what, shown, why, f"Set {self.key} to false")
 
     def _layout_of(self, ids: Tensor, mask: Any) -> Layout:

@@ -17,7 +17,7 @@ _WHY = {
     "own side, so the two answers have different prompts. Give both sides the same turns before "
     "the last one if that isn't meant",
 }
-_CATALOGUE = Catalogue("can't be trained as written", "rows", _WHY, harmless=("sides",))
+_CATALOGUE = Catalogue("rows", _WHY, harmless=("sides",))
 
 
 def text_faults(found: EncodedPairs, template: Any, evaluation: bool = False) -> list[Fault]:

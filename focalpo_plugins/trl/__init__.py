@@ -1,7 +1,7 @@
 """TRL: ``FocalPOTrainer`` and ``FocalPOConfig`` in place of ``DPOTrainer`` and ``DPOConfig``.
 
-Each name loads on first use, so a host that brings another release of TRL can use what that release
-has the parts for.
+Each name loads on first use, so a host that pins another release of TRL can use the names for which
+that release has the parts.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def check_arguments(args: DPOConfig, key: str | None = None) -> str | None:
     if divergence != "reverse_kl":
         raise InvalidValue(
             f"f_divergence_type must be reverse_kl, got {divergence!r}: with another divergence "
-            "the log-sigmoid's argument is no difference of log-ratios. Remove it."
+            "the log-sigmoid's argument isn't a difference of log-ratios. Remove it."
         )
     if not hasattr(DPOTrainer, "_compute_loss_liger"):
         return None
@@ -61,13 +61,13 @@ def check_arguments(args: DPOConfig, key: str | None = None) -> str | None:
         return None
     if hasattr(DPOTrainer, "_truncate_inputs"):
         raise InvalidValue(
-            f"{key} needs trl 1.0 or a later one, got trl {version('trl')}: it cuts sequences in "
-            f"the step itself. Install a later one, or remove {key}."
+            f"{key} needs trl 1.0 or later, got trl {version('trl')}, which cuts sequences inside "
+            f"the step. Install a later release, or remove {key}."
         )
     if args.use_liger_kernel and find_spec("liger_kernel") is None:
         raise InvalidValue(
             "use_liger_kernel needs the package liger-kernel, which is not installed. Install it, "
-            "or set focalpo_fused in its place, which needs nothing."
+            "or set focalpo_fused instead, which needs no package."
         )
     _check_fused_arguments(args, types, key)
     return key
@@ -81,9 +81,9 @@ def check_parallelism(args: TrainingArguments) -> None:
         size = getattr(config, name, 1)
         if size not in (None, 1):
             raise InvalidValue(
-                f"parallelism_config.{name} must be 1, got {size!r}: each rank then has a part of "
-                "a sequence and its logits, and a margin is of whole sequences. Remove it; "
-                "focalpo_fused and ZeRO-3 save memory too."
+                f"parallelism_config.{name} must be 1, got {size!r}: each rank would have only a "
+                "part of each sequence, but a margin needs whole sequences. Remove it; "
+                "focalpo_fused and ZeRO-3 also save memory."
             )
 
 
@@ -101,10 +101,10 @@ def _check_fused_arguments(args: DPOConfig, types: Sequence[str], key: str) -> N
 
 
 def not_fused(key: str, name: str, value: Any, instead: str = "") -> InvalidValue:
-    """The error of ``key``, the fused path, beside ``name``.
+    """The error for ``key``, the fused path, combined with ``name``.
 
     Args:
-        instead: another solution, besides setting ``key`` to false.
+        instead: a solution other than setting ``key`` to false.
     """
     fix = f"Set {key} to false{f', or {instead}' * bool(instead)}"
     return conflict(key, name, value, "the fused path does not compute it", fix)

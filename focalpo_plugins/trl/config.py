@@ -25,7 +25,7 @@ def _field(default: Any, text: str) -> Any:
 
 @dataclass
 class PairwiseFields(_Host):
-    """Our fields of each of TRL's configs; the class comes before TRL's in the list of bases.
+    """The fields added to each of TRL's configs; this class comes before TRL's in the bases.
 
     Args:
         focalpo_gamma: focusing parameter gamma of Eq. 4, the paper's 0.05 by default.
@@ -34,16 +34,16 @@ class PairwiseFields(_Host):
         focalpo_gamma_schedule: how gamma changes, ``linear`` (the default) or ``cosine``;
             :func:`~focalpo_plugins.loss.gamma_at` has the formulas.
         focalpo_variant: ``correct`` (Eq. 4), ``correct_exact`` (Eq. 3) or ``incorrect``.
-        focalpo_allow_reversed: accept a gamma with which training runs backwards.
+        focalpo_allow_reversed: accept a gamma that makes training run backwards.
         focalpo_pairwise_loss: name of the registered loss; a loss of another package is trained
             with its options' defaults.
-        focalpo_shared_prompts: compute the common start of a pair's two sequences once, and no
-            padding: the same log-probs up to rounding, from fewer tokens.
+        focalpo_shared_prompts: compute the common start of a pair's two sequences once instead of
+            twice, and no padding: the same log-probs up to rounding, from fewer tokens.
         focalpo_balanced_batches: deal the pairs of each optimizer step to ranks and
             micro-batches by length: the same steps up to rounding, in less time.
         focalpo_allow_changed: resume from a checkpoint that was trained with another loss, or with
             another value of a setting that goes into the loss.
-        focalpo_allow_data: train on data even if more than half of it can't be learnt from.
+        focalpo_allow_data: train even if more than half of the data has a fault.
 
     Raises:
         ValueError: a ``focalpo_*`` value is out of range.
@@ -80,7 +80,7 @@ class PairwiseFields(_Host):
             for name, default in defaults.items():
                 if options[name] != default:
                     raise InvalidValue(
-                        f"{name} is an option of focalpo alone, got {options[name]!r} with "
+                        f"{name} is an option of only focalpo, got {options[name]!r} with "
                         f"focalpo_pairwise_loss={loss.name!r}: remove it."
                     )
             return loss.bind()
@@ -91,9 +91,9 @@ class FocalPOConfig(PairwiseFields, DPOConfig):
     """TRL's ``DPOConfig`` with the fields of :class:`PairwiseFields` and these.
 
     Args:
-        focalpo_fused: compute the loss without ever holding the logits of the batch, with or
-            without a precomputed reference; Liger's package isn't needed. TRL has such a path of
-            its own from 1.14 on, and always takes it.
+        focalpo_fused: compute the loss without holding all logits of the batch in memory, with or
+            without a precomputed reference; Liger's package isn't needed. From 1.14 on, TRL has
+            such a path itself and always takes it.
 
     Raises:
         ValueError: a ``focalpo_*`` value is out of range.

@@ -14,8 +14,8 @@ _ANSWERS = ("chosen", "rejected")
 def rendered(dataset: Any, tokenizer: Any) -> Iterator[texts.Row]:
     """Rows spread over tokenized data; none if its rows are texts, or hold no messages any more.
 
-    TRL takes for the answer all tokens of the whole row after the first ones, as many as the prompt
-    alone has.  So the answer is complete if the row's rendering begins with the prompt's.
+    TRL drops as many tokens of the whole row as the prompt has, and takes the rest as the answer.
+    So the answer is complete if the row's rendering begins with the prompt's.
     """
     for place, row in pairs.sampled(dataset):
         if not all(_is_conversation(row.get(name)) for name in ("prompt", *_ANSWERS)):
@@ -47,7 +47,7 @@ def _side(
     if whole.startswith(prompt):
         return texts.Side(prompt, whole.removeprefix(prompt), said, whole)
     prompt, answer = (tokenizer.decode(row[column]) for column in ("prompt_ids", f"{name}_ids"))
-    # Decoded like the trained tokens: a tokenizer may write spaces otherwise than the text.
+    # Decoded like the trained tokens: a tokenizer may change the text's spaces.
     whole = tokenizer.decode(tokenizer(whole, add_special_tokens=False)["input_ids"])
     return texts.Side(prompt, answer, said, whole)
 

@@ -1,4 +1,4 @@
-"""TRL's data sets: checks of their rows, and the rows that other checks look at."""
+"""TRL's data sets: checks of their rows, and the rows for other checks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def check_data(given: Mapping[str, Any], host: Host) -> None:
     train_dataset = given.get("train_dataset")
     if train_dataset is not None and next(iter(train_dataset), None) is None:
         raise InvalidValue(
-            "train_dataset must hold a pair, got none: it was empty, or every pair of it was "
-            f"dropped as too long. Look at the data, or raise {host.key('max_length')}."
+            "train_dataset must hold a pair, got none: it was empty, or every pair was dropped as "
+            f"too long. Check the data, or raise {host.key('max_length')}."
         )
     evaluated = given.get("eval_dataset")
     sets = {"train_dataset": train_dataset, "eval_dataset": evaluated}

@@ -98,7 +98,7 @@ def _order(trainer: Any) -> tuple[Any, list[str]]:
         return order, []
     note = (
         "this run draws its pairs without a fixed seed (accelerator_config.use_seedable_sampler): "
-        "the critical path and the largest micro-batch are those of another order"
+        "the critical path and the largest micro-batch are for another order"
     )
     return order, [note]
 
@@ -123,7 +123,7 @@ def _pairs(dataset: Any, collator: Any) -> Iterator[Pair]:
 
 
 def _pairs_of_cpo(trainer: Any) -> Iterator[Pair]:
-    """Pairs of a trainer without a reference: TRL has tokenized and cut the rows already."""
+    """Pairs of a trainer without a reference, whose rows TRL has already tokenized and cut."""
     names = [
         f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "labels")
     ]

@@ -1,4 +1,4 @@
-"""Exchanges TRL's loss for ours.
+"""Replaces TRL's loss by a loss of this package.
 
 ``DPOTrainer._compute_loss`` has no hook for the loss.  But its DPO-family branches call
 ``F.logsigmoid`` on the reward margin, and ``F`` is a name of the trainer's module.
@@ -25,6 +25,7 @@ from trl import DPOTrainer
 
 from ..errors import InvalidValue, RunError
 from ..registry import BoundLoss
+from ..releases import TESTED, install
 
 # For each TRL loss type that a pairwise loss can replace, one entry for each log-sigmoid it calls:
 # whether we apply the label smoothing. `robust` applies its own, with a second log-sigmoid.
@@ -62,7 +63,7 @@ def check_host(trainer: type = DPOTrainer, method: str = "_compute_loss") -> Non
         raise RunError(
             f"focalpo_plugins {version('focalpo_plugins')} does not know where trl "
             f"{version('trl')} computes its {what} loss: it must call F.logsigmoid in "
-            f"{trainer.__name__}.{method}, as trl 0.29 to 1.16 do. Install one of these."
+            f"{trainer.__name__}.{method}, as trl {TESTED['trl']} do. Install one of these."
         )
 
 
@@ -86,8 +87,8 @@ def check_loss_types(types: Sequence[str], key: str = "loss_type") -> None:
             )
     if not any(_LOGSIGMOIDS[str(loss_type)] for loss_type in types):
         raise InvalidValue(
-            f"{key} must hold one of sigmoid, sigmoid_norm, robust, got {list(types)}: there is no "
-            "preference loss in it. Put 'sigmoid' beside 'sft'."
+            f"{key} must hold one of sigmoid, sigmoid_norm, robust, got {list(types)}: it has no "
+            "preference loss. Add 'sigmoid' to 'sft'."
         )
 
 
@@ -133,10 +134,9 @@ def loss_exchanged(
         yield margins
     if len(margins) != len(smoothing):
         raise RunError(
-            f"trl {version('trl')} called logsigmoid {len(margins)} times for {asked}, where "
+            f"trl {version('trl')} called logsigmoid {len(margins)} times for {asked}, but "
             f"focalpo_plugins {version('focalpo_plugins')} expects {len(smoothing)}: its loss has "
-            f"moved, and this step would not have trained {loss.name}. Use a trl release that the "
-            "README lists."
+            f"moved, and this step would not have trained {loss.name}. {install('trl')}"
         )
 
 
@@ -162,7 +162,7 @@ def _logsigmoid_replaced(
         if module.F is not F:
             raise RunError(
                 f"{module.__name__}.F must be torch.nn.functional, got {module.F!r}: another "
-                "package has exchanged it, and would compute another loss. Remove that package."
+                "package has replaced it, and would compute another loss. Remove that package."
             )
         module.F = _Functional(logsigmoid)  # type: ignore[attr-defined]
         try:

@@ -56,8 +56,8 @@ class FusedStepMixin(SharedStepMixin, _Host):
     def _fused(self) -> bool:
         return self._fused_key is not None
 
-    # TRL reads this to decide on Liger's path. It never takes that path, because ours replaces it.
-    # The argument of the same name still puts Liger's layers into the model.
+    # TRL reads this to decide on Liger's path, and never takes it, because ours replaces it.  The
+    # argument of the same name still puts Liger's layers into the model.
     @property
     def use_liger_kernel(self) -> bool:
         return False

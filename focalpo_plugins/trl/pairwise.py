@@ -1,4 +1,4 @@
-"""The part that all TRL trainers with another pairwise loss share, for any margin."""
+"""What all TRL trainers with another pairwise loss share, for any margin."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TRL = Host(
     "TRL",
     packages=("trl", "torch"),
     separator="_",
-    allow_changed="focalpo_allow_changed: true",
-    allow_data="focalpo_allow_data: true",
+    allow_changed="focalpo_allow_changed=True",
+    allow_data="focalpo_allow_data=True",
     keys={"margin": "focalpo_margin"},
 )
 
-# What TRL's model card says about the method.
+# The method, for TRL's model card.
 _PAPER = {
     "title": "FocalPO: Enhancing Preference Optimizing by Focusing on Correct Preference Rankings",
     "id": "2501.06645",
@@ -68,10 +68,10 @@ class PairwiseBase(PairwiseTrainerMixin):
         together(RANKS, check)
 
     def _check_faults(self, faults: Callable[[], Iterable[Fault]]) -> None:
-        """Refuse data for what ``faults`` finds, on all ranks together, and warn of the rest."""
+        """Refuse data for what ``faults`` finds, on all ranks together, and warn about the rest."""
         policy = Policy(self._host.allow_data, self._allow_data, RANKS.rank == 0)
         together(RANKS, lambda: policy.check(faults()))
 
     def _faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> list[Fault]:
-        """What the host trains of the rows otherwise than the chat template renders it."""
+        """The faults of rows that the host trains differently from the chat template."""
         return []

@@ -1,4 +1,4 @@
-"""Checks of what a trainer is built of, against what our switches can't be combined with.
+"""Checks whether the parts of a trainer can be combined with this package's switches.
 
 Each is called with a trainer's arguments before it loads or prepares anything, and again with the
 parts of the built trainer.
@@ -24,7 +24,7 @@ from .arguments import not_fused
 
 
 def check_fused_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
-    """Refuse what the fused path would leave out, as far as it is known.
+    """Refuse parts that the fused path would leave out, as far as they are known.
 
     Args:
         given: a trainer's arguments by name; only ``model``, ``peft_config``, ``processing_class``
@@ -45,7 +45,7 @@ def check_fused_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
     if _is_data_parallel(model, args):
         raise InvalidValue(
             f"{key} can't be combined with torch's DataParallel, got one process for {args.n_gpu} "
-            "GPUs: each GPU would compute the whole batch. Start a process for each GPU, with "
+            "GPUs: each GPU would compute the whole batch. Start one process per GPU, with "
             f"`torchrun --nproc_per_node {args.n_gpu}` or `accelerate launch`, or set "
             "CUDA_VISIBLE_DEVICES to one GPU."
         )
@@ -66,7 +66,7 @@ def check_fused_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
 
 
 def check_shared_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
-    """Refuse what shared prompts can't be combined with, as far as it is known.
+    """Refuse parts that shared prompts can't be combined with, as far as they are known.
 
     Args:
         given: a trainer's arguments by name; only ``model``, ``peft_config`` and
@@ -89,7 +89,7 @@ def check_shared_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
 
 
 def check_balanced_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
-    """Refuse what makes a pair's loss depend on its batch, as far as it is known.
+    """Refuse parts that make a pair's loss depend on its batch, as far as they are known.
 
     Args:
         given: a trainer's arguments by name; only ``model`` and ``processing_class`` are read.
@@ -163,23 +163,23 @@ def _router_coefficient(args: Any, config: Any) -> Any:
 def _not_shared(given: Mapping[str, Any], args: Any, config: Any) -> _Settings:
     """Each setting that excludes shared prompts, its value if it is set, and why it does."""
     model = given.get("model")
-    yield "a vision model", _vision(given), "images are no tokens of a pair"
-    yield "torch_compile", args.torch_compile, "each batch would be a graph of its own"
+    yield "a vision model", _vision(given), "images can't be shared"
+    yield "torch_compile", args.torch_compile, "each batch would be compiled anew"
     processes = f"one process for {args.n_gpu} GPUs" if _is_data_parallel(model, args) else None
-    start = f"start a process for each, with `torchrun --nproc_per_node {args.n_gpu}`"
+    start = f"start one process per GPU, with `torchrun --nproc_per_node {args.n_gpu}`"
     yield "torch's DataParallel", processes, start
     size = getattr(getattr(args, "parallelism_config", None), "tp_size", None)
     split = size if size != 1 else None
-    yield "parallelism_config.tp_size", split, "each rank has a part of the heads"
+    yield "parallelism_config.tp_size", split, "each rank has only a part of the heads"
     noise = "its noise depends on the batch's shape, which a row doesn't have"
     yield "neftune_noise_alpha", args.neftune_noise_alpha, noise
     for adapter in (given.get("peft_config"), *getattr(model, "peft_config", {}).values()):
         prompts = type(adapter).__name__ if hasattr(adapter, "num_virtual_tokens") else None
-        yield "prompt learning", prompts, "its prompt is no token"
+        yield "prompt learning", prompts, "its prompt has no token ids"
     if config is None:
         return
     yield "an encoder", _encoder(config), "its tokens see each other both ways"
-    routers = "the routers would see a row, and count it as the padded batch"
+    routers = "the routers would count a row's tokens instead of the padded batch's"
     coefficient = _router_coefficient(args, config)
     yield "router_aux_loss_coef", coefficient, f"{routers}; 0.0 switches it off"
 
@@ -191,7 +191,7 @@ def check_adapter(config: Any, key: str) -> None:
     if isinstance(config, PromptLearningConfig):
         raise InvalidValue(
             f"{key} can't be combined with prompt learning, got {type(config).__name__}: the "
-            f"fused path goes around the model that adds the prompt. Set {key} to false, or train "
+            f"fused path bypasses the model that adds the prompt. Set {key} to false, or train "
             "another adapter, such as LoRA."
         )
     names = getattr(config, "target_modules", None)
@@ -207,9 +207,9 @@ def check_forward_of_adapters(model: Any, key: str) -> None:
     """Refuse adapters for which PEFT's own forward does more than call the model.
 
     aLoRA and X-LoRA hook into the layers for one forward pass, and read the batch for that; prompt
-    learning changes the inputs.  ``key`` goes around that forward, or gives the layers another
-    batch than it saw.  So PEFT's forward runs here, up to the model's backbone, and what it has
-    done by then is compared.  Plain LoRA does nothing.
+    learning changes the inputs.  ``key`` bypasses that forward, or gives the layers a different
+    batch.  So PEFT's forward runs here, up to the model's backbone, and its effects are checked.
+    Plain LoRA has none.
 
     Args:
         model: PEFT's model.
@@ -239,7 +239,7 @@ def check_forward_of_adapters(model: Any, key: str) -> None:
         kinds = sorted({type(config).__name__ for config in model.peft_config.values()})
         raise InvalidValue(
             f"{key} can't be combined with adapters that act in PEFT's own forward, as aLoRA, "
-            f"X-LoRA and prompt learning do, got {', '.join(kinds)}: it would go around them. Set "
+            f"X-LoRA and prompt learning do, got {', '.join(kinds)}: it would bypass them. Set "
             f"{key} to false, or train another adapter, such as plain LoRA."
         )
 
@@ -279,7 +279,7 @@ def head_of(model: Any, key: str) -> Head:
 
 
 def config_of(model: Any) -> Any:
-    """A model's config, by folder or hub name; None if transformers alone can't read it.
+    """A model's config, by folder or hub name; None if transformers can't read it.
 
     The host then reports the error.
     """

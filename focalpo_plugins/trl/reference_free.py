@@ -112,7 +112,7 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
         }
 
     def _check_pairs(self, dataset: Any, evaluation: bool) -> None:
-        """Refuse token ids that can't be learnt from; each rank checks the same rows."""
+        """Refuse useless pairs of token ids; each rank checks the same rows."""
         # TRL cuts what an encoder and what a decoder gets each to a limit of its own.
         decoder: bool = self.is_encoder_decoder  # type: ignore[attr-defined]
         cutting = pairs.Cutting(
@@ -172,7 +172,7 @@ class CPOLossMixin(ReferenceFreeMixin):
         if config.loss_type not in MARGIN_OF:
             raise InvalidValue(
                 f"loss_type must be one of {', '.join(MARGIN_OF)}, got {config.loss_type!r}: it "
-                "has no log-sigmoid of the margin, which the loss could take the place of."
+                "has no log-sigmoid of the margin that the loss could replace."
             )
         check_label_smoothing(config.label_smoothing)
 
@@ -247,7 +247,7 @@ class FocalORPOConfig(PairwiseFields, ORPOConfig):
 
 
 class _OfConfig:
-    """Takes the loss and its settings from one of our configs."""
+    """Takes the loss and its settings from a config of this package."""
 
     _config: ClassVar[Any]  # a class
 
@@ -255,8 +255,8 @@ class _OfConfig:
         if not isinstance(args, self._config):
             needed = self._config.__name__
             raise InvalidType(
-                f"args must be a {needed}, got {type(args).__name__}: {needed} takes the same "
-                "arguments, and those that begin with focalpo_ besides."
+                f"args must be a {needed}, got {type(args).__name__}: {needed} accepts the same "
+                "arguments, plus those that begin with focalpo_."
             )
         self._allow_data = args.focalpo_allow_data
         super().__init__(model, args, *more, **kwargs)  # type: ignore[call-arg]

@@ -32,9 +32,9 @@ class PairScorer:
         reference: the reference model.
         data: a preference file with ``chosen`` and ``rejected``, and ``prompt`` unless it is the
             start of both; each is a text or a list of messages. A text ``prompt`` beside whole
-            conversations is left out, and beside answers alone it is the user's message.
+            conversations is left out; beside answers it is the user's message.
         max_length: tokens that a sequence is cut to, as TRL does; None cuts nothing.
-        dtype: dtype of the weights; ``auto`` for the one in which they are saved.
+        dtype: dtype of the weights; ``auto`` for the one they are saved in.
 
     Attributes:
         rows: the numbers of the file's rows that TRL keeps, from 0; TRL drops rows whose prompt
@@ -44,7 +44,7 @@ class PairScorer:
 
     Raises:
         ValueError: the file's format, its columns or a row can't be used; a model can't be loaded,
-            lacks weights, or has other ones; or the two have different vocabularies.
+            or its files lack weights or hold others; or the two have different vocabularies.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, concatenate_datasets, load_dataset
 
 from ..errors import InvalidValue
+from ..guards.messages import meant
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _UNDERSTOOD = (
@@ -56,8 +57,8 @@ def read_pairs(data: Path) -> tuple[Dataset, str]:
                 )
         except InvalidValue as error:
             raise InvalidValue(
-                f"DATA must hold a pair in each row, got {str(data)!r}, where row {number} (the "
-                f"first is 0) {error}. Fix that row, or remove it."
+                f"DATA must hold a pair in each row, got {str(data)!r}: row {number} (the first is "
+                f"0) {error}. Fix that row, or remove it."
             ) from None
     names = ["prompt", "chosen", "rejected"][pairs[0].prompt is None :]
     read = Dataset.from_dict({name: [getattr(pair, name) for pair in pairs] for name in names})
@@ -79,7 +80,7 @@ def _read(data: Path) -> Dataset:
         if data.suffix == ".csv":
             import pandas
 
-            # As str, because an answer of digits is a text.
+            # As str, because an answer may be digits only.
             return Dataset.from_pandas(pandas.read_csv(data, dtype=str), preserve_index=False)
         with TemporaryDirectory() as cache:
             named = Path(cache, f"data{data.suffix}")  # `data_files` is a pattern, and a path isn't
@@ -97,24 +98,26 @@ def _read(data: Path) -> Dataset:
 
 def _check_columns(loaded: Dataset, data: Path) -> None:
     columns = loaded.column_names
-    if {"chosen", "rejected"} - set(columns) or len(loaded) == 0:
+    missing = [column for column in ("chosen", "rejected") if column not in columns]
+    if missing or len(loaded) == 0:
+        near = "".join(meant(column, columns) for column in missing[:1]) or "."
         raise InvalidValue(
             f"DATA must have rows with chosen and rejected, got {str(data)!r} with {len(loaded)} "
-            f"rows of {', '.join(columns) or 'nothing'}. Rename its columns; read are "
+            f"rows of {', '.join(columns) or 'nothing'}{near} Rename its columns. Accepted are "
             f"{_UNDERSTOOD}."
         )
     for column in ("image", "images"):
         if column in columns:
             raise InvalidValue(
-                f"DATA must be pairs of texts, got {str(data)!r} with the column {column}: what a "
-                "model of images makes of a pair can't be scored."
+                f"DATA must be pairs of texts, got {str(data)!r} with the column {column}: pairs "
+                "with images can't be scored."
             )
     other = [column for column in _OTHER_PROMPTS if column in columns]
     if other and not {"prompt", "messages"} & {*columns} and isinstance(loaded[0]["chosen"], str):
         raise InvalidValue(
-            f"DATA must have a prompt, got {str(data)!r} with {other[0]} in place of it, which "
-            "Axolotl puts into a template of its own: write what it makes of a row into prompt, "
-            f"chosen and rejected. Read are {_UNDERSTOOD}."
+            f"DATA must have a prompt, got {str(data)!r} with {other[0]} instead, which Axolotl "
+            "puts into its own template. Write the result of that template into prompt, chosen and "
+            f"rejected. Accepted are {_UNDERSTOOD}."
         )
 
 
@@ -163,14 +166,16 @@ def _content(column: str, value: Any) -> Any:
         )
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list):
-        raise InvalidValue(f"has {value!r} in {column}, which is no text and no list of messages")
+        raise InvalidValue(
+            f"has {value!r} in {column}, which is neither a text nor a list of messages"
+        )
     if not messages:
         raise InvalidValue(f"has no message in {column}")
     for message in messages:
         held = _held(message) if isinstance(message, dict) else {}
         if "role" not in held or len(held) < 2:
             raise InvalidValue(
-                f"has {message!r} in {column}, which is no message with a role and a content"
+                f"has {message!r} in {column}, which isn't a message with a role and a content"
             )
     return messages
 
@@ -182,5 +187,5 @@ def _common_start(chosen: list[Any], rejected: list[Any]) -> int:
 
 
 def _held(message: Mapping[str, Any]) -> dict[str, Any]:
-    """What a message has; in a table, a key that it lacks is None if another message has it."""
+    """A message's keys with values; a table adds the keys of other messages, with None."""
     return {key: value for key, value in message.items() if value is not None}

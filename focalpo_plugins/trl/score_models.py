@@ -59,23 +59,23 @@ def _resolve(name: str, role: str, otherwise: str | None) -> Source:
         named = json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
         raise InvalidValue(
-            f"{role} must be a model or an adapter, got {name!r}, whose adapter_config.json can't "
-            "be read or names no base_model_name_or_path."
+            f"{role} must be a model or an adapter, got {name!r}: its adapter_config.json can't be "
+            "read or doesn't name a base_model_name_or_path."
         ) from None
     if named and _is_there(named):
         if find_adapter_config_file(named) is not None:
             raise InvalidValue(
-                f"{role} must be an adapter of a whole model, got {name!r}, whose base {named!r} "
-                "is an adapter itself. Merge that one into its model first."
+                f"{role} must be an adapter of a whole model, got {name!r}: its base {named!r} is "
+                "an adapter itself. Merge that one into its model first."
             )
         return Source(name, named, f"{role} is an adapter, loaded over {named}, which it names")
     if otherwise is None:
         raise InvalidValue(
-            f"{role} must be a model, or an adapter whose base is there, got {name!r}, an adapter "
-            f"of {named!r}, which is not. Change base_model_name_or_path in its "
+            f"{role} must be a model, or an adapter whose base can be found, got {name!r}: it is "
+            f"an adapter of {named!r}, which wasn't found. Change base_model_name_or_path in its "
             "adapter_config.json, or give a whole model as --ref."
         )
-    why = f"the base that it names, {named}, is not there"
+    why = f"the base that it names, {named}, wasn't found"
     return Source(name, otherwise, f"{role} is an adapter, loaded over --ref {otherwise}: {why}")
 
 
@@ -103,12 +103,12 @@ def load_model(source: Source, role: str, dtype: str) -> Any:
         what = type(model).__name__
         wrong = {
             "lack": list(info["missing_keys"]),
-            "have besides": list(info["unexpected_keys"]),
+            "also have": list(info["unexpected_keys"]),
             "have in another shape": [key for key, *_ in info["mismatched_keys"]],
         }
         if source.base and not any(wrong.values()):
             name, what = source.name, "adapter"
-            model, wrong["lack"], wrong["have besides"] = _with_adapter(model, name)
+            model, wrong["lack"], wrong["also have"] = _with_adapter(model, name)
     except Exception as error:  # broken files raise errors of many kinds
         lines = str(error).splitlines() if isinstance(error, OSError) else []
         why = lines[0] if lines else f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -120,8 +120,8 @@ def load_model(source: Source, role: str, dtype: str) -> Any:
     if any(wrong.values()):
         found = [f"{verb} {_listed(keys)}" for verb, keys in wrong.items() if keys]
         raise InvalidValue(
-            f"{role} must have the weights of its {what} and no others, got {name!r}, whose files "
-            f"{' and '.join(found)}: missing weights would be random. Give a whole model, or the "
+            f"{role} must have exactly the weights of its {what}, got {name!r}: its files "
+            f"{' and '.join(found)}. Missing weights would be random. Give a whole model, or the "
             "folder of an adapter."
         )
     return model
@@ -139,13 +139,13 @@ def _with_adapter(model: Any, name: str) -> tuple[Any, list[str], list[str]]:
         from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
     except ImportError:
         raise InvalidValue(
-            "it is an adapter, which needs peft, and that is not installed: pip install peft."
+            "it is an adapter, which needs the package peft. Install it: pip install peft."
         ) from None
     config = PeftConfig.from_pretrained(name)
     if config.is_prompt_learning:
         raise InvalidValue(
-            f"it is a {config.peft_type.value} adapter, which puts tokens of its own before a "
-            "text, and only adapters on the model's layers can be scored."
+            f"it is a {config.peft_type.value} adapter, which puts its own tokens before a text. "
+            "Only adapters on the model's layers can be scored."
         )
     config.inference_mode = False  # the files have to hold the weights that the adapter trains
     model = get_peft_model(model, config)
@@ -161,7 +161,7 @@ def tokenizer_of(policy: Source, reference: Source) -> PreTrainedTokenizerBase:
         raise InvalidValue(f"neither {policy.name} nor {reference.name} has a tokenizer.")
     if len(found) == 2 and found[0].get_vocab() != found[1].get_vocab():
         raise InvalidValue(
-            f"MODEL and --ref must have one vocabulary, got {policy.name!r} and "
+            f"MODEL and --ref must have the same vocabulary, got {policy.name!r} and "
             f"{reference.name!r}, which differ: a reward compares the two on the same tokens."
         )
     return found[0]

@@ -46,7 +46,7 @@ class SharedStepMixin(_Host):
             check_balanced_parts(built, self.args, self._balanced_key)
 
     def _ask(self, given: Mapping[str, Any], config: Any) -> None:
-        """Keep which of the two a config asks for, and refuse what can't be combined.
+        """Note which of the two a config asks for, and refuse what can't be combined with them.
 
         Args:
             given: the trainer's arguments by name.
@@ -96,7 +96,7 @@ class SharedStepMixin(_Host):
         return (0 if self._balanced_key is None else self._places()), 0
 
     def _said_of_batches(self) -> str:
-        """What the start-up line says of the two, after a space; empty without them."""
+        """The start-up line's text about the two, after a space; empty without them."""
         sharing = self._sharing
         said = [] if sharing is None else [sharing.describe(self.accelerator.device)]
         said += [] if self._balanced_key is None else ["batches=balanced"]

@@ -1,4 +1,4 @@
-"""A model that stands in for the trained one where only data is prepared."""
+"""A model that stands in for the trained one while only data is prepared."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from .fused_step import FusedStepMixin
 from .pairwise import PairwiseBase
 from .parts import check_fused_parts, embeddings_of
 
-# What else decides on a reference that follows the policy.
+# Settings of a reference that follows the policy.
 _OF_SYNCING = ("ref_model_mixup_alpha", "ref_model_sync_steps")
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")  # columns of a prepared data set
 
@@ -109,8 +109,8 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
     ) -> Any:
         if self._fused and return_outputs:
             raise RunError(
-                f"{self._fused_key} has no outputs to return, as predict() asks for: the "
-                f"logits are never there as a whole. Set {self._fused_key} to false."
+                f"{self._fused_key} can't be combined with predict(), got return_outputs=True: it "
+                f"never holds all logits. Set {self._fused_key} to false."
             )
         self._batch = inputs
         with self._running().one_step(), self._prompts_shared(len(inputs["input_ids"]) // 2):
@@ -135,7 +135,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         and not checked.
 
         Raises:
-            ValueError: most of the training data can't be learnt from.
+            ValueError: more than half of the training data has the same fault.
         """
         first: dict[str, Any] = next(iter(dataset), {})
         with _counted_mismatches():
@@ -163,13 +163,13 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
             host="TRL",
             of_sides="TRL takes each answer with its own turns",
             of_cut="TRL cuts it off at the length of the prompt, and with this template the row's "
-            "rendering doesn't begin with the prompt's. Use another template, or give "
-            "chat_template_kwargs, such as enable_thinking, that make them agree",
+            "rendering doesn't begin with the prompt's. Use another template, or set "
+            "chat_template_kwargs, such as enable_thinking, so that they agree",
             evaluation=evaluation,
         )
 
     def _set_reference_aside(self) -> None:
-        """Take the reference out of the trainer: its log-probs are in the data now.
+        """Remove the reference from the trainer: its log-probs are in the data now.
 
         It is freed, or kept for data that ``evaluate()`` may get later: in the CPU's memory, or in
         its place if DeepSpeed or FSDP has it in parts.
@@ -203,8 +203,8 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         if new_data and self._reference_freed:
             raise InvalidValue(
                 f"eval_dataset must be given to {type(self).__name__}, got one in evaluate(): with "
-                "precompute_ref_log_probs the reference is freed once the trainer is built. Build "
-                "the trainer with it, or set precompute_ref_log_probs to false."
+                "precompute_ref_log_probs the reference is freed once the trainer is built. Pass "
+                "it to the trainer, or set precompute_ref_log_probs to false."
             )
         back = new_data and self._kept_reference is not None
         with self._reference_back() if back else nullcontext():
@@ -233,8 +233,8 @@ class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
             args = FocalPOConfig(f"{Path(name).name}-FocalPO")
         if not isinstance(args, FocalPOConfig):
             raise InvalidType(
-                f"args must be a FocalPOConfig, got {type(args).__name__}: FocalPOConfig takes the "
-                "same arguments, and focalpo_gamma and focalpo_variant besides."
+                f"args must be a FocalPOConfig, got {type(args).__name__}: FocalPOConfig accepts "
+                "the same arguments, plus focalpo_gamma and focalpo_variant."
             )
         self._allow_data = args.focalpo_allow_data
         super().__init__(model, ref_model, args, *more, **kwargs)
@@ -261,7 +261,7 @@ def _embeddings(given: dict[str, Any]) -> dict[str, int | None]:
 
 
 class _Mismatches(logging.Filter):
-    """Counts TRL's warnings of a prompt whose tokens change before an answer, and drops them."""
+    """Counts and drops TRL's warnings about a prompt whose tokens change before an answer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -280,7 +280,7 @@ class _Mismatches(logging.Filter):
 def _counted_mismatches() -> Iterator[None]:
     """Inside, TRL's warning for each answer becomes one line at the end.
 
-    The newest releases warn once themselves, and in other words.
+    The newest releases warn only once themselves, with other words.
     """
     logger, mismatches = logging.getLogger(DPOTrainer.__module__), _Mismatches()
     logger.addFilter(mismatches)
@@ -290,10 +290,10 @@ def _counted_mismatches() -> Iterator[None]:
         logger.removeFilter(mismatches)
         if mismatches.count.value:
             say(
-                f"warning: {mismatches.count.value} answers change the tokens at their prompt's "
-                "end, and TRL cuts these answers by the prompt's own number of tokens, so their "
-                "first characters may be lost or come twice. End the prompts at the end of a "
-                "token, as a chat template does, or remove white space from their ends."
+                f"warning: {mismatches.count.value} answers change the tokens at the end of their "
+                "prompt. TRL cuts these answers by the prompt's own number of tokens, so their "
+                "first characters may be lost or doubled. End the prompts at the end of a token, "
+                "as a chat template does, or remove white space from their ends."
             )
 
 

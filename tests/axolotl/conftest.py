@@ -1,4 +1,4 @@
-"""Axolotl, to run on the tiny assets of examples/."""
+"""Fixtures that run Axolotl on the tiny assets of examples/."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def axolotl(tiny: Path, tmp_path: Path) -> Axolotl:
 
 @pytest.fixture(scope="session")
 def once(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Axolotl:
-    """For runs that several tests look at."""
+    """The same for runs that several tests share."""
     return Axolotl(tiny, tmp_path_factory.mktemp("once"))
 
 

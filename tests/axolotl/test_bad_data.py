@@ -1,4 +1,4 @@
-"""Data that nothing can be learnt from, in ways that only Axolotl has; the rest is in the contract."""
+"""Useless data in ways that only Axolotl has; the contract has the others."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from harness import Axolotl
 
 
 def without_answer(row: Row) -> Row:
-    """For which Axolotl takes the whole conversation."""
+    """A row without an answer: Axolotl takes the whole conversation instead."""
     return says(row, "chosen", "")
 
 
 def short_answer(row: Row) -> Row:
-    """A word that stands in the template, so that Axolotl takes all that follows it there."""
+    """A row whose answer is a word of the template: Axolotl takes all the text after that word."""
     return says(row, "rejected", "user")
 
 
@@ -29,15 +29,15 @@ def spaced(row: Row) -> Row:
 REFUSED: dict[str, tuple[Callable[[list[Row]], str], tuple[str, ...]]] = {
     "empty answers, and words of the template": (
         lambda rows: lines([*map(without_answer, rows[:4]), *map(short_answer, rows[4:7]), *rows[7:]]),
-        ("got 7 of 12 pairs have a BOS, or another turn, inside an answer", "for an empty answer",
-         "Give focalpo_allow_data: true to train on them anyway."),
+        ("refused: 7 of 12 pairs have a BOS or another turn inside an answer", "answer is empty or",
+         "To train anyway, set focalpo_allow_data: true."),
     ),
-    # The rows' end is `<|eot_id|>`, of which `find` leaves the last character.
+    # The row ends in `<|eot_id|>`; Axolotl's `find` leaves only its last character.
     "white space that the template trims": (
         lambda rows: lines([*rows[:5], *map(spaced, rows[5:])]),
-        ("can't be trained as written, got 7 of 12 rows have an answer that isn't trained as the "
+        ("training data refused: 7 of 12 rows have an answer that isn't trained as the "
          "chat template renders it", "The first is row 5 of datasets[0].path ", "pairs.jsonl': ",
-         "<|end_header_id|>\\n\\n>' is trained where the template renders "),
+         "<|end_header_id|>\\n\\n>' is trained, but the template renders "),
     ),
 }  # fmt: skip
 
@@ -72,9 +72,9 @@ def test_a_few_of_other_text_are_warned_of(axolotl: Axolotl, tiny: Path):
 
 @pytest.mark.parametrize("first", ["chat", "plain"])
 def test_one_bos_in_mixed_data(axolotl: Axolotl, tiny: Path, first: str):
-    """The chat template writes a BOS, before which the tokenizer puts another; a plain text has the
-    tokenizer's alone.  All 16 rows are looked at.  With the plain ones first, the others' answers
-    are equal too, which is allowed here."""
+    """The chat template writes a BOS and the tokenizer adds another; plain text gets only the
+    tokenizer's. All 16 rows are checked. With the plain ones first, the others also have equal
+    answers, which is allowed here."""
     found = (tiny / "train.jsonl").read_text().splitlines()[:12]
     rows = [json.loads(line) for line in found]
     if first == "plain":
@@ -96,4 +96,4 @@ def test_one_bos_in_mixed_data(axolotl: Axolotl, tiny: Path, first: str):
         assert not warnings
     else:
         (warning,) = warnings
-        assert "12 of 16 pairs have a chosen answer equal to the rejected one" in warning
+        assert "12 of 16 pairs have identical answers" in warning

@@ -1,4 +1,4 @@
-"""``focalpo check`` on Axolotl YAMLs: what it says against what is worked out here by hand."""
+"""``focalpo check`` on Axolotl YAMLs: its output against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from focalpo_plugins.cli.check.warnings import warnings
 from focalpo_plugins.plan import Pair, Tokens, epoch_steps, windows
 from focalpo_plugins.registry import get_loss
 
-shares_answers = pytest.mark.xdist_group("answers")  # one worker makes the runs, once
+shares_answers = pytest.mark.xdist_group("answers")  # one worker makes all runs
 
 
-# Of 12 pairs, four at a time and two accumulated: three batches and two steps an epoch, and
-# ceil(12 * 2.5 / 8) steps in two epochs and a half, as Axolotl counts them.
+# 12 pairs, four at a time and two accumulated, are three batches and two steps an epoch. Two and a
+# half epochs are ceil(12 * 2.5 / 8) steps, as Axolotl counts them.
 EPOCHS = {"num_epochs": 2.5, "max_steps": None}
 
 Answer = tuple[int, str, str]
@@ -42,7 +42,7 @@ def text(role: str, content: str) -> str:
 
 
 class ByHand:
-    """The tokens of the rows of a file, from the template as it is written out here."""
+    """The tokens of the rows of a file, from the template as written out here."""
 
     def __init__(self, tiny: Path, data: Path) -> None:
         self.tokenizer = Tokenizer.from_file(str(tiny / "model" / "tokenizer.json"))
@@ -66,7 +66,8 @@ class ByHand:
 
 @pytest.fixture(scope="module")
 def data(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eleven pairs, of which one has equal answers and one an empty answer, and one too long."""
+    """Eleven pairs, including one with equal answers and one with an empty answer, and one that is
+    too long."""
     rows = [json.loads(line) for line in (tiny / "test.jsonl").read_text().splitlines()[:13]]
     rows[10]["rejected"] = rows[10]["chosen"]
     rows[11]["chosen"][1]["content"] = ""
@@ -86,7 +87,7 @@ def without_weights(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def doubling(without_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model with a tokenizer that puts a BOS before every text, which the template does too."""
+    """The model with a tokenizer that puts a BOS before every text; the template does so too."""
     folder = tmp_path_factory.mktemp("doubling") / "model"
     shutil.copytree(without_weights, folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -100,7 +101,7 @@ def doubling(without_weights: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def capped(without_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model with a config that says that its logits are capped."""
+    """The model with a config that caps its logits."""
     folder = tmp_path_factory.mktemp("capped") / "model"
     shutil.copytree(without_weights, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -136,7 +137,7 @@ def answers(
     broken.write_text("rl: [focalpo\n")
     lora = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16}
     lora["lora_target_modules"] = ["q_proj", "v_proj"]
-    # Axolotl knows prepared data by a hash that doesn't tell how what is too long was treated.
+    # Axolotl caches prepared data by a hash that doesn't include how long rows were treated.
     truncate = {"excess_length_strategy": "truncate"}
     truncate["dataset_prepared_path"] = str(once.folder / "prepared_truncated")
     plain_dpo = {"rl": "dpo", "focalpo_gamma": None, "focalpo_variant": None}
@@ -228,7 +229,7 @@ def read(answer: Answer) -> dict[str, Any]:
 
 @shares_answers
 def test_the_pair_is_the_one_that_is_trained_on(answers, tiny: Path, data: Path):
-    """Its tokens are those of one of the file's rows: Axolotl shuffles them."""
+    """Its tokens are those of one row of the file; Axolotl shuffles them."""
     shown = read(answers["plain"])["pair"]
     expected = [
         {
@@ -244,9 +245,9 @@ def test_the_pair_is_the_one_that_is_trained_on(answers, tiny: Path, data: Path)
 
 @shares_answers
 def test_what_is_counted(answers, tiny: Path, data: Path):
-    """13 rows, of which Axolotl drops the long one; one pair has equal answers.  For an empty
-    answer Axolotl trains on a whole conversation, with its own dummy message as prompt.
-    gamma 0.05: z* is ``logit(exp(-20))``, the first loss ``2^-0.05 ln 2``."""
+    """13 rows: Axolotl drops the long one, and one pair has equal answers. For an empty answer
+    Axolotl trains on a whole conversation, with its own dummy message as the prompt. At gamma 0.05,
+    z* is ``logit(exp(-20))`` and the first loss is ``2^-0.05 ln 2``."""
     found = read(answers["plain"])
     assert (found["rows"], found["dropped"]) == (13, 1)
     counts = found["counts"]
@@ -277,8 +278,8 @@ def test_what_is_counted(answers, tiny: Path, data: Path):
 
 @shares_answers
 def test_what_is_cut_is_counted(answers, tiny: Path, data: Path):
-    """At 40 tokens, without Axolotl's preparation: TRL drops prompts of 40 tokens and more, and
-    cuts the rest; the empty answer's pair is among them, with the dummy in it.  At 128 with
+    """At 40 tokens, without Axolotl's preparation: TRL drops prompts of 40 tokens and more,
+    including the pair with the empty answer and the dummy, and cuts the rest. At 128 with
     `truncate`, Axolotl cuts the one long answer."""
     kept = [pair for pair in ByHand(tiny, data).pairs if len(pair["chosen"][0]) < 40]
     empty = [len(pair["chosen"][1]) == 1 for pair in kept]
@@ -298,9 +299,10 @@ def test_what_is_cut_is_counted(answers, tiny: Path, data: Path):
 
 @shares_answers
 def test_steps(answers):
-    """12 pairs, four at a time, are three batches, and with two accumulated two steps, the second of
-    one batch; on two ranks one step, and ceil(12 * 2.5 / 16) in all.  13 pairs of two epochs are
-    ceil(26 / 8).  Of eight ranks five have no pairs of their own, and there is one step."""
+    """12 pairs, four at a time, are three batches, and with two accumulated they are two steps, the
+    second of one batch. On two ranks that is one step, and ceil(12 * 2.5 / 16) in all. 13 pairs of
+    two epochs are ceil(26 / 8). On eight ranks five get no pairs of their own, and there is one
+    step."""
     cases = ("plain", "steps", "steps of two ranks", "lora", "dpo")
     found = [read(answers[name]) for name in cases]
     steps = [(each["epoch_steps"], each["steps"]) for each in found]
@@ -320,9 +322,9 @@ def test_a_run_has_the_steps_that_were_said(answers, once: Axolotl, data: Path):
 
 @shares_answers
 def test_the_largest_micro_batch(answers, tiny: Path, data: Path):
-    """Plain it has four pairs, padded to the longest sequence of all.  A pair at a time with shared
-    prompts, it is the pair with the most tokens without the start that both sequences have in common;
-    before an empty answer Axolotl puts its own dummy message."""
+    """Without shared prompts it has four pairs, padded to the longest sequence of all. With shared
+    prompts and one pair at a time, it is the pair with the most tokens, counting the common start
+    once; before an empty answer Axolotl puts its own dummy message."""
     found = read(answers["plain"])
     largest = found["largest_micro_batch"]["plain"]
     assert found["way"] == "plain"
@@ -340,14 +342,14 @@ def test_the_largest_micro_batch(answers, tiny: Path, data: Path):
     largest = found["largest_micro_batch"]["shared"]
     assert (largest["tokens"], largest["pairs"]) == (max(rows), 1)
     assert found["memory_bytes"]["logits"] % max(rows) == 0
-    # Two ranks wait for each other, so it is more than half of all rows' tokens, in steps of 4 pairs.
+    # Two ranks wait for each other, so it exceeds half of all rows' tokens, in steps of 4 pairs.
     path = found["tokens_per_step"]
     assert sum(rows) / 2 <= 3 * path["both"] <= 3 * path["shared"] <= 3 * path["plain"]
 
 
 @shares_answers
 def test_batches_that_are_split_over_the_ranks(answers):
-    """Of four pairs at a time each of two ranks computes two."""
+    """With four pairs at a time, each of two ranks computes two."""
     found = read(answers["batches of all ranks"])
     assert (found["micro_batch"], found["batch"]) == (2, 8)
     assert found["largest_micro_batch"]["plain"]["pairs"] == 2
@@ -371,9 +373,9 @@ def test_a_key_for_the_order_that_axolotl_ignores_is_said(answers):
 def test_a_run_has_the_batches_that_were_planned(
     once: Axolotl, data: Path, ranks: int, balanced: bool
 ):
-    """In all its epochs, whose orders differ.  One rank trains on 5, 5 and 2 of 12 pairs an epoch,
-    with two batches to a step, in ceil(2.5 * 12 / 10) = 3 steps.  Two ranks train on 5 each, twice an
-    epoch, which is a step, and accelerate completes the second time with the epoch's first pairs; in
+    """The pairs of all epochs, whose orders differ. One rank trains on 5, 5 and 2 of 12 pairs an
+    epoch, with two batches to a step, in ceil(2.5 * 12 / 10) = 3 steps. Two ranks train on 5 each,
+    twice an epoch, which is a step; the second time, accelerate adds the epoch's first pairs; in
     ceil(2.5 * 12 / 20) = 2 steps."""
     pairs = {"path": str(data), "ds_type": "json", "split": "train"}
     pairs["type"] = "chat_template.argilla_chat"
@@ -404,8 +406,7 @@ def test_a_run_has_the_batches_that_were_planned(
 
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_the_pairs_of_each_rank_are_those_of_accelerate(drop_last: bool):
-    """Whatever the numbers of pairs, ranks and micro-batches, over two epochs of an order that does
-    not change."""
+    """For any numbers of pairs, ranks and micro-batches, over two epochs in the same order."""
     from accelerate.data_loader import BatchSamplerShard
     from torch.utils.data import BatchSampler
 
@@ -438,7 +439,7 @@ def test_steps_of_an_epoch_are_those_of_accelerate(drop_last: bool):
 
 @shares_answers
 def test_it_does_not_say_that_a_loss_is_active(answers):
-    """It builds a trainer, and trains nothing."""
+    """It builds a trainer, but trains nothing."""
     for case in ("plain", "traps", "fused"):
         assert "active" not in answers[case][1] + answers[case][2]
 
@@ -458,10 +459,10 @@ def test_memory(answers, tiny: Path):
     zero3 = read(answers["dpo"])
     assert (zero3["precision"], zero3["zero_stage"], zero3["batch"]) == ("bf16", 3, 64)
     assert zero3["memory_bytes"]["state"] == n * (2 + 2 + 12 + 2) / 8
-    # 2 x 4096 sequences have more logits than the fused path holds, 2^25 in float32.
+    # 2 x 4096 sequences have more logits than the fused path holds at a time, 2^25 in float32.
     fused = read(answers["fused, without data"])["memory_bytes"]
     assert fused["logits"] == 2**25 * 4
-    # There are only 12 pairs, which make one batch.
+    # There are only 12 pairs, which fill one batch.
     fused = read(answers["fused"])["memory_bytes"]
     assert fused["logits"] == 2 * 12 * longest * vocabulary * 4
     # bf16 without DeepSpeed: Axolotl holds the embedding, which is the output layer too, and nine
@@ -477,8 +478,8 @@ def test_memory(answers, tiny: Path):
 
 @shares_answers
 def test_the_pages_show_the_tiny_run(answers):
-    """docs/run.md has every line, but for the first, which names the file; and README some.  The
-    folder is that of the sources, from which the pages' commands are run."""
+    """docs/run.md has every line except the first, which names the file; README has some. The
+    folder is the sources' root, where the pages' commands are run."""
     code, output, errors = answers["tiny"]
     assert code == 0, errors[-3000:]
     output = output.replace(str(EXAMPLES.parent), ".")
@@ -492,8 +493,8 @@ def test_the_pages_show_the_tiny_run(answers):
 
 @shares_answers
 def test_it_is_printed_with_the_traps(answers):
-    """At beta 1 a pair passes z* = -20 where its log-ratios differ by 20 nats.  The tokenizer puts a
-    BOS before the template's, which FocalPO's trainer takes out again."""
+    """At beta 1 a pair passes z* = -20 if its log-ratios differ by 20 nats. The tokenizer puts a
+    BOS before the template's, and FocalPO's trainer removes it."""
     code, said, errors = answers["traps"]
     assert code == 1, errors[-3000:]
     assert "predicted first loss 0.6695 (DPO: 0.6931)" in said
@@ -525,7 +526,7 @@ def test_dpo_is_said_to_be_dpo(answers):
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        ("unknown key", "focalpo_gama is no key of focalpo_plugins, got 0.1; did you mean"),
+        ("unknown key", "unknown key focalpo_gama, got 0.1; did you mean"),
         ("gamma", "focalpo_gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 1.5"),
         (
             "fused, capped",
@@ -547,7 +548,7 @@ def test_errors(answers, case: str, said: str):
 
 @shares_answers
 def test_nothing_is_left_behind(once: Axolotl, answers):
-    """The config's output folder isn't made, whose place a scratch folder takes."""
+    """The config's output folder isn't created: a scratch folder replaces it."""
     assert not (once.folder / "checked").exists()
 
 
@@ -570,7 +571,7 @@ class Words:
         return " ".join(map(str, ids))
 
 
-# Ids of prompt and of the two answers, whether they were cut, and what is warned of.
+# Token ids of the prompt and of both answers, whether they were cut, and the warnings.
 SEQUENCES = [
     ([0, 5], [6, 1], [7, 1], False, []),
     ([5], [6, 1], [7, 1], False, ["no BOS at the start of 100 % of the sequences, though"]),
@@ -585,7 +586,7 @@ SEQUENCES = [
 
 @pytest.mark.parametrize(("prompt", "chosen", "rejected", "cut", "said"), SEQUENCES)
 def test_what_check_warns_of_in_the_tokens(prompt, chosen, rejected, cut, said):
-    """Of one pair, two sequences; a cut answer has lost its EOS for another reason."""
+    """One pair, two sequences; a cut answer has lost its EOS for another reason."""
     sides = [
         Tokens([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
         for answer in (chosen, rejected)
@@ -604,8 +605,9 @@ def test_what_check_warns_of_in_the_tokens(prompt, chosen, rejected, cut, said):
 
 @shares_answers
 def test_a_margin_without_a_reference(answers: dict[str, Answer], tiny: Path, data: Path):
-    """The same pairs, in the tokens that TRL's other trainer makes of them; of the margin's z* = -20
-    nothing follows in nats of log-ratios, and no first loss.
+    """The same pairs, in the tokens that TRL's other trainer makes. The margin's z* = -20 implies
+    nothing about log-ratios in nats, nor a first loss. If the prompt and the longer answer exceed
+    the limit, that trainer cuts either answer to the limit minus the longer answer's length.
 
     That trainer cuts where the prompt and the longer answer pass the limit, and leaves either answer
     the limit less the longer answer's length."""
@@ -621,7 +623,7 @@ def test_a_margin_without_a_reference(answers: dict[str, Answer], tiny: Path, da
     assert "margin simpo, without a reference: the first loss can't be predicted" in text
     assert "z* = -20.00: pairs with a lower margin are pushed further the wrong way" in text
     cut = json.loads(answers["simpo, cut by TRL"][1])
-    expected = 1  # the empty answer, for which Axolotl takes a turn of the template
+    expected = 1  # the empty answer: Axolotl takes a turn of the template instead
     for sides in ByHand(tiny, data).pairs:
         longer = max(len(answer) for _, answer in sides.values())
         if len(sides["chosen"][1]) == 1:
@@ -633,8 +635,8 @@ def test_a_margin_without_a_reference(answers: dict[str, Answer], tiny: Path, da
 @shares_answers
 def test_the_first_loss_of_other_losses(answers: dict[str, Answer]):
     """All at margin 0. IPO's is ``(0 - 1/(2 beta))^2``: 25 at beta 0.1, 1 at 0.5, 4 at 0.25; the
-    hinge's is ``max(0, 1 - 0)``. Of two losses it is .5 ln 2 + .25 * 4. An answer's own likelihood
-    (sft) can't be known before, and is added to FocalPO too."""
+    hinge's is ``max(0, 1 - 0)``. For two losses it is .5 ln 2 + .25 * 4. An answer's own likelihood
+    (sft) can't be known in advance, and it is also added to FocalPO."""
     assert read(answers["ipo"])["first_loss"] == pytest.approx(25)
     assert "predicted first loss 1.0000 (DPO: 0.6931)" in answers["ipo, without data"][1]
     assert read(answers["hinge"])["first_loss"] == 1

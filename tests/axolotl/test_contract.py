@@ -1,4 +1,4 @@
-"""Axolotl keeps the contract: its command, on one rank, or under ZeRO-3 on two."""
+"""Axolotl keeps the contract: its command on one rank, or on two under ZeRO-3."""
 
 from __future__ import annotations
 
@@ -19,32 +19,34 @@ class AxolotlHost(TrainerHost):
     apart: dict[str, Any] = {"rate": 1e-3}  # it has no other reference
     refused = {
         "equal answers": (
-            "the training data can't be learnt from, got 16 of 16 pairs have a chosen answer equal to the rejected one",
+            "training data refused: 16 of 16 pairs have identical answers",
             "The first is row 0 of the tokenized data, ",
         ),
-        "most answers equal": ("got 9 of 16 pairs have a chosen answer equal",),
-        # For which Axolotl takes the whole conversation.
-        "empty answers": ("got 16 of 16 pairs have a BOS, or another turn, inside an answer",),
+        "most answers equal": ("training data refused: 9 of 16 pairs have identical answers",),
+        # Axolotl takes the whole conversation for these.
+        "empty answers": (
+            "training data refused: 16 of 16 pairs have a BOS or another turn inside an answer",
+        ),
         "earlier turns that differ": (
-            "got 16 of 16 rows have sides whose earlier turns differ: Axolotl trains the rejected answer after the chosen side's turns",
+            "training data refused: 16 of 16 rows have sides whose earlier turns differ: Axolotl trains the rejected answer after the chosen side's turns",
         ),
         "prompts beyond the limit": ("train_dataset must hold a pair, got none", "sequence_len"),
         "an empty file": (
             "datasets[0].path must hold a pair, got ",
-            "pairs.jsonl', which is empty",
+            "pairs.jsonl': the file is empty",
         ),
         "a cut first line": (
             "datasets[0].path must be JSON lines, got ",
-            "pairs.jsonl', of which line 1 can't be used: ",
+            "pairs.jsonl': line 1 can't be used: ",
         ),
         "a cut last line": (
             "datasets[0].path must be JSON lines, got ",
-            "pairs.jsonl', of which line 16 can't be used: ",
+            "pairs.jsonl': line 16 can't be used: ",
         ),
         "no column chosen": ("it has no 'chosen'",),
         "no column rejected": ("it has no 'rejected'",),
     }
-    unknown = "focalpo_gama is no key of focalpo_plugins, got 0.1; did you mean 'focalpo_gamma'?"
+    unknown = "unknown key focalpo_gama, got 0.1; did you mean 'focalpo_gamma'?"
 
     def __init__(self, tiny: Path, few: Path, new: Callable[[str], Path]) -> None:
         self.tiny, self.few, self.new = tiny, few, new

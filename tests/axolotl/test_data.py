@@ -1,4 +1,4 @@
-"""What Axolotl's data looks like, and what is said where Axolotl can't read it."""
+"""Data formats in Axolotl, and the messages for data that Axolotl can't read."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from row_formats import ARGILLA, FORMATS, OF_PROMPT, TEMPLATE, USER
 
 from focalpo_plugins.cli.check.shapes import SHAPES
 
-shares_answers = pytest.mark.xdist_group("data answers")  # one worker makes the runs, once
+shares_answers = pytest.mark.xdist_group("data answers")  # one worker makes all runs
 
 STRINGS = FORMATS["strings"][0]
 WHOLE = FORMATS["whole conversations"][0]
-# What each type fails on; the others read a row in their own way.
+# Formats that each type fails on; the others read such a row in their own way.
 FAILS = [
     ("strings", {"type": ARGILLA}),
     ("prompt and answers as message lists", {"type": ARGILLA}),
@@ -47,7 +47,7 @@ def thinks(number: int) -> dict:
 
 
 def varied(row: dict) -> list[dict]:
-    """Four rows of one format, which differ in their words."""
+    """Four rows of one format with different words."""
     return [json.loads(json.dumps(row).replace("one word", f"word {i}")) for i in range(4)]
 
 
@@ -137,7 +137,7 @@ def test_each_format_is_named_with_what_reads_it(answers: dict, name: str):
 @shares_answers
 @pytest.mark.parametrize(("name", "number"), [(name, i) for i, (name, _) in enumerate(FAILS)])
 def test_a_type_that_fails(answers: dict, name: str, number: int):
-    """The host's error, then the file, its first row, the type in use and the one that fits."""
+    """The host's error, then the file, its first row, the current type and the fitting one."""
     said = error_of(answers[name, number])
     needed = " and ".join(f"{key}: {value}" for key, value in FORMATS[name][1].items())
     assert ". datasets[0].path " in said and f"bad{number}.jsonl': its first row has " in said
@@ -147,7 +147,7 @@ def test_a_type_that_fails(answers: dict, name: str, number: int):
 @shares_answers
 def test_a_row_that_differs(answers: dict):
     said = error_of(answers["odd"])
-    assert "and type is chat_template.default, which is right; row 2 has chosen (text)" in said
+    assert "and type is chat_template.default, which fits, but row 2 has chosen (text)" in said
     assert said.endswith("prompt (list). Fix or remove that row.")
 
 
@@ -167,9 +167,12 @@ def test_an_empty_cell(answers: dict, case: str, file: str, row: int, column: st
 
 @shares_answers
 def test_a_second_thought(answers: dict):
-    """Axolotl's qwen3_5 opens a thought in each generation prompt, and so does the answer."""
+    """Axolotl's qwen3_5 opens a thought in each generation prompt; the answer opens another."""
     said = error_of(answers["a second thought"])
-    assert "got 4 of 4 rows have an answer that begins what the end of the prompt has begun" in said
+    assert (
+        "refused: 4 of 4 rows have an answer that repeats the end of the prompt, such as a second"
+        in said
+    )
     assert "<think>\\n\\n<think>\\nHm, 0.\\n" in said
 
 
@@ -185,7 +188,8 @@ def test_rows_that_are_trained_as_other_text(answers: dict):
 
 @shares_answers
 def test_keys_that_axolotl_ignores(answers: dict):
-    """Given with a value that asks for something; each is read for supervised fine-tuning."""
+    """Each key is given a value that has an effect; Axolotl reads them only for supervised
+    fine-tuning."""
     code, output, errors = answers["ignored"]
     assert code == 0, errors[-3000:]
     (warning,) = (said for said in json.loads(output)["warnings"] if "ignores" in said)
@@ -216,7 +220,7 @@ def test_the_one_type_of_orpo(answers: dict):
     assert said.endswith("; to read them, set type: chat_template.argilla")
     said = error_of(answers["orpo, chat"])
     assert said.endswith("these are whole conversations: set type: chat_template.argilla.")
-    assert "set type: chat_template.argilla, once they are made whole conversations" in error_of(
+    assert "make them whole conversations, and set type: chat_template.argilla" in error_of(
         answers["orpo, strings"]
     )
 
@@ -232,7 +236,7 @@ def test_a_chat_model_without_its_template(answers: dict):
 
 @shares_answers
 def test_what_comes_from_a_hub(answers: dict):
-    """Offline: what is missing is named, with what to do, and nothing that is here."""
+    """Offline: the message names what is missing, with what to do, and no local files."""
     said = error_of(answers["hub"])
     assert "base_model 'meta-llama/Meta-Llama-3-8B-Instruct'. Config, tokenizer and data" in said
     assert "Llama 3, which is gated" in said and "`focalpo check --model-config`" in said
@@ -277,7 +281,7 @@ def test_no_model_config(answers: dict, case: str, why: str):
 @pytest.mark.xdist_group("autoload off")
 @pytest.mark.parametrize("off", ["FOCALPO_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
 def test_without_autoload_the_missing_line_is_named(once: Axolotl, off: str):
-    """And with it the config is read; one of the two ways to turn it off is enough to see that."""
+    """With the line, the config is read. Either way of turning the autoload off shows it."""
     configs = [once.config()]
     if off == "FOCALPO_AUTOLOAD":
         configs.append(once.config(plugins=["focalpo_plugins.axolotl.FocalPOPlugin"]))
@@ -293,8 +297,8 @@ def test_without_autoload_the_missing_line_is_named(once: Axolotl, off: str):
 
 
 def test_the_last_line_of_a_launched_run(axolotl: Axolotl):
-    """Behind the launcher's own traceback.  What is wrong in the config itself is refused before the
-    launcher starts, as test_flags.py tests."""
+    """The line after the launcher's own traceback. Errors in the config itself are refused before
+    the launcher starts, as test_flags.py tests."""
     path = written(axolotl.folder, "strings", varied(STRINGS))
     data = {"path": path, "ds_type": "json", "split": "train", "type": ARGILLA}
     config = axolotl.config(datasets=[data])

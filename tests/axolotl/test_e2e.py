@@ -23,25 +23,25 @@ from harness import (
     zero3_on_cpu,
 )
 
-# One worker makes the runs that several tests look at, once.
+# One worker makes the runs that several tests share.
 shares_plain = pytest.mark.xdist_group("plain")
 
 FIRST = 2**-0.05 * math.log(2)  # 0.66953: every margin is 0 before the first step
 DIAGNOSTICS = ("p", "weight", "reversed")
-# What is the same to rounding however a global batch is split; Adam makes rounding larger.
+# These are equal up to rounding however a global batch is split; Adam makes rounding larger.
 SPLIT = ("loss", "grad_norm", "rewards/margins", "focalpo/p", "focalpo/weight", "focalpo/reversed")
 
 
 @pytest.fixture(scope="session")
 def plain(once: Axolotl) -> Run:
-    """Six steps with evaluation and two checkpoints, without a `plugins:` line, with worker processes
-    for the data as by default.  test_flags.py trains by Axolotl's default launcher."""
+    """Six steps with evaluation and two checkpoints, without a `plugins:` line, and with the
+    default worker processes for the data. test_flags.py trains with Axolotl's default launcher."""
     return once.train(how={"AXOLOTL_DATASET_NUM_PROC": "2"}, eval_steps=3)
 
 
 @pytest.fixture(scope="session")
 def whole(once: Axolotl) -> Run:
-    """The batches of `plain`, not cut in two."""
+    """The batches of `plain`, not split in two."""
     split = {"micro_batch_size": 8, "gradient_accumulation_steps": 1}
     return once.train(**split, output_dir=str(once.folder / "whole"))
 
@@ -139,7 +139,7 @@ def test_fused(axolotl: Axolotl, plain: Run):
 @pytest.mark.releases
 @pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.fused)])
 def test_precomputed_reference(axolotl: Axolotl, plain: Run, fused: bool):
-    """No step runs a reference, and none is there: Axolotl itself loads one and keeps it."""
+    """No step runs a reference and none is held, although Axolotl itself loads one and keeps it."""
     run = axolotl.train(precompute_ref_log_probs=True, focalpo_fused=fused, **COUNTED)
     assert_same(run, plain, rel=1e-4 if fused else 1e-5)
     # The fused path's first step compares some tokens' logits with the whole model's.
@@ -165,7 +165,7 @@ def test_lora_fused_and_precomputed(axolotl: Axolotl, adapted: Run, fused: bool,
         )
         assert_same(run, adapted, rel=1e-4)
     each = 2 if precomputed else 4
-    # Where the reference is the same model, precomputing it was what compared some logits.
+    # If the reference is the same model, precomputing it was what compared some logits.
     steps = [each + (fused and not precomputed), *[each] * 5]
     assert forwards(run) == {"forwards": steps, "backbones": [1] * 6, "reference": False}
 
@@ -205,8 +205,8 @@ def test_shared_prompts(axolotl: Axolotl, plain: Run, more: dict[str, Any]):
 
 @pytest.mark.parametrize("adapter", ["lora", "qlora"])
 def test_shared_prompts_with_an_adapter(axolotl: Axolotl, adapter: str):
-    """Its reference is the same model with the adapter off.  4-bit layers round to their own grid,
-    and Axolotl draws an adapter's weights anew in each run, but for a plugin that seeds it."""
+    """Its reference is the same model with the adapter off. 4-bit layers round to their own grid,
+    and Axolotl draws an adapter's weights anew in each run unless a plugin seeds it."""
     given = {**ADAPTER, "adapter": adapter, "plugins": ["test_only_plugins.Killed"]}
     given |= {"load_in_4bit": True} if adapter == "qlora" else {}
     plain = axolotl.train(**given, output_dir=str(axolotl.folder / "plain"))
@@ -239,7 +239,7 @@ def test_preprocess_and_evaluate(axolotl: Axolotl):
     assert list((axolotl.folder / "prepared").iterdir())
     evaluated = axolotl("evaluate", config)
     assert evaluated.code == 0, evaluated.output[-6000:]
-    # Axolotl's evaluate scores the policy that it was given: still the reference.
+    # Axolotl's evaluate scores the given policy, which is still the reference.
     assert "focalpo_plugins: active" in evaluated.output
     losses = re.findall(r"eval_loss: ([\d.]+)", evaluated.output)
     assert losses and float(losses[-1]) == pytest.approx(FIRST, abs=1e-4)
@@ -318,7 +318,8 @@ def test_one_batch_of_eight_agrees_with_two_of_four(whole: Run, plain: Run):
 
 
 def test_run_by_a_profiler_and_by_its_path(axolotl: Axolotl):
-    """`__main__` is the profiler's there, and has no name.  Each alone is in tests/test_autoload.py."""
+    """`__main__` is the profiler's here and has no name. tests/test_autoload.py tests each case
+    separately."""
     config = axolotl.config(max_steps=1, save_steps=1)
     train = str(Path(find_spec("axolotl").origin).parent / "cli" / "train.py")
     done = subprocess.run(
@@ -335,8 +336,10 @@ def test_run_by_a_profiler_and_by_its_path(axolotl: Axolotl):
 
 
 def test_a_notebook_that_loads_all_before_it_trains(axolotl: Axolotl):
-    """One object, `rl` and the keys changed between two calls; then each is trained, FocalPO's first
-    by the config that was loaded last of all.
+    """One config object; `rl` and the keys change between two calls. Then both are trained,
+    FocalPO's first, although the other config was loaded last. DPO's garbage collections look at
+    everything that Axolotl imports; FocalPO's at less than a tenth of it, and after a run all is as
+    before.
 
     DPO's collections of garbage look at all that Axolotl imports; ours at less than a tenth of it,
     and after a run all is as it was.
@@ -393,10 +396,7 @@ if __name__ == "__main__":
 def test_refused_by_the_command_itself(axolotl: Axolotl):
     run = axolotl("train", axolotl.config(focalpo_gama=0.1))
     assert run.code != 0
-    assert (
-        "focalpo_gama is no key of focalpo_plugins, got 0.1; did you mean 'focalpo_gamma'?"
-        in run.output
-    )
+    assert "unknown key focalpo_gama, got 0.1; did you mean 'focalpo_gamma'?" in run.output
     assert "Loading model" not in run.output
     assert not run.folder.exists() or not run.checkpoints
 
@@ -406,16 +406,16 @@ def test_another_plugins_trainer_is_refused_before_the_model_loads(axolotl: Axol
     run = axolotl("train", axolotl.config(plugins=["test_only_plugins.OtherTrainer"]))
     assert run.code != 0
     assert (
-        "plugins holds test_only_plugins.OtherTrainer, whose trainer DPOTrainer would run"
+        "plugins lists test_only_plugins.OtherTrainer, whose trainer DPOTrainer would run"
         in run.output
     )
     assert not run.checkpoints
 
 
 def test_the_tiny_run_learns(axolotl: Axolotl):
-    """The whole run.  Before it policy and reference are equal, so every margin is 0 and the strict
-    comparison counts no pair as ranked right; the honest start is chance, 1/2, whose standard error
-    over 304 pairs is 0.029.  0.65 is five of these above it."""
+    """The whole run. At its start policy and reference are equal, so every margin is 0 and the
+    strict comparison counts no pair as ranked right; the honest start is chance, 1/2, with a
+    standard error over 304 pairs of 0.029. 0.65 is five of these above it."""
     run = axolotl("train", axolotl.config(whole=True))
     assert run.code == 0, run.output[-6000:]
     held_out = [entry for entry in run.log if "eval_loss" in entry]

@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a run: real processes that meet it."""
+"""Faults in the middle of a run, in real processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness import ON_CPU, TWO_RANKS, Axolotl, Run, with_nan, zero3_on_cpu
 
 @pytest.fixture(scope="module")
 def trained(once: Axolotl) -> Run:
-    """Four steps, a checkpoint after each other one."""
+    """Four steps, with a checkpoint after every second one."""
     return once.train(max_steps=4, save_steps=2, output_dir=str(once.folder / "trained"))
 
 
@@ -36,7 +36,7 @@ def resumed(axolotl: Axolotl, checkpoint: Path, **changes: object) -> Run:
             "dpo_loss_weights was [1.0], got [2.0]: ",
         ),
         ({"dpo_use_weighting": True}, "dpo_use_weighting was False, got True: "),
-        # By the name that the user wrote.
+        # Under the name that the user wrote.
         ({"rl_beta": None, "trl": {"beta": 0.2}}, "trl.beta was 0.1, got 0.2: "),
     ],
     ids=["variant", "label smoothing", "loss type", "weights", "weighting", "trl"],
@@ -51,7 +51,8 @@ def test_a_checkpoint_of_another_loss(axolotl: Axolotl, trained: Run, changes, m
 
 @pytest.mark.xdist_group("trained")
 def test_another_loss_if_told_so(axolotl: Axolotl, trained: Run):
-    """The steps before are the checkpoint's, and what is saved says the loss of the last ones."""
+    """The earlier steps are the checkpoint's, and the saved record has the loss of the last
+    ones."""
     changed = {"focalpo_gamma": 0.5, "focalpo_allow_changed": True}
     run = resumed(axolotl, trained.checkpoints[0], **changed)
     assert run.code == 0, run.output[-4000:]
@@ -74,15 +75,15 @@ def test_a_half_written_checkpoint(axolotl: Axolotl, trained: Run, tmp_path: Pat
         state.unlink()
     run = resumed(axolotl, checkpoint)
     assert run.code != 0
-    assert "resume_from_checkpoint must be a whole checkpoint, got " in run.output
+    assert "resume_from_checkpoint must be a complete checkpoint, got " in run.output
     assert "trainer_state.json can't be read" in run.output
 
 
 def test_margins_that_are_not_finite_are_the_last_line(
     axolotl: Axolotl, tiny: Path, tmp_path: Path
 ):
-    """On ZeRO-3 with two ranks, under the launcher's own lines, which are torch's in every release of
-    Axolotl; that both ranks stop is the contract's."""
+    """On ZeRO-3 with two ranks, after the launcher's own lines, which come from torch in every
+    release of Axolotl. The contract tests that both ranks stop."""
     lines = (tiny / "train.jsonl").read_text().splitlines(keepends=True)[:48]
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(lines))
@@ -135,8 +136,8 @@ def never_killed(once: Axolotl) -> dict[bool, Run]:
 def test_killed_and_started_again(
     axolotl: Axolotl, never_killed, alone: bool, killed: str, launcher: tuple[str, ...]
 ):
-    """kill -9 in step 4, of six, after the checkpoint of step 3: the same command again ends with
-    the losses and gradient norms of a run that was never killed.  Where one rank is killed, its
+    """kill -9 in step 4 of six, after the checkpoint of step 3: running the same command again
+    gives the losses and gradient norms of a run that was never killed. If one rank is killed, its
     launcher ends the other."""
     changes, variables = setting(axolotl, alone)
     config = axolotl.config(**changes, auto_resume_from_checkpoints=True)
@@ -155,7 +156,7 @@ def test_killed_and_started_again(
 @pytest.mark.releases
 @pytest.mark.parametrize("key", ["output_dir", "dataset_prepared_path"])
 def test_a_folder_that_is_read_only(axolotl: Axolotl, key: str):
-    """Axolotl itself finds out before it trains, and names the folder."""
+    """Axolotl itself notices it before it trains, and names the folder."""
     folder = axolotl.folder / "read only"
     folder.mkdir(mode=0o555)
     config = axolotl.config(**{key: str(folder)})
@@ -172,7 +173,7 @@ DPO = {"rl": "dpo", "focalpo_gamma": None, "focalpo_variant": None, "max_steps":
 
 
 def test_half_a_package(axolotl: Axolotl, package_copy: Path):
-    """With a syntax error in one module and another gone, `rl: dpo` trains as before, and
+    """With a syntax error in one module and another module missing, `rl: dpo` trains as before, and
     `rl: focalpo` trains nothing."""
     (package_copy / "focalpo_plugins" / "loss.py").write_text("def focalpo_loss(:\n")
     (package_copy / "focalpo_plugins" / "registry.py").unlink()

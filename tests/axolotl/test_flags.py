@@ -1,4 +1,6 @@
-"""Our keys on the command line of Axolotl's commands: they arrive, or are refused by name.
+"""This package's keys on the command line of Axolotl's commands: they arrive, or are refused by
+name. The real command runs; in most of these tests its launchers are stand-ins that record how they
+are started, which shows what Axolotl passes on.
 
 The command runs as it is; in most of these tests the launchers that it starts are stand-ins that
 write down how they are started, which is what Axolotl passes on.
@@ -18,13 +20,13 @@ import forked
 import pytest
 from harness import PLUGIN, Axolotl, environment
 
-# One worker starts the command's process, once.
+# One worker starts the command's process.
 shares_command = pytest.mark.xdist_group("command")
 
 
 @pytest.fixture(scope="module")
 def command(hinge_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """`axolotl`, with a third party's loss installed and stand-ins for its launchers."""
+    """`axolotl` with a third party's loss installed and stand-ins for its launchers."""
     folder = tmp_path_factory.mktemp("launchers")
     for launcher in ("accelerate", "torchrun"):
         (folder / launcher).write_text('#!/bin/sh\nprintf "STARTED %s\\n" "$*"\n')
@@ -44,7 +46,7 @@ def outcome(command: Callable, config: Path, argv: list[str]) -> tuple[int, str]
 
 
 TRAIN = ["train", "run.yml"]
-# What is given, and the part of it that the launcher's command line has behind the config's path.
+# The arguments, and what the launcher's command line has after the config's path.
 PASSED_ON: dict[str, tuple[list[str], list[str]]] = {
     "two words": ([*TRAIN, "--focalpo-gamma", "0.5"], ["--focalpo-gamma=0.5"]),
     "one word": ([*TRAIN, "--focalpo-gamma=5e-1"], ["--focalpo-gamma=0.5"]),
@@ -104,25 +106,25 @@ def test_passed_on_in_a_sweep(command: Callable, axolotl: Axolotl):
 
 
 PYTHON = [*TRAIN, "--launcher", "python"]
-# What is refused, whoever the launcher is, before anything is started.
+# Arguments that are refused before anything starts, whatever the launcher.
 REFUSED: dict[str, tuple[list[str], str]] = {
     "misspelt": (
         [*TRAIN, "--focalpo-gama", "0.5"],
-        "--focalpo-gama is no option, got '--focalpo-gama'; did you mean '--focalpo-gamma'?",
+        "unknown option '--focalpo-gama'; did you mean '--focalpo-gamma'?",
     ),
     "misspelt, python": (
         [*PYTHON, "--focalpo_gama=0.5"],
-        "--focalpo_gama is no option, got '--focalpo_gama=0.5'; did you mean '--focalpo-gamma'?",
+        "unknown option '--focalpo_gama=0.5'; did you mean '--focalpo-gamma'?",
     ),
-    "one hyphen": ([*TRAIN, "-focalpo-gamma", "0.5"], "-focalpo-gamma is no option, got '-focalpo-"),
-    "OpenRLHF's": ([*TRAIN, "--focalpo.gamma", "0.5"], "--focalpo.gamma is no option, got '--focal"),
+    "one hyphen": ([*TRAIN, "-focalpo-gamma", "0.5"], "unknown option '-focalpo-"),
+    "OpenRLHF's": ([*TRAIN, "--focalpo.gamma", "0.5"], "unknown option '--focal"),
     "a third party's, misspelt": (
         [*TRAIN, "--hinge-ofset", "2"],
-        "--hinge-ofset is no option, got '--hinge-ofset'; did you mean '--hinge-offset'?",
+        "unknown option '--hinge-ofset'; did you mean '--hinge-offset'?",
     ),
-    "the plug-in's own key": ([*TRAIN, "--focalpo-loss", "focalpo"], "--focalpo-loss is no option"),
-    "evaluate": (["evaluate", "run.yml", "--focalpo-gama", "1"], "--focalpo-gama is no option, got"),
-    "preprocess": (["preprocess", "run.yml", "--focalpo-gama", "1"], "--focalpo-gama is no option"),
+    "the plug-in's own key": ([*TRAIN, "--focalpo-loss", "focalpo"], "unknown option '--focalpo-loss'"),
+    "evaluate": (["evaluate", "run.yml", "--focalpo-gama", "1"], "unknown option '--focalpo-gama'; did"),
+    "preprocess": (["preprocess", "run.yml", "--focalpo-gama", "1"], "unknown option '--focalpo-gama'"),
     "no value": ([*TRAIN, "--focalpo-gamma"], "Option '--focalpo-gamma' requires an argument"),
     "no number": ([*TRAIN, "--focalpo-gamma", "big"], "'big' is not a valid float"),
     "a value behind a switch": (
@@ -132,10 +134,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "the launcher's": (
         [*TRAIN, "--", "--focalpo-gamma", "0.5"],
-        "--focalpo-gamma must stand before the word --, got it after",
+        "--focalpo-gamma must come before --, got it after",
     ),
-    "the launcher's, misspelt": ([*TRAIN, "--", "--focalpo-gama=1"], "--focalpo-gama is no option"),
-    # Here the value has arrived where it is checked.
+    "the launcher's, misspelt": ([*TRAIN, "--", "--focalpo-gama=1"], "unknown option '--focalpo-gama=1'"),
+    # Here the value has arrived by the time it is checked.
     "gamma out of range": (
         [*PYTHON, "--focalpo-gamma", "7"],
         "focalpo_gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 7.0",
@@ -171,13 +173,12 @@ def test_refused(command: Callable, axolotl: Axolotl, case: str):
     assert "?." not in output.partition("Error:")[2]
 
 
-# What is in the YAML and on the command line, and what the command says before it starts anything;
-# None: it starts the launcher.
+# The YAML, the command line, and the message before anything starts; None: it starts the launcher.
 IN_YAML: dict[str, tuple[dict[str, Any], list[str], str | None]] = {
     "gamma": ({"focalpo_gamma": 7}, [], "focalpo_gamma must be below 1/ln 2 = 1.4427 for variant"),
     "gamma, put right": ({"focalpo_gamma": 7}, ["--focalpo-gamma", "0.5"], None),
     "gamma, made wrong": ({}, ["--focalpo-gamma", "7"], "focalpo_gamma must be below 1/ln 2"),
-    "misspelt": ({"focalpo_gama": 1}, [], "focalpo_gama is no key of focalpo_plugins, got 1; did"),
+    "misspelt": ({"focalpo_gama": 1}, [], "unknown key focalpo_gama, got 1; did"),
     "under dpo": (
         {"rl": "dpo"},
         [],
@@ -213,7 +214,7 @@ NOT_IN_0_16 = {"a list, fused"}
 def test_refused_before_the_launcher_starts(
     command: Callable, axolotl: Axolotl, case: str, launcher: str
 ):
-    """In one line, the last one, without a traceback."""
+    """The message is one line, the last one, without a traceback."""
     changes, given, message = IN_YAML[case]
     argv = [*TRAIN, "--launcher", launcher, *given]
     code, output = outcome(command, axolotl.config(**changes), argv)
@@ -231,7 +232,7 @@ def test_a_broken_file_is_refused_before_the_launcher_starts(command: Callable, 
     path.write_text('{"prompt": "Hi"}]\n')
     data = {"path": str(path), "ds_type": "json", "type": "chat_template.argilla_chat"}
     code, output = outcome(command, axolotl.config(datasets=[data]), TRAIN)
-    start = f"Error: datasets[0].path must be JSON lines, got {str(path)!r}, of which line "
+    start = f"Error: datasets[0].path must be JSON lines, got {str(path)!r}: line "
     assert code == 1 and output.splitlines()[-1].startswith(start), output
 
 
@@ -246,7 +247,7 @@ def test_a_config_that_is_none_is_left_to_axolotl(command: Callable, axolotl: Ax
 
 @shares_command
 def test_the_runs_of_a_sweep_are_left_to_their_own_processes(command: Callable, axolotl: Axolotl):
-    """The config alone may lack what the sweep sets."""
+    """The config by itself may lack what the sweep sets."""
     sweep = axolotl.folder / "sweep.yaml"
     sweep.write_text("focalpo_gamma: [0.1, 0.2]\n")
     code, output = outcome(
@@ -256,7 +257,7 @@ def test_the_runs_of_a_sweep_are_left_to_their_own_processes(command: Callable, 
 
 
 def test_the_last_line_where_no_command_of_axolotls_is_the_parent(axolotl: Axolotl):
-    """The launcher's own traceback stands between the error and this line."""
+    """The launcher's own traceback comes between the error and this line."""
     config = axolotl.config(focalpo_gamma=7)
     launch = ("accelerate", "launch", "-m", "axolotl.cli.train", str(config))
     run = subprocess.run(
@@ -270,7 +271,7 @@ def test_the_last_line_where_no_command_of_axolotls_is_the_parent(axolotl: Axolo
 
 @shares_command
 def test_strict_takes_what_the_yaml_has(command: Callable, axolotl: Axolotl):
-    """Axolotl drops the other options there without a word."""
+    """Axolotl silently drops the other options there."""
     strict = axolotl.config(strict=True, focalpo_gamma=None)
     code, output = outcome(command, strict, [*PYTHON, "--focalpo-gamma", "0.5"])
     assert code != 0
@@ -285,7 +286,7 @@ def test_help_lists_them(command: Callable, axolotl: Axolotl):
     code, output = outcome(command, axolotl.config(), ["train", "--help"])
     assert code == 0
     for option in ("--focalpo-gamma FLOAT", "--focalpo-variant TEXT", "--hinge-offset FLOAT",
-                   "--focalpo-fused / --no-focalpo-fused"):  # fmt: skip
+                   "--focalpo-gamma-end VALUE", "--focalpo-fused / --no-focalpo-fused"):  # fmt: skip
         assert option in output
     assert "Focusing parameter; 0 is DPO. Key of focalpo_plugins." in " ".join(output.split())
     assert "--focalpo-rl" not in output
@@ -294,8 +295,8 @@ def test_help_lists_them(command: Callable, axolotl: Axolotl):
 @pytest.mark.releases
 @pytest.mark.parametrize("launcher", ["accelerate", "python"])
 def test_trains_what_the_command_line_says(axolotl: Axolotl, launcher: str):
-    """2^-1 ln 2 = 0.3466 at gamma 1, where the YAML says 0.05.  torchrun is given the same words, as
-    PASSED_ON has it, for the same module; test_faults.py trains by it."""
+    """2^-1 ln 2 = 0.3466 at gamma 1; the YAML says 0.05. torchrun gets the same words for the same
+    module, as PASSED_ON has it; test_faults.py trains with it."""
     config = axolotl.config(max_steps=1, save_steps=1, focalpo_fused=True)
     given = ("--focalpo-gamma", "1", "--no-focalpo-fused")
     run = axolotl("train", config, *given, "--launcher", launcher)
@@ -308,7 +309,8 @@ def test_trains_what_the_command_line_says(axolotl: Axolotl, launcher: str):
 @pytest.mark.xdist_group("autoload off")
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun", "python"])
 def test_refused_where_the_autoload_is_off(axolotl: Axolotl, launcher: str):
-    """The launchers know no such option; for the python launcher, which gets none, we say it."""
+    """The launchers don't accept such an option; the python launcher gets none, so this package
+    reports it."""
     config = axolotl.config(plugins=[PLUGIN], max_steps=1)
     given = ("--focalpo-gamma", "0.5", "--launcher", launcher)
     run = axolotl("train", config, *given, FOCALPO_AUTOLOAD="0")
@@ -316,14 +318,15 @@ def test_refused_where_the_autoload_is_off(axolotl: Axolotl, launcher: str):
     said = {
         "accelerate": "unrecognized arguments: --focalpo-gamma",
         "torchrun": "unrecognized arguments: --focalpo-gamma",
-        "python": "--focalpo-gamma is no option that Axolotl's command knows, got it beside a config:"
-        " it would be dropped. Write focalpo_gamma in the YAML; options of ours need the autoload.",
+        "python": "unknown option '--focalpo-gamma': Axolotl's command would drop it. Write "
+        "focalpo_gamma in the YAML; options of focalpo_plugins need its autoload.",
     }[launcher]
     assert said in run.output
 
 
 def test_a_broken_package_stops_no_option_of_axolotls(axolotl: Axolotl, package_copy: Path):
-    """Options that neither knows go to the launcher as without us; one that is ours stops."""
+    """Options that nobody knows go to the launcher, as without this package; a misspelt one of this
+    package stops."""
     (package_copy / "focalpo_plugins" / "registry.py").write_text("raise RuntimeError('broken')\n")
     source = (
         "import sys, click\n"

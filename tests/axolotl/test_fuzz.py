@@ -1,5 +1,5 @@
-"""Whatever a YAML says under our keys: trained as it says, or one error that names the key; and what
-the user wrote stays as it is."""
+"""Any values in a YAML under this package's keys: the run trains as it says, or one error names the
+key, and the user's file stays unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""examples/multinode.md, as far as one machine goes: every node a launcher of its own."""
+"""examples/multinode.md, as far as one machine allows: each node has its own launcher."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import pytest
 from harness import ON_CPU, Axolotl, Run, at_once, environment, free_port, zero3_on_cpu
 
 FIRST = 2**-0.05 * math.log(2)
-# Ray on a machine of any size, and on busy cores: it waits for ever for a core that it does not
-# count, starts a process anew that has not answered in time, and has its workers give way to
-# every other process (a niceness of 15), as long as there are any.
+# Ray on a machine of any size and with busy cores: it waits forever for a core that it doesn't
+# count, restarts a process that hasn't answered in time, and gives its workers a niceness of 15.
 RAY = {
     "RAY_worker_niceness": "0",
     "RAY_OVERRIDE_RESOURCES": '{"CPU": 4}',
@@ -38,7 +37,7 @@ def one_node(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.mark.xdist_group("one_node")
 def test_torchrun_on_two_nodes(axolotl: Axolotl, one_node: Run):
-    """The command of the page, once for each node: the losses of one node with two ranks."""
+    """The page's command, once for each node, gives the losses of one node with two ranks."""
     config = axolotl.config(
         deepspeed=zero3_on_cpu(axolotl.folder), max_steps=3, plugins=["test_only_plugins.GlooOnCPU"]
     )
@@ -63,7 +62,7 @@ def test_torchrun_on_two_nodes(axolotl: Axolotl, one_node: Run):
 @pytest.mark.xdist_group("one_node")
 def test_ray_with_two_workers(axolotl: Axolotl, one_node: Run):
     assert importlib.util.find_spec("ray"), 'pip install "axolotl[ray]"'
-    # Short, for its sockets' sake, and outside the environment, where Ray wants no such folder.
+    # A short path, because sockets need one, and outside the environment, where Ray refuses it.
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
         run = axolotl.train(
             "--use-ray",

@@ -1,4 +1,4 @@
-"""The network that the contract's hosts train without is closed."""
+"""The network is really closed for the hosts that train without it in the contract."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Axolotl's trainer on the batch that every host is tried on: losses and gradients of each pair."""
+"""Axolotl's trainer on the batch that every host gets: losses and gradients of each pair."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory):
         ),
         train_dataset=Dataset.from_list([pair]),
         processing_class=tokenizer(),
-        # As Axolotl gives the callbacks of our plugin to a trainer that it builds.
+        # Axolotl gives the callbacks of this package's plugin to its trainer in this way.
         callbacks=FocalPOPlugin().add_callbacks_pre_trainer(cfg, None),
     )
 
@@ -64,9 +64,9 @@ def inputs(rows: list[int]) -> dict[str, torch.Tensor]:
     ids=str,
 )
 def test_losses_and_gradients(trainer, monkeypatch, options: dict, label_smoothing: float):
-    """Padded together, and each pair by itself (the last one without any padding): the margins, the
-    losses and what reaches the margins are the core's at the float64 margins, to the rounding of
-    float32 log-probabilities."""
+    """The pairs padded together, and each pair by itself (the last one without any padding):
+    margins, losses and the gradients of the margins are the core's at the float64 margins, up to
+    the rounding of float32 log-probabilities."""
     trainer.set_loss(get_loss("focalpo").bind(**options))
     trainer.label_smoothing = label_smoothing
     seen: list[torch.Tensor] = []

@@ -1,4 +1,5 @@
-"""What the plug-in does to a config: the rewriting, and every refusal.
+"""What the plug-in does to a config: the rewriting, and every refusal. A config goes through
+Axolotl's own ``load_cfg``, in a user's script: the autoload recognises Axolotl by its modules.
 
 A config goes through Axolotl's own ``load_cfg``, in a script of the user's: the autoload knows
 Axolotl by its modules.
@@ -54,7 +55,7 @@ for path in sys.argv[1:]:
 print("RESULTS", json.dumps(results, default=lambda value: getattr(value, "value", str(value))))
 """
 
-# A notebook that goes from one loss to another, with one object or with copies of it.
+# A notebook that changes from one loss to another, with one object or with copies of it.
 CELLS = """
 import json, sys
 import yaml
@@ -94,11 +95,11 @@ print("RESULTS", json.dumps(loaded, default=lambda value: getattr(value, "value"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": (
         {"focalpo_gama": 0.1},
-        "focalpo_gama is no key of focalpo_plugins, got 0.1; did you mean 'focalpo_gamma'?",
+        "unknown key focalpo_gama, got 0.1; did you mean 'focalpo_gamma'?",
     ),
     "the plug-in's own key": (
         {"focalpo_rl": "focalpo"},
-        "focalpo_rl is no key of focalpo_plugins",
+        "unknown key focalpo_rl, got",
     ),
     "keys under dpo": (
         {"rl": "dpo"},
@@ -132,7 +133,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "gamma backwards, and the way out": (
         {"focalpo_gamma": 1.5},
-        "; focalpo_allow_reversed: true accepts it all the same.",
+        "; to train anyway, set focalpo_allow_reversed: true.",
     ),
     "exact gamma 1": (
         {"focalpo_gamma": 1.0, "focalpo_variant": "correct_exact"},
@@ -160,7 +161,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "got 'nca_pair': its log-sigmoids are of each",
     ),
     "loss type among good ones": ({"dpo_loss_type": ["sigmoid", "ipo"]}, "got 'ipo'"),
-    "loss type sft alone": ({"dpo_loss_type": ["sft"]}, "there is no preference loss in it"),
+    "loss type sft alone": (
+        {"dpo_loss_type": ["sft"]},
+        "it has no preference loss. Add 'sigmoid' to 'sft'",
+    ),
     "label smoothing": (
         {"dpo_label_smoothing": 0.5},
         "dpo_label_smoothing must be at least 0 and below 0.5, got 0.5",
@@ -205,7 +209,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "sequences over two ranks": (
         {"context_parallel_size": 2},
-        "context_parallel_size must be 1 under rl: focalpo, got 2: Axolotl gives each rank a part of",
+        "context_parallel_size must be 1 under rl: focalpo, got 2: Axolotl would give each rank only a part",
     ),
     "fused with sequences over two ranks": (
         {"focalpo_fused": True, "sequence_parallel_degree": 2},
@@ -233,7 +237,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an order that Axolotl doesn't know": (
         {"train_sampling_strategy": "batch_rebalance"},
-        "train_sampling_strategy must be unset, got 'batch_rebalance': it is no key of Axolotl's",
+        "train_sampling_strategy must be unset, got 'batch_rebalance': Axolotl doesn't have this key",
     ),
     "balanced, but how": (
         {"focalpo_balanced_batches": 1.5},
@@ -279,7 +283,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "simpo without its target": (
         {"focalpo_margin": "simpo"},
-        "simpo_gamma must be a number with focalpo_margin: simpo, got None: the target margin",
+        "simpo_gamma must be a number with focalpo_margin: simpo, got None: it is the target margin",
     ),
     "simpo's target under dpo's margin": (
         {"simpo_gamma": 0.5},
@@ -295,7 +299,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "orpo's lambda twice": (
         {"focalpo_margin": "orpo", "orpo_alpha": 0.2, "rl_beta": 0.1},
-        "orpo_alpha must be given alone, got 0.2 beside rl_beta or trl.beta",
+        "orpo_alpha can't be combined with rl_beta or trl.beta, got 0.2: both",
     ),
     "orpo's lambda 0": (
         {"focalpo_margin": "orpo", "orpo_alpha": 0, "rl_beta": None},
@@ -315,7 +319,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "fused under simpo's margin": (
         {"focalpo_margin": "simpo", "simpo_gamma": 0.5, "focalpo_fused": True},
-        "focalpo_fused can't be combined with focalpo_margin: simpo, got True: its path computes",
+        "focalpo_fused can't be combined with focalpo_margin: simpo, got True: the fused path computes only",
     ),
     "gamma's end": (
         {"focalpo_gamma_end": 2.0},
@@ -323,7 +327,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a schedule to nowhere": (
         {"focalpo_gamma_schedule": "cosine"},
-        "focalpo_gamma_schedule 'cosine' needs a gamma_end to go to, got none",
+        "focalpo_gamma_schedule 'cosine' needs gamma_end, got none",
     ),
     "schedule misspelt": (
         {"focalpo_gamma_end": 0.1, "focalpo_gamma_schedule": "cosin"},
@@ -408,7 +412,9 @@ ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def load(
     folder: Path, configs: list[Path], *path: Path, **variables: str
 ) -> list[dict[str, Any] | str]:
-    """What ``load_cfg`` makes of each config, with ``path`` before what is installed.
+    """The result of ``load_cfg`` for each config, with ``path`` before installed packages. The
+    config comes from its file or, if the autoload is off, from the user's own object, which must
+    stay unchanged.
 
     From its file; or, where the autoload is off, as an object of the user's own, which has to be
     left as it was.
@@ -424,8 +430,8 @@ def results(
     fresh: bool = False,
     **variables: str,
 ) -> list[Any]:
-    """What the script prints behind ``RESULTS``, in a process forked off one that has imported
-    Axolotl; or in one of its own, if it is about the imports."""
+    """What the script prints after ``RESULTS``, in a process forked off one that has imported
+    Axolotl, or in its own process if the imports are tested."""
     script = folder / "script.py"
     script.write_text(source)
     if fresh or path:
@@ -450,7 +456,8 @@ CASES = {name: case[0] for name, case in {**REFUSED, **ACCEPTED}.items()}
 
 @pytest.fixture(scope="module")
 def outcomes(once: Axolotl, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What ``load_cfg`` makes of each case: by autoload, and by the ``plugins:`` line alone."""
+    """The result of ``load_cfg`` for each case: with the autoload, and with only the ``plugins:``
+    line."""
     folder = tmp_path_factory.mktemp("load")
     found = {}
     for way, variables in (("autoload", {}), ("plugins line", {"FOCALPO_AUTOLOAD": "0"})):
@@ -497,7 +504,7 @@ def test_a_rewritten_config_stays_as_it_is():
     assert cfg["rl"] == "dpo"
     once = dict(cfg)
     assert dict(rewritten(cfg)) == once
-    # And what is wrong is refused there too.
+    # Wrong values are refused there too.
     cfg["focalpo_gamma"] = 7.0
     with pytest.raises(ValueError, match="^focalpo_gamma must be below"):
         rewritten(cfg)
@@ -509,7 +516,7 @@ OURS = ["dpo", "focalpo_plugins.axolotl.trainer.AxolotlPairwiseTrainer", "focalp
 @pytest.mark.xdist_group("autoload off")
 @pytest.mark.parametrize("way", ["autoload", "plugins line", "listed by its module"])
 def test_one_config_for_several_losses(once: Axolotl, tmp_path: Path, way: str):
-    """A notebook changes `rl` of one object between its cells: each trains what it says there."""
+    """A notebook changes `rl` of one object between its cells: each cell trains its own loss."""
     plugins = {"autoload": [], "plugins line": [PLUGIN]}.get(
         way, ["focalpo_plugins.axolotl.plugin.FocalPOPlugin"]
     )
@@ -523,12 +530,12 @@ def test_one_config_for_several_losses(once: Axolotl, tmp_path: Path, way: str):
     assert loaded[6:] == [[*OURS, 0.5], ["dpo", None, None, None]]
 
 
-# Scripts of the user's that hand a config to Axolotl themselves; {} is the import of torch.
+# A user's scripts that pass a config to Axolotl themselves; {} is the import of torch.
 SCRIPTS = {
     "load_cfg": "from axolotl.cli.config import load_cfg\n{}\n",
     "validate_config": "from axolotl.utils.config import validate_config\n{}\n"
     "load_cfg = lambda path: validate_config(DictDefault(yaml.safe_load(open(path))))\n",
-    # As Ray's worker does, which never imports the command; before 0.19 it has no `_lazy_attr`.
+    # As Ray's worker does, which never imports the command; `_lazy_attr` exists from 0.19 on.
     "train": "from axolotl.cli import train\n{}\n"
     "from axolotl.utils import config\n"
     "find = getattr(train, '_lazy_attr', lambda name: getattr(config, name))\n"
@@ -565,7 +572,7 @@ def config_script(name: str, torch: str) -> str:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_axolotls_python_interface(once: Axolotl, tmp_path: Path, script: str):
-    """Where no command line names Axolotl, and its module comes before torch."""
+    """No command line names Axolotl, and its module is imported before torch."""
     source = config_script(script, "after")
     source += "print('RESULTS', json.dumps([load_cfg(sys.argv[1]).focalpo_rl]))\n"
     assert results(source, tmp_path, str(once.config()), fresh=True) == ["focalpo"]
@@ -589,7 +596,7 @@ def test_no_loss_may_have_a_name_of_axolotls():
 
 
 def test_a_loss_with_a_key_of_axolotls_is_refused_where_it_is_asked_for(add_loss):
-    """`chat` is no name of a host's, `chat_template` is a key of Axolotl's."""
+    """No host uses the name `chat`, but `chat_template` is a key of Axolotl's."""
     from axolotl.utils.dict import DictDefault
 
     from focalpo_plugins.axolotl.rewriting import rewritten
@@ -597,8 +604,8 @@ def test_a_loss_with_a_key_of_axolotls_is_refused_where_it_is_asked_for(add_loss
     add_loss("chat", lambda margins, template: -margins, options={"template": 1.0})
     other = DictDefault({"rl": "focalpo", "chat_template": "llama3"})
     assert rewritten(other)["focalpo_rl"] == "focalpo"
-    with pytest.raises(ValueError, match="^rl must be a loss that takes no name of Axolotl's own, got "
-                       "'chat': the package mine brings chat_template, which Axolotl has"):  # fmt: skip
+    with pytest.raises(ValueError, match="^rl must be a loss whose names Axolotl doesn't use, got "
+                       "'chat': the package mine brings chat_template, which Axolotl already has"):  # fmt: skip
         rewritten(DictDefault({"rl": "chat"}))
 
 
@@ -606,16 +613,16 @@ def test_a_loss_with_a_key_of_axolotls_is_refused_where_it_is_asked_for(add_loss
     "cfg, message",
     [
         ({"rl": "dpo", "mine_scale": 2.0}, "mine_scale belongs to rl: mine, got 2.0 under rl: dpo."),
-        ({"rl": "mine", "mine_scal": 2.0}, "mine_scal is no key of focalpo_plugins, got 2.0; did you"
+        ({"rl": "mine", "mine_scal": 2.0}, "unknown key mine_scal, got 2.0; did you"
          " mean 'mine_scale'?"),
         ({"rl": "mine", "mine_scale": 0.0}, "mine_scale must be above 0, got 0.0"),
         ({"rl": "mine", "focalpo_gamma": 0.1}, "focalpo_gamma belongs to rl: focalpo, got 0.1 under"),
-        ({"rl": "focalpo", "focalpo-gamma": 0.1}, "focalpo-gamma is no key of focalpo_plugins, got"),
-        ({"rl": "dpo", "focalpo": {"gamma": 0.1}}, "focalpo is no key of focalpo_plugins, got {'gam"),
-        # What was loaded as FocalPO, and is validated once more as another.
+        ({"rl": "focalpo", "focalpo-gamma": 0.1}, "unknown key focalpo-gamma, got"),
+        ({"rl": "dpo", "focalpo": {"gamma": 0.1}}, "unknown key focalpo, got {'gam"),
+        # A config that was loaded as FocalPO and is validated again as another loss.
         ({"rl": "ipo", "focalpo_rl": "focalpo", "trainer_cls": OURS[1]}, "focalpo_rl must go with"
          " rl: dpo, got 'focalpo' under rl: ipo: this config was loaded before, as rl: focalpo. Load"),
-        ({"rl": "dpo", "_focalpo_fused": False}, "_focalpo_fused is no key of focalpo_plugins, got "
+        ({"rl": "dpo", "_focalpo_fused": False}, "unknown key _focalpo_fused, got "
          "False; did you mean 'focalpo_fused'?"),
     ],
 )  # fmt: skip
@@ -641,7 +648,7 @@ def test_another_trainer_than_ours_never_trains():
     from focalpo_plugins.axolotl import FocalPOPlugin
 
     cfg = DictDefault({"rl": "dpo", "focalpo_rl": "focalpo"})
-    with pytest.raises(RuntimeError, match="^Axolotl built object where rl: focalpo needs Axolotl"):
+    with pytest.raises(RuntimeError, match="^Axolotl built object, but rl: focalpo needs Axolotl"):
         FocalPOPlugin().post_trainer_create(cfg, object())
 
 
@@ -658,7 +665,7 @@ def test_our_trainer_trains_no_loss_of_the_hosts(cfg):
 
 
 def test_what_the_user_set_aside_stays_so():
-    """As tests/conftest.py has, for these processes."""
+    """The same as in tests/conftest.py, for these processes."""
     from focalpo_plugins.axolotl.trainer import _SetAside
 
     before = gc.get_freeze_count()
@@ -671,7 +678,8 @@ def test_what_the_user_set_aside_stays_so():
 
 
 def test_broken_plug_in_does_not_stop_rl_dpo(once: Axolotl, package_copy: Path):
-    """Our modules raise, yet a run that doesn't ask for us loads its config; one that does stops."""
+    """This package's modules raise, but a run that doesn't use them loads its config; a run that
+    does stops."""
     loss = package_copy / "focalpo_plugins" / "loss.py"
     loss.write_text("raise RuntimeError('broken on purpose')")
     plain = once.config(rl="dpo", focalpo_gamma=None, focalpo_variant=None)
@@ -699,7 +707,7 @@ def test_a_trl_without_the_seam_is_refused_before_the_model_loads(once: Axolotl,
 
 @pytest.mark.xdist_group("autoload off")
 def test_axolotl_itself_would_train_dpo(once: Axolotl, tmp_path: Path):
-    """Why stray keys are refused: without us Axolotl takes them, and drops them."""
+    """The reason for refusing stray keys: without this package Axolotl accepts and drops them."""
     config = once.config(rl="dpo")
     (outcome,) = load(tmp_path, [config], FOCALPO_AUTOLOAD="0")
     assert outcome["rl"] == "dpo"
@@ -707,7 +715,7 @@ def test_axolotl_itself_would_train_dpo(once: Axolotl, tmp_path: Path):
 
 
 def test_help_is_not_slowed_by_a_listed_loss():
-    """`axolotl --help` works with us installed, and says nothing of us."""
+    """`axolotl --help` works with this package installed, and doesn't mention it."""
     done = subprocess.run(["axolotl", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "focalpo" not in done.stderr

@@ -1,4 +1,4 @@
-"""The study of quality with a language model: its truth, its sums, and DPO inside it."""
+"""The quality study with a language model: its truth, its sums, and DPO in it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def lm() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def world(lm: ModuleType, tiny: Path):
-    """The tiny assets in the place of a seed's own; pairs of the training file, none flipped."""
+    """The tiny assets instead of a seed's own; pairs of the training file, none flipped."""
     made = lm.World.__new__(lm.World)
     made.seed, made.tokenizer = 1, AutoTokenizer.from_pretrained(tiny / "model")
     made.reference = LlamaForCausalLM.from_pretrained(tiny / "model").eval()
@@ -47,8 +47,8 @@ def world(lm: ModuleType, tiny: Path):
 
 
 def test_the_truth(lm: ModuleType):
-    """Of every pair that asks to count, one answer is right, and it is the chosen one unless the labels were
-    swapped, which the scores tell."""
+    """In every counting pair one answer is right, and it is the chosen one unless the labels were
+    swapped, which the scores show."""
     rng, swapped, asked = random.Random(11), 0, 0
     while asked < 1000:
         pair = lm.make_tiny.make_pair(rng)
@@ -99,7 +99,7 @@ def test_the_reference_against_itself(lm: ModuleType, world):
 
 
 def test_gamma_0_is_dpo(lm: ModuleType, world, monkeypatch: pytest.MonkeyPatch):
-    """To the last bit; and the training moves the margins the right way."""
+    """Equal to the last bit, and training moves the margins the right way."""
     zero, other = lm.Loss("FocalPO 0", "incorrect"), lm.LOSSES[2]
     ours, margins = lm.train(world, zero, 0.5, 1e-3, 2)
     focal, _ = lm.train(world, other, 0.5, 1e-3, 2)
@@ -136,7 +136,7 @@ def test_the_table_by_hand(lm: ModuleType):
 
 
 def test_no_flipped_labels(lm: ModuleType):
-    """None has been learnt then, which is a dash; where only one seed has some, it is that seed's."""
+    """If no label was learnt, there is a dash; if only one seed has some, its value is shown."""
     runs = []
     for seed in range(4):
         about = {"seed": seed, "right": 0.2, "win_rate": 0.5, "kl": 0.1, "flipped_learnt": None}
@@ -150,7 +150,7 @@ def test_no_flipped_labels(lm: ModuleType):
 
 
 def test_a_losss_base_is_there(lm: ModuleType):
-    """SimPO, which SimPO with FocalPO's factor is compared with; without it there is no difference."""
+    """SimPO with FocalPO's factor is compared with SimPO; without SimPO there is no difference."""
     names = [loss.name for loss in lm.asked_losses(["SimPO, FocalPO 0.05"])]
     assert names == ["DPO", "SimPO", "SimPO, FocalPO 0.05"]
     runs = []

@@ -1,5 +1,6 @@
-"""The YAMLs of examples/: their numbers are the paper's, or said to be ours, and Axolotl trains with
-each of them.
+"""The YAMLs of examples/: their numbers are the paper's or marked as ours, and Axolotl trains with
+each of them. Model and data are small ones in the same formats (tests/support/formats.py), set only
+by overrides; the full fine-tuning runs train on ZeRO-3 with two ranks.
 
 Model and data are small ones in the same formats (tests/support/formats.py), put in place by
 overrides alone; the full fine-tuning runs are trained on ZeRO-3 with two ranks.
@@ -52,11 +53,11 @@ PAPER: dict[str, dict[str, Any]] = {
         "base_model": "HuggingFaceH4/mistral-7b-sft-beta",
         "data": "trl-lib/ultrafeedback_binarized",
     },
-    # Not the paper's but ours.
+    # These are not the paper's but ours.
     "qwen3": {"base_model": "Qwen/Qwen3-8B", "data": "trl-lib/ultrafeedback_binarized"},
 }
 GRID = [3e-7, 5e-7, 6e-7, 1e-6]
-# ... with what it leaves open as the SimPO (Llama-3) and Zephyr (Mistral) repositories have it.
+# The rest is from the SimPO (Llama-3) and Zephyr (Mistral) repositories.
 LENGTH = {"llama3": 2048, "mistral": 1024, "qwen3": 2048}
 EVERYWHERE = {
     "num_epochs": 1,
@@ -138,7 +139,7 @@ FIRST_LOSS = {
     "dpo": math.log(2),
     "kto": 0.5,
 }
-NO_SOURCE = {  # what names a place, is Axolotl's own business, or says where it comes from in words
+NO_SOURCE = {  # places, Axolotl's own settings, and words on where values come from
     "rl", "adapter", "load_in_4bit", "chat_template", "chat_template_jinja", "split", "type", "ds_type", "path",
     "pad_token", "skip_prepare_dataset", "excess_length_strategy", "remove_unused_columns",
 }  # fmt: skip
@@ -160,7 +161,7 @@ def words(name: str) -> str:
 
 
 def commented(name: str) -> dict[str, Any]:
-    """The keys that are there to be uncommented."""
+    """The commented keys that can be uncommented."""
     lines = re.findall(
         r"^# (\w+: \S+)(?:  #.*)?$", RECIPES[name].read_text().partition("\n\n")[2], re.M
     )
@@ -182,7 +183,7 @@ def test_the_learning_rate_grid():
 
 @pytest.mark.parametrize("key, count", [("learning_rate", 4), ("seed", 3)])
 def test_axolotl_makes_the_runs_of_a_sweep(key: str, count: int):
-    """By its own function for ``--sweep``, each in a folder of its own."""
+    """The runs of Axolotl's own function for ``--sweep``, each in its own folder."""
     from axolotl.cli.utils.train import generate_config_files
 
     sweep = SWEEPS["learning_rate" if key == "learning_rate" else "seeds"]
@@ -238,8 +239,8 @@ def test_values_are_the_papers(name: str):
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_batch_is_128(name: str):
-    """At 8 GPUs; the LoRA runs at one.  It gives the steps that the header has, of pairs, or under KTO
-    of single answers."""
+    """At 8 GPUs, or one for LoRA, it gives the header's steps: of pairs, or under KTO of single
+    answers."""
     config = CONFIGS[name]
     gpus = 1 if "adapter" in config else 8
     assert config["micro_batch_size"] * config["gradient_accumulation_steps"] * gpus == 128
@@ -299,7 +300,7 @@ def test_the_header_says_what_it_is(name: str):
 
 
 def test_what_is_left_of_a_long_pair():
-    """RESULTS.md's two examples: by TRL's collator, and by the rule that the older code shares."""
+    """The two examples of RESULTS.md: by TRL's collator, and by the rule of the older code."""
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     page = (EXAMPLES / "RESULTS.md").read_text()
@@ -319,7 +320,7 @@ def test_what_is_left_of_a_long_pair():
         collator = DataCollatorForPreference(pad_token_id=0, max_length=limit)
         here = collator([row])["completion_mask"].sum(dim=1).tolist()
         assert left[:2] == here
-        # The prompt alone is cut first, and that is not enough here.
+        # Only the prompt is cut first, and that isn't enough here.
         assert min(prompt, of_prompt) + max(chosen, rejected) > limit
         assert left[2:] == [min(answer, limit - of_prompt) for answer in (chosen, rejected)]
         model = "mistral" if limit == 1024 else "llama3"
@@ -370,8 +371,8 @@ print("ENDS", json.dumps(ends, default=lambda value: getattr(value, "value", str
 
 @pytest.fixture(scope="session")
 def validated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Each recipe through Axolotl's own validation, told of A100s: as it stands, and with all keys that
-    are there to be uncommented."""
+    """Each recipe passes Axolotl's own validation with assumed A100s: as it is, and with all
+    commented keys uncommented."""
     script = tmp_path_factory.mktemp("validate") / "validate.py"
     script.write_text(VALIDATE)
     configs = [(str(path), {}) for path in RECIPES.values()]
@@ -439,8 +440,8 @@ WRITE = {
 
 @pytest.fixture(scope="session")
 def places(pairs: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model and its data for each that is trained, and the pairs taken apart for KTO, with the
-    flags that the recipe's header has."""
+    """A small model and its data for each trained recipe, and the pairs split for KTO with the
+    flags of the recipe's header."""
     folder = tmp_path_factory.mktemp("recipes")
     texts = [turn["content"] for pair in pairs["train"] for turn in pair["chosen"]]
     for model, make in MAKE.items():
@@ -457,7 +458,7 @@ def places(pairs: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small(name: str, places: Path, **changes: Any) -> dict[str, Any]:
-    """The recipe with a small model and its data in place, and what a CPU can't do left out."""
+    """The recipe with a small model and its data, without what a CPU can't do."""
     config = json.loads(json.dumps(CONFIGS[name]))
     model, method = split_name(name)
     data = places / "kto" if method == "kto" else places
@@ -526,7 +527,7 @@ def test_it_trains(trained: dict[str, Run], name: str):
 @pytest.mark.xdist_group("recipes")
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_trainer_is_given_the_recipes_settings(trained: dict[str, Run], pairs: dict, name: str):
-    """Not only does Axolotl take a key: it arrives."""
+    """Axolotl doesn't just accept a key: the value arrives."""
     config, given = CONFIGS[name], seen(trained[name])
     assert given["max_length"] == config["sequence_len"]
     # Axolotl makes steps of the ratio, by all rows; and never one step.
@@ -542,7 +543,7 @@ def test_the_trainer_is_given_the_recipes_settings(trained: dict[str, Run], pair
 
 
 def sequences(batch: dict[str, list]) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Each sequence of a batch without its padding, and the tokens of it that are learned."""
+    """Each sequence of a batch without its padding, and its trained tokens."""
     if "completion_mask" in batch:  # DPO and KTO
         ids, pads, learned = (batch[k] for k in ("input_ids", "attention_mask", "completion_mask"))
     else:  # CPO (SimPO) and ORPO
@@ -567,8 +568,9 @@ def sequences(batch: dict[str, list]) -> set[tuple[tuple[int, ...], tuple[int, .
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("name", PAPERS)
 def test_tokens(trained: dict[str, Run], places: Path, pairs: dict, name: str, split: str):
-    """One BOS, but for Qwen3, then the prompt, masked; then the answer and the end of the turn, both
-    learned.
+    """One BOS, except for Qwen3, then the prompt, masked; then the answer and the end of the turn,
+    both trained. The texts of prompt and answer are written out here by the formats' rules, and
+    tokenized without the tokenizer's own special tokens.
 
     The text of prompt and answer is written out here by the formats' rules, and tokenized without
     special tokens of the tokenizer's own.
@@ -603,8 +605,8 @@ def test_tokens(trained: dict[str, Run], places: Path, pairs: dict, name: str, s
 @pytest.mark.xdist_group("recipes")
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_saved_tokenizer_writes_the_prompt_of_training(trained: dict[str, Run], name: str):
-    """What an evaluation through the model's own template gives it; some templates leave the BOS to
-    the tokenizer."""
+    """The prompt that an evaluation gets from the model's own template; some templates leave the
+    BOS to the tokenizer."""
     write_prompt, _ = WRITE[split_name(name)[0]]
     tokenizer = AutoTokenizer.from_pretrained(trained[name].folder)
     turns = [{"role": "user", "content": "How far?"}]
@@ -616,8 +618,8 @@ def test_the_saved_tokenizer_writes_the_prompt_of_training(trained: dict[str, Ru
 @pytest.mark.xdist_group("recipes")
 @pytest.mark.parametrize("turns", [1, 2, 3, 4])
 def test_the_templates_that_recipes_bring(places: Path, turns: int):
-    """Mistral's is Zephyr's with an empty system turn, unless there is one; OpenRLHF's file is the same
-    with a BOS.  Qwen3's is the one that Axolotl has of it, without thinking."""
+    """Mistral's is Zephyr's with an empty system turn, unless there is one; OpenRLHF's file is the
+    same with a BOS. Qwen3's is Axolotl's version of it, without thinking."""
     from axolotl.utils.chat_templates import get_chat_template
 
     told = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(turns)]

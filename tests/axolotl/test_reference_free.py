@@ -8,7 +8,7 @@ import pytest
 from harness import ON_CPU, Axolotl, Run, zero3_on_cpu
 
 OF_ORPO = "chat_template.argilla"
-# What Axolotl's own `rl` is given, and ours besides.
+# The settings for Axolotl's own `rl`, and this package's extra ones.
 HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
     "simpo": ("simpo", {"rl_beta": 2.0, "simpo_gamma": 0.5, "cpo_alpha": 0.1}),
     "orpo": ("orpo", {"rl_beta": None, "orpo_alpha": 0.2}),
@@ -75,7 +75,7 @@ def test_shared_prompts(axolotl: Axolotl, simpo: Run):
 
 @pytest.mark.xdist_group("focal_simpo")
 def test_two_ranks_under_zero3(axolotl: Axolotl, simpo: Run):
-    """Two ranks of two pairs are one of four."""
+    """Two ranks with two pairs each equal one rank with four."""
     run = axolotl.train(
         focalpo_margin="simpo", focalpo_gamma=0.5, **of_host(axolotl, "simpo"),
         micro_batch_size=2, deepspeed=zero3_on_cpu(axolotl.folder),

@@ -68,8 +68,8 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DPO and FocalPO with gamma 1, two steps on one seed.  The first attempt finds a run of another
-    gamma's folder occupied by a file, so it stops after DPO, and the second goes on from there."""
+    """DPO and FocalPO with gamma 1, two steps on one seed. In the first attempt a file blocks
+    FocalPO's folder, so it stops after DPO; the second attempt continues from there."""
     folder = tmp_path_factory.mktemp("study")
     (folder / "examples").symlink_to(EXAMPLES)
     (folder / "bin").mkdir()
@@ -125,7 +125,8 @@ def test_results_are_those_of_the_scores(done: Path):
 
 @pytest.mark.xdist_group("done")
 def test_scores_are_at_the_beta_of_training(done: Path, module: ModuleType):
-    """A margin is 0.5 times the difference of the log-ratios; and such scores are not made again."""
+    """A margin is 0.5 times the difference of the log-ratios; existing scores aren't computed
+    again."""
     scores = done / "out" / "runs" / "correct_1" / "seed_5" / "scores"
     records = [json.loads(line) for line in (scores / "scores.jsonl").read_text().splitlines()[1:]]
     for row in records:
@@ -162,7 +163,7 @@ def test_runs_are_of_the_losses_and_batches_asked_for(done: Path):
 
 @pytest.mark.xdist_group("done")
 def test_other_batches_are_seen(done: Path, module: ModuleType, tmp_path: Path):
-    """One token more in one step of one run."""
+    """One run has one token more in one step."""
     losses = [module.DPO, module.Loss("correct", 1.0)]
     module.check_paired(losses, [5], done / "out")
     for loss in losses:
@@ -208,7 +209,7 @@ def equal_runs(module: ModuleType) -> tuple:
 
 
 def test_ticks_of_equal_runs(module: ModuleType, equal_runs: tuple):
-    """Rounding sets no scale: 0 is in the middle, and each tick can be read."""
+    """Rounding sets no scale: 0 is in the middle, and each tick is readable."""
     figure = module.draw(module.pyplot(), *equal_runs, "equal")
     figure.canvas.draw()
     last = figure.axes[-1]
@@ -256,7 +257,8 @@ def test_beta_is_axolotls(module: ModuleType, config: dict, expected: float | st
 
 
 def test_line_breaks_inside_a_text(module: ModuleType, tmp_path: Path):
-    """JSON lets a text hold each of these as it is; a byte order mark and blank lines are no rows."""
+    """A JSON text can hold each of these unescaped; a byte order mark and blank lines aren't
+    rows."""
     breaks = "one\u2028two\u2029three\u0085four\x7ffive"
     row = {"prompt": "q", "chosen": breaks, "rejected": "no"}
     line = json.dumps(row, ensure_ascii=False)

@@ -23,7 +23,7 @@ FILE = EXAMPLES / "eval" / "models.yml"
 ENTRIES = {
     entry["name"]: entry
     for entry in yaml.safe_load(FILE.read_text())["models"]
-    if "*" not in entry["path"]  # a sweep's folders, of which there are none here
+    if "*" not in entry["path"]  # a sweep's folders, which don't exist here
 }
 MODELS = list(ENTRIES)
 
@@ -38,7 +38,7 @@ DECODING = {
     ("lion", "mistral_focalpo"): (1.0, 2048, 0.7, None),
 }
 TOKENIZERS = {"llama3": llama3_tokenizer, "zephyr": mistral_tokenizer}
-# The chat formats of training: Llama 3's with its BOS, and Zephyr's, to which the BOS is added here.
+# The chat formats of training: Llama 3's with its BOS, and Zephyr's, which gets its BOS here.
 TRAINING = {
     "llama3": (
         "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
@@ -103,8 +103,8 @@ def test_config(decoding: str, model: str, configs: Path):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_prompt_is_the_one_of_training(model: str, configs: Path):
-    """Token for token, with exactly one BOS: the tokenizer's own, which vLLM asks it for, or that of
-    the prompt where the tokenizer adds none."""
+    """Token for token, with exactly one BOS: the tokenizer's own, which vLLM asks for, or the
+    prompt's if the tokenizer adds none."""
     tokenizer = TOKENIZERS[ENTRIES[model]["format"]]()
     trained = trained_on(model, tokenizer, ASKED)
     if ENTRIES[model].get("bos_in_prompt"):
@@ -117,8 +117,8 @@ def test_prompt_is_the_one_of_training(model: str, configs: Path):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_arena_hards_chat_template_is_the_one_of_training(model: str, configs: Path):
-    """vLLM's chat endpoint adds no BOS, so that template holds it. A system turn of the asker's own
-    takes the empty one's place."""
+    """vLLM's chat endpoint adds no BOS, so that template contains it. A system turn in the request
+    replaces the empty one."""
     tokenizer = TOKENIZERS[ENTRIES[model]["format"]]()
     template = (configs / "arena_hard" / model / "chat_template.jinja").read_text()
 
@@ -135,7 +135,7 @@ def test_arena_hards_chat_template_is_the_one_of_training(model: str, configs: P
 
 
 def test_the_papers_judge_is_alpaca_evals(configs: Path):
-    """weighted_alpaca_eval_gpt4_turbo as it is shipped, but for where the prompt lies, and marked."""
+    """weighted_alpaca_eval_gpt4_turbo as shipped, except for the place of the prompt and a mark."""
     file = configs / "alpaca_eval" / "judges" / "paper" / "configs.yaml"
     assert "2026-10-23" in file.read_text()
     ((name, ours),) = load_configs(file).items()
@@ -150,7 +150,7 @@ def test_the_papers_judge_is_alpaca_evals(configs: Path):
 
 
 def test_the_other_judge_differs_in_the_model_alone(configs: Path):
-    """Of the same prompt, the same two tokens' probabilities, from a server of ours."""
+    """For the same prompt, the same two tokens' probabilities, from our own server."""
     judges = configs / "alpaca_eval" / "judges"
     (other,) = load_configs(judges / "other").values()
     (paper,) = load_configs(judges / "paper").values()
@@ -162,7 +162,7 @@ def test_the_other_judge_differs_in_the_model_alone(configs: Path):
     assert callable(getattr(completion_parsers, other["fn_completion_parser"]))
 
 
-# In place of the engine: it writes down what alpaca_eval hands to vLLM, and answers as the server does.
+# Instead of the engine: it records what alpaca_eval passes to vLLM, and answers as the server does.
 VLLM = """
 import json, re, types
 

@@ -72,8 +72,8 @@ def test_judge(key: str, judge: str, configs: Path, names: list[str]):
 
 
 def test_endpoints(configs: Path, names: list[str]):
-    """The key of the paper's judge comes from the environment; the local servers get a word that is
-    no key."""
+    """The key of the paper's judge comes from the environment; the local servers get a word that
+    isn't a key."""
     config = load(configs / "arena_hard" / "api_config.yaml")
     assert set(config) == {PAPER, OTHER, *names}
     for name, entry in config.items():

@@ -1,4 +1,5 @@
-"""Our lm-eval files in the real lm-eval: names, metrics and shots, and one run on a CPU."""
+"""This project's lm-eval files in the real lm-eval: names, metrics and shots, and one run on a
+CPU."""
 
 from __future__ import annotations
 
@@ -33,8 +34,7 @@ LEADERBOARD = {
 
 
 def test_run_files(plan, configs: Path):
-    """One for each model; lm-eval takes every key, and nothing but plain text is given to the
-    model."""
+    """One for each model; lm-eval accepts every key, and the model gets only plain text."""
     files = {path.stem: path for path in (configs / "lm_eval").iterdir()}
     assert set(files) == {model.name for model in plan.models}
     for model in plan.models:
@@ -60,8 +60,8 @@ def test_group_is_the_leaderboards():
     }
     for name, (_, metrics) in LEADERBOARD.items():
         shipped = shipped_config(name)
-        # A group has to be named by `group`: under `task` all its members get its own name, and
-        # lm-eval goes round in circles.
+        # A group has to be named by `group`: with `task` all its members get its name, and lm-eval
+        # loops.
         assert ("group" in shipped) == ("group" in members[name])
         listed = shipped.get("metric_list", shipped.get("aggregate_metric_list"))
         assert set(metrics) <= {entry["metric"] for entry in listed}

@@ -1,4 +1,4 @@
-"""The commands of examples/eval/README.md, as far as their own parsers can be asked."""
+"""The commands of examples/eval/README.md, as far as their own parsers can check them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def starting_with(word: str) -> list[list[str]]:
 
 
 def test_every_file_has_a_test():
-    """A file in a new place would be looked at by nobody."""
+    """Nobody would look at a file in a new place."""
     files = {p.relative_to(FOLDER).as_posix() for p in FOLDER.rglob("*") if p.is_file()}
     files = {name for name in files if "__pycache__" not in name}
     assert files == {"README.md", "models.yml", "pipeline.py", "tasks/table2.yaml"}
@@ -94,7 +94,7 @@ def test_times():
 
 
 def test_the_judge_that_is_gone(plan):
-    """Its name and the date of its end, as models.yml has them."""
+    """Its name and end date, as in models.yml."""
     judge = plan.file["judges"]["paper"]
     (date,) = re.findall(r"\d{4}-\d\d-\d\d", judge["note"])
     assert date in PAGE and f"`{judge['model']}`" in PAGE

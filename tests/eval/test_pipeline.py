@@ -30,13 +30,13 @@ from harness import EXAMPLES, SUPPORT, free_port
 from lm_eval_tasks import QUESTIONS, write_tasks
 from stand_in import StandIn
 
-# What the two sides' texts are worth, by question. Of two texts worth a and b a judge of AlpacaEval
+# The value of the two sides' texts, by question. For two texts worth a and b, a judge of AlpacaEval
 # gives the first a / (a + b).
 WORTH = [(3, 1), (1, 1), (1, 4), (1, 3), (9, 1), (1, 1), (2, 3), (7, 3)]
 WALK = "How long will it take to walk around the world, assuming that would be possible?"
 # Arena-Hard's questions; three times as good, or more, is much better, and weighs 3.
 ARENA = [(3, 1), (1, 1), (1, 4), (2, 3)]
-# How much better than asked the models' answers are.
+# How much better the models' answers are than requested.
 BETTER = {"llama3_focalpo_sweep-sweep0001": 1, "llama3_focalpo_sweep-sweep0003": 1}
 
 MODELS = """
@@ -205,7 +205,7 @@ class Place:
         vllm = folder / "vllm"
         vllm.write_text(f'#!/bin/sh\nexec {sys.executable} {SUPPORT / "stand_in.py"} "$@"\n')
         vllm.chmod(0o755)
-        # A copy: the real one writes the weights of its regression into its own folder.
+        # A copy: the real one writes its regression's weights into its own folder.
         shutil.copytree(Path(alpaca_eval.__file__).parent, folder / "site" / "alpaca_eval")
         gone = ("OPENAI_", "PYTHONPATH", "STAND_IN")
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(gone)} | {
@@ -222,8 +222,8 @@ class Place:
         return [str(SCRIPT), *arguments, *options, "--alpaca-data", "alpaca.json"]
 
     def here(self, *arguments: str, code: int = 0) -> str:
-        """The same in this process, which has imported what it needs: for what serves no model and
-        has nothing judged."""
+        """The same in this process, which has imported what it needs, for commands that serve no
+        model and have nothing judged."""
         told = io.StringIO()
         with (
             mock.patch.dict(os.environ, self.env, clear=True),
@@ -239,7 +239,7 @@ class Place:
         return str(ended.value)
 
     def __call__(self, *arguments: str, code: int = 0, **variables: str) -> str:
-        """Standard output, and what a run that fails says."""
+        """Standard output, and the message of a run that fails."""
         done = subprocess.run(
             [sys.executable, *self.command(*arguments)],
             cwd=self.folder,
@@ -252,7 +252,7 @@ class Place:
         return done.stdout if code == 0 else done.stderr
 
     def asked(self) -> list[dict]:
-        """What each server that was started was asked."""
+        """The requests to each started server."""
         return [json.loads(line) for line in (self.folder / "asked.jsonl").read_text().splitlines()]
 
 
@@ -262,7 +262,7 @@ def place(tmp_path: Path, tiny: Path, stand_in: StandIn, pipeline: ModuleType) -
 
 
 def cells(output: str) -> dict[str, dict[str, str]]:
-    """By model, then by what the columns are called; those of ours after the paper's column."""
+    """By model, then by column; this project's columns after the paper's."""
     found: dict[str, dict[str, str]] = {}
     for line in output.splitlines():
         if line.startswith("| method"):
@@ -355,7 +355,7 @@ def test_from_models_to_the_table(place: Place, stand_in: StandIn):
     assert own["method"] == "FocalPO"
     assert (own["WR"], own["LC"], own["Arena-Hard"]) == ("49.8", "54.7", "34.6")
     assert rows["mistral_dpo"]["WR"] == "18.6" and rows["mistral_dpo"]["MMLU"] == "57.4"
-    # Both judges are the same stand-in; the paper's judged one model.
+    # Both judges are the same stand-in; the paper's has judged one model.
     assert win_rate(0).startswith("52.5 ± ")
     for name in (names[0], names[2], names[4]):
         assert rows[name]["WR, other judge"] == win_rate(0)
@@ -364,8 +364,9 @@ def test_from_models_to_the_table(place: Place, stand_in: StandIn):
         assert rows[name]["WR, other judge"] == win_rate(1)
         assert rows[name]["Arena-Hard, other judge"].startswith("75.0 ± ")
     assert own["WR, yours"] == win_rate(0) and own["Arena-Hard, yours"] == "43.8 ± 31.5"
-    # Of eight questions the regression makes less than of 805: it draws the rates towards a half. In
-    # our made-up judgments length says nothing, so controlling for it changes little else.
+    # With eight questions the regression does less than with 805: it pulls the rates towards a
+    # half. In the made-up judgments length has no effect, so controlling for it changes little
+    # else.
     for name, rate in ((names[0], 52.5), (chosen, float(win_rate(1).split()[0]))):
         short = name.split(",")[0]
         board = place.folder / "out/alpaca_eval/simpo" / short / "other" / "leaderboard.csv"
@@ -378,7 +379,7 @@ def test_from_models_to_the_table(place: Place, stand_in: StandIn):
     for name in names[1:]:
         assert rows[name]["WR, yours"] == rows[name].get("HellaSwag, yours", "") == ""
     assert {rows["mistral_kto"][c] for c in rows["mistral_kto"] if c.endswith("judge")} == {""}
-    # sweep0001 and sweep0003 are equally good, and the smaller rate of the two is taken.
+    # sweep0001 and sweep0003 are equally good, so the smaller rate wins.
     assert "llama3_focalpo_sweep: learning rate 6e-07, LC " in output
     assert output.rstrip().endswith("by the other judge, of 3 folders.")
 
@@ -417,15 +418,15 @@ def test_from_models_to_the_table(place: Place, stand_in: StandIn):
     parts = told.split("## ")
     assert len(parts) == 3 and all(WALK in part for part in parts[1:])
     assert parts[1].rstrip().endswith("answer worth 3") and parts[2].rstrip().endswith("worth 4")
-    # Again: nothing is left to do.
+    # A second call has nothing left to do.
     before = place.asked()
     place.here("generate", "--benchmarks", "alpaca_eval")
     assert place.asked() == before
 
 
 def test_some_questions_then_the_rest(place: Place):
-    """Questions that were picked, in LION's decoding; then those that are left. What is judged says over
-    how many it is, and nothing is judged twice."""
+    """Selected questions in LION's decoding, then the others. The number of judged questions is
+    printed, and nothing is judged twice."""
     lion = ["--decoding", "lion", "--benchmarks", "alpaca_eval"]
     place("generate", "--models", "llama3_focalpo", *lion)
     place("generate", "--models", "mistral_dpo", *lion, "--question", "worth 1")
@@ -529,7 +530,7 @@ with pipeline.served(plan, "./vllm", "tiny", "one", ["--max-model-len", "8"]):
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGKILL", "an exception"])
 def test_a_server_ends_with_its_parent(how: str, place: Place):
-    """The stand-in writes down that it was told to end, and its port is free again."""
+    """The stand-in records that it was told to end, and its port is free again."""
     port = int(free_port())
     rest = "raise RuntimeError" if how == "an exception" else "time.sleep(60)"
     text = SERVE.format(folder=str(EXAMPLES / "eval"), port=port, rest=rest)
@@ -556,7 +557,7 @@ def test_a_server_ends_with_its_parent(how: str, place: Place):
 
 
 def test_a_taken_port_is_refused(pipeline: ModuleType, stand_in: StandIn):
-    """Before anything is started: there is no such command."""
+    """Refused before anything starts: there is no such command."""
     stand_in.model = "left_alive"
     plan = pipeline.Plan([], {"port": stand_in.server_port}, None)
     said = f"port {stand_in.server_port} is taken: left_alive is served there."
@@ -565,7 +566,7 @@ def test_a_taken_port_is_refused(pipeline: ModuleType, stand_in: StandIn):
 
 
 def test_a_server_that_is_not_ours_is_refused(pipeline: ModuleType, tmp_path: Path):
-    """It takes the port while our server loads, and calls its model as we call ours."""
+    """It takes the port while our server loads, and uses our server's name for its model."""
     vllm = tmp_path / "vllm"
     vllm.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
     vllm.chmod(0o755)
@@ -601,7 +602,8 @@ def test_an_adapter_is_refused(place: Place):
 
 @pytest.mark.parametrize("in_prompt, count", [(False, 0), (True, 2)])
 def test_bos(in_prompt: bool, count: int, place: Place, pipeline: ModuleType):
-    """Refused before a server is started: a tokenizer that adds none, and one that adds a second."""
+    """Refused before a server is started: a tokenizer that adds no BOS, and one that adds a
+    second."""
     plan = yaml.safe_load((place.folder / "models.yml").read_text())
     model = plan["models"][0 if count == 0 else 2]
     model["bos_in_prompt"] = in_prompt
@@ -628,7 +630,7 @@ def test_bos(in_prompt: bool, count: int, place: Place, pipeline: ModuleType):
         ({"other": (1, 2), "paper": (1, 2, 3)}, "m-c", "LC 3.0 by the paper judge, of 3 folders."),
         ({"other": (1, 2, 3), "paper": (3, 2, 1)}, "m-c", "by the other judge, of 3 folders."),
         ({"other": (1, 2)}, None, "m: not chosen, no judge has judged all of its 3 folders."),
-        (None, None, "m: not chosen, no whole trainer_state.json in m-c."),
+        (None, None, "m: not chosen, no complete trainer_state.json in m-c."),
     ],
 )
 def test_the_learning_rate(lc, chosen: str | None, said: str, pipeline: ModuleType, plan):
@@ -705,7 +707,7 @@ def test_one_draw_has_no_error(pipeline: ModuleType):
 
 
 def test_a_half_written_state_is_left_out(pipeline: ModuleType, plan, tmp_path: Path):
-    """The rate is of the whole one; with none it is unknown, and said to be."""
+    """The rate comes from the complete one; without one it is unknown, and the message says so."""
     run = tmp_path / "sweep0001"
     for step, text in (
         (1, '{"log_history": [{"learning_rate": 5e-07}]}'),
@@ -758,10 +760,10 @@ def test_half_written_results(pipeline: ModuleType, tmp_path: Path):
     assert pipeline.to_judge(args, model)
     for broken in (answers.parent / "other" / "judgments.json", answers):
         broken.write_text('[{"instruction": "a", "outp')
-        with pytest.raises(SystemExit, match=f"{broken.name} isn't a whole list of rows"):
+        with pytest.raises(SystemExit, match=f"{broken.name} isn't a complete list of rows"):
             pipeline.to_judge(args, model)
     (answers.parent / "other" / "leaderboard.csv").write_text(",win_rate\n")
-    with pytest.raises(SystemExit, match="leaderboard.csv isn't a whole result of judge"):
+    with pytest.raises(SystemExit, match="leaderboard.csv isn't a complete result of judge"):
         pipeline.alpaca_eval_rates(tmp_path, "simpo", "other", model)
 
 

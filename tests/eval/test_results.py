@@ -61,7 +61,7 @@ def tables() -> list[list[list[str]]]:
 
 
 def check(table: list[list[str]], methods: list[str], expected: list[list[float]]) -> None:
-    """Beside every number of the paper is an empty cell for the reader's: no score is ours."""
+    """Each of the paper's numbers has an empty cell for the reader's; no score is ours."""
     head, rule, *rows = table
     width = len(expected[0])
     assert head[0] == "method" and head[2 : 2 * width + 1 : 2] == ["yours"] * width
@@ -81,7 +81,7 @@ def test_table_1():
 
 
 def test_the_checkpoints_readme():
-    """Beside every number of theirs is the paper's; no row is the same in both."""
+    """Each of theirs has the paper's number in the same row; no row is equal in both."""
     head, rule, *rows = tables()[2]
     assert head == ["checkpoint", "WR", "paper", "LC", "paper", "Arena-Hard", "paper"]
     assert set(rule) == {"---"}

@@ -22,22 +22,22 @@ class LlamaFactoryHost(TrainerHost):
     apart: dict[str, Any] = {"rate": 1e-12, "beta": 1.0, "reference": "another"}
     refused = {
         "equal answers": (
-            "the training data can't be learnt from, got 16 of 16 pairs have a chosen answer equal to the rejected one",
+            "training data refused: 16 of 16 pairs have identical answers",
             "The first is row 0 of the tokenized data, ",
         ),
-        "most answers equal": ("got 9 of 16 pairs have a chosen answer equal",),
-        "empty answers": ("got 16 of 16 pairs have an empty answer",),
+        "most answers equal": ("training data refused: 9 of 16 pairs have identical answers",),
+        "empty answers": ("training data refused: 16 of 16 pairs have an empty answer",),
         # It has one prompt for both sides.
         "earlier turns that differ": (
             "its first row has chosen (4 messages: user, assistant, user, ...)",
             "write the prompt's messages into one column, and each answer as one message or as text",
         ),
         "prompts beyond the limit": (
-            "got 16 of 16 pairs have a prompt whose end is cut off to fit cutoff_len=128",
+            "training data refused: 16 of 16 pairs have a prompt whose end is cut off to fit cutoff_len=128",
         ),
-        "an empty file": ("dataset must hold a pair, got ", "train.jsonl', which is empty"),
-        "a cut first line": ("train.jsonl', of which line 1 can't be used: ",),
-        "a cut last line": ("train.jsonl', of which line 16 can't be used: ",),
+        "an empty file": ("dataset must hold a pair, got ", "train.jsonl': the file is empty"),
+        "a cut first line": ("train.jsonl': line 1 can't be used: ",),
+        "a cut last line": ("train.jsonl': line 16 can't be used: ",),
         "no column chosen": ("it has no 'chosen'",),
         "no column rejected": ("it has no 'rejected'",),
     }

@@ -18,12 +18,13 @@ from harness import ManyFocalpo, at_once, environment, free_port
 from openrlhf_flags import of_host
 
 COMMAND = "openrlhf.cli.train_dpo"
-OURS = "focalpo_plugins: "  # how each line of ours begins
+OURS = "focalpo_plugins: "  # the start of each line of this package
 
 
 @pytest.fixture(scope="session")
 def openrlhf() -> SimpleNamespace:
-    """The parts of the real OpenRLHF that tests call, imported as its command is: CPU mode first."""
+    """The parts of the real OpenRLHF that tests call, imported as its command is: with the CPU mode
+    first."""
     from focalpo_plugins.openrlhf import cpu
 
     cpu.stand_in()
@@ -39,8 +40,8 @@ def openrlhf() -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def forward_only(openrlhf: SimpleNamespace) -> Any:
-    """OpenRLHF's trainer, with just what it computes log-probabilities from."""
-    import one_batch  # here: xdist's main process runs no test, and would import torch all the same
+    """OpenRLHF's trainer, with only the parts that compute log-probabilities."""
+    import one_batch  # here: xdist's main process runs no test, but would import torch anyway
 
     trainer = object.__new__(openrlhf.DPOTrainer)
     trainer.tokenizer = SimpleNamespace(pad_token_id=one_batch.PAD)
@@ -50,7 +51,7 @@ def forward_only(openrlhf: SimpleNamespace) -> Any:
 
 @dataclass
 class Run:
-    """What a training run left behind."""
+    """The results of a training run."""
 
     returncode: int
     stdout: str
@@ -62,7 +63,7 @@ class Run:
         return self.stdout[-4000:] + self.stderr[-8000:]
 
     def steps(self, prefix: str = "") -> dict[int, dict[str, float]]:
-        """What TensorBoard shows: by step, the values by tag; of tags that begin so."""
+        """TensorBoard's values by step and tag, for tags that begin like this."""
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         found: dict[int, dict[str, float]] = {}
@@ -76,13 +77,13 @@ class Run:
         return found
 
     def said(self, what: str) -> list[str]:
-        """Our lines that hold this, up to their ends; what stands before one is not ours, such as
-        another process's progress bar, whose line it has not ended."""
+        """This package's lines that contain a text, to their ends. The text before one may be
+        another process's, such as a progress bar whose line hasn't ended."""
         lines = [line.partition(OURS) for line in self.stderr.splitlines() if what in line]
         return ["".join(line[1:]) for line in lines if what in "".join(line[1:])]
 
     def seen(self) -> list[list[list]]:
-        """By rank, what ``watched_openrlhf`` saw."""
+        """By rank, what ``watched_openrlhf`` recorded."""
         return [
             [json.loads(line) for line in path.read_text().splitlines()]
             for path in sorted(self.folder.glob("rank*.jsonl"))
@@ -144,8 +145,8 @@ def train(tiny: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 @pytest.fixture
 def on_two_nodes(tiny: Path, few: Path, tmp_path: Path) -> Callable[..., Run]:
-    """``on_two_nodes(script, *flags)`` starts a launch script twice, as examples/multinode.md has it
-    for nodes without ssh, with the tiny model and data put in place by further flags."""
+    """``on_two_nodes(script, *flags)`` starts a launch script twice, as examples/multinode.md does
+    for nodes without ssh, with the tiny model and data set by further flags."""
 
     def run(script: Path, *flags: str) -> Run:
         (tmp_path / "hosts").write_text("first slots=1\nsecond slots=1\n")
@@ -165,7 +166,7 @@ def on_two_nodes(tiny: Path, few: Path, tmp_path: Path) -> Callable[..., Run]:
 @pytest.fixture(scope="session")
 def ranks_apart(tiny: Path, few: Path) -> Callable[..., list[Run]]:
     """``ranks_apart(folder, flags, flags)`` starts the command without a launcher, once for each
-    rank, which share nothing but the network."""
+    rank; the ranks share only the network."""
 
     def run(
         folder: Path, *flags: Sequence[str], module: str, path: Sequence[Path | str], **more: str
@@ -220,7 +221,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[tup
 
 @pytest.fixture(scope="session")
 def train_many(train: Callable[..., Run]) -> Callable[..., dict[str, Run]]:
-    """``train_many({name: flags, ...}, *path)`` trains one after the other."""
+    """``train_many({name: flags, ...}, *path)`` runs one training after the other."""
 
     def run(runs: dict[str, Sequence[str]], *path: Path | str, **how: Any) -> dict[str, Run]:
         return {name: train(*flags, path=path, **how) for name, flags in runs.items()}
@@ -232,8 +233,8 @@ def train_many(train: Callable[..., Run]) -> Callable[..., dict[str, Run]]:
 def watched(
     train: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Run]:
-    """``watched(flags, ranks, fault)`` trains with ``watched_openrlhf`` to see it, and to make the
-    fault."""
+    """``watched(flags, ranks, fault)`` trains with ``watched_openrlhf``, which records and makes
+    the fault."""
 
     def run(flags: Sequence[str], ranks: int, fault: dict[str, Any]) -> Run:
         folder = tmp_path_factory.mktemp("run")

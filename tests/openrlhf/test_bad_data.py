@@ -1,4 +1,4 @@
-"""Data that nothing can be learnt from, in ways that only OpenRLHF has; the rest is in the contract."""
+"""Useless data in ways that only OpenRLHF has; the contract has the others."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows(few: Path) -> list[dict]:
 
 
 def refused(run) -> str:
-    """The last line of what was said."""
+    """The last printed line."""
     assert run.returncode != 0
     assert not run.steps("train/")
     return run.stderr.strip().splitlines()[-1]
@@ -42,12 +42,12 @@ def test_a_line_without_a_column(train: Callable, rows: list[dict], tmp_path: Pa
     path = tmp_path / "pairs.jsonl"
     path.write_text(lines([rows[0], *({"rejected": row["rejected"]} for row in rows)]))
     run = train(*OURS, "--data.dataset", str(path))
-    said = "of which line 2 can't be used: it has no 'chosen', got rejected. Fix that line"
+    said = ": line 2 can't be used: it has no 'chosen', got rejected. Fix that line"
     assert said in refused(run), run.output
 
 
 def test_a_token_without_an_embedding(train: Callable, tiny: Path, tmp_path: Path):
-    """The reference has the first 100 of the tokenizer's 883 tokens."""
+    """The reference has only the first 100 of the tokenizer's 883 tokens."""
     from transformers import AutoModelForCausalLM
 
     cut = AutoModelForCausalLM.from_pretrained(tiny / "model")
@@ -61,7 +61,7 @@ def test_a_token_without_an_embedding(train: Callable, tiny: Path, tmp_path: Pat
 
 def test_two_bos_by_the_chat_template(train: Callable):
     message = refused(train(*OURS, "--data.tokenizer_chat_template", DOUBLED))
-    assert "of 40 pairs have two BOS at their start: chat template and tokenizer both" in message
+    assert "of 40 pairs have two BOS at their start: the chat template and the " in message
     assert "'<|begin_of_text|><|begin_of_text|>user: " in message
 
 
@@ -71,15 +71,17 @@ def test_an_answer_of_a_space_and_an_eos(train: Callable, rows: list[dict], tmp_
     template = ("--data.tokenizer_chat_template", WITHOUT_EOS)
     run = train(*OURS, "--data.dataset", str(path), *template)
     message = refused(run)
-    assert "got 16 of 16 pairs have an empty answer. Remove them" in message, run.output
-    assert "Give --focalpo.allow_data to train on them anyway." in message
+    assert "training data refused: 16 of 16 pairs have an empty answer. Remove them" in message, (
+        run.output
+    )
+    assert "To train anyway, set --focalpo.allow_data." in message
 
 
 def test_evaluation_data_is_warned_of(train: Callable, rows: list[dict], tmp_path: Path):
-    """Of evaluation data, all that have a fault."""
+    """All pairs of the evaluation data have a fault."""
     (tmp_path / "held_out.jsonl").write_text(lines(map(alike, rows)))
     held_out = ("--eval.dataset", str(tmp_path / "held_out.jsonl"), "--eval.split", "train")
     run = train(*OURS, *held_out)
     assert run.returncode == 0, run.output
-    evaluated = "focalpo_plugins: warning: 16 of 16 pairs of the evaluation data have a chosen"
+    evaluated = "focalpo_plugins: warning: 16 of 16 pairs of the evaluation data have identical"
     assert len(run.said(evaluated)) == 1

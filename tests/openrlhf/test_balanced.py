@@ -46,7 +46,8 @@ BALANCED = "--focalpo.balanced_batches"
 
 @dataclass(frozen=True)
 class Case:
-    """A run's sizes; ``tokens`` are of each row, ``resumed`` is the steps that are done before."""
+    """A run's sizes; ``tokens`` are those of each row, ``resumed`` is the number of steps done
+    before."""
 
     geometry: Geometry
     tokens: tuple[int, ...]
@@ -81,7 +82,7 @@ class Numbers(torch.utils.data.Dataset):
 
 
 def loader_of(case: Case, rank: int, balanced: bool, trained: Callable[[], int]) -> Any:
-    """As OpenRLHF's ``setup_dataloader`` makes it for one of several ranks."""
+    """The loader that OpenRLHF's ``setup_dataloader`` makes for one of several ranks."""
     from openrlhf.utils.distributed_sampler import DistributedSampler
     from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -112,7 +113,7 @@ def loader_of(case: Case, rank: int, balanced: bool, trained: Callable[[], int])
 
 
 def arguments(case: Case) -> SimpleNamespace:
-    """What OpenRLHF's loop reads of its arguments, flat and nested."""
+    """The arguments that OpenRLHF's loop reads, flat and nested."""
     batch, never, none = case.geometry.step, -1, 0.0
     return SimpleNamespace(
         train=SimpleNamespace(batch_size=batch), train_batch_size=batch,
@@ -124,8 +125,8 @@ def arguments(case: Case) -> SimpleNamespace:
 
 
 def trained_rows(case: Case, rank: int, balanced: bool) -> list[list[int]]:
-    """The rows of each micro-batch that OpenRLHF's own ``fit`` trains on a rank; and our trainer names
-    the same rows in each."""
+    """The rows of each micro-batch that OpenRLHF's own ``fit`` trains on a rank; our trainer names
+    the same rows."""
     from openrlhf.models import DPOLoss
     from openrlhf.trainer.dpo_trainer import DPOTrainer
 
@@ -169,14 +170,14 @@ def trained_rows(case: Case, rank: int, balanced: bool) -> list[list[int]]:
 
 
 def micro_steps(case: Case, balanced: bool) -> list[list[int]]:
-    """The rows that all ranks train at a time, those of the first rank first."""
+    """The rows that all ranks train at a time, the first rank's first."""
     ranks = [trained_rows(case, rank, balanced) for rank in range(case.geometry.ranks)]
     assert all(len(rows) == case.geometry.each for of_rank in ranks for rows in of_rank)
     return [sum(at_a_time, []) for at_a_time in zip(*ranks, strict=True)]
 
 
 def optimizer_steps(case: Case, found: list[list[int]]) -> list[list[int]]:
-    """The rows of each optimizer step; at the end maybe those of one that is never done."""
+    """The rows of each optimizer step; the last one may be incomplete."""
     of_step = case.geometry.accumulation
     return [sum(found[at : at + of_step], []) for at in range(0, len(found), of_step)]
 
@@ -207,8 +208,8 @@ def cases(draw: st.DrawFn) -> Case:
 @settings(deadline=None, max_examples=300)
 @given(case=cases())
 def test_each_step_has_the_pairs_that_it_has_without(openrlhf: SimpleNamespace, case: Case):
-    """Over several epochs that don't divide, whose steps go on over the end of an epoch; and resumed
-    after any step, also inside an epoch."""
+    """Several epochs that don't divide evenly, so that steps continue over the end of an epoch;
+    also resumed after any step, including inside an epoch."""
     plain, balanced = micro_steps(case, balanced=False), micro_steps(case, balanced=True)
     for without, dealt in zip(
         optimizer_steps(case, plain), optimizer_steps(case, balanced), strict=True
@@ -223,8 +224,10 @@ def test_each_step_has_the_pairs_that_it_has_without(openrlhf: SimpleNamespace, 
 @in_one_process
 @pytest.mark.releases
 def test_resuming_goes_on_as_if_it_had_not_stopped(openrlhf: SimpleNamespace):
-    """The same micro-batches on the same ranks in each step; the first step after resuming begins with
-    the largest.
+    """Each step has the same micro-batches on the same ranks; the first step after resuming begins
+    with the largest. Seven micro-batches an epoch and two in a step: the fourth step has pairs of
+    both epochs. 29 pairs aren't a whole number of steps, so OpenRLHF resumes at the right pairs
+    only inside the first epoch.
 
     Seven micro-batches an epoch, two in a step: the fourth step has both epochs' pairs.  29 pairs are
     no whole number of steps, so OpenRLHF resumes at the pairs that come next only if it is inside
@@ -242,7 +245,7 @@ def test_resuming_goes_on_as_if_it_had_not_stopped(openrlhf: SimpleNamespace):
 
 @in_one_process
 def test_worker_processes(openrlhf: SimpleNamespace):
-    """They fetch batches ahead, and live on from epoch to epoch."""
+    """The workers fetch batches ahead, and live on from epoch to epoch."""
     lengths = tuple(range(1, 30))
     alone, ahead = (
         Case(Geometry(2, 2, 2), lengths, epochs=2, resumed=1, workers=workers) for workers in (0, 2)
@@ -251,7 +254,7 @@ def test_worker_processes(openrlhf: SimpleNamespace):
 
 
 def in_standard_errors(of_steps: torch.Tensor, of_all: torch.Tensor) -> float:
-    """How far numbers of the optimizer steps ``(N,)`` are from others on average."""
+    """The mean distance of the steps' numbers ``(N,)`` from others."""
     apart = of_steps - of_all
     return (apart.mean() / apart.std() * len(apart) ** 0.5).item()
 
@@ -260,9 +263,9 @@ def in_standard_errors(of_steps: torch.Tensor, of_all: torch.Tensor) -> float:
 @pytest.mark.parametrize("each", [1, 2])
 @pytest.mark.parametrize("cost", ["padded", "unpadded_backbone", "unpadded"])
 def test_what_is_logged_is_a_fair_sample(openrlhf: SimpleNamespace, each: int, cost: str):
-    """OpenRLHF's ``loss_mean`` and ``acc_mean`` are of the first rank's pairs, its ``loss``, ``acc`` and
-    rewards of the last micro-step of all ranks.  Their lengths are on average those of all pairs of
-    the steps; sorted by length they would not be."""
+    """OpenRLHF's ``loss_mean`` and ``acc_mean`` cover the first rank's pairs; its ``loss``, ``acc``
+    and rewards cover the last micro-step of all ranks. The lengths of these pairs are on average
+    those of all pairs of the steps; sorted by length they would not be."""
     geometry = Geometry(ranks=8, each=each, accumulation=4)
     drawn = torch.randn(geometry.step * 200, generator=torch.Generator().manual_seed(0))
     case = Case(geometry, tuple((200 * drawn.mul(0.6).exp()).int().tolist()), cost)
@@ -300,7 +303,7 @@ def test_loaders_that_are_not_understood(openrlhf: SimpleNamespace):
 
 
 class ThreadRanks:
-    """Ranks that are threads."""
+    """Ranks as threads."""
 
     def __init__(self, rank: int, count: int, found: list, barrier: threading.Barrier) -> None:
         self.rank, self.count, self._found, self._barrier = rank, count, found, barrier
@@ -314,7 +317,7 @@ class ThreadRanks:
 
 
 def on_ranks(count: int, do: Callable[[Any], Any]) -> list[Any]:
-    """What ``do`` returns on each of so many ranks, or the error that it raises."""
+    """The result of ``do`` on each of so many ranks, or the error that it raises."""
     found, results, barrier = [None] * count, [None] * count, threading.Barrier(count)
 
     def run(rank: int) -> None:
@@ -359,8 +362,8 @@ def data_set(openrlhf: SimpleNamespace, tiny: Path, rows: int, max_len: int) -> 
     ("padded", False), ("unpadded_backbone", True), ("unpadded", False), ("unpadded", True),
 ])  # fmt: skip
 def test_lengths_are_those_of_the_batch(pairs: Any, cost: str, shared: bool):
-    """Of each pair in a batch of its own, as OpenRLHF collates it: its longer sequence, its tokens, or
-    the tokens of the row that shared prompts make of it."""
+    """For each pair in its own batch, as OpenRLHF collates it: its longer sequence, its tokens, or
+    the tokens of its row of shared prompts."""
     from focalpo_plugins.openrlhf import batches
 
     expected, cut = [], 0
@@ -426,7 +429,7 @@ def test_computed_tokens():
     assert computed_tokens(chosen, rejected, packed=True, ranks=2) == 7
 
 
-# What is refused.
+# Refusals.
 
 
 def command_line(**given: Any) -> Namespace:
@@ -469,8 +472,9 @@ ROPES = {
 @pytest.mark.releases
 @pytest.mark.parametrize("kind", ROPES)
 def test_a_rope_that_depends_on_the_longest_sequence(openrlhf: SimpleNamespace, kind: str):
-    """Refused exactly if a sequence can be longer than the frequencies hold for: 64 tokens, or 32 at
-    first.  A batch with one of twice as many changes what the model computes of the other one."""
+    """It is refused exactly if a sequence can be longer than the frequencies support: 64 tokens, or
+    32 at first. A batch with a sequence of twice that length changes what the model computes for
+    the other one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from focalpo_plugins.openrlhf import batches
@@ -485,7 +489,7 @@ def test_a_rope_that_depends_on_the_longest_sequence(openrlhf: SimpleNamespace, 
     model = LlamaForCausalLM(config).double().eval()
 
     def last(*lengths: int) -> torch.Tensor:
-        """The logits at the end of the first of sequences that are padded together."""
+        """The logits at the end of the first of several sequences, padded together."""
         width = max(lengths)
         mask = torch.arange(width) < torch.tensor(lengths)[:, None]
         ids = torch.arange(width).remainder(31).add(1).expand(len(lengths), -1) * mask
@@ -525,7 +529,7 @@ PLACE = {"mode": "train", "batch": 9, "rank": 1, "row": 1, "side": 0, "value": "
 def runs(
     train: Callable, tiny: Path, another: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Any:
-    """Plain and balanced; and each resumed from its step 2, inside an epoch, the plain one with
+    """Plain and balanced; each is also resumed from its step 2, inside an epoch, the plain one with
     balanced batches and shared prompts, and with a NaN in its last step."""
     data = tmp_path_factory.mktemp("data") / "train.jsonl"
     lines = (tiny / "train.jsonl").read_text().splitlines(keepends=True)
@@ -562,7 +566,7 @@ def runs(
 
 
 def batches_of(run: Any) -> list[list[list]]:
-    """By rank: pairs and margins of each micro-batch."""
+    """For each rank, the pairs and margins of each micro-batch."""
     return [[event[1:] for event in seen if event[0] == "train"] for seen in run.seen()]
 
 
@@ -582,12 +586,12 @@ def loss_of(step: list[tuple[str, float]]) -> float:
 @pytest.mark.releases
 @pytest.mark.parametrize("name, begin", [("balanced", 0), ("switched off", 2), ("switched on", 2)])
 def test_whole_runs_train_the_same(runs: Any, name: str, begin: int):
-    """In each step the same pairs with the same margins and the same mean loss; and not in the same
+    """Each step has the same pairs with the same margins and the same mean loss, but in different
     batches."""
     plain, found = list(steps_of(runs["plain"]))[begin:], list(steps_of(runs[name]))
     assert len(plain) == len(found) == STEPS - begin, runs[name].output
     if name == "switched on":
-        plain, found = plain[:-1], found[:-1]  # the last one is spoilt
+        plain, found = plain[:-1], found[:-1]  # the last one has the NaN
     losses = [loss_of(step) for step in plain]
     assert max(losses) - min(losses) > 0.05
     for without, dealt in zip(plain, found, strict=True):
@@ -634,7 +638,7 @@ def test_what_is_said_and_logged(runs: Any):
 
 
 def digest(pair: Any) -> str:
-    """As ``watched_openrlhf`` writes a pair down."""
+    """A pair as ``watched_openrlhf`` records it."""
     sequences = [ids[mask.bool()].tolist() for ids, mask in (pair[:2], pair[2:4])]
     return hashlib.sha256(str(sequences).encode()).hexdigest()[:16]
 
@@ -642,7 +646,7 @@ def digest(pair: Any) -> str:
 @shares_runs
 @pytest.mark.releases
 def test_the_row_of_a_nan(openrlhf: SimpleNamespace, tiny: Path, runs: Any):
-    """On the rank that holds it, among the rows of OpenRLHF's data set."""
+    """On the rank that holds it, by its row in OpenRLHF's data set."""
     run = runs["switched on"]
     assert run.returncode == 1
     pair = batches_of(run)[PLACE["rank"]][PLACE["batch"]][0][PLACE["row"]]
@@ -654,9 +658,9 @@ def test_the_row_of_a_nan(openrlhf: SimpleNamespace, tiny: Path, runs: Any):
 @shares_runs
 @pytest.mark.releases
 def test_tokens(openrlhf: SimpleNamespace, tiny: Path, runs: Any):
-    """What is logged of each step, from the lengths of the pairs that are seen in its batches: two
-    sequences a pair, as long as the longest of the batch; and of these the share that a rank waits
-    for the other one."""
+    """The logged numbers of each step, from the lengths of the pairs seen in its batches: two
+    sequences a pair, as long as the longest of the batch; and the share of these that a rank waits
+    for the other."""
     data = data_set(openrlhf, tiny, TRAINED, max_len=128)
     longer = {
         digest(pair): max(pair[0].numel(), pair[2].numel())

@@ -1,4 +1,4 @@
-"""``focalpo check`` on OpenRLHF command lines: what it says against what is worked out by hand."""
+"""``focalpo check`` on OpenRLHF command lines: its output against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Answer = tuple[int, str, str]
 
 
 def by_hand(tokenizer: Tokenizer, row: dict[str, Any], side: str) -> tuple[list[int], list[int]]:
-    """Prompt and answer, from the template as it is written out here."""
+    """Prompt and answer, from the template as written out here."""
     user, assistant = (message["content"] for message in row[side])
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
     prompt = f"<|begin_of_text|>{header.format('user')}{user}<|eot_id|>{header.format('assistant')}"
@@ -120,7 +120,8 @@ def test_the_pair_is_the_one_that_is_trained_on(answers, tiny: Path, rows):
 
 
 def test_openrlhf_sums_over_the_same_tokens(answers, openrlhf):
-    """Its own mask, on log-probabilities of 1 for every token: the sum is the count of tokens."""
+    """With its own mask and log-probabilities of 1 for every token, the sum is the count of
+    tokens."""
     sequence = read(answers["plain"])["pair"]["chosen"]
     ones = torch.ones(1, len(sequence["ids"]) - 1)
     mask = torch.ones(1, len(sequence["ids"]), dtype=torch.long)
@@ -130,15 +131,15 @@ def test_openrlhf_sums_over_the_same_tokens(answers, openrlhf):
 
 
 def test_the_first_loss(answers):
-    """IPO's at margin 0 is ``(1/(2 beta))^2``, 1 at beta 0.5. With another model as reference no run
-    starts there."""
+    """IPO's loss at margin 0 is ``(1/(2 beta))^2``, 1 at beta 0.5. With another model as the
+    reference, no run starts there."""
     assert read(answers["ipo"])["first_loss"] == pytest.approx(1)
     assert read(answers["reference"])["first_loss"] is None
 
 
 def test_what_is_counted(answers):
-    """12 rows, one dropped; one pair has equal answers, and one an empty one.  Batch 16 of 2 on one rank: accumulated 8
-    times."""
+    """12 rows, one dropped; one pair has equal answers, and one an empty answer. Batch 16 with 2 on
+    one rank: 8 micro-batches are accumulated."""
     found = read(answers["plain"])
     assert (found["rows"], found["dropped"], found["counts"]["pairs"]) == (12, 1, 11)
     assert (found["counts"]["identical"], found["counts"]["empty"]) == (1, 1)
@@ -150,9 +151,9 @@ def test_what_is_counted(answers):
 
 
 def test_tokens_of_a_step(answers, tiny: Path, rows):
-    """A pair at a time, all 11 in a step: plain it has twice the tokens of each pair's longer sequence.
-    With shared prompts it has those of both sequences without the start that they have in common,
-    which is at least the prompt.  On one rank there is nothing to balance."""
+    """One pair at a time, all 11 in a step: plain, it has twice the tokens of each pair's longer
+    sequence. With shared prompts it has the tokens of both sequences with their common start
+    counted once, which is at least the prompt. On one rank there is nothing to balance."""
     tokenizer = Tokenizer.from_file(str(tiny / "model" / "tokenizer.json"))
     pairs = [
         [sum(by_hand(tokenizer, row, side), []) for side in ("chosen", "rejected")]
@@ -191,8 +192,8 @@ def test_what_is_cut_is_counted(answers, tiny: Path, rows):
 
 
 def test_steps(answers):
-    """OpenRLHF drops what doesn't fill a micro-batch, and a step goes on into the next epoch: 15
-    batches are seven steps.  With fewer pairs than a batch has it refuses to train."""
+    """OpenRLHF drops pairs that don't fill a micro-batch, and a step continues in the next epoch:
+    15 batches are seven steps. With fewer pairs than a batch it refuses to train."""
     found = read(answers["steps"])
     assert (found["epoch_steps"], found["steps"]) == (2.5, 7)
     assert not any("larger than the data" in warning for warning in found["warnings"])
@@ -214,8 +215,9 @@ def test_a_run_has_the_steps_that_were_said(answers, rows, train):
 def test_a_run_has_the_batches_that_were_planned(
     tiny: Path, rows, watched, tmp_path: Path, ranks: int, balanced: bool
 ):
-    """In all its epochs, whose orders differ.  One rank trains on five batches of two of the 11 pairs
-    an epoch, two ranks on two each; three epochs are 15 and 6.  Two batches make a step."""
+    """The pairs of all epochs, whose orders differ. One rank trains on five batches of two of the
+    11 pairs an epoch, two ranks on two batches each; three epochs are 15 and 6. Two batches make a
+    step."""
     flags = ["--loss", "focalpo", "--data.dataset", str(rows[0]), "--data.max_len", "64"]
     flags += ["--train.batch_size", str(4 * ranks), "--train.max_epochs", "3"]
     flags += ["--ds.zero_stage", "3"] * (ranks == 2)  # OpenRLHF 0.9.10 fails in ZeRO-2 on two CPUs
@@ -243,7 +245,8 @@ def test_a_run_has_the_batches_that_were_planned(
 
 
 def test_ranks_that_share_their_pairs(answers):
-    """Of eight ranks four share each sequence and its layers: two times two pairs, four times."""
+    """Eight ranks, of which four share each sequence and its layers: two times two pairs, four
+    times."""
     found = read(answers["parallel"])
     assert (found["ranks"], found["accumulation"], found["batch"]) == (8, 4, 16)
 
@@ -266,7 +269,7 @@ def test_memory(answers, tiny: Path):
 
 
 def test_memory_with_the_reference_precomputed(answers, tiny: Path):
-    """It is held before the first step, beside all but the gradients; then no more."""
+    """It is held before the first step, with everything except the gradients, and then freed."""
     n = parameters(tiny)
     found = read(answers["precomputed, json"])["memory_bytes"]
     assert (found["reference"], found["reference_before"]) == (0, 2 * n)
@@ -287,7 +290,7 @@ def test_dpo_and_fp16_are_said_to_be_that(answers):
 
 
 def test_flags_that_need_cuda_are_checked_without_it(answers):
-    """Training with them on a CPU is refused; looking at what they train on is not."""
+    """Training with these flags on a CPU is refused; checking them is not."""
     code, said, errors = answers["flash"]
     assert code == 1, errors[-3000:]  # --strict
     assert "predicted first loss 0.6695 (DPO: 0.6931)" in said
@@ -299,7 +302,7 @@ def test_flags_that_need_cuda_are_checked_without_it(answers):
     ("case", "said"),
     [
         ("gamma", "--focalpo.gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 3.0"),
-        ("abbreviated", "--focalpo.gam is no flag, got '--focalpo.gam'; did you mean"),
+        ("abbreviated", "unknown flag --focalpo.gam, got '--focalpo.gam'; did you mean"),
         ("unknown", "unrecognized arguments: --beta 0.1"),
         ("no such pair", "--pair must be from 0 to 10, got 99."),
         ("no data", "--data.dataset must be given: there is nothing to train on."),

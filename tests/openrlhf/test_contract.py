@@ -24,9 +24,9 @@ FLAGS = {
 
 class OpenRLHF:
     loads_the_model = True
-    # bf16 rounds otherwise what is laid out otherwise.
+    # bf16 rounds differently in another layout.
     near, spread, two_ranks_gradient = 0.1, 0.1, 1.0
-    # Two runs that learn in bf16 drift apart by whatever rounds.
+    # Two runs that learn in bf16 drift apart with any rounding.
     apart: dict[str, Any] = {"rate": 1e-12, "beta": 1.0, "reference": "another"}
     names = {
         "loss": "loss_mean",
@@ -35,25 +35,25 @@ class OpenRLHF:
         "margin": "margin",
     }
     refused = {
-        "equal answers": (
-            "the training data can't be learnt from, got 16 of 16 pairs have a chosen answer equal to",
+        "equal answers": ("training data refused: 16 of 16 pairs have identical answers",),
+        "most answers equal": ("training data refused: 9 of 16 pairs have identical answers",),
+        "empty answers": (
+            "training data refused: 16 of 16 pairs have an empty answer. Remove them",
         ),
-        "most answers equal": ("got 9 of 16 pairs have a chosen answer equal to the rejected one",),
-        "empty answers": ("got 16 of 16 pairs have an empty answer. Remove them",),
         "earlier turns that differ": (
-            "got 16 of 16 rows have sides whose earlier turns differ: OpenRLHF cuts both off after as",
+            "training data refused: 16 of 16 rows have sides whose earlier turns differ: OpenRLHF cuts both off after as",
         ),
         "prompts beyond the limit": (
-            f"every pair was dropped as longer than {MAX_LEN}=128. Look at the file, or raise {MAX_LEN}.",
+            f"every pair was dropped as longer than {MAX_LEN}=128. Check the file, or raise {MAX_LEN}.",
         ),
         "an empty file": ("dataset must hold a pair, got ",),
-        "a cut first line": ("of which line 1 can't be used: Expecting value. Fix",),
-        "a cut last line": ("of which line 16 can't be used: Unterminated string",),
+        "a cut first line": (": line 1 can't be used: Expecting value. Fix",),
+        "a cut last line": (": line 16 can't be used: Unterminated string",),
         "no column chosen": (
-            "of which line 1 can't be used: it has no 'chosen', got rejected. Fix that line",
+            ": line 1 can't be used: it has no 'chosen', got rejected. Fix that line",
         ),
         "no column rejected": (
-            "of which line 1 can't be used: it has no 'rejected', got chosen. Fix that line",
+            ": line 1 can't be used: it has no 'rejected', got chosen. Fix that line",
         ),
     }
     unknown = "did you mean '--focalpo.gamma'?"

@@ -1,4 +1,7 @@
-"""Which pairs the diagnostics are of, and what a margin that is not finite does, wherever it stands.
+"""Which pairs the diagnostics cover, and what a margin that is not finite does, wherever it occurs.
+These are real runs, on data that divides by nothing: the margins come from OpenRLHF's own
+log-probabilities, which ``watched_openrlhf`` records, and the reference is another model, so the
+margins differ widely from the start.
 
 In real runs, on data that divides by nothing: the margins come from OpenRLHF's own log-probabilities,
 which ``watched_openrlhf`` writes down as OpenRLHF computes them, and the reference is another model, so
@@ -24,7 +27,7 @@ NAMES = ("p", "margin_correct", "margin_incorrect")
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a run; ``batch`` is of all ranks and accumulated batches."""
+    """Sizes of a run; ``batch`` covers all ranks and accumulated batches."""
 
     ranks: int
     train: int
@@ -44,9 +47,9 @@ class Case:
 
 
 ACCUMULATED = Case(ranks=2, train=11, evaluate=5, micro=2, batch=8)
-# Five batches an epoch, of which three make a step, so that the second step has both epochs' pairs.
+# Five batches an epoch and three in a step, so the second step has pairs of both epochs.
 OVER_EPOCHS = Case(ranks=1, train=11, evaluate=3, micro=2, batch=6)
-# The second rank evaluates nothing but a repeat.
+# The second rank evaluates only a repeated pair.
 ONE_EVALUATED = Case(ranks=2, train=9, evaluate=1, micro=3, batch=6, zero=3)
 CASES = (
     ACCUMULATED,
@@ -56,8 +59,8 @@ CASES = (
     Case(ranks=2, train=7, evaluate=3, micro=1, batch=4, epochs=3, log=2, zero=3),
 )
 
-# Where a log-probability is made not finite: in which batch of its rank, counted from 0, of training
-# or of evaluation, and of the policy (0: chosen, 1: rejected) or the reference (2, 3).
+# Where a log-probability is made not finite: in which batch of its rank, counted from 0, in
+# training or evaluation, and for the policy (0: chosen, 1: rejected) or the reference (2, 3).
 PLACE = ("mode", "batch", "rank", "row", "side", "value")
 FAULTS = {
     "first of an accumulation": (ACCUMULATED, "step 1", ("train", 0, 1, 1, 0, "nan")),
@@ -121,8 +124,8 @@ def logged(values: dict[str, float]) -> dict[str, float]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_each_trained_pair_is_counted_once(runs, case: Case):
-    """A step's diagnostics are the means over all that was trained since the last log: every row of
-    every batch of every rank.  OpenRLHF repeats no pair within an epoch."""
+    """A step's diagnostics are the means over everything trained since the last log: every row of
+    every batch of every rank. OpenRLHF repeats no pair within an epoch."""
     run = runs[case]
     assert run.returncode == 0, run.output
     ranks = [of_kind(seen, "train") for seen in run.seen()]
@@ -143,8 +146,8 @@ def test_each_trained_pair_is_counted_once(runs, case: Case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_each_evaluated_pair_is_counted_once(runs, case: Case):
-    """OpenRLHF's sampler deals the pairs out to the ranks in turn, and begins again until all have
-    as many: an evaluation's diagnostics are of the first time of each."""
+    """OpenRLHF's sampler deals the pairs to the ranks in turn, and starts again until all have the
+    same number: an evaluation's diagnostics count each pair once."""
     run = runs[case]
     evaluations = run.steps("eval/")
     assert evaluations
@@ -162,8 +165,8 @@ def test_each_evaluated_pair_is_counted_once(runs, case: Case):
 
 
 def trained_row(case: Case, batch: int, rank: int, row: int) -> int:
-    """OpenRLHF shuffles the data anew in each epoch, with its seed 42 plus the number of the epoch,
-    and deals them out to the ranks in turn."""
+    """OpenRLHF shuffles the data in each epoch, with its seed 42 plus the number of the epoch, and
+    deals them to the ranks in turn."""
     epoch, number = divmod(batch, case.train // case.ranks // case.micro)
     generator = torch.Generator().manual_seed(42 + epoch)
     dealt = torch.randperm(case.train, generator=generator).tolist()
@@ -172,8 +175,8 @@ def trained_row(case: Case, batch: int, rank: int, row: int) -> int:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_not_finite_anywhere_stops_all_ranks_before_the_weights_change(runs, name: str):
-    """The weights are to the last bit those of the run without the fault after as many steps; every
-    rank ends by the same error; and nothing of that step is logged or saved."""
+    """The weights equal those of the run without the fault after as many steps, to the last bit;
+    every rank ends with the same error; nothing of that step is logged or saved."""
     case, when, place = FAULTS[name]
     mode, batch, fault_rank, fault_row, *_ = place
     run, clean = runs[name], runs[case]
@@ -182,7 +185,7 @@ def test_not_finite_anywhere_stops_all_ranks_before_the_weights_change(runs, nam
     done = step if mode == "eval" else step - 1
     for seen, whole in zip(run.seen(), clean.seen(), strict=True):
         weights, without = of_kind(seen, "weights"), of_kind(whole, "weights")
-        # The first are those at the start, the last those at the end; each step changes them.
+        # The first are the weights at the start, the last those at the end; each step changes them.
         of_steps = without[: -1 : case.accumulated]
         assert all(before != after for before, after in pairwise(of_steps))
         assert weights[-1] == of_steps[done]
@@ -196,10 +199,10 @@ def test_not_finite_anywhere_stops_all_ranks_before_the_weights_change(runs, nam
     assert len(found) == case.ranks and len(set(found)) == 1, run.output
     rank, row, of, _ = found[0]
     assert (int(rank), of) == (fault_rank, "the data")
-    if mode == "eval":  # the pairs are dealt out to the ranks in turn
+    if mode == "eval":  # the pairs are dealt to the ranks in turn
         assert int(row) == fault_rank + case.ranks * (case.micro * batch + fault_row)
     else:
         assert int(row) == trained_row(case, batch, fault_rank, fault_row)
-    # What TensorBoard has not written by the end of the process is lost.
+    # TensorBoard loses what it hasn't written by the end of the process.
     assert max(run.steps("train/"), default=0) <= done
     assert not (run.folder / "out" / "model.safetensors").exists()

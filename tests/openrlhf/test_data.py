@@ -1,4 +1,4 @@
-"""What OpenRLHF's data looks like, and what is said where OpenRLHF can't read it."""
+"""Data formats in OpenRLHF, and the messages for data that OpenRLHF can't read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness import ManyFocalpo
 from openrlhf_flags import of_host
 from row_formats import APPLY, FORMATS, KEY
 
-# One worker makes what several tests look at, once.
+# One worker makes the runs that several tests share.
 shares_answers = pytest.mark.xdist_group("data")
 
 OURS = ["--loss", "focalpo"]
@@ -133,7 +133,7 @@ def error_of(answer: Answer) -> str:
 
 
 def advice(name: str) -> str:
-    """The flags that docs/data.md has for this format, as a sentence."""
+    """The flags for this format, as docs/data.md lists them, as a sentence."""
     flags = GOOD.get(name)
     if flags is None:
         return " ".join(of_host([f"put each answer into a list, and give {APPLY} {KEY} messages"]))
@@ -160,7 +160,7 @@ def test_each_format_is_named_with_what_reads_it(answers: dict, name: str):
 @shares_answers
 @pytest.mark.parametrize(("name", "number"), [(name, i) for i, (name, _) in enumerate(FAILS)])
 def test_flags_that_fail(answers: dict, name: str, number: int):
-    """The host's error, then the file, its first row, the flags in use and those that fit."""
+    """The host's error, then the file, its first row, the current flags and the fitting ones."""
     said = error_of(answers[name, number])
     start = " ".join(of_host(["--data.dataset"]))
     assert f". {start} " in said and f"{name.replace(',', '')}.jsonl': its first row has " in said
@@ -173,7 +173,7 @@ def test_flags_that_fail(answers: dict, name: str, number: int):
 def test_a_row_that_differs(answers: dict):
     said = error_of(answers["odd"])
     assert said.endswith(
-        "which is right; row 1 has chosen (text), rejected (list). Fix or remove that row."
+        "which fits, but row 1 has chosen (text), rejected (list). Fix or remove that row."
     )
 
 
@@ -205,14 +205,14 @@ def test_an_empty_cell_of_the_evaluation_data(answers: dict):
 
 @shares_answers
 def test_the_second_of_two_files(answers: dict):
-    """OpenRLHF leaves out the space after the comma."""
+    """OpenRLHF ignores the space after the comma."""
     said = error_of(answers["second file"])
-    assert "beside.jsonl', of which line 2 can't be used: Expecting ',' delimiter. Fix" in said
+    assert "beside.jsonl': line 2 can't be used: Expecting ',' delimiter. Fix" in said
 
 
 @shares_answers
 def test_a_broken_csv_beside_another_file(answers: dict):
-    """Both are here, so nothing is looked for on a hub."""
+    """Both exist here, so nothing is looked up on a hub."""
     said = error_of(answers["broken"])
     assert "/broken.csv' can't be read, in the row that begins in line 3: " in said
     assert "EOF inside string" in said and said.endswith("Fix that file.")
@@ -229,8 +229,8 @@ def test_a_broken_csv_beside_another_file(answers: dict):
     ],
 )
 def test_a_split_that_is_not_there(answers: dict, case: str, data: str, splits: str):
-    """OpenRLHF's default is test.  Its own error is about an attribute; with our loss, a local file
-    is refused before that."""
+    """OpenRLHF's default is test, and its own error is about an attribute; with a loss of this
+    package, a local file is refused first."""
     said = error_of(answers[case])
     dataset, split = of_host(["--eval.dataset", "--eval.split"])
     assert f"{split} must be a split of {dataset} '" in said
@@ -246,19 +246,19 @@ def test_the_evaluation_data_is_looked_at(answers: dict):
     found = json.loads(output)
     (flag,) = of_host(["--eval.dataset"])
     assert f"7 of 7 pairs of {flag} are evaluated" in found["notes"]
-    same = "3 of 7 pairs of the evaluation data have a chosen answer equal to the rejected one"
+    same = "3 of 7 pairs of the evaluation data have identical answers"
     assert any(warning.startswith(same) for warning in found["warnings"])
     assert len(found["formats"]) == 3
 
 
 @shares_answers
 def test_what_a_run_refuses_is_refused(answers: dict):
-    """And allowed and warned of by the same flag; OpenRLHF's own loss refuses nothing."""
+    """The flag allows it, with a warning; OpenRLHF's own loss refuses nothing."""
     said = error_of(answers["differ"])
     fault = "4 of 4 rows have sides whose earlier turns differ: OpenRLHF cuts both off"
-    assert f"the training data can't be trained as written, got {fault}" in said
-    assert "Give --focalpo.allow_data to train on them anyway. The first is row 0 of " in said
-    alike = "the training data can't be learnt from, got 3 of 3 pairs have a chosen answer equal"
+    assert f"training data refused: {fault}" in said
+    assert "To train anyway, set --focalpo.allow_data. The first is row 0 of " in said
+    alike = "training data refused: 3 of 3 pairs have identical answers"
     assert alike in error_of(answers["alike"])
     for case in ("differ, allowed", "differ, dpo"):
         code, output, errors = answers[case]
@@ -267,8 +267,8 @@ def test_what_a_run_refuses_is_refused(answers: dict):
 
 
 def test_an_empty_cell_ends_a_run(tiny: Path, tmp_path: Path):
-    """On two ranks, before training: an answer, which OpenRLHF meets when it joins prompt and answer,
-    and a prompt, of which an input template would make the word None."""
+    """On two ranks, before training: a missing answer, which OpenRLHF notices when it joins prompt
+    and answer, and a missing prompt, which an input template would turn into the word None."""
     cases = {"chosen": [], "prompt": ["--data.input_template", "Q: {}"]}
     for column, flags in cases.items():
         path = with_an_empty_cell(tmp_path / f"{column}.csv", column)
@@ -301,7 +301,7 @@ def test_the_memory_without_the_model(answers: dict):
 
 @pytest.mark.parametrize("case", ["data", "refusal"])
 def test_the_last_line_of_a_launched_run(train: Callable, tmp_path: Path, case: str):
-    """Behind the launcher's own: what is raised, and what the flags' parser ends with."""
+    """After the launcher's own lines: a raised error, and an error of the flags' parser."""
     flags, said = ["--focalpo.gamma", "5"], "focalpo_plugins: --focalpo.gamma must be below 1/ln 2"
     if case == "data":
         path = written(tmp_path, "strings")

@@ -1,4 +1,5 @@
-"""The loss in OpenRLHF's contract, against numbers by hand and OpenRLHF's own ``DPOLoss``."""
+"""The loss with the interface of OpenRLHF's loss, against numbers by hand and OpenRLHF's own
+``DPOLoss``."""
 
 from __future__ import annotations
 
@@ -53,8 +54,8 @@ def test_label_smoothing_by_hand():
 def test_gamma_zero_is_openrlhfs_own_to_the_last_bit(
     openrlhf: SimpleNamespace, label_smoothing: float, dtype: torch.dtype
 ):
-    """Loss, rewards and gradients.  With label smoothing, too: OpenRLHF multiplies by beta in each of
-    the two terms, and a rounding less would be a run that ends elsewhere."""
+    """Loss, rewards and gradients, also with label smoothing: OpenRLHF multiplies by beta in each
+    of the two terms, and one rounding less would make a run end differently."""
     results = []
     for loss_fn in (
         openrlhf.DPOLoss(0.1, label_smoothing, False),
@@ -101,7 +102,11 @@ def test_a_trainer_chooses_the_loss_by_the_margins():
         ((0.1, 0.5), {}, "label_smoothing must be at least 0 and below 0.5, got 0.5"),
         ((0.1, 0.0, True), {}, "ipo must be false with the loss 'focalpo', got True"),
         ((0.1,), {"gamma": -1.0}, "gamma must be a finite number of at least 0, got -1.0"),
-        ((0.1,), {"gama": 1.0}, "gama is no option of the loss 'focalpo'; did you mean 'gamma'?"),
+        (
+            (0.1,),
+            {"gama": 1.0},
+            "gama is not an option of the loss 'focalpo'; did you mean 'gamma'?",
+        ),
         (
             (0.1,),
             {"loss": "focalp"},

@@ -1,4 +1,4 @@
-"""The launch scripts: every flag of theirs is one of OpenRLHF's, or ours."""
+"""The launch scripts: each of their flags exists in OpenRLHF or in this package."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import pytest
 from formats import PAIRS
 from harness import EXAMPLES, launched
 
-# One worker makes what several tests look at, once.
+# One worker makes the runs that several tests share.
 shares_lines = pytest.mark.xdist_group("examples")
 
 SCRIPTS = sorted((EXAMPLES / "openrlhf").glob("*.sh"))
 COMMAND = "openrlhf.cli.train_dpo"
-# The last of two wins: a model that no machine has, and what flash-attn is refused for on a CPU.
+# The last of two flags wins: a model that doesn't exist, and the attention that flash-attn would be
+# refused for on a CPU.
 HERE = ["--model.model_name_or_path", "nobody/no-such-model", "--ds.attn_implementation", "eager"]
 
 
@@ -28,7 +29,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def uncommented(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """The lines with the flags that are there to be uncommented."""
+    """The commented flags that can be uncommented."""
     folder, found = tmp_path_factory.mktemp("uncommented"), {}
     shutil.copy(EXAMPLES / "openrlhf" / "zephyr.jinja", folder)
     for script in SCRIPTS:
@@ -48,7 +49,7 @@ def test_scripts_are_there(lines: dict):
 
 @shares_lines
 def test_openrlhf_takes_every_flag(lines: dict, uncommented: dict, commands: Callable):
-    """It gets as far as looking for the model; a flag it doesn't know would end it with 2."""
+    """It runs until it looks for the model; an unknown flag would end it with 2."""
     argvs = []
     assert set(uncommented) == set(lines) - {"tiny_focalpo.sh"}
     for name, line in uncommented.items():
@@ -112,7 +113,8 @@ def test_the_steps_of_the_header(lines: dict, script: Path):
 
 @shares_lines
 def test_each_run_keeps_its_own_checkpoints(lines: dict):
-    """OpenRLHF's default folder is one for all runs, and a run would go on from another's."""
+    """OpenRLHF has one default folder for all runs, so a run would continue from another's
+    checkpoint."""
     folders = set()
     for name in set(lines) - {"tiny_focalpo.sh"}:
         line, output = lines[name], value(lines[name], "--ckpt.output_dir")
@@ -129,12 +131,12 @@ def test_lora_is_the_handbooks(lines: dict):
 
 
 def test_a_script_trains_on_two_nodes(on_two_nodes: Callable):
-    """As examples/multinode.md has it; at the first step every margin is 0."""
+    """As in examples/multinode.md; every margin of the first step is 0."""
     run = on_two_nodes(EXAMPLES / "openrlhf" / "llama3_focalpo.sh")
     assert run.returncode == 0, run.output
     assert len(run.said("focalpo_plugins: active")) == 1
     steps = run.steps("train/")
     assert sorted(steps) == [1, 2, 3, 4, 5]  # 40 pairs, 8 to a step
     assert steps[1]["loss"] == pytest.approx(2**-0.05 * math.log(2), abs=1e-5)
-    # The script's own: cosine with a tenth of five steps, rounded up, to warm up in.
+    # The script's own schedule: cosine, with a tenth of five steps, rounded up, as warm-up.
     assert steps[1]["lr"] == pytest.approx(1e-3)

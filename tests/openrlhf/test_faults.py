@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a run: real processes that meet it."""
+"""Faults in the middle of a run, in real processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from harness import with_nan
 from openrlhf_flags import of_host
 
-# One worker makes what several tests look at, once.
+# One worker makes the runs that several tests share.
 shares_run = pytest.mark.xdist_group("never killed")
 
 OURS = ("--loss", "focalpo")
@@ -43,7 +43,8 @@ def never_killed(train: Callable) -> Callable:
 @shares_run
 @pytest.mark.releases
 def test_a_checkpoint_says_what_it_was_trained_with(never_killed):
-    """And of its run the steps, and the losses of the first rank at the first and the last one."""
+    """It also records the run's steps, and the first rank's losses of the first and the last
+    step."""
     record = json.loads((never_killed(False).folder / RECORD).read_text())
     run = record.pop("run")
     assert record == {
@@ -97,13 +98,14 @@ def test_a_checkpoint_of_another_loss(train, never_killed, tmp_path: Path, flags
     again = (*OURS, *TWO_EPOCHS, *LORA, "--ckpt.load_enable", *flags)
     run = train(*again, folder=tmp_path)
     assert run.returncode != 0 and message in run.output
-    assert "global_step9; give the values it was trained with" in run.output
+    assert "global_step9. Set the values that it was trained with" in run.output
     assert not run.steps("train/")
 
 
 @shares_run
 def test_a_checkpoint_of_an_earlier_release(train, never_killed, tmp_path: Path):
-    """Before 0.2.0 fewer values were recorded, and nothing of the run: it is resumed, with a word."""
+    """Before 0.2.0 fewer values were recorded, and nothing about the run: it resumes, with a
+    warning."""
     shutil.copytree(never_killed(True).folder / "checkpoints", tmp_path / "checkpoints")
     path = tmp_path / "checkpoints" / "global_step9" / "focalpo_plugins.json"
     record = json.loads(path.read_text())
@@ -122,8 +124,8 @@ def test_a_checkpoint_of_an_earlier_release(train, never_killed, tmp_path: Path)
 
 @shares_run
 def test_an_error_on_one_rank_ends_all(train, train_many, never_killed, tmp_path: Path):
-    """The first rank alone reads the record, and opens the log.  Whatever it meets, here too many
-    brackets for Python and a file in place of a folder, the other one doesn't wait for it."""
+    """Only the first rank reads the record and opens the log. Whatever it finds, here too many
+    brackets for Python and a file instead of a folder, the other rank doesn't wait for it."""
     shutil.copytree(never_killed(False).folder / "checkpoints", tmp_path / "checkpoints")
     for record in (tmp_path / "checkpoints").rglob("focalpo_plugins.json"):
         record.write_text("[" * 100_000)
@@ -150,14 +152,14 @@ def test_an_error_on_one_rank_ends_all(train, train_many, never_killed, tmp_path
 @shares_run
 @pytest.mark.releases
 def test_two_ranks_refuse_a_checkpoint_of_the_hosts_dpo(train, never_killed, tmp_path: Path):
-    """What a checkpoint without our record is; rank 0 alone looks and says so, and both stop."""
+    """A checkpoint without our record; only rank 0 looks and reports it, and both stop."""
     shutil.copytree(never_killed(False).folder / "checkpoints", tmp_path / "checkpoints")
     for record in (tmp_path / "checkpoints").rglob("focalpo_plugins.json"):
         record.unlink()
     flags = (*OURS, *TWO_EPOCHS, *ZERO3, "--ckpt.load_enable")
     run = train(*flags, ranks=2, folder=tmp_path)
     assert run.returncode == 1
-    assert len(run.said("does not say that it was trained with a loss of focalpo_plugins")) == 1
+    assert len(run.said("has no record of a loss of focalpo_plugins")) == 1
     assert "Traceback" not in run.stderr
     assert not run.steps("train/")
 
@@ -165,7 +167,7 @@ def test_two_ranks_refuse_a_checkpoint_of_the_hosts_dpo(train, never_killed, tmp
 def test_margins_that_are_not_finite_are_the_last_line(
     train, tiny: Path, few: Path, tmp_path: Path
 ):
-    """Of both ranks, behind the launcher's own lines."""
+    """Both ranks, after the launcher's own lines."""
     with_nan(tiny / "model", few / "train.jsonl", tmp_path / "lost")
     model = ("--model.model_name_or_path", str(tmp_path / "lost"))
     run = train(*OURS, *ZERO3, *model, launcher="torchrun", ranks=2)
@@ -179,8 +181,8 @@ DISK_FAULTS = {"first": ["disk_faults.sitecustomize"]}
 
 @pytest.mark.releases
 def test_a_full_disk(train, tmp_path: Path):
-    """Two ranks stop with one line, and no checkpoint looks like one.  The launcher can't repeat it:
-    there is no space for that either."""
+    """Two ranks stop with one line, and nothing looks like a checkpoint. The launcher can't repeat
+    the line: there is no space for that either."""
     run = train(
         *(*OURS, *ZERO3, "--ckpt.save_steps", "2"),
         ranks=2,
@@ -189,7 +191,7 @@ def test_a_full_disk(train, tmp_path: Path):
         FULL_AT="focalpo_plugins.json",
     )
     assert run.returncode != 0
-    (line,) = run.said("the folder of checkpoints must have room")
+    (line,) = run.said("the checkpoint folder must be writable and have free space")
     assert str(tmp_path / "checkpoints") in line and "File too large" in line
     assert max(run.steps("train/"), default=0) <= 2
     checkpoints = tmp_path / "checkpoints"
@@ -200,7 +202,7 @@ def test_a_full_disk(train, tmp_path: Path):
 @pytest.mark.releases
 @pytest.mark.parametrize("name", ["ckpt.output_dir", "ckpt.path"])
 def test_a_folder_that_is_read_only(train, tmp_path: Path, name: str):
-    """OpenRLHF would find out at its first checkpoint, or with the model trained."""
+    """OpenRLHF would notice only at its first checkpoint, or after training."""
     folder = tmp_path / "read only"
     folder.mkdir(mode=0o555)
     asked = (*OURS, "--ckpt.save_steps", "2", f"--{name}", str(folder))
@@ -208,14 +210,15 @@ def test_a_folder_that_is_read_only(train, tmp_path: Path, name: str):
     assert run.returncode == 1
     (flag,) = of_host([f"--{name}"])
     assert run.said("that can be written to") == [
-        f"focalpo_plugins: {flag} must be a folder that can be written to, got {str(folder)!r}: "
-        "Permission denied. Name another, or change its permissions."
+        f"focalpo_plugins: {flag} must be a writable folder, got {str(folder)!r}: "
+        "Permission denied. Choose another, or change its permissions."
     ]
     assert not run.steps("train/") and not list(folder.iterdir())
 
 
 def test_a_folder_where_no_checkpoints_are_asked_for(train_many, tmp_path: Path):
-    """It is neither made nor looked at; it is one under a file, where none can be."""
+    """The folder is neither created nor checked; its path is under a file, where no folder can
+    be."""
     (tmp_path / "file").touch()
     unusable = ("--ckpt.path", str(tmp_path / "file" / "in it"))
     saves = ("--ckpt.save_steps", "2")
@@ -231,13 +234,13 @@ def test_a_folder_where_no_checkpoints_are_asked_for(train_many, tmp_path: Path)
         assert runs[name].returncode == 0, runs[name].output
         assert not (runs[name].folder / "checkpoints").exists()
     assert runs["used"].returncode == 1
-    (line,) = runs["used"].said("must be a folder that can be written to")
-    assert line.startswith("focalpo_plugins: --ckpt.path must be a folder that can be written to, ")
+    (line,) = runs["used"].said("must be a writable folder")
+    assert line.startswith("focalpo_plugins: --ckpt.path must be a writable folder, ")
     assert not runs["used"].steps("train/")
 
 
 def test_killed_before_the_record_is_there(train, tmp_path: Path):
-    """A checkpoint isn't named in `latest` before it says what it was trained with."""
+    """A checkpoint is named in `latest` only once it has its record."""
     flags = (*OURS, "--ckpt.save_steps", "2")
     run = train(*flags, folder=tmp_path, **DISK_FAULTS, KILLED_AT_NAMING="focalpo_plugins.json")
     assert run.returncode == -9, run.output
@@ -253,13 +256,13 @@ def test_a_damaged_record(train_many, never_killed, tmp_path: Path, content: str
     path = ("--ckpt.path", str(tmp_path / "checkpoints"))
     run = train_many({"": (*OURS, *TWO_EPOCHS, *LORA, "--ckpt.load_enable", *path)})[""]
     assert run.returncode != 0
-    assert "must say what the checkpoint was trained with, and can't be read" in run.stderr
+    assert "records what the checkpoint was trained with, and can't be read" in run.stderr
     assert not run.steps("train/")
 
 
 def test_half_a_package(train_many, package_copy: Path):
-    """With a syntax error in one module and another gone, OpenRLHF's own loss is trained as before,
-    and `--loss` is no flag."""
+    """With a syntax error in one module and another module missing, OpenRLHF's own loss trains as
+    before, and `--loss` is an unknown flag."""
     (package_copy / "focalpo_plugins" / "loss.py").write_text("def focalpo_loss(:\n")
     (package_copy / "focalpo_plugins" / "registry.py").unlink()
     dpo, ours = train_many({"dpo": (), "ours": OURS}, package_copy).values()

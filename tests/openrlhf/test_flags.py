@@ -1,4 +1,4 @@
-"""The command line, in OpenRLHF's real command: what it offers, refuses and lets through."""
+"""The command line in OpenRLHF's real command: what it offers, refuses and accepts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from harness import run_python
 from openrlhf_flags import of_host
 
 pytestmark = pytest.mark.releases
-# One worker makes what several tests look at, once.
+# One worker makes the runs that several tests share.
 shares_ends = pytest.mark.xdist_group("flags")
 
-# A model that no machine has: a command line that is accepted gets as far as looking for it, here.
+# A model that doesn't exist: an accepted command line stops when it looks for it.
 MODEL = "nobody/no-such-model"
 LOOKS_FOR_MODEL = "openrlhf/models/actor.py"
 EAGER = ["--ds.attn_implementation", "eager"]
@@ -33,9 +33,9 @@ REFUSED = [
     ([*OURS, "--focalpo.gamma", "x"], "argument --focalpo.gamma: must be a number, got 'x'; it is 0.05 by default."),
     (
         [*OURS, "--focalpo.gamma", "1.5"],
-        "--focalpo.gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 1.5: from there on "
+        "--focalpo.gamma must be below 1/ln 2 = 1.4427 for variant 'correct', got 1.5: from there on, "
         "training runs backwards from the first step. The paper uses 0.05; "
-        "--focalpo.allow_reversed accepts it all the same.",
+        "to train anyway, set --focalpo.allow_reversed.",
     ),
     (
         [*OURS, "--focalpo.gamma=1", "--focalpo.variant=correct_exact"],
@@ -70,7 +70,7 @@ REFUSED = [
         [*OURS, "--model.label_smoothing", "-0.1"],
         "--model.label_smoothing must be at least 0 and below 0.5, got -0.1",
     ),
-    # The reference's log-probabilities: a flag of each loss of ours, whose options they aren't.
+    # The reference's log-probabilities: these flags belong to each loss, but aren't its options.
     (
         ["--loss", "dpo", "--focalpo.precompute_ref"],
         "--focalpo.precompute_ref is a flag of --loss focalpo, got True with --loss dpo. Give --loss "
@@ -82,14 +82,15 @@ REFUSED = [
     ),
     (
         [*OURS, "--focalpo.precompute_dir", "kept"],
-        "--focalpo.precompute_dir goes with --focalpo.precompute_ref, got 'kept' alone. Give "
-        "--focalpo.precompute_ref as well, or remove --focalpo.precompute_dir.",
+        "--focalpo.precompute_dir needs --focalpo.precompute_ref, got only 'kept'. Add "
+        "--focalpo.precompute_ref, or remove --focalpo.precompute_dir.",
     ),
     (
         [*OURS, "--focalpo.precompute"],
-        "--focalpo.precompute is no flag, got '--focalpo.precompute'; did you mean",
+        "unknown flag --focalpo.precompute, got '--focalpo.precompute'; did you mean",
     ),
-    # Balanced batches: a flag of each loss of ours, and what makes a pair's loss depend on its batch.
+    # Balanced batches: a flag of each loss, and settings that make a pair's loss depend on its
+    # batch.
     (
         [*OURS, "--focalpo.balanced_batches", "--model.aux_loss_coef", "0.01"],
         "--focalpo.balanced_batches can't be combined with --model.aux_loss_coef, got 0.01: the "
@@ -99,14 +100,14 @@ REFUSED = [
         ["--loss", "hinge", "--focalpo.balanced_batches"],
         "--focalpo.balanced_batches is a flag of --loss focalpo, got True with --loss hinge.",
     ),
-    ([*OURS, "--focalpo.balanced"], "--focalpo.balanced is no flag, got '--focalpo.balanced'; did you mean"),
-    # argparse alone would take each of these for the one flag that begins so.
-    ([*OURS, "--focalpo.gam", "0.1"], "--focalpo.gam is no flag, got '--focalpo.gam'; did you mean '--focalpo.gamma'?"),
-    ([*OURS, "--focalpo.g=0.1"], "--focalpo.g is no flag, got '--focalpo.g=0.1'"),
-    (["--los", "focalpo"], "--los is no flag, got '--los'; did you mean '--loss'?"),
+    ([*OURS, "--focalpo.balanced"], "unknown flag --focalpo.balanced, got '--focalpo.balanced'; did you mean"),
+    # argparse itself would expand each of these to the one flag that begins like this.
+    ([*OURS, "--focalpo.gam", "0.1"], "unknown flag --focalpo.gam, got '--focalpo.gam'; did you mean '--focalpo.gamma'?"),
+    ([*OURS, "--focalpo.g=0.1"], "unknown flag --focalpo.g, got '--focalpo.g=0.1'"),
+    (["--los", "focalpo"], "unknown flag --los, got '--los'; did you mean '--loss'?"),
     # Misspelt.
-    ([*OURS, "--focalpo.gama", "0.1"], "--focalpo.gama is no flag, got '--focalpo.gama'; did you mean '--focalpo.gamma'?"),
-    # What needs CUDA, whatever the loss.
+    ([*OURS, "--focalpo.gama", "0.1"], "unknown flag --focalpo.gama, got '--focalpo.gama'; did you mean '--focalpo.gamma'?"),
+    # Flags that need CUDA, with any loss.
     ([*OURS, "--ds.packing_samples"], "--ds.packing_samples must be left out without CUDA, got it on a CPU"),
     (["--ds.packing_samples"], "--ds.packing_samples must be left out without CUDA, got it on a CPU"),
     ([*OURS, "--ds.use_liger_kernel"], "--ds.use_liger_kernel must be left out without CUDA, got it on a CPU"),
@@ -116,7 +117,7 @@ REFUSED = [
     ),
 ]  # fmt: skip
 
-# Each differs from a refused one in what was refused.
+# Each differs from a refused one only in the refused part.
 LET_THROUGH = [
     [],
     ["--loss", "dpo"],
@@ -140,7 +141,7 @@ LET_THROUGH = [
     [*OURS, "--model.aux_loss_coef", "0.01"],
     # A mean by sequence.
     ["--loss", "hinge", "--hinge.balanced_batches", "--model.nll_loss_coef", "0.2"],
-    # OpenRLHF's own loss is OpenRLHF's, values that ours would refuse included.
+    # OpenRLHF's own loss is unaffected, even with values that our loss would refuse.
     ["--model.ipo_enable"],
     ["--model.beta", "0"],
     ["--model.label_smoothing", "0.7"],
@@ -162,7 +163,7 @@ def name(argv: object) -> str | None:
 @shares_ends
 @pytest.mark.parametrize("argv, message", REFUSED, ids=name)
 def test_refused(ends: dict, argv: list[str], message: str):
-    """With argparse's exit code and form, and before the model is looked for."""
+    """With argparse's exit code and form, before the model is looked up."""
     code, output = ends[(*ACCEPTED, *argv)]
     assert code == 2, output
     assert f"train_dpo.py: error: {of_host([message])[0]}" in output
@@ -173,7 +174,7 @@ def test_refused(ends: dict, argv: list[str], message: str):
 @shares_ends
 @pytest.mark.parametrize("argv", LET_THROUGH, ids=name)
 def test_let_through(ends: dict, argv: list[str]):
-    """The one thing wrong with it is the model, which is looked for after everything is parsed."""
+    """Only the model is wrong, and it is looked up after everything is parsed."""
     code, output = ends[(*ACCEPTED, *argv)]
     assert code == 1, output
     assert LOOKS_FOR_MODEL in output and "couldn't find them in the cached files" in output
@@ -195,12 +196,12 @@ def test_help(ends: dict):
         "--focalpo.allow_reversed",
         "Option of the loss hinge (default: 1.0)",
         "--hinge.precompute_ref",
-        "Folder of precompute_ref's file (default: OpenRLHF's output folder)",
+        "Folder for the file of precompute_ref (default: OpenRLHF's output folder)",
     ):
         assert text in ours, output
 
 
-# A flag of OpenRLHF's that is one word, and one that has the word before a dot in newer releases.
+# A flag of OpenRLHF's that is one word, and one that in newer releases has the word before a dot.
 DOTTED = of_host(["--model.beta"]) == ["--model.beta"]
 CLASHES = ["optim", "muon", "local_rank"] if DOTTED else ["pretrain", "beta", "local_rank", "model"]
 CLASHING = """
@@ -221,7 +222,8 @@ def register_losses(register):
 
 @pytest.fixture(scope="module")
 def clashing(commands: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """``clashing(*argv)`` with a package whose losses are called as flags of OpenRLHF's begin."""
+    """``clashing(*argv)`` with a package whose losses have the first words of OpenRLHF's flags as
+    names."""
     folder = tmp_path_factory.mktemp("clashing")
     names = [*CLASHES, "apart"]
     (folder / "clashing_losses.py").write_text(CLASHING.format(names=names))
@@ -258,8 +260,8 @@ def test_a_loss_that_is_called_as_a_flag_begins(clashing: Callable):
     ids=["profiler", "path"],
 )  # fmt: skip
 def test_run_by_a_profiler_or_by_its_path(tmp_path: Path, runner: list[str]):
-    """`__main__` is the profiler's there, or has no name; the flags are there all the same, and so
-    is the CPU mode, without which OpenRLHF can't be imported here."""
+    """`__main__` is the profiler's here, or has no name; the flags exist anyway, and so does the
+    CPU mode, without which OpenRLHF can't be imported here."""
     run = run_python(*runner, "--help", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "--focalpo.gamma" in run.stdout.split("\nfocalpo_plugins:\n")[1]
@@ -267,7 +269,7 @@ def test_run_by_a_profiler_or_by_its_path(tmp_path: Path, runner: list[str]):
 
 
 def test_openrlhf_as_a_library_keeps_cuda():
-    """In a notebook on a CPU, say: nothing of torch or argparse is replaced."""
+    """For example in a notebook on a CPU: nothing in torch or argparse is replaced."""
     script = """
 import argparse, sys, torch
 names = ("set_device", "current_device", "synchronize")

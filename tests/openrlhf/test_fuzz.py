@@ -1,4 +1,5 @@
-"""Whatever a command line says under our flags: trained as it says, or one error that names it."""
+"""Any words on a command line under this package's flags: the run trains as it says, or one error
+names the flag."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ VALUES = ("0.05", "5e-2", "-1", "1.4427", "1e400", "nan", "-inf", "0x10", "", " 
 
 
 def command_line(draw: random.Random) -> list[str]:
-    """Up to four words or pairs of words, mostly under our flags, now and then misspelt."""
+    """Up to four words or pairs of words, mostly under this package's flags, sometimes misspelt."""
     words = ["--loss", "focalpo"] if draw.random() < 0.7 else []
     for _ in range(draw.randint(0, 3)):
         flag = draw.choice(FLAGS)
@@ -47,7 +48,8 @@ def test_any_command_line(commands: Callable):
             assert re.search(r"error: .*(--|got |unrecognized)", last), (argv, output)
             assert "Traceback" not in output, (argv, output)
         else:
-            # Accepted: as far as looking for the model, which there isn't, with what was asked.
+            # Accepted: it gets as far as looking for the model, which doesn't exist, with the given
+            # values.
             assert LOOKS_FOR_MODEL in output, (argv, code, output)
             for flag, value in re.findall(r"(--\S+)(?: |=)([^- ]\S*)", " ".join(argv)):
                 assert flag in FLAGS, argv

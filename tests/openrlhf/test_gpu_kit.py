@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py's whole steps of OpenRLHF, as far as a CPU goes."""
+"""OpenRLHF's whole steps in benchmarks/gpu.py, as far as they run on a CPU."""
 
 from __future__ import annotations
 

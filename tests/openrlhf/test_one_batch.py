@@ -1,4 +1,4 @@
-"""OpenRLHF's log-probabilities and our loss on the batch that every host is tried on."""
+"""OpenRLHF's log-probabilities and our loss on the batch that every host gets."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.xdist_group("in one process")
 
 @pytest.fixture(scope="module")
 def actors(openrlhf: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> list:
-    """Policy and reference as OpenRLHF loads them, then in float64, so that what is rounded is what
-    OpenRLHF's own float32 log-probabilities round."""
+    """Policy and reference as OpenRLHF loads them, then in float64, so that the only rounding is
+    that of OpenRLHF's own float32 log-probabilities."""
     found = []
     for seed in (1, 2):
         folder = tmp_path_factory.mktemp("model")
@@ -56,7 +56,7 @@ def test_losses_and_gradients(forward_only, actors, options: dict, label_smoothi
     loss_fn = Watched(one_batch.BETA, label_smoothing, **options)
 
     def slopes_of(logps: list[torch.Tensor]) -> torch.Tensor:
-        """With respect to the margins: beta times the chosen log-probability is in them."""
+        """The gradient of the margins: beta times the chosen log-probability is part of them."""
         torch.testing.assert_close(logps[0].grad, -logps[1].grad, rtol=0, atol=0)
         return logps[0].grad.double() / one_batch.BETA
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from harness import SUPPORT
 
-# One worker makes what several tests look at, once.
+# One worker makes the runs that several tests share.
 shares_runs = pytest.mark.xdist_group("on two ranks")
 shares_turn = pytest.mark.xdist_group("in turn")
 
@@ -34,7 +34,7 @@ def finished(run):
 def said(output: str) -> str:
     """The one line about the log-probabilities."""
     start = "focalpo_plugins: reference log-probs of "
-    # What stands before is another process's, such as a progress bar.
+    # The text before it is another process's, such as a progress bar.
     (line,) = (part for part in output.splitlines() if start in part)
     return line.partition(start)[2]
 
@@ -54,7 +54,7 @@ def logps(path: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def data(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 pairs to train on and 11 to evaluate on, which don't divide by ranks and batch."""
+    """40 pairs to train on and 11 to evaluate on; neither divides by ranks and batch."""
     folder = tmp_path_factory.mktemp("data")
     shutil.copy(few / "train.jsonl", folder)
     lines = (few / "test.jsonl").read_text().splitlines(keepends=True)
@@ -88,8 +88,8 @@ def counted(folder: Path) -> list[dict[str, int]]:
 
 @pytest.fixture(scope="module")
 def same_policy(train: Callable, on_two_ranks, variants) -> tuple:
-    """OpenRLHF's own way and ours, with another reference than the policy, which no step changes: in
-    bf16 two runs that learn drift apart by whatever rounds."""
+    """OpenRLHF's own way and ours, with a reference other than the policy, and without learning: in
+    bf16, two runs that learn drift apart with any rounding."""
     flags = (*on_two_ranks, "--ref.model_name_or_path", str(variants.folder / "other"))
     stays = ("--adam.lr", "1e-12", "--model.beta", "1")
     return tuple(finished(train(*flags, *stays, *more, ranks=2)) for more in (OURS, PRECOMPUTE))
@@ -97,7 +97,7 @@ def same_policy(train: Callable, on_two_ranks, variants) -> tuple:
 
 @shares_turn
 def test_same_losses(same_policy):
-    """Every number that is logged, in training and in evaluation, at every step."""
+    """Every logged number, in training and in evaluation, at every step."""
     own, precomputed = (run.steps() for run in same_policy)
     assert sorted(own) == list(range(1, 11))
     assert {len(own[step]) for step in (5, 10)} == {len(precomputed[step]) for step in (5, 10)}
@@ -113,9 +113,9 @@ def test_same_losses(same_policy):
 
 @shares_runs
 def test_no_forward_of_the_reference(runs):
-    """A rank's epoch is ten batches of two, of its twenty pairs, and its evaluation three: of six
-    pairs, as 11 are filled up to 12.  OpenRLHF's own way runs the reference at each; ours once on
-    51 pairs, 26 batches, 13 for each rank, before it trains."""
+    """A rank's epoch is ten batches of two, for its twenty pairs, and its evaluation is three, for
+    six pairs, as 11 are filled up to 12. OpenRLHF's own way runs the reference at each of them;
+    ours runs it once on 51 pairs before training: 26 batches, 13 for each rank."""
     trained, evaluated = 2 * 10, 2 * 3
     for own, precomputed in zip(*(counted(run.folder) for run in runs), strict=True):
         assert own["with gradients"] == precomputed["with gradients"] == trained
@@ -125,8 +125,8 @@ def test_no_forward_of_the_reference(runs):
 
 @shares_runs
 def test_the_reference_is_freed(runs):
-    """By the first step what is held is less by all that the reference was: half of its weights of
-    two bytes, at least, on each of two ranks."""
+    """By the first step, the reference's memory is free: at least half of its weights of two bytes,
+    on each of two ranks."""
     from safetensors.torch import load_file
 
     weights = load_file(runs[0].folder / "out" / "model.safetensors").values()
@@ -147,7 +147,7 @@ def test_resume_on_nodes_that_share_no_folder(
     runs, ranks_apart: Callable, on_two_ranks, few: Path, tmp_path: Path
 ):
     """From the checkpoint of step 3 to the same end, with the log-probabilities that the first rank
-    reads; the second is told of a folder where none can be."""
+    reads; the second rank is given a folder that can't exist."""
     whole = runs[1]
     shutil.copytree(
         whole.folder / "checkpoints" / "global_step3", tmp_path / "checkpoints" / "global_step3"
@@ -174,7 +174,7 @@ def test_resume_on_nodes_that_share_no_folder(
 
 @pytest.fixture(scope="module")
 def variants(tiny: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """References and data sets: 27 pairs, of which each epoch drops three, others each time."""
+    """References and data sets: 27 pairs, of which each epoch drops three different ones."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("variants")
@@ -205,7 +205,7 @@ def variants(tiny: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def only_in_pair(number: int, rows: list[dict], tokenizer) -> int:
-    """A token that one pair alone has."""
+    """A token that occurs in only one pair."""
     tokens = [
         set(tokenizer(" ".join(m["content"] for m in row["chosen"] + row["rejected"])).input_ids)
         for row in rows
@@ -227,7 +227,7 @@ def in_turn(
     shared = tmp_path_factory.mktemp("shared")
     folder = variants.folder
     adapter = ("--ds.lora.rank", "4", "--ds.lora.dropout", "0.1", "--train.max_epochs", "2")
-    adapter += ("--adam.lr", "1e-4")  # what rounds makes a run drift, the more, the more it learns
+    adapter += ("--adam.lr", "1e-4")  # the more a run learns, the more rounding makes it drift
     precompute = (*flags, *PRECOMPUTE, "--focalpo.precompute_dir", str(shared))
     hinge = (*flags, "--loss", "hinge", "--hinge.precompute_ref", "--hinge.precompute_dir")
     reference = "--ref.model_name_or_path"
@@ -249,7 +249,8 @@ def in_turn(
 
 @shares_turn
 def test_same_losses_with_an_adapter(in_turn):
-    """Its dropout draws the same numbers, and the epochs, which drop different pairs, are whole."""
+    """Its dropout draws the same numbers, and the epochs, which drop different pairs, are
+    complete."""
     own, first = (in_turn[0][name].steps() for name in ("own way", "first"))
     assert sorted(own) == list(range(1, 7))
     for step, values in own.items():
@@ -281,7 +282,7 @@ OTHERS = ("weights", "data", "template", "max_len", "attention")
 
 @shares_turn
 def test_computed_again(in_turn):
-    """One file for each thing that was changed, and one for all else."""
+    """One file for each changed setting, and one for all others."""
     runs, shared = in_turn
     for name in OTHERS:
         assert " pairs computed and kept in " in said(runs[f"other {name}"].stderr), name
@@ -296,8 +297,8 @@ def file_of(run) -> Path:
 
 @pytest.fixture(scope="module")
 def in_trouble(train_many: Callable, variants, flags, in_turn, tmp_path_factory) -> tuple:
-    """Runs that find a damaged file, or half of one, or that of other pairs under its name; that
-    can't write; and whose reference gives NaN."""
+    """Runs that find a damaged file, half a file, or a file of other pairs under its name; runs
+    that can't write; and a run whose reference gives NaN."""
     runs, _ = in_turn
     whole, others = (file_of(runs[name]) for name in ("first", "other data"))
     content = whole.read_bytes()
@@ -329,7 +330,7 @@ def in_trouble(train_many: Callable, variants, flags, in_turn, tmp_path_factory)
     [
         ("damaged", "its checksum is wrong"),
         ("half", ""),
-        ("of others", "it is of another reference or other pairs"),
+        ("of others", "it belongs to another reference or other pairs"),
     ],
 )
 def test_a_damaged_file_is_recreated(in_trouble, name: str, why: str):
@@ -338,13 +339,13 @@ def test_a_damaged_file_is_recreated(in_trouble, name: str, why: str):
     path = folders[name] / whole.name
     (line,) = run.said("is damaged")
     assert line.startswith(f"focalpo_plugins: {path} is damaged ({why}")
-    assert line.endswith(") and is recreated.")
+    assert line.endswith("); recreating it.")
     assert said(run.stderr).startswith(f"27 pairs computed and kept in {path} in ")
     assert torch.equal(logps(cached(folders[name])), logps(whole))
 
 
 def stopped(run) -> str:
-    """Its one line, after which nothing was trained."""
+    """Its only line; nothing was trained after it."""
     assert run.returncode == 1
     assert "Traceback" not in run.stderr
     assert (
@@ -357,22 +358,22 @@ def stopped(run) -> str:
 def test_a_folder_that_cannot_be_written_to(in_trouble):
     runs, folders, _ = in_trouble
     line = stopped(runs["no folder"])
-    start = "focalpo_plugins: --focalpo.precompute_dir must be a folder with room for 0.0 MiB"
-    assert line.startswith(f"{start} that can be written to, got {str(folders['no folder'])!r}: ")
-    assert line.endswith("Not a directory: " + repr(str(folders["no folder"])) + ". Name another.")
+    start = "focalpo_plugins: --focalpo.precompute_dir must be a writable folder with 0.0 MiB of "
+    assert line.startswith(f"{start}free space, got {str(folders['no folder'])!r}: ")
+    assert line.endswith(f"Not a directory: {str(folders['no folder'])!r}. Choose another.")
     assert "Reference log-probs" not in runs["no folder"].stderr
 
 
 @shares_turn
 def test_a_full_disk_and_a_kill(train: Callable, flags, in_turn, tmp_path: Path):
-    """Neither leaves a file that is taken for one; the run after them computes it again."""
+    """Neither leaves a file that passes for a complete one; the next run computes it again."""
     whole = file_of(in_turn[0]["first"])
     asked = (*flags, *PRECOMPUTE, "--focalpo.precompute_dir", str(tmp_path / "cache"))
     faults = {"first": ["disk_faults.sitecustomize"]}
     full = train(*asked, **faults, FULL_AT="reference_logps")
     line = stopped(full)
-    assert "must be a folder with room for 0.0 MiB that can be written to" in line
-    assert line.endswith("[Errno 27] File too large. Name another.")
+    assert "must be a writable folder with 0.0 MiB of free space" in line
+    assert line.endswith("[Errno 27] File too large. Choose another.")
     assert not list((tmp_path / "cache").iterdir())
     killed = train(*asked, **faults, KILLED_AT_NAMING="reference_logps")
     assert killed.returncode == -9, killed.output
@@ -385,23 +386,24 @@ def test_a_full_disk_and_a_kill(train: Callable, flags, in_turn, tmp_path: Path)
 
 @shares_turn
 def test_a_log_probability_that_is_not_finite(in_trouble, variants):
-    """NaN in the embedding of a token that one pair alone has, counted from 0."""
+    """NaN in the embedding of a token that occurs in only one pair; pairs count from 0."""
     runs, folders, _ = in_trouble
     line = stopped(runs["nan"])
-    assert "the reference gives pair 3 of the training data, " in line
-    assert "a log-probability that is not finite (1 of 27 pairs): '<|begin_of_text|>" in line
+    assert "the reference's log-probabilities are not finite for 1 of 27 pairs. " in line
+    assert "The first is pair 3 of the training data that OpenRLHF kept, counted from 0: " in line
+    assert "0: '<|begin_of_text|>" in line
     assert list(folders["nan"].iterdir()) == []
 
 
 def test_pairs_that_one_rank_alone_does_not_know(watched: Callable):
-    """The second rank's training pairs are others than they were when training began: both ranks
-    end, each with what is wrong on the second, and no step is logged."""
+    """The second rank's training pairs changed after training began: both ranks end, each with the
+    second rank's problem, and no step is logged."""
     flags = (*PRECOMPUTE, "--ds.zero_stage", "3")
     run = watched(flags, 2, {"rank": 1, "edited": True})
     assert run.returncode == 1, run.output
     error = (
         "RunError: on rank 1, the reference's log-probabilities of pair 0 of "
-        "a batch were not precomputed: it is in neither data set as it was when training began."
+        "a batch were not precomputed: the pair was in neither data set when training began."
     )
     assert run.stderr.count(error) == 2
     assert not run.steps("train/")
@@ -409,14 +411,14 @@ def test_pairs_that_one_rank_alone_does_not_know(watched: Callable):
 
 @shares_turn
 def test_a_name_that_is_taken(train: Callable, flags, in_turn, tmp_path: Path):
-    """A folder has the file's name, which rank 0 finds out once all is computed: both ranks end.
-    The name is that of a run on one rank, with another ZeRO stage."""
+    """A folder has the file's name, which rank 0 notices only after everything is computed: both
+    ranks end. The name is that of a run on one rank, with another ZeRO stage."""
     name, cache = file_of(in_turn[0]["first"]).name, tmp_path / "cache"
     (cache / name).mkdir(parents=True)
     asked = (*flags, *PRECOMPUTE, "--focalpo.precompute_dir", str(cache), "--ds.zero_stage", "3")
     run = train(*asked, ranks=2)
     line = stopped(run)
-    start = "focalpo_plugins: --focalpo.precompute_dir must be a folder where a file can have the "
-    assert line.startswith(f"{start}name {name}, got {str(cache)!r}: ")
+    start = "focalpo_plugins: --focalpo.precompute_dir must be a folder in which the file "
+    assert line.startswith(f"{start}{name} can be written, got {str(cache)!r}: ")
     assert "Is a directory" in line
     assert [path.name for path in cache.iterdir()] == [name]

@@ -44,7 +44,7 @@ def models(openrlhf: SimpleNamespace, tiny: Path) -> tuple:
 
 @pytest.fixture(scope="module")
 def trainer(openrlhf: SimpleNamespace, tiny: Path):
-    """OpenRLHF's trainer, with just what it computes log-probabilities from."""
+    """OpenRLHF's trainer, with only the parts that compute log-probabilities."""
     from transformers import AutoTokenizer
 
     trainer = object.__new__(openrlhf.DPOTrainer)
@@ -68,8 +68,8 @@ def dataset(openrlhf: SimpleNamespace, trainer, few: Path):
 
 @pytest.fixture(scope="module")
 def batches(dataset) -> dict[str, tuple]:
-    """Pairs of eight lengths in one batch; and a batch without padding, whose rejected answer is
-    the chosen one backwards."""
+    """Pairs of eight lengths in one batch, and a batch without padding whose rejected answer is the
+    chosen one backwards."""
     padded = dataset.collate_fn([dataset[row] for row in range(len(dataset))])
     masks = torch.cat([padded[1], padded[3]]) if padded[1].shape == padded[3].shape else None
     assert masks is None or not masks.all(), "no row is padded"
@@ -99,7 +99,7 @@ def test_losses_and_gradients(trainer, models, batches, kind: str, options: dict
     chosen, chosen_mask, rejected, rejected_mask = (tensor.squeeze(1) for tensor in tensors)
     count = len(chosen)
 
-    # OpenRLHF's: what its training step does, up to the gradient of the log-probabilities.
+    # OpenRLHF's side: its training step, up to the gradient of the log-probabilities.
     logps = []
     for model in models:
         with torch.no_grad():
@@ -115,7 +115,7 @@ def test_losses_and_gradients(trainer, models, batches, kind: str, options: dict
     gradients = torch.autograd.grad(loss, logps)
     each = [loss_fn(*(logp[row : row + 1] for logp in logps))[0].item() for row in range(count)]
 
-    # Ours, from the logits.
+    # Our side, from the logits.
     policy, reference = models
     sums = torch.tensor(
         [

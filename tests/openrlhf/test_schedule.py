@@ -1,4 +1,4 @@
-"""A gamma that moves over a run, in what the contract doesn't ask: OpenRLHF's epochs and evaluations."""
+"""A gamma that moves over a run, beyond the contract: OpenRLHF's epochs and evaluations."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def gammas(run) -> list[float]:
 
 
 def test_evaluations_can_be_compared(train_many: Callable, few: Path):
-    """After the fifth and the tenth step, both at the end's gamma, 0; the fifth step itself has
-    .45 (1 + cos(pi 4/9)) / 2 = .264 by the cosine."""
+    """After the fifth and the tenth step, both with the end's gamma, 0; the fifth step itself has
+    the cosine's .45 (1 + cos(pi 4/9)) / 2 = .264."""
     evaluate = ("--eval.dataset", str(few / "test.jsonl"), "--eval.split", "train")
     schedule = ("--focalpo.gamma_schedule", "cosine")
     run = train_many({"": (*RESTING, *MOVING, *evaluate, *schedule)})[""]
@@ -73,7 +73,9 @@ def test_resumed_inside_an_epoch(
     uneven: Callable, train: Callable, tmp_path: Path, epochs: int, steps: int, step: int, last: int
 ):
     """22 micro-batches an epoch, four to a step, are five steps, and eleven in two epochs; gamma
-    goes from .45 to 0 in equal parts.
+    goes from .45 to 0 in equal parts. A checkpoint of step 6 or 9 resumes inside the second epoch.
+    OpenRLHF then counts an epoch as five whole steps, so it ends a step early: the gammas of the
+    trained steps are those of the whole run.
 
     A checkpoint of step 6 or 9 is resumed inside the second epoch.  OpenRLHF takes an epoch for
     five whole steps then, so that it ends a step early: the gammas of the steps that are trained
@@ -94,13 +96,13 @@ def test_resumed_inside_an_epoch(
 
 
 def test_resumed_with_another_length(uneven: Callable, train: Callable, tmp_path: Path):
-    """Three epochs of 22 micro-batches are 16 steps.  With allow_changed nothing is known of the
-    run before, so the first loss is that of the first resumed step."""
+    """Three epochs of 22 micro-batches are 16 steps. With allow_changed nothing is known about the
+    earlier run, so the first loss is that of the first resumed step."""
     flags, whole = uneven(2)
     longer = (*flags, "--train.max_epochs", "3")
     run = resumed(train, whole, 9, tmp_path / "longer", *longer)
     (line,) = run.said("warning: --focalpo.gamma changes over the run")
-    assert "the checkpoint's run had 11 steps, got 16 for this one" in line
+    assert "the checkpoint's run had 11 steps, but this one has 16" in line
     allowed = resumed(train, whole, 9, tmp_path / "allowed", *flags, "--focalpo.allow_changed")
     (line,) = allowed.said("done.")
     first = 2**-0.045 * math.log(2)  # the tenth of eleven gammas is .045
@@ -114,7 +116,7 @@ def test_resumed_with_another_length(uneven: Callable, train: Callable, tmp_path
         (("--focalpo.gamma_end", "2"), "--focalpo.gamma_end must be below 1/ln 2 = 1.4427"),
         (("--focalpo.gamma_end", "low"), "--focalpo.gamma_end must be a finite number of at least"),
         (("--focalpo.gamma_schedule", "cosine"), "--focalpo.gamma_schedule 'cosine' needs a gamma"),
-        (("--focalpo.margin", "simpo"), "--focalpo.margin is no flag"),
+        (("--focalpo.margin", "simpo"), "unknown flag --focalpo.margin, got"),
     ],
 )
 def test_refused(commands: Callable, flags: tuple[str, ...], message: str):

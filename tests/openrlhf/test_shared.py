@@ -19,7 +19,7 @@ import torch
 
 from focalpo_plugins.sharing import SharedPrompts
 
-# One worker makes what several tests look at, once.
+# One worker makes the runs that several tests share.
 shares_runs = pytest.mark.xdist_group("shared")
 
 OURS = ("--loss", "focalpo")
@@ -32,8 +32,8 @@ LORA = ("--ds.lora.rank", "4", "--ds.lora.alpha", "16")
 def test_log_probs_and_gradients_in_float64(
     openrlhf: SimpleNamespace, forward_only: Any, tmp_path: Path
 ):
-    """OpenRLHF's own forward pass on the batch that every host is tried on, whose pairs begin with
-    prompts of 2 to 5 tokens: policy and reference, against each without sharing."""
+    """OpenRLHF's own forward pass on the batch that every host gets, whose pairs begin with prompts
+    of 2 to 5 tokens: policy and reference, with and without sharing."""
     batch, prompts = one_batch.padded([0, 1, 2, 3])
     for seed in (1, 2):
         folder = tmp_path / str(seed)
@@ -55,8 +55,8 @@ def test_log_probs_and_gradients_in_float64(
         (logps, gradient), (of_ours, our_gradient) = found
         torch.testing.assert_close(of_ours, logps, rtol=0, atol=1e-5)
         assert (our_gradient - gradient).norm() < 1e-6 * gradient.norm()
-        # Prompts and both answers, 3 + 6 + 2, 5 + 1 + 9, 2 + 4 + 7 and 4 + 5 + 5 tokens, in the
-        # place of 8 sequences as long as the longest, of 5 + 9.
+        # Prompts and both answers: 3 + 6 + 2, 5 + 1 + 9, 2 + 4 + 7 and 4 + 5 + 5 tokens, instead of
+        # 8 sequences as long as the longest, 5 + 9.
         assert (shared.tokens, shared.tokens_before) == (11 + 15 + 13 + 14, 8 * 14)
 
 
@@ -120,7 +120,7 @@ def test_what_is_said_and_logged(runs):
     assert "prompts=" not in line
     for step, values in runs["shared"].steps("train/focalpo/").items():
         assert 0.2 < values["tokens_saved"] < 0.8, step
-        # What is saved is of the padded batch, which holds so many tokens.
+        # The saved share refers to the padded batch, which has this many tokens.
         padded = values["tokens"] / (1 - values["tokens_saved"])
         assert padded == pytest.approx(round(padded), rel=1e-5)
     assert not any("tokens" in tag for tag in runs["plain"].steps("train/focalpo/")[1])
@@ -130,7 +130,7 @@ def test_what_is_said_and_logged(runs):
 def test_plain_and_shared_reference_have_files_of_their_own(
     train_many: Callable, stays, tmp_path: Path
 ):
-    """They round differently, so a run reads that of its own kind."""
+    """They round differently, so a run reads only the file of its own kind."""
     cache = ("--focalpo.precompute_ref", "--focalpo.precompute_dir", str(tmp_path))
     asked = {"shared": (*stays, *SHARED, *cache), "plain": (*stays, *OURS, *cache)}
     found = train_many({**asked, "again": asked["shared"]})
@@ -142,7 +142,7 @@ def test_plain_and_shared_reference_have_files_of_their_own(
 
 @pytest.mark.parametrize("stage", ["2", pytest.param("3", marks=pytest.mark.releases)])
 def test_two_ranks(train: Callable, stays, stage: str):
-    """Under ZeRO-3 each backbone gathers its weights as it goes."""
+    """Under ZeRO-3 each backbone gathers its weights during the forward pass."""
     plain, shared = (
         train(*stays, *loss, "--ds.zero_stage", stage, ranks=2) for loss in (OURS, SHARED)
     )
@@ -162,7 +162,7 @@ def test_an_adapter_under_checkpointing(train_many: Callable):
 
 @shares_runs
 def test_the_first_step_is_looked_at_where_both_are_the_same(train_many: Callable, runs):
-    """Another reference is none of its business."""
+    """It leaves other references alone."""
     assert not runs["plain"].said("first step")
     run = train_many({"": OURS})[""]
     assert len(run.said("first step: policy and reference agree, largest margin 0.")) == 1

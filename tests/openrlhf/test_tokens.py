@@ -1,4 +1,4 @@
-"""What OpenRLHF makes of a pair in the formats of the two models that the scripts train."""
+"""A pair's tokens in OpenRLHF, in the formats of the two models that the scripts train."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pairs(tiny: Path) -> list[dict]:
 
 
 def chat_template(model: str, folder: Path) -> str | None:
-    """The one that the model's script passes on, if any."""
+    """The template that the model's script passes on, if any."""
     line = launched(EXAMPLES / "openrlhf" / f"{model}_focalpo.sh", folder)
     flag = "--data.tokenizer_chat_template"
     return line[line.index(flag) + 1] if flag in line else None
@@ -33,7 +33,9 @@ def chat_template(model: str, folder: Path) -> str | None:
 
 @pytest.mark.parametrize("model", list(FORMATS))
 def test_tokens(openrlhf: SimpleNamespace, pairs: list, tmp_path: Path, model: str):
-    """One BOS, then the prompt, masked; then the answer and the end of the turn, both learned.
+    """One BOS, then the prompt, masked; then the answer and the end of the turn, both trained. The
+    texts of prompt and answer are written out here by the formats' rules, and tokenized without the
+    tokenizer's own special tokens.
 
     The text of prompt and answer is written out here by the two formats' rules, and tokenized
     without special tokens of the tokenizer's own.

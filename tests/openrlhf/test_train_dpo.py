@@ -1,4 +1,4 @@
-"""Whole runs of OpenRLHF's command, through the launchers that people start it with."""
+"""Whole runs of OpenRLHF's command, through the launchers that people use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from harness import SUPPORT, run_python
 
-# One worker makes what several tests look at, once.
+# One worker makes the runs that several tests share.
 shares_runs = pytest.mark.xdist_group("three launchers")
 
 FIRST = 2**-0.05 * math.log(2)  # 0.66953: every margin is 0 before the first step
@@ -60,12 +60,12 @@ WITH_NLL = (
 
 @pytest.fixture(scope="module")
 def dpo(train: Callable):
-    """OpenRLHF's own loss, with us installed, on one rank, beside another loss."""
+    """OpenRLHF's own loss, with this package installed, on one rank, and another loss."""
     return finished(train("--loss", "dpo", *WITH_NLL, launcher="python"))
 
 
-# Under DeepSpeed before 0.19, ZeRO-2 on two CPU ranks and schedules of an adapter fail with torch 2.13,
-# whatever the loss; there the runs on ZeRO-3 say it all.
+# Under DeepSpeed before 0.19, ZeRO-2 on two CPU ranks and schedules of an adapter fail with torch
+# 2.13 for any loss; the runs on ZeRO-3 cover it there.
 IN_EVERY_RELEASE = [pytest.param("zero3", marks=pytest.mark.releases), "checkpointed"]
 
 
@@ -120,7 +120,7 @@ def test_diagnostics_of_the_first_step(zero3, checkpointed):
 @shares_runs
 def test_diagnostics_are_of_all_accumulated_batches(zero3, checkpointed):
     """The same pairs, once as two batches of four and once as four batches of two: the diagnostics
-    of a step are the same, to what bf16 makes of differently padded batches."""
+    of a step agree, up to bf16's rounding of differently padded batches."""
     whole, accumulated = zero3.steps("train/focalpo/"), checkpointed.steps("train/focalpo/")
     for step in range(1, 6):
         assert accumulated[step]["p"] == pytest.approx(whole[step]["p"], abs=0.01)
@@ -178,7 +178,7 @@ def test_saved_model_loads(zero3, tiny: Path):
 
 
 def same(ours, others, *, less: str = "") -> None:
-    """Step for step what OpenRLHF logged, and the saved weights, all to the last bit."""
+    """Each step that OpenRLHF logged, and the saved weights, to the last bit."""
     logged = {
         step: {tag: value for tag, value in values.items() if not less or less not in tag}
         for step, values in ours.steps().items()
@@ -192,7 +192,7 @@ def same(ours, others, *, less: str = "") -> None:
 @shares_runs
 @pytest.mark.releases
 def test_gamma_zero_is_dpo(train: Callable, dpo, tmp_path: Path):
-    """In a process, moreover, in which torch is imported before OpenRLHF's command is known."""
+    """In addition, torch is imported before OpenRLHF's command is known."""
     (tmp_path / "sitecustomize.py").write_text("import torch\n")
     gamma_0 = finished(
         train(*OURS, "--focalpo.gamma", "0", *WITH_NLL, launcher="python", path=[tmp_path])
@@ -213,7 +213,8 @@ def test_dpo_is_untouched(train: Callable, dpo):
 
 @shares_runs
 def test_stop_and_resume(train: Callable, checkpointed, tmp_path: Path):
-    """From the checkpoint of step 3, in the middle of an epoch, to the same end.
+    """From the checkpoint of step 3, in the middle of an epoch, to the same end. 40 pairs divide by
+    the batch of 8; otherwise OpenRLHF skips pairs when it resumes.
 
     40 pairs divide by the batch of 8; where they don't, OpenRLHF skips pairs when it resumes."""
     shutil.copytree(
@@ -268,8 +269,8 @@ def experts(tiny: Path, tmp_path: Path) -> Path:
 
 
 def test_auxiliary_loss(train: Callable, experts: Path):
-    """OpenRLHF adds its load-balancing loss to ours as to its own: with gamma 0 all is the same to
-    the last bit, and without the auxiliary loss it is not."""
+    """OpenRLHF adds its load-balancing loss to our loss as to its own: with gamma 0 everything is
+    equal to the last bit, and without the auxiliary loss it isn't."""
     flags = ("--model.model_name_or_path", str(experts), "--model.aux_loss_coef")
     dpo = finished(train("--loss", "dpo", *flags, "0.5"))
     gamma_0 = finished(train(*OURS, "--focalpo.gamma", "0", *flags, "0.5"))
@@ -280,7 +281,7 @@ def test_auxiliary_loss(train: Callable, experts: Path):
 
 
 def test_shared_prompts_with_experts(train: Callable, experts: Path):
-    """OpenRLHF asks for the routers' loss whatever its coefficient."""
+    """OpenRLHF asks for the routers' loss with any coefficient."""
     flags = ("--focalpo.shared_prompts", "--model.model_name_or_path", str(experts))
     run = train(*OURS, *flags)
     assert run.returncode == 1 and not run.steps()
@@ -328,7 +329,7 @@ def host_source() -> Path:
     return Path(importlib.util.find_spec("openrlhf").origin).parent
 
 
-# An edit of OpenRLHF's trainer, what is said about it, and whether a model has been loaded by then.
+# An edit of OpenRLHF's trainer, the message about it, and whether a model has been loaded by then.
 CONSTRUCTION = "self.loss_fn = DPOLoss("
 MOVED = {
     "constructed elsewhere": (
@@ -385,7 +386,7 @@ def test_a_host_that_moves_its_loss(train: Callable, host_source: Path, tmp_path
 
 @pytest.mark.releases
 def test_other_commands_are_left_alone(tmp_path: Path):
-    """What is watched in the one command is watched nowhere else."""
+    """Only this command is watched."""
     package = tmp_path / "openrlhf" / "cli"
     package.mkdir(parents=True)
     (package.parent / "__init__.py").touch()
@@ -414,21 +415,24 @@ PARSES = "    args = parser.parse_args()"
 
 @pytest.mark.releases
 def test_a_host_with_a_loss_flag_of_its_own(commands: Callable, host_source: Path, tmp_path: Path):
-    """Its own flag is left to it, and whoever asks for our loss with it is told."""
+    """Its own flag keeps working, and a command that asks for our loss gets a message."""
     own_flag = '    parser.add_argument("--loss", default="dpo")\n' + PARSES
     edit_copy(host_source, tmp_path, "cli/train_dpo.py", [(PARSES, own_flag)])
     (code, output), (code_without, output_without) = commands(
         [[*NO_MODEL, *OURS], NO_MODEL], tmp_path
     )
     assert code == 2
-    assert "OpenRLHF has --loss itself, which focalpo_plugins would add." in output
+    assert (
+        "OpenRLHF already has --loss, which focalpo_plugins would add. Install openrlhf 0.9.10 to 0.11.2"
+        in output
+    )
     assert f"with openrlhf {version('openrlhf')}" in output
     assert (code_without, "openrlhf/models/actor.py" in output_without) == (1, True)
 
 
 @pytest.mark.releases
 def test_a_host_that_ignores_unknown_flags(commands: Callable, host_source: Path, tmp_path: Path):
-    """``parse_known_args`` would drop our flags without a word if they were not in its parser."""
+    """``parse_known_args`` would silently drop our flags if they were not in its parser."""
     known = "    args, _ = parser.parse_known_args()"
     edit_copy(host_source, tmp_path, "cli/train_dpo.py", [(PARSES, known)])
     (code, output), (code_good, output_good) = commands(

@@ -26,8 +26,8 @@ def llama3_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def mistral_tokenizer() -> PreTrainedTokenizerFast:
-    """Mistral 7B's kind: pieces in which a space is an underline, one more in front of the text and
-    of what follows a special token; Zephyr's role names are plain text."""
+    """Mistral 7B's kind: pieces in which a space is an underline, with an extra one before the text
+    and after each special token; Zephyr's role names are plain text."""
     specials = ["<unk>", "<s>", "</s>"]
     tokens = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     vocabulary = {token: i for i, token in enumerate(tokens)}

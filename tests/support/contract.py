@@ -23,7 +23,7 @@ DPO = math.log(2)  # the loss of a margin that is 0
 FIRST = 2**-0.05 * DPO  # 0.66953, and FocalPO's
 # Seven pairs or fewer of sixteen are warned of.
 PAIRS, FEW = 16, 4
-# Ten steps of eight pairs, twice through 40.  At a rate that changes nothing every margin stays.
+# Ten steps of eight pairs, twice through 40. At a rate that changes nothing every margin stays.
 WHOLE = {"steps": 10, "save": 3, "evaluate": 5}
 AT_REST = {"rate": 1e-12, "steps": 10}
 MOVING = {**AT_REST, "gamma": 0.45, "gamma_end": 0.0}
@@ -63,14 +63,14 @@ class Result:
 
 
 class Host(Protocol):
-    near: float  # what rounding leaves between two layouts of a batch
-    two_ranks_gradient: float  # of two ranks, to that of one rank that accumulates the same pairs
+    near: float  # the rounding between two layouts of a batch
+    two_ranks_gradient: float  # of two ranks, relative to one rank that accumulates the same pairs
     apart: dict[str, Any]  # options by which margins aren't 0
     spread: float  # and the losses of five steps differ by so much
     names: dict[str, str]  # the host's names for loss, grad_norm, accuracy and margin in its log
     refused: dict[str, tuple[str, ...]]  # by the name of one of CASES, words of the last line
     loads_the_model: bool  # and not the user's script
-    unknown: str  # what is said of an option that there isn't
+    unknown: str  # the message about an option that doesn't exist
 
     def key(self, option: str) -> str:
         """An option of a loss, or ``beta``, as the user writes it."""
@@ -96,7 +96,7 @@ class Host(Protocol):
     def checkpoint(self, run: Result, step: int) -> Path: ...
 
     def log(self, run: Result) -> Path:
-        """What `focalpo report` is given."""
+        """The folder that `focalpo report` gets."""
 
 
 class TrainerHost:
@@ -104,7 +104,7 @@ class TrainerHost:
 
     near = 1e-4
     loads_the_model = True
-    # transformers 5.5 divides what it accumulates twice, under DPO as well.
+    # transformers 5.5 divides accumulated gradients twice, also under DPO.
     two_ranks_gradient = 2.0 if version("transformers").startswith("5.5.") else 1.0
     names = {
         "loss": "loss",
@@ -128,7 +128,7 @@ class TrainerHost:
         return run.folder / self.out
 
 
-# Data that nothing can be learnt from.
+# Useless data.
 Row = dict[str, Any]
 
 
@@ -178,7 +178,7 @@ CASES: dict[str, Callable[[list[Row]], str]] = {
 
 class Contract:
     RESUMED_ON = 2  # ranks
-    OF_ALL_PAIRS = ("loss", "margin")  # what the host logs of all pairs of a step
+    OF_ALL_PAIRS = ("loss", "margin")  # what the host logs about all pairs of a step
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -235,7 +235,7 @@ class Contract:
 
     @pytest.mark.releases
     def test_gamma_zero_is_the_hosts_own(self, host: Host):
-        """To the last bit, step for step, and the host's own trains without a word."""
+        """To the last bit, step for step; the host's own loss trains without a message."""
         own, zero = (
             trained(host.run({"steps": 5, **options}))
             for options in ({"loss": "dpo"}, {"loss": "focalpo", "gamma": 0.0})
@@ -297,8 +297,8 @@ class Contract:
 
     @pytest.mark.releases
     def test_resuming_is_exact(self, host: Host, saved: Result):
-        """From the checkpoint of step 3, inside the first epoch: to the last bit what was trained
-        without a stop."""
+        """From the checkpoint of step 3, inside the first epoch: to the last bit the same as
+        training without a stop."""
         rest = trained(host.run(WHOLE, ranks=self.RESUMED_ON, resume=host.checkpoint(saved, 3)))
         assert [step["step"] for step in rest.steps][-7:] == [*range(4, 11)]
         names = [*host.names.values(), "focalpo/p"]
@@ -317,7 +317,7 @@ class Contract:
         stopped(run, message, host.key("allow_changed"))
 
     def test_resuming_with_another_value_that_is_allowed(self, host: Host, saved: Result):
-        """Its own checkpoints then say the value of their last steps."""
+        """Its own checkpoints then record the value of their last steps."""
         changed = {**WHOLE, "beta": 0.2, "allow_changed": True, "save": 1}
         run = trained(host.run(changed, ranks=self.RESUMED_ON, resume=host.checkpoint(saved, 9)))
         assert run.steps[-1]["step"] == 10
@@ -330,7 +330,7 @@ class Contract:
     def test_resuming_the_hosts_own(self, host: Host):
         own = trained(host.run({"loss": "dpo", "steps": 5, "save": 3}))
         run = host.run({"steps": 5, "save": 3}, resume=host.checkpoint(own, 3))
-        stopped(run, "does not say that it was trained with a loss of focalpo_plugins")
+        stopped(run, "has no record of a loss of focalpo_plugins")
 
     # A gamma that moves.
 
@@ -385,8 +385,8 @@ class Contract:
     @pytest.mark.releases
     @pytest.mark.parametrize("ranks", [1, 2])
     def test_balanced_batches_equal_plain(self, host: Host, apart: Result, ranks: int):
-        """Each step has the same pairs on any number of ranks, dealt or not; on two ranks with shared
-        prompts besides."""
+        """Each step has the same pairs on any number of ranks, dealt or not; on two ranks also with
+        shared prompts."""
         shared = {"shared_prompts": True} if ranks == 2 else {}
         options = {"steps": 5, "evaluate": 5, **host.apart, "balanced_batches": True, **shared}
         balanced = trained(host.run(options, ranks=ranks))
@@ -413,8 +413,8 @@ class Contract:
 
     @pytest.mark.releases
     def test_margins_that_are_not_finite(self, host: Host, tiny: Path, few: Path, tmp_path: Path):
-        """A pair whose token has lost its weights: both ranks stop in its step, before it is logged
-        or saved, and say which row on which rank."""
+        """A pair with a token that has lost its weights: both ranks stop in its step, before it is
+        logged or saved, and name the row and the rank."""
         with_nan(tiny / "model", few / "train.jsonl", tmp_path)
         run = host.run({"steps": 5, "save": 1, "model": tmp_path}, ranks=2)
         assert run.code != 0
@@ -437,7 +437,8 @@ class Contract:
         stopped(run, "Permission denied")
 
     def test_no_network(self, host: Host):
-        """Nothing of it is asked for, by the imports neither: what asks for it is written down."""
+        """The run asks for nothing from the network, not even at import: every attempt is
+        recorded."""
         run = trained(host.run({"steps": 5}, fault="no network"))
         assert run.each(host.names["loss"])[0] == pytest.approx(FIRST, abs=1e-4)
         assert run.said("active.") and not (run.folder / "asked").exists()
@@ -450,7 +451,7 @@ class Contract:
 
     @pytest.mark.parametrize("case", CASES)
     def test_data_that_is_refused(self, host: Host, pairs: Callable[..., Path], case: str):
-        """The last line says what is wrong with it; a host that can train on it is warned."""
+        """The last line names the fault; if a host can train on the data, there is a warning."""
         run = host.run({"steps": 2}, pairs=pairs(CASES[case]))
         if case not in host.refused:
             assert len(trained(run).said("warning: 16 of 16 ")) == 1
@@ -472,13 +473,13 @@ class Contract:
         run = trained(
             host.run({"steps": 2, "allow_data": True}, pairs=pairs(CASES["equal answers"]))
         )
-        assert len(run.said("warning: 16 of 16 pairs have a chosen answer equal")) == 1
+        assert len(run.said("warning: 16 of 16 pairs have identical answers")) == 1
         assert len(run.steps) == 2
 
     def test_a_few_equal_answers_are_warned_of(self, host: Host, pairs: Callable[..., Path]):
         a_few = pairs(lambda rows: lines([*map(alike, rows[:FEW]), *rows[FEW:]]))
         run = trained(host.run({"steps": 2}, pairs=a_few))
-        assert len(run.said("warning: 4 of 16 pairs have a chosen answer equal")) == 1
+        assert len(run.said("warning: 4 of 16 pairs have identical answers")) == 1
 
 
 def trained(run: Result) -> Result:

@@ -12,7 +12,7 @@ BENCHMARKS = EXAMPLES.parent / "benchmarks"
 
 
 def check(host: str, way: str, folder: Path) -> None:
-    """Run it for a plain way and another one, and look at what it prints."""
+    """Run it for the plain way and another one, and check what it prints."""
     path = f"{BENCHMARKS}:{SUPPORT}"
     run = run_python(str(Path(__file__)), host, way, path=path, cwd=folder)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -26,7 +26,8 @@ ONE_AT_A_TIME = Lock()
 
 
 def environment(*path: Path | str, **variables: str) -> dict[str, str]:
-    """What a user's shell has, and ``support/sitecustomize.py``, which each process imports."""
+    """The variables of a user's shell, and ``support/sitecustomize.py``, which each process
+    imports."""
     dropped = (
         "FOCALPO_", "PYTHONPATH", "PYTEST_", "TORCH_DEVICE_BACKEND_AUTOLOAD", "DS_ACCELERATOR", "WANDB_",
     )  # fmt: skip
@@ -84,7 +85,7 @@ def run(
 
 
 class _Output:
-    """A pipe, since a file would be part of what a test does to the disk."""
+    """A pipe, because a file would be part of what a test does to the disk."""
 
     def __init__(self, context: Any) -> None:
         self.reader, self.writer = context.Pipe(duplex=False)
@@ -97,15 +98,16 @@ class _Output:
             self.chunks.append(chunk)
 
     def read(self) -> str:
-        """What was written until the commands ended; a process that they left behind may live on."""
+        """The output until the commands ended; a process that they leave behind may live on."""
         self.writer.close()
         self.thread.join(5)  # seconds
         return b"".join(self.chunks).decode(errors="replace")
 
 
 def free_port() -> str:
-    """One below those that the system gives out itself, as it may do before this one is used; and
-    of this test process's own, since another's would draw it in the meantime now and then."""
+    """A port below those that the system assigns itself, which it could do before this port is
+    used, and in this test process's own range, because another process could draw it in the
+    meantime."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 12
     while True:
         port = 20_000 + 1000 * worker + secrets.randbelow(1000)

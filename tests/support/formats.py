@@ -31,7 +31,7 @@ PAIRS = {
     "princeton-nlp/llama3-ultrafeedback-armorm": 59_876,
     "trl-lib/ultrafeedback_binarized": 62_135,
 }
-# Sizes that bitsandbytes' blocks of 64 divide.
+# Sizes that are divisible by bitsandbytes' blocks of 64.
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -45,7 +45,7 @@ LLAMA3_SPECIALS = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 ]  # fmt: skip
 QWEN3_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-# Llama-3's writes the BOS, as the real one does, and its tokenizer adds one as well.
+# Llama-3's template writes the BOS, as the real one does, and its tokenizer also adds one.
 LLAMA3_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
     "{{ m.content | trim }}<|eot_id|>{% endfor %}"

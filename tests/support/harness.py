@@ -81,8 +81,8 @@ def at_once(
 
 
 def with_nan(model: Path, pairs: Path, folder: Path) -> None:
-    """A copy of the model in ``folder`` with NaN for the embedding of a token that one pair alone
-    has, as if that weight had been lost."""
+    """A copy of the model in ``folder`` with NaN for the embedding of a token that occurs in only
+    one pair, as if that weight had been lost."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -120,8 +120,8 @@ ON_CPU = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
 
 
 def zero3_on_cpu(folder: Path) -> str:
-    """A copy of examples/deepspeed/zero3.json without ``overlap_comm``: without a GPU's streams the
-    ranks' collectives come out of step."""
+    """A copy of examples/deepspeed/zero3.json without ``overlap_comm``: without a GPU's streams,
+    the ranks' collectives get out of step."""
     config = json.loads((EXAMPLES / "deepspeed" / "zero3.json").read_text())
     config["zero_optimization"]["overlap_comm"] = False
     path = folder / "zero3.json"
@@ -130,14 +130,14 @@ def zero3_on_cpu(folder: Path) -> str:
 
 
 class Axolotl:
-    """Runs the installed ``axolotl`` command in a folder of its own."""
+    """Runs the installed ``axolotl`` command in its own folder."""
 
     def __init__(self, tiny: Path, folder: Path) -> None:
         self.tiny = tiny
         self.folder = folder
 
     def data(self, split: str, pairs: int) -> str:
-        """The first pairs of the tiny data, where more would only be prepared."""
+        """Only the first pairs of the tiny data, so that fewer have to be prepared."""
         path = self.folder / f"{split}.jsonl"
         if not path.exists():
             lines = (self.tiny / path.name).read_text().splitlines(keepends=True)
@@ -194,7 +194,7 @@ class Axolotl:
         argv = [command, str(config), *more]
         launched = "--launcher" in more
         if command in ("train", "evaluate") and not launched:
-            argv += ["--launcher", "python"]  # one process less to start
+            argv += ["--launcher", "python"]  # one process fewer to start
         if fresh:
             try:
                 done = subprocess.run(

@@ -1,4 +1,5 @@
-"""Files of JSON, whole and broken: what a check of ours says of them, and the hosts read or not."""
+"""Whole and broken JSON files: what this package's check reports, and whether the hosts read
+them."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import json
 ROWS = [{"a": "x\ny", "b": [{"c": i}]} for i in range(3)]
 LINES = [json.dumps(row) for row in ROWS]
 ARRAY = json.dumps(ROWS, indent=1)
-#: What stands in a file, and the line that is refused, with a part of why; None where it passes.
+#: The content of a file, and the refused line with a part of the reason; None if it passes.
 FILES: dict[str, tuple[str, int | None, str]] = {
     "lines": ("\n".join(LINES), None, ""),
     "the first line cut": ("\n".join([LINES[0][:9], *LINES]), 1, "Unterminated string"),

@@ -1,4 +1,4 @@
-"""Ends the ranks that ``KILLED_RANKS`` names, without a word, once the step ``KILLED_AT`` is done."""
+"""Silently ends the ranks that ``KILLED_RANKS`` names, once the step ``KILLED_AT`` is done."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The leaderboard's tasks as lm-eval ships them, over a few rows of ours."""
+"""The leaderboard's tasks as lm-eval ships them, over a few made-up rows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def shipped_config(name: str) -> dict:
 
 
 def write_tasks(folder: Path) -> None:
-    """The six tasks as lm-eval ships them, but over a few rows of ours, and with two subjects."""
+    """The six tasks as lm-eval ships them, but over a few made-up rows and with two subjects."""
     arc = [
         {
             "question": question,

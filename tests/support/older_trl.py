@@ -1,5 +1,5 @@
-"""TRL 0.24, which other hosts pin, has not all names that ``FocalPOTrainer`` needs: what has no need of
-them loads by itself, and ``DPOTrainer.dpo_loss`` is a place where the loss can be exchanged."""
+"""TRL 0.24, which other hosts pin, lacks names that ``FocalPOTrainer`` needs: the names that don't
+need them load separately, and the loss can be replaced in ``DPOTrainer.dpo_loss``."""
 
 from importlib import import_module
 

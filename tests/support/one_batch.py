@@ -19,7 +19,7 @@ MARGINS = [2.2833700413, -2.1166151965, -2.2442854815, -0.2791536181]
 
 
 def model(seed: int) -> LlamaForCausalLM:
-    """A small Llama whose weights are drawn name by name: no initialiser of a host's release."""
+    """A small Llama whose weights are drawn name by name, independent of a host's initialiser."""
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=32,
@@ -53,8 +53,8 @@ def sequences() -> list[tuple[list[int], list[int], list[int]]]:
 
 
 def padded(rows: list[int]) -> tuple[list[torch.Tensor], list[int]]:
-    """Token ids and mask of the chosen and of the rejected sequences, padded behind each, and the
-    prompts' lengths; as OpenRLHF's trainer takes them."""
+    """Token ids and masks of the chosen and of the rejected sequences, padded at the end, and the
+    prompts' lengths, as OpenRLHF's trainer takes them."""
     pairs = [sequences()[row] for row in rows]
     found = []
     for side in (1, 2):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-# Flags that the tests give, and the package doesn't read, by their names before OpenRLHF 0.10.2.
+# Flags that the tests use but the package doesn't read, by their names before OpenRLHF 0.10.2.
 OF_TESTS = {
     "adam.lr": "learning_rate",
     "data.apply_chat_template": "apply_chat_template",
@@ -24,8 +24,8 @@ OF_TESTS = {
 
 
 def of_host(words: Sequence[str]) -> list[str]:
-    """Words of a command line, or of what is said about one, with the flags as the installed
-    OpenRLHF spells them; the tests have its newer names."""
+    """Words of a command line, or of a message about one, with the flags as the installed OpenRLHF
+    spells them; the tests use the newer names."""
     from focalpo_plugins.openrlhf.names import FLAT  # imports torch: not in the main process
 
     source = Path(find_spec("openrlhf").origin).parent / "cli" / "train_dpo.py"

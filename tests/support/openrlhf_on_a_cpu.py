@@ -1,4 +1,5 @@
-"""OpenRLHF's command in CPU mode and with nothing else of us; to be run with FOCALPO_AUTOLOAD=0."""
+"""OpenRLHF's command in CPU mode and without the rest of this package; run it with
+FOCALPO_AUTOLOAD=0."""
 
 import runpy
 

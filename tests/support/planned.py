@@ -43,7 +43,7 @@ def main():
 
 
 def computed(batches, accumulation):
-    """What a run computes whose ranks have these batches, padded: tokens on the critical path of a
+    """The cost of a run with these batches on its ranks, padded: tokens on the critical path of a
     step, and the largest batch with its number of pairs."""
     tokens = [
         [2 * len(batch) * max(len(ids) for pair in batch for ids in pair) for batch in of_rank]

@@ -38,7 +38,7 @@ def load() -> None:
         if find_spec(name.partition(".")[0]):
             import_module(name)
     compiled(*OPERATORS.get(host, ()))
-    gc.freeze()  # no process has to look through all that was imported
+    gc.freeze()  # no process has to scan everything that was imported
 
 
 def compiled(*builders: str) -> None:

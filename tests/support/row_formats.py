@@ -1,4 +1,4 @@
-"""A row of each format that docs/data.md lists, and what has to be given for it."""
+"""A row of each format that docs/data.md lists, and the settings that it needs."""
 
 USER, GOOD, BAD = (
     {"role": "user", "content": "Say one word."},

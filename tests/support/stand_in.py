@@ -17,8 +17,8 @@ PROPER = 0.6  # of the judge's probability, what goes to the two names it may an
 
 
 class StandIn(ThreadingHTTPServer):
-    """OpenAI's endpoints on a port of this machine, and what was asked of them; its answers are worth
-    ``better`` more than what they are asked for."""
+    """OpenAI's endpoints on a port of this machine, with a record of the requests; its answers are
+    worth ``better`` more than what the request asks for."""
 
     daemon_threads = True
 
@@ -106,8 +106,8 @@ def verdict(prompt: str) -> str:
 
 
 def vllm(arguments: list[str]) -> None:
-    """`vllm serve MODEL`, until it is told to end; STAND_IN has how much better which model is, and
-    where to write down what it was asked."""
+    """`vllm serve MODEL`, until it is told to end; STAND_IN says how much better each model is, and
+    where to record the requests."""
     parser = argparse.ArgumentParser()
     parser.add_argument("command", choices=["serve"])
     parser.add_argument("model")

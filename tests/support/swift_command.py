@@ -44,7 +44,7 @@ TINY: dict[str, Any] = {
 
 
 def words(given: Mapping[str, Any]) -> list[str]:
-    """The command line that gives these keys; None leaves one out."""
+    """The command line with these keys; None leaves one out."""
     line = []
     for key, value in given.items():
         if value is not None:

@@ -41,7 +41,7 @@ class FSDPOnCPU(GlooOnCPU):
 
 
 class OtherTrainer(BasePlugin):
-    """A plugin that brings a trainer of its own."""
+    """A plugin with its own trainer."""
 
     def get_trainer_cls(self, cfg):
         from trl import DPOTrainer
@@ -50,8 +50,8 @@ class OtherTrainer(BasePlugin):
 
 
 class WhatIsTrained(BasePlugin):
-    """Writes beside the model what the trainer was given, and the first rows of both sets as its
-    collator makes a batch of them."""
+    """Writes what the trainer got into the model's folder, and a batch of the first rows of both
+    sets, as its collator makes it."""
 
     def post_trainer_create(self, cfg, trainer):
         if os.environ.get("RANK", "0") != "0":
@@ -82,7 +82,7 @@ class WhatIsTrained(BasePlugin):
 
 
 class Batches(BasePlugin):
-    """Writes beside the model each rank's batches, as lists of pairs, which are the token ids of the
+    """Writes each rank's batches into the model's folder, as lists of pairs: the token ids of the
     chosen and the rejected sequence."""
 
     def post_trainer_create(self, cfg, trainer):
@@ -103,8 +103,8 @@ class Batches(BasePlugin):
 
 
 class Forwards(BasePlugin):
-    """Writes beside the model, for every step, how often a backbone ran forward and how many of them
-    there are, whoever holds them."""
+    """For every step, writes into the model's folder how often a backbone ran forward, and how many
+    backbones exist, wherever they are held."""
 
     def register(self, cfg):
         from transformers import LlamaModel
@@ -145,7 +145,8 @@ class Forwards(BasePlugin):
 
 
 class Garbage(BasePlugin):
-    """Writes beside the model how many objects a collection of garbage looks at in each step."""
+    """Writes into the model's folder how many objects a garbage collection looks at in each
+    step."""
 
     def post_trainer_create(self, cfg, trainer):
         from transformers import TrainerCallback
@@ -163,7 +164,7 @@ class Garbage(BasePlugin):
 
 
 class RayOnCPU(BasePlugin):
-    """Takes Axolotl's demand for GPUs out of what it asks Ray for."""
+    """Removes Axolotl's demand for GPUs from its request to Ray."""
 
     def register(self, cfg):
         import ray.train
@@ -173,7 +174,7 @@ class RayOnCPU(BasePlugin):
 
 
 class Killed(BasePlugin):
-    """Ends the ranks that ``KILLED_RANKS`` names, without a word, in the step ``KILLED_AT``.
+    """Silently ends the ranks that ``KILLED_RANKS`` names, in the step ``KILLED_AT``.
 
     It also seeds the adapter's weights, which Axolotl draws anew in each run.
     """

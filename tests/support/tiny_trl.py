@@ -81,7 +81,7 @@ def model(seed: int = 0, kind: str = "llama", tied: bool = False) -> torch.nn.Mo
 
 
 def on_disk(pairs: Dataset, folder: Path) -> Dataset:
-    """The same from a folder of its own: TRL up to 1.8 can't precompute for data in memory."""
+    """The same from a file in its own folder: TRL up to 1.8 can't precompute for data in memory."""
     folder.mkdir(exist_ok=True)
     own = tempfile.mkdtemp(dir=folder)
     pairs.save_to_disk(own)

@@ -68,7 +68,7 @@ def watched_forward(self, model, chosen, chosen_mask, rejected, rejected_mask, l
     sides = [spoilt(found[side], first_side + side, mode) for side in (0, 1)]
     if first_side == 0:
         of_policy[:] = [side.detach() for side in sides]
-    elif of_policy:  # and not beforehand, where the reference is precomputed
+    elif of_policy:  # not earlier, when the reference is precomputed
         policy = of_policy[0] - of_policy[1]
         margins = self.beta * (policy - (sides[0] - sides[1]))
         pairs = [

@@ -19,20 +19,18 @@ class SwiftHost(TrainerHost):
     out = "out"
     apart: dict[str, Any] = {"rate": 1e-12, "beta": 1.0, "reference": "another"}
     refused = {
-        "equal answers": (
-            "the training data can't be learnt from, got 16 of 16 pairs have a chosen answer equal to the rejected one",
-        ),
-        "most answers equal": ("got 9 of 16 pairs have a chosen answer equal",),
-        "empty answers": ("got 16 of 16 pairs have an empty answer",),
+        "equal answers": ("training data refused: 16 of 16 pairs have identical answers",),
+        "most answers equal": ("training data refused: 9 of 16 pairs have identical answers",),
+        "empty answers": ("training data refused: 16 of 16 pairs have an empty answer",),
         "prompts beyond the limit": ("max_length",),
-        "an empty file": ("dataset must hold a pair, got ", "pairs.jsonl', which is empty"),
+        "an empty file": ("dataset must hold a pair, got ", "pairs.jsonl': the file is empty"),
         "a cut first line": (
             "dataset must be JSON lines, got ",
-            "pairs.jsonl', of which line 1 can't be used: ",
+            "pairs.jsonl': line 1 can't be used: ",
         ),
         "a cut last line": (
             "dataset must be JSON lines, got ",
-            "pairs.jsonl', of which line 16 can't be used: ",
+            "pairs.jsonl': line 16 can't be used: ",
         ),
         "no column chosen": ("chosen",),
         "no column rejected": ("rejected",),

@@ -9,6 +9,6 @@ import pytest
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    import tiny_trl  # here: xdist's main process runs no test, and would import TRL all the same
+    import tiny_trl  # here: xdist's main process runs no test, but would import TRL anyway
 
     return tiny_trl.tokenizer()

@@ -1,4 +1,4 @@
-"""Data that nothing can be learnt from, through TRL's trainer: refused before it computes anything."""
+"""Useless data in TRL's trainer: it is refused before anything is computed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def without_answer(i: int) -> Row:
 
 
 def silent(i: int) -> Row:
-    """The turn of an empty answer is ended by the template, with another token than the EOS."""
+    """The template ends the turn of an empty answer with a token other than the EOS."""
     said = {"prompt": [("user", f"w{i}")], "chosen": [("assistant", "")],
             "rejected": [("assistant", f"w{i}")]}  # fmt: skip
     return {
@@ -62,7 +62,7 @@ def silent(i: int) -> Row:
 
 
 def late(i: int) -> Row:
-    """Three tokens and a BOS of the prompt, twelve that are alike, one that isn't, and the EOS."""
+    """A BOS and three tokens of the prompt, twelve equal tokens, one that differs, and the EOS."""
     return row(i, "one " * 12 + f"w{i}", "one " * 12 + "two")
 
 
@@ -71,12 +71,12 @@ def early(i: int) -> Row:
 
 
 def texts(i: int) -> Row:
-    """Without a column prompt; the rejected answer goes on where the chosen one ends."""
+    """Without a column prompt; the rejected answer continues where the chosen one ends."""
     return {"chosen": f"user w{i} assistant one", "rejected": f"user w{i} assistant one w{i}"}
 
 
 def asks(i: int, *more: tuple[str, str], chosen: str = "one", rejected: str = "two") -> Row:
-    """Whole conversations; ``more`` are the turns before the last, of both sides or of each."""
+    """Whole conversations; ``more`` has the turns before the last, of both sides or of each."""
     turns = {side: [{"role": "user", "content": f"w{i}"}] for side in ("chosen", "rejected")}
     for both in more:
         for side, content in zip(turns, both, strict=True):
@@ -87,17 +87,18 @@ def asks(i: int, *more: tuple[str, str], chosen: str = "one", rejected: str = "t
     return turns
 
 
-EQUAL = "8 of 8 pairs have a chosen answer equal to the rejected one"
+EQUAL = "8 of 8 pairs have identical answers"
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "alike": (alike, {}, EQUAL + ": the margin stays 0"),
+    "alike": (alike, {}, EQUAL + ", so their margin stays 0"),
     "alike once cut": (
-        late, {"max_length": 16}, EQUAL + ", 8 of them once cut to max_length=16: the margin"),
+        late, {"max_length": 16},
+        EQUAL + " (8 of them only once cut to max_length=16), so their margin"),
     "alike once their start is cut": (
         early, {"max_length": 12, "truncation_mode": "keep_end"},
-        EQUAL + ", 8 of them once cut to max_length=12: the margin"),
+        EQUAL + " (8 of them only once cut to max_length=12), so their margin"),
     "empty answers": (without_answer, {}, "8 of 8 pairs have an empty answer"),
     "empty turns": (silent, {}, "8 of 8 pairs have an empty answer"),
-    "five of eight": (lambda i: (alike if i < 5 else good)(i), {}, "got 5 of 8 pairs have a chosen"),
+    "five of eight": (lambda i: (alike if i < 5 else good)(i), {}, "5 of 8 pairs have identical"),
 }  # fmt: skip
 PASS: dict[str, tuple[Any, dict[str, Any]]] = {
     "good": (good, {}),
@@ -107,9 +108,9 @@ PASS: dict[str, tuple[Any, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-# The generation prompt has a word more than the rendering of a row.
+# The generation prompt has one word more than the rendering of a row.
 THINKING = TEMPLATE.replace("assistant {% endif %}", "assistant w1 w2 {% endif %}")
-OTHER = "got 8 of 8 rows have an answer that isn't trained as the chat template renders it"
+OTHER = "training data refused: 8 of 8 rows have an answer that isn't trained as the chat template renders it"
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +128,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def build(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Any:
-    """A function that gives a trainer on the rows; one that computes anything before it is built
-    is a failure."""
+    """A function that gives a trainer for the rows; computing anything before it is built is a
+    failure."""
 
     def trainer(rows: Any, **changes: Any) -> FocalPOTrainer:
         if isinstance(rows, list):
@@ -162,17 +163,17 @@ def stream(rows: list[Row]) -> IterableDataset:
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(build: Any, case: str, capsys: Any):
-    """Before the reference, which has no forward here, is asked for log-probabilities."""
+    """Refused before the reference, which has no forward here, computes log-probabilities."""
     make, changes, why = REFUSED[case]
     rows = [make(i) for i in range(8)]
     with pytest.raises(ValueError) as refused:
         build(rows, precompute_ref_log_probs=True, **changes)
-    assert "the training data can't be learnt from, got" in str(refused.value)
-    assert why in str(refused.value) and "focalpo_allow_data: true" in str(refused.value)
+    assert f"training data refused: {why}" in str(refused.value)
+    assert "To train anyway, set focalpo_allow_data=True. " in str(refused.value)
     assert not warnings(capsys)
     build(stream(rows), focalpo_allow_data=True, **changes)
     (warning,) = warnings(capsys)
-    assert why.removeprefix("got ") in warning
+    assert why in warning
 
 
 def test_a_stream_is_refused_and_allowed(build: Any):
@@ -197,9 +198,7 @@ def test_a_common_start_that_became_the_prompt(build: Any, capsys: Any):
     each of the 16 answers, which are one line of ours."""
     trainer = build([texts(i) for i in range(8)])
     said = warnings(capsys)
-    counted = [
-        line for line in said if "16 answers change the tokens at their prompt's end" in line
-    ]
+    counted = [line for line in said if "16 answers change the tokens at the end of their" in line]
     said = [line for line in said if line not in counted]
     if hasattr(dpo_trainer, "common_prefix_length"):
         assert not said and not counted
@@ -211,17 +210,19 @@ def test_a_common_start_that_became_the_prompt(build: Any, capsys: Any):
 
 
 def test_a_few_are_warned_of(build: Any, capsys: Any):
-    """In the evaluation data any number is."""
+    """In the evaluation data, any number of faults only causes a warning."""
     rows = [*map(alike, range(3)), *map(good, range(3, 8))]
     build(rows, eval_dataset={"train": stream([*map(alike, range(8))])})
     ours = "focalpo_plugins: warning: "
     training, evaluation = warnings(capsys)
-    assert training.startswith(ours + "3 of 8 pairs have a chosen answer equal to")
-    assert evaluation.startswith(ours + "8 of 8 pairs of the evaluation data have a chosen answer")
+    assert training.startswith(ours + "3 of 8 pairs have identical answers")
+    assert evaluation.startswith(
+        ours + "8 of 8 pairs of the evaluation data have identical answers"
+    )
 
 
 def test_the_first_rows_of_a_stream(build: Any, capsys: Any):
-    """64 are looked at, of which these last 30 are bad, and training then begins with the first."""
+    """64 rows are checked, the last 30 of them bad, and training then begins with the first."""
     read: list[int] = []
 
     def rows() -> Iterator[Row]:
@@ -231,7 +232,7 @@ def test_the_first_rows_of_a_stream(build: Any, capsys: Any):
 
     trainer = build(IterableDataset.from_generator(rows), per_device_train_batch_size=4)
     (warning,) = warnings(capsys)
-    assert "30 of 64 pairs have a chosen answer equal" in warning and "is row 34 of" in warning
+    assert "30 of 64 pairs have identical answers" in warning and "is row 34 of" in warning
     assert max(read) <= 64
     batch = next(iter(trainer.get_train_dataloader()))
     ids = trainer.processing_class.convert_tokens_to_ids(["w0", "w1", "w2", "w3"])
@@ -245,7 +246,7 @@ def test_an_empty_stream(build: Any):
 
 @pytest.mark.parametrize("case", FILES)
 def test_files_are_refused_that_hosts_cannot_read(case: str, tmp_path: Path):
-    """The table's own expectations, against what reads the files of every host."""
+    """The table's own expectations, against the hosts' reader of files."""
     content, line, _ = FILES[case]
     (tmp_path / "pairs.jsonl").write_bytes(content.encode())
     file = {"data_files": str(tmp_path / "pairs.jsonl"), "cache_dir": str(tmp_path / "cache")}
@@ -258,7 +259,7 @@ def test_files_are_refused_that_hosts_cannot_read(case: str, tmp_path: Path):
 
 GOOD = '{"a": "x", "b": 1.0}\n'
 DEEP = "[" * 3000 + "]" * 3000
-# What Python's own reader takes and the hosts' does not, in the second line of a file.
+# Text in the second line of a file that Python's reader accepts and the hosts' doesn't.
 REFUSED_BY_HOSTS = {
     "a key twice": '{"a": "x", "a": "y"}',
     "a key twice, further in": '{"a": "x", "c": [{"d": 1, "d": 2}]}',
@@ -280,7 +281,7 @@ def test_the_line_is_named_that_only_hosts_refuse(case: str, before: str, tmp_pa
     with pytest.raises(ValueError) as refused:
         check_file(file, "data")
     line = 3 if before == "\n" else 2
-    assert f"got {str(file)!r}, of which line {line} can't be used: " in str(refused.value)
+    assert f"got {str(file)!r}: line {line} can't be used: " in str(refused.value)
     file.write_text("".join([lines[0], *lines[2:]]))
     check_file(file, "data")
 
@@ -288,15 +289,15 @@ def test_the_line_is_named_that_only_hosts_refuse(case: str, before: str, tmp_pa
 def test_an_entry_of_an_array_that_only_hosts_refuse(tmp_path: Path):
     file = tmp_path / "pairs.json"
     file.write_text(f'[{GOOD}, {{"a": "x", "c": {"[" * 100}{"]" * 100}}}]')
-    with pytest.raises(ValueError, match="of which an entry can't be used: "):
+    with pytest.raises(ValueError, match=": an entry can't be used: "):
         check_file(file, "data")
-    # The last one counts, in an array: the hosts read it.
+    # In an array the last one counts: the hosts read it.
     file.write_text('[{"a": "x", "a": "y"}]')
     assert load_dataset("json", data_files=str(file), split="train")["a"] == ["y"]
     check_file(file, "data")
 
 
-# What is written to a file, and why it can't be read.
+# The content of a file, and why it can't be read.
 BROKEN = {
     "open.csv": ('a,b\n1,2\n"3\n,4\n', "in the row that begins in line 3: Error tokenizing data"),
     "wide.csv": ("a,b\n1,2\n3,4,5\n", "Expected 2 fields in line 3, saw 3. Fix that file."),
@@ -313,7 +314,7 @@ def test_a_broken_file_is_named_and_not_looked_for_on_a_hub(name: str, tmp_path:
     files = [str(tmp_path / each) for each in ("whole.csv", name)[kind == "parquet" :]]
     with pytest.raises(Exception) as error:
         load_dataset(kind, data_files=files, split="train", cache_dir=cache)
-    names = {"base_model": "nobody/model"}  # it is not on this machine, and was not asked for
+    names = {"base_model": "nobody/model"}  # it is not on this machine, and no hub was asked
     for said in (hub.explain(error.value, names), broken_file(error.value)):
         assert said is not None and said.startswith(f"{str(tmp_path / name)!r} can't be read")
         assert why in said
@@ -375,7 +376,7 @@ def test_a_prompt_that_the_whole_row_does_not_begin_with(
 
 
 def test_sides_that_differ_before_their_last_turn(build: Any, capsys: Any):
-    """TRL trains the user's second turn as well; nothing is said of turns that are the same."""
+    """TRL also trains the user's second turn; turns that are the same cause no message."""
     same, other = ("w3", "w3"), ("w3", "w4")
     build([asks(i, same, ("w9", "w9")) for i in range(8)])
     assert not warnings(capsys)
@@ -386,7 +387,7 @@ def test_sides_that_differ_before_their_last_turn(build: Any, capsys: Any):
 
 @pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
 def test_an_empty_cell(build: Any, column: str, tmp_path: Path):
-    """As a CSV has it: TRL stops with `'NoneType' object has no attribute 'endswith'`."""
+    """As a CSV gives it: TRL stops with `'NoneType' object has no attribute 'endswith'`."""
     names = ("prompt", "chosen", "rejected")
     cells = [[good(i)[name] for name in names] for i in range(4)]
     cells[2][names.index(column)] = "None"

@@ -45,8 +45,8 @@ CUTS_IN_THE_STEP = hasattr(DPOTrainer, "_truncate_inputs")  # TRL 0.29
 
 
 def uneven(count: int) -> Dataset:
-    """Pairs of 1 to 20 words an answer.  45 of them fill five steps of eight, two micro-batches and a
-    half."""
+    """Pairs with 1 to 20 words an answer. 45 of them fill five steps of eight, two micro-batches
+    and a half."""
     draw = random.Random(0)
 
     def words(start: int) -> str:
@@ -100,7 +100,7 @@ def test_lengths_by_hand():
 
 @pytest.mark.parametrize("cut", [{}, {"limit": 9}, {"limit": 9, "keep_end": True}])
 def test_lengths_are_those_of_the_sequences(cut: dict[str, Any]):
-    """Of a shuffled selection, in answers that have up to four tokens in common."""
+    """Rows of a shuffled selection, with answers that share up to four tokens."""
     draw = random.Random(1)
     rows = [
         {"p": [1] * draw.randint(0, 5), "c": draw.choices([1, 2], k=draw.randint(1, 8)),
@@ -121,7 +121,7 @@ def test_lengths_are_those_of_the_sequences(cut: dict[str, Any]):
 
 
 class _Own(Sampler[int]):
-    """A user's own sampler: every other row, backwards."""
+    """A user's own sampler: every second row, backwards."""
 
     def __init__(self, rows: int) -> None:
         self.rows = range(rows)[::-2]
@@ -141,7 +141,7 @@ SAMPLERS = {
 
 
 class _Loader:
-    """What `balance` reads of a prepared data loader."""
+    """The parts of a prepared data loader that `balance` reads."""
 
     def __init__(self, batch_sampler: Any) -> None:
         self.batch_sampler = batch_sampler
@@ -157,12 +157,12 @@ class _Loader:
 def test_each_step_has_its_pairs_with_their_weights(
     rows, ranks, each, accumulation, split, even, drop, sampler, cost, lengths
 ):
-    """On accelerate's own shards, in two epochs: a step's mean loss is a sum over its pairs, each with
-    one over the number of pairs of its micro-batch as its weight."""
+    """On accelerate's own shards, in two epochs: a step's mean loss is a sum over its pairs, each
+    weighted by one over the number of pairs of its micro-batch."""
     tokens = [lengths.randint(1, 500) for _ in range(rows)]
 
     def epochs(balanced: bool) -> list[list[list[list[int]]]]:
-        """For each of two epochs the micro-batches of each rank."""
+        """For each of two epochs, the micro-batches of each rank."""
         of_step = each * ranks if split else each
         batches = BatchSampler(SAMPLERS[sampler](rows), of_step, drop)
         shards = [
@@ -239,8 +239,8 @@ def of_pairs(batches: Any) -> list[int]:
 
 @pytest.mark.releases
 def test_batches_are_shorter(tokenizer, tmp_path):
-    """Each step's batches of two are its pairs by length, the longest two first; the others come in
-    another order."""
+    """Each step's batches of two are its pairs by length, with the longest two first; the other
+    batches are in another order."""
     found, longest = {}, {}
     for balanced in (False, True):
         host = trainer(
@@ -258,7 +258,7 @@ def test_batches_are_shorter(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("first, then", [(True, False), (False, True), (True, True)])
 def test_resumed_inside_an_epoch(tokenizer, tmp_path, first: bool, then: bool):
-    """After step 8, in the second epoch of six steps; the switch may change there."""
+    """After step 8, in the second epoch of six steps; the switch may change at this point."""
     arguments = {**STEPS, "save_strategy": "steps", "save_steps": 8}
     whole = trainer(FocalPOTrainer, tokenizer, tmp_path / "whole", pairs=uneven(45), **STEPS)
     whole.train()
@@ -311,7 +311,7 @@ ON_RANKS = {
 
 
 def test_two_ranks(tmp_path):
-    """DDP, whose last step of an epoch is filled with the epoch's first pairs, or dropped."""
+    """DDP, which fills the last step of an epoch with the epoch's first pairs, or drops it."""
     said = on_two_ranks(ON_TWO_RANKS, tmp_path, str(Path(__file__).parent)).splitlines()
     found = [json.loads(line.partition("FOUND ")[2]) for line in said if "FOUND " in line]
     assert [way for way, *_ in found] == list(ON_RANKS)
@@ -319,12 +319,12 @@ def test_two_ranks(tmp_path):
         assert plain == 0 < balanced or balanced < plain
 
 
-# What is said.
+# Messages.
 
 
 @pytest.mark.releases
 def test_a_margin_that_is_not_finite_names_its_row(tokenizer, tmp_path):
-    """Whatever the order: the only row that has the token."""
+    """Whatever the order: only this row has the token."""
     pairs = uneven(45).to_list()
     pairs[31]["rejected"] += " w39"
     pairs = [{**row, "chosen": row["chosen"].replace("w39", "w38")} for row in pairs]
@@ -350,7 +350,7 @@ def test_the_starting_line(tokenizer, tmp_path, capsys):
     assert not any("tokens_saved" in key or "idle" in key for key in host.state.log_history[0])
 
 
-# What is refused.
+# Refusals.
 
 
 class _OwnBatches(BatchSampler):
@@ -388,7 +388,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused(tokenizer, tmp_path, what: str):
-    """Before the trainer is built."""
+    """Refused before the trainer is built."""
     arguments, words = REFUSED[what]
     with pytest.raises(ValueError, match=f"^{KEY} can't be combined with {words}"):
         trainer(FocalPOTrainer, tokenizer, tmp_path, **{**BALANCED, **arguments})
@@ -415,7 +415,7 @@ def test_streamed_data(tokenizer, tmp_path):
 
 
 def test_a_cut_that_depends_on_the_batch(tokenizer, tmp_path):
-    """TRL 0.29 cuts the padded batch at its front."""
+    """TRL 0.29 cuts the padded batch at its start."""
     arguments = {**BALANCED, "truncation_mode": "keep_end", "max_length": 8}
     if not CUTS_IN_THE_STEP:
         trainer(FocalPOTrainer, tokenizer, tmp_path, **arguments)
@@ -429,7 +429,7 @@ def test_a_cut_that_depends_on_the_batch(tokenizer, tmp_path):
 
 def without_reference(cls: Any, config: Any, folder: Path, **arguments: Any) -> Any:
     args = config(str(folder), **{**tiny_trl.SHORT, **STEPS, "beta": 0.3, **arguments})
-    # TRL's metrics of these trainers leave out pairs where an epoch's last batch is not full.
+    # TRL's metrics of these trainers leave out pairs if an epoch's last batch isn't full.
     data = uneven(46)
     return cls(model(0), args, processing_class=tiny_trl.tokenizer(), train_dataset=data)
 
@@ -451,7 +451,7 @@ def test_the_same_run_without_a_reference(tmp_path, loss_type: str, shared: bool
         np.mean([entry["focalpo/tokens"] for entry in host.state.log_history if "loss" in entry])
         for host in found[0 if shared else 1 :]
     ]
-    assert len(set(tokens)) == 1  # the same tokens, in other batches
+    assert len(set(tokens)) == 1  # the same tokens, in different batches
 
 
 def test_terms_of_a_likelihood(tmp_path):

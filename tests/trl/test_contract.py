@@ -1,4 +1,4 @@
-"""TRL keeps the contract: a script of a user's, in processes as torchrun starts them."""
+"""TRL keeps the contract: a user's script, in processes as torchrun starts them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,9 @@ class TRL(TrainerHost):
     out = "out"
     apart: dict[str, Any] = {"rate": 1e-12, "beta": 1.0, "reference": "another"}
     refused = {
-        "equal answers": (
-            "the training data can't be learnt from, got 16 of 16 pairs have a chosen answer equal to the rejected one",
-        ),
-        "most answers equal": ("got 9 of 16 pairs have a chosen answer equal",),
-        "empty answers": ("got 16 of 16 pairs have an empty answer",),
+        "equal answers": ("training data refused: 16 of 16 pairs have identical answers",),
+        "most answers equal": ("training data refused: 9 of 16 pairs have identical answers",),
+        "empty answers": ("training data refused: 16 of 16 pairs have an empty answer",),
         "prompts beyond the limit": ("max_length=128",),
         # The script reads the file, before this package is asked.
         "an empty file": (),

@@ -1,5 +1,5 @@
-"""Each pair that is trained or evaluated is counted once, and a margin that is not finite stops the
-run before the weights change, wherever in the data it is."""
+"""Each trained or evaluated pair is counted once, and a margin that is not finite stops the run
+before the weights change, wherever it occurs in the data."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def rows(count: int, first: int = 0) -> list[dict[str, str]]:
 
 
 class Collated:
-    """A collator that notes which rows a batch was made of, by their prompts."""
+    """A collator that notes, by the prompts, which rows are in a batch."""
 
     def __init__(self, collate: Any) -> None:
         self.collate = collate
@@ -58,7 +58,7 @@ class Collated:
 def one_epoch(
     words: Any, folder: Path, size: tuple[int, int, int], **more: Any
 ) -> tuple[FocalPOTrainer, dict[tuple[int, ...], float]]:
-    """A trainer for one epoch that leaves the weights as they are and logs once; and each pair's
+    """A trainer for one epoch that leaves the weights unchanged and logs once, and each pair's
     margin in float64, by its prompt."""
     count, batch, accumulated = size
     host = trainer(
@@ -89,7 +89,7 @@ def one_epoch(
 
 
 def expected(margins: list[float]) -> dict[str, float]:
-    """By their definitions, each margin as often as it stands there."""
+    """By their definitions; each margin counts as often as it occurs."""
     p = [1 / (1 + math.exp(-z)) for z in margins]
     weight = [q**0.5 * (1 + 0.5 * math.log(q)) for q in p]
     groups = {
@@ -108,7 +108,7 @@ def logged(log: list[dict[str, float]], prefix: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_each_pair_once(tokenizer, tmp_path, path):
-    """In training and in evaluation, whatever divides by what."""
+    """In training and in evaluation, for sizes that divide and sizes that don't."""
     for size in SIZES:
         host, margins = one_epoch(
             tokenizer, tmp_path, size, eval_dataset=Dataset.from_list(rows(7, first=15)), **path
@@ -136,7 +136,7 @@ class Weights(TrainerCallback):
 
 
 def losing(policy: torch.nn.Module, token: int) -> None:
-    """Have the model's states be NaN at each ``token``, which one pair alone has."""
+    """Make the model's states NaN at each ``token``, which occurs in only one pair."""
 
     def lose(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         output.last_hidden_state[kwargs["input_ids"] == token] *= math.nan
@@ -147,7 +147,7 @@ def losing(policy: torch.nn.Module, token: int) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_a_margin_that_is_not_finite_anywhere(tokenizer, tmp_path, path, accumulated):
-    """In each pair in turn, and so at each place of each step, the last and shortest among them."""
+    """In each pair in turn, and so at each place of each step, including the last and shortest."""
     steps = set()
     for bad in range(11):
         pairs = rows(11)
@@ -268,8 +268,8 @@ NAMES = [
 @pytest.mark.xdist_group("forked")
 @pytest.mark.parametrize("path", NAMES)
 def test_each_pair_once_on_two_ranks(two_ranks, path):
-    """A rank that would run out of pairs is given the first again, which are then trained again: of
-    11 pairs in batches of 2 rank 1 gets one more. In evaluation they don't count."""
+    """A rank that would run out of pairs gets the first ones again, which are then trained again:
+    of 11 pairs in batches of 2, rank 1 gets one more. In evaluation they don't count."""
     found = [rest for what, of, *rest in two_ranks if (what, of) == ("counted", path)]
     assert [size for size, *_ in found] == OVER_RANKS
     for size, trained, ours, truth in found:
@@ -281,7 +281,7 @@ def test_each_pair_once_on_two_ranks(two_ranks, path):
 @pytest.mark.xdist_group("forked")
 @pytest.mark.parametrize("path", NAMES)
 def test_all_ranks_stop(two_ranks, path):
-    """Whichever of the two has the pair, in training and in evaluation, with the same words."""
+    """Whichever of the two has the pair, in training and in evaluation, with the same message."""
     found = [rest for what, of, *rest in two_ranks if (what, of) == ("stopped", path)]
     ranks = set()
     for bad, start in itertools.product(BAD_PAIRS, ("evaluate", "train")):
@@ -292,7 +292,7 @@ def test_all_ranks_stop(two_ranks, path):
 
 
 def test_predict_leaves_nothing_behind(tokenizer, tmp_path):
-    """Its pairs are in its own metrics, and in no evaluation's."""
+    """Its pairs count in its own metrics, and in no evaluation's."""
     host, margins = one_epoch(
         tokenizer, tmp_path, (5, 2, 1), eval_dataset=Dataset.from_list(rows(7, first=15))
     )
@@ -324,7 +324,7 @@ def test_an_evaluation_that_was_interrupted_leaves_nothing_behind(tokenizer, tmp
 
 
 def test_named_evaluation_sets(tokenizer, tmp_path):
-    """Each under its own prefix, as transformers logs their losses."""
+    """Each set has its own prefix, as transformers logs their losses."""
     sets = {"easy": Dataset.from_list(rows(3, first=15)), "hard": Dataset.from_list(rows(4, 20))}
     host = trainer(
         FocalPOTrainer, tokenizer, tmp_path, eval_dataset=sets, focalpo_gamma=0.5, max_steps=1,

@@ -1,4 +1,4 @@
-"""The example scripts that need no host but TRL, run as a user runs them."""
+"""The example scripts that need no host except TRL, run as a user runs them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_tiny(*words: str | Path, cwd: Path, **variables: str) -> subprocess.Com
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
-    """In a folder whose name means something to sed and to a shell."""
+    """In a folder whose name has a meaning for sed and for a shell."""
     folder = tmp_path_factory.mktemp("tiny") / "a & b's |"
     done = make_tiny("--out", folder, cwd=EXAMPLES.parent, OMP_DISPLAY_ENV="TRUE")
     return folder, done
@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Com
 
 @pytest.mark.xdist_group("made")
 def test_waiting_threads_sleep_and_a_bar_is_shown(made):
-    """By what OpenMP itself says of its settings."""
+    """According to OpenMP's own report of its settings."""
     _, done = made
     assert re.search(r"OMP_WAIT_POLICY = 'PASSIVE'", done.stderr)
     assert re.search(r"fine-tuning the model: 100%.* 20/20 ", done.stderr)
@@ -76,7 +76,7 @@ cat "$2"
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.xdist_group("made")
 def test_the_next_command_trains_on_what_was_made(made, tmp_path: Path, elsewhere: bool):
-    """As it is printed, with a stand-in for Axolotl; from the repository's root or not."""
+    """As printed, with a stand-in for Axolotl, from the repository's root or elsewhere."""
     folder, done = made
     (tmp_path / "axolotl").write_text(AXOLOTL)
     (tmp_path / "axolotl").chmod(0o755)
@@ -110,7 +110,7 @@ def test_the_next_command_of_the_default_folder():
 
 
 def test_trl_focalpo_trains_on_a_cpu(tiny: Path, tmp_path: Path):
-    """Two steps as the script stands, with its evaluation before them; ``2^-0.05 ln 2`` is
+    """Two steps of the script as it is, with its evaluation before them; ``2^-0.05 ln 2`` is
     0.66953."""
     script = EXAMPLES / "trl_focalpo.py"
     words = ("--max-steps", "2", "--out", str(tmp_path / "out"))
@@ -131,5 +131,5 @@ def test_trl_focalpo_says_what_is_missing(tmp_path: Path):
     shutil.copy(EXAMPLES / "trl_focalpo.py", tmp_path)
     code, _, errors = forked.run(str(tmp_path / "trl_focalpo.py"), [], tmp_path)
     assert code == 2
-    said = f"{tmp_path / 'tiny'} is not there: run python examples/make_tiny.py first"
+    said = f"{tmp_path / 'tiny'} doesn't exist: run python examples/make_tiny.py first"
     assert said in errors.splitlines()[-1]

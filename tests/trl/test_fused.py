@@ -1,4 +1,4 @@
-"""The fused loss by itself: values and gradients, and what it holds while it computes them."""
+"""The fused loss by itself: values and gradients, and the memory that it holds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from focalpo_plugins.compute.fused_loss import (
 
 BETA = 0.3
 VOCABULARY, SIZE = 300, 16
-# A row at a time; groups with a partial last one, in step 1 and in step 3; all at once.
+# One row at a time; groups with a partial last one, in step 1 and in step 3; all at once.
 AT_ONCE = (1, 7 * VOCABULARY, 35 * 130, 10**9)
 
 
@@ -34,8 +34,8 @@ def smoothed(margins: torch.Tensor) -> torch.Tensor:
 def case(
     dtype: torch.dtype, bias: bool = False, frozen: bool = False, sequences: int = 6
 ) -> dict[str, Any]:
-    """Hidden states, output layer, and labels of which some are ignored: prompts, padding, and one
-    sequence as a whole."""
+    """Hidden states, output layer, and labels with some ignored: prompts, padding, and one whole
+    sequence."""
     torch.manual_seed(0)
     labels = torch.randint(0, VOCABULARY, (sequences, 9))
     labels[torch.rand(labels.shape) < 0.4] = IGNORED
@@ -57,7 +57,7 @@ def tensors(given: dict[str, Any]) -> list[torch.Tensor]:
 
 
 def whole(given: dict[str, Any], pairwise: Any = smoothed) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and log-probs from the logits as a whole, with softmax in float32 at least."""
+    """Loss and log-probs from all logits, with softmax in float32 at least."""
     logits = F.linear(given["hidden"], given["weight"], given["bias"])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = given["labels"]
@@ -114,7 +114,7 @@ def test_by_hand(label, other):
     ids=str,
 )
 def test_against_float64(dtype, rounding, bias, frozen, at_once):
-    """Loss, log-probs and every gradient, with the gradient that comes from outside."""
+    """Loss, log-probs and every gradient, including the incoming gradient."""
     given = case(dtype, bias, frozen)
     exact = in_float64(given)
     truth, logps = whole(exact)
@@ -185,7 +185,8 @@ def test_evaluation_keeps_nothing():
 
 
 def test_autocast():
-    """Products in bfloat16, as the plain path's; the gradients of float32 parameters in float32."""
+    """Products in bfloat16, as in the plain path; the gradients of float32 parameters in
+    float32."""
     given, plain = case(torch.float32, bias=True), case(torch.float32, bias=True)
     exact = in_float64(given)
     whole(exact)[0].backward()
@@ -203,8 +204,8 @@ def test_autocast():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_small_slopes_survive_float16(frozen):
-    """beta / B = 1e-6 times a softmax below 0.06 is nothing in float16; the loss scaler's factor,
-    which comes from outside, must still find it."""
+    """beta / B = 1e-6 times a softmax below 0.06 vanishes in float16; the loss scaler's factor,
+    which comes from outside, must still reach it."""
     given = case(torch.float16, frozen=frozen)
     exact = in_float64(given)
     for one, function in ((exact, None), (given, fused_pairwise_loss)):
@@ -227,8 +228,8 @@ def test_a_second_backward_pass_is_stopped():
 
 
 class Held(TorchDispatchMode):
-    """The bytes of all tensors that operations made and nobody has let go of yet, at most, and of the
-    largest of them."""
+    """The largest number of bytes of all tensors that operations made and that are still held, and
+    of the largest of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,9 +260,9 @@ def storage(tensor: torch.Tensor) -> int:
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("sequences", [16, 64])
 def test_one_part_of_the_logits_is_held(sequences, frozen, dtype):
-    """Forward and backward, no tensor is larger than the logits that are allowed in float32; and with
-    as many again allowed, what is held at most grows by one part at most, not by two: 4 bytes a logit,
-    and 2 for the same in bfloat16."""
+    """Forward and backward, no tensor is larger than the allowed logits in float32; allowing twice
+    as many increases the peak by one part at most, not by two: 4 bytes a logit, and 2 for the same
+    in bfloat16."""
     parts = {}
     for at_once in (20 * VOCABULARY, 40 * VOCABULARY):
         given = case(dtype, frozen=frozen, sequences=sequences)
@@ -276,15 +277,15 @@ def test_one_part_of_the_logits_is_held(sequences, frozen, dtype):
     small, large = parts
     each = 4 if dtype == torch.float32 else 6
     assert parts[large] - parts[small] <= 1.1 * (large - small) * each
-    with Held() as plain:  # the measure sees what it should
+    with Held() as plain:  # the measurement sees what it should
         whole(given)[0].backward()
     assert plain.largest == sequences * 9 * VOCABULARY * 4
     assert plain.most > 2 * plain.largest
 
 
 def test_what_has_no_label_has_no_logits():
-    """One label in each sequence of nine: no tensor is as large as the logits of two of them each,
-    and the weight's gradient is the largest."""
+    """One label in each of nine sequences: no tensor is as large as the logits of two whole
+    sequences, and the weight's gradient is the largest."""
     given = case(torch.float32)
     given["labels"] = torch.full_like(given["labels"], IGNORED)
     given["labels"][:, 4] = 7

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py, as far as a CPU goes."""
+"""benchmarks/gpu.py, as far as it runs on a CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCRIPT = EXAMPLES.parent / "benchmarks" / "gpu.py"
 
 
 def test_trls_ways_on_a_small_model(tmp_path: Path):
-    """It ends with an error where our ways differ in loss or gradients."""
+    """It ends with an error if our ways differ in loss or gradients."""
     words = ("loss", "kernel", "ways", "--device", "cpu", "--tiny", "--rounds", "2")
     code, output, errors = forked.run(str(SCRIPT), words, tmp_path, path=[SCRIPT.parent])
     assert code == 0, errors[-3000:]
@@ -33,7 +33,7 @@ def test_trls_ways_on_a_small_model(tmp_path: Path):
 
 
 def test_accumulated_micro_batches_on_a_small_model(tmp_path: Path):
-    """It ends with an error where balanced batches change a step's loss or gradient."""
+    """It ends with an error if balanced batches change a step's loss or gradient."""
     words = ("accumulated", "--device", "cpu", "--tiny", "--rounds", "1")
     code, output, errors = forked.run(str(SCRIPT), words, tmp_path, path=[SCRIPT.parent])
     assert code == 0, errors[-3000:]
@@ -68,8 +68,8 @@ print(*(sorted({*part}) for part in zip(*found.parts)), sep="\\n")
 
 
 def test_the_pairs_of_whole_steps_have_their_lengths(tiny: Path, tmp_path: Path):
-    """A word is a token, but for each text's first one, which has no space before it: up to three.
-    The template adds its own: nine and ten to the prompt and the end, at most."""
+    """A word is a token, except for each text's first one, which has no space before it: up to
+    three. The template adds its own: at most nine to the prompt and ten to the end."""
     run = run_python("-c", LENGTHS, str(tmp_path / "pairs.jsonl"), path=SCRIPT.parent)
     assert run.returncode == 0, run.stderr[-3000:]
     lines = run.stdout.splitlines()
@@ -97,8 +97,8 @@ def test_without_cuda_the_device_has_to_be_named():
 def test_wrong_arguments_of_the_benchmarks(
     words: tuple[str, str], message: str, tiny: Path, tmp_path: Path
 ):
-    """Before anything is measured. A text may hold line breaks of Unicode's, and a last line may be
-    blank: neither is a row."""
+    """Refused before anything is measured. A text may contain Unicode's line breaks, and the last
+    line may be blank: neither is a row."""
     turns = [{"role": "user", "content": "q\u2028"}, {"role": "assistant", "content": "a\u0085b"}]
     line = json.dumps({"chosen": turns, "rejected": turns}, ensure_ascii=False) + "\n"
     (tmp_path / "few.jsonl").write_text("\ufeff" + 2 * line + "\n", encoding="utf-8")
@@ -107,5 +107,5 @@ def test_wrong_arguments_of_the_benchmarks(
     run = run_python(str(script), "loss", *words, cwd=tmp_path)
     assert run.returncode == 2 and not run.stdout
     assert message in run.stderr and "Traceback" not in run.stderr
-    # One that is read in another folder is named in full.
+    # A file in another folder is named in full.
     assert words[0] != "--pairs" or str(tmp_path) in run.stderr

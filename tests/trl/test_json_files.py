@@ -23,7 +23,7 @@ def test_files(tmp_path, case: str):
         return
     with pytest.raises(ValueError) as refused:
         check_file(file, "data")
-    start = f"data must be JSON lines, got {str(file)!r}, of which line {line} can't be used: "
+    start = f"data must be JSON lines, got {str(file)!r}: line {line} can't be used: "
     assert str(refused.value).startswith(start + why)
     assert str(refused.value).endswith(". Fix that line, or remove it.")
 
@@ -62,6 +62,13 @@ def test_an_entry_without_a_column(tmp_path, content: str, place: str):
         check_file(tmp_path / "p.jsonl", "data", ["a", "b"])
 
 
+def test_a_misspelt_column(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"chosen": "a", "rejectd": "b"}\n')
+    why = "it has no 'rejected', got chosen, rejectd; did you mean 'rejectd'? Fix that line"
+    with pytest.raises(ValueError, match=re.escape(why)):
+        check_file(tmp_path / "p.jsonl", "data", ["chosen", "rejected"])
+
+
 def test_files_that_are_not_looked_at(tmp_path):
     """Other formats, and names on a hub."""
     for name in ("d.parquet", "e.jsonl.gz"):
@@ -81,7 +88,7 @@ PATTERNS = {
 
 @pytest.mark.parametrize("case", PATTERNS)
 def test_a_path_that_hosts_take_for_a_pattern(case: str, tmp_path, monkeypatch):
-    """The file is there, and they would read others."""
+    """The file exists, but hosts would read others."""
     path, others = PATTERNS[case]
     found = [] if others is None else others.split(", ")
     for name in (path, *found):
@@ -98,8 +105,8 @@ def test_a_path_that_hosts_take_for_a_pattern(case: str, tmp_path, monkeypatch):
 
 
 def test_a_folder_s_name_is_a_part_of_the_pattern(tmp_path, monkeypatch):
-    """Of the current folder too. A name that matches only itself is read, and so is a folder that
-    ``datasets`` has saved, which is no pattern."""
+    """Also for the current folder. A name that matches only itself is read, and so is a folder that
+    ``datasets`` has saved, which isn't a pattern."""
     for name in ("run[1]", "run1", "saved[1]"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "p.jsonl").write_text('{"a": 1}\n')

@@ -1,4 +1,5 @@
-"""What README and docs/ say of TRL's trainer, and of the fused path in it, that no other test holds."""
+"""The statements of README and docs/ about TRL's trainer and its fused path that no other test
+holds."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ PAGES = ("README.md", "docs/trl.md")
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_snippet(tokenizer, tmp_path, monkeypatch, capsys, page):
-    """As it stands, with a model's folder, pairs and a tokenizer; bf16, TRL's default, is a GPU's."""
+    """As it is, with a model's folder, pairs and a tokenizer; bf16, TRL's default, needs a GPU."""
     monkeypatch.chdir(tmp_path)
     model(0).save_pretrained("tiny")
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
@@ -53,7 +54,7 @@ def test_the_snippet(tokenizer, tmp_path, monkeypatch, capsys, page):
     "types", [["sigmoid_norm"], ["sigmoid", "sigmoid_norm"], ["sigmoid_norm", "robust"]], ids=str
 )
 def test_the_logged_margin_is_that_of_the_first_loss(tokenizer, tmp_path, types):
-    """After length normalisation where the first is `sigmoid_norm`, and without it where not."""
+    """After length normalisation if the first one is `sigmoid_norm`, and without it otherwise."""
     host = trainer(FocalPOTrainer, tokenizer, tmp_path, loss_type=types)
     inputs = batch(host)
     host.compute_loss(host.model, inputs)
@@ -88,7 +89,7 @@ def test_what_the_fused_path_does_not_log(tokenizer, tmp_path):
 
 @pytest.mark.fused
 def test_the_fused_path_leaves_prompts_and_padding_out(tokenizer, tmp_path, monkeypatch):
-    """The answers' tokens have a label, and no other; as many logits are held as by default."""
+    """Only the answers' tokens have a label; as many logits are held as by default."""
     given = []
 
     def spy(states, weight, labels, *more, **named):
@@ -133,7 +134,7 @@ def test_the_fused_path_takes_models_that_do_not(kind):
 
 @pytest.mark.fused
 def test_the_fused_path_refuses_vision_models(tmp_path):
-    """By their processor, before the model, which isn't there, is loaded."""
+    """By their processor, before the model, which doesn't exist, is loaded."""
     processor = object.__new__(type("Eyes", (ProcessorMixin,), {}))
     args = FocalPOConfig(
         str(tmp_path), use_cpu=True, bf16=False, report_to="none", focalpo_fused=True

@@ -1,4 +1,4 @@
-"""The reference's log-probabilities, kept in a file: what is found in it, and when it is read again.
+"""The reference's log-probabilities in a file: what is found in it, and when it is read again.
 
 ``tests/openrlhf/test_precompute.py`` has whole runs, on two ranks.
 """
@@ -67,7 +67,7 @@ def test_found_in_any_order_and_padding(lookup):
     ids=str,
 )
 def test_a_pair_that_was_not_precomputed(lookup, pair: tuple):
-    """Its log-probabilities are NaN, which stops every rank; the other's are there."""
+    """Its log-probabilities are NaN, which stops every rank; the other pair's are found."""
     lookup.unknown = ""
     chosen, rejected = (side.tolist() for side in lookup(*batch([KNOWN[0], pair])))
     assert (chosen[0], rejected[0]) == (-1.0, -2.0)
@@ -86,7 +86,7 @@ class OneRank:
 
 
 class Tiny:
-    """Pairs under a model of one layer, which is called with two pairs at a time."""
+    """Pairs under a model of one layer, which gets two pairs at a time."""
 
     batch_size, share = 2, (0, 1)
 
@@ -144,7 +144,7 @@ def test_computed_once_and_read_again(model, tmp_path: Path):
 
 
 def test_anything_else_is_computed_again(model, tmp_path: Path):
-    """Another pair, a setting of the host, another attention, another dtype, another weight."""
+    """A different pair, host setting, attention, dtype or weight."""
     run(model, tmp_path)
     assert run(model, tmp_path, KNOWN[:2])[0].forwards == 1
     assert run(model, tmp_path, packing=True)[0].forwards == 2
@@ -158,12 +158,14 @@ def test_anything_else_is_computed_again(model, tmp_path: Path):
 
 
 def test_a_pair_with_a_log_probability_that_is_not_finite(model, tmp_path: Path):
-    """Token 5 is in the first pair only.  The file isn't written, nor is what was reserved left."""
+    """Token 5 is in the first pair only. The file isn't written, and the reserved space is
+    freed."""
     with torch.no_grad():
         model.get_input_embeddings().weight[5] = torch.nan
     rows = [KNOWN[1], ([1, 5, 3], [1, 2], 1)]
     with pytest.raises(
-        InvalidValue, match=r"pair 1, a log-probability that is not finite \(1 of 2"
+        InvalidValue,
+        match=r"log-probabilities are not finite for 1 of 2 pairs\. The first is pair 1: ",
     ):
         run(model, tmp_path, rows)
     assert list(tmp_path.iterdir()) == []
@@ -171,5 +173,5 @@ def test_a_pair_with_a_log_probability_that_is_not_finite(model, tmp_path: Path)
 
 def test_a_folder_that_cannot_be_written_to(model, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidValue, match="^the_folder must be a folder with room for 0.0 MiB"):
+    with pytest.raises(InvalidValue, match="^the_folder must be a writable folder with 0.0 MiB"):
         run(model, tmp_path / "file" / "folder")

@@ -74,7 +74,7 @@ def test_the_loss_of_a_step_is_that_of_its_gamma(fused: bool, tokenizer, tmp_pat
 @pytest.mark.parametrize("epochs, resumed_at", [(1, 1), (1, 3), (2, 1), (2, 5)])
 def test_resuming_inside_an_epoch(schedule, epochs, resumed_at, tokenizer, tmp_path, capsys):
     """An epoch has four steps of two pairs. Each resumed step has the gamma of the uninterrupted
-    run, and nothing is said, because the number of steps is the same."""
+    run, without a message, because the number of steps is the same."""
     arguments = {
         **MOVING, "focalpo_gamma_schedule": schedule, "max_steps": -1, "num_train_epochs": epochs,
         "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1,
@@ -124,11 +124,11 @@ def test_resuming_with_another_number_of_steps(moving: bool, tokenizer, tmp_path
         assert gammas(again) == pytest.approx([0.6, 0.4, 0.2, 0.0], abs=1e-12)
         assert (
             "focalpo_plugins: warning: focalpo_gamma changes over the run, and the checkpoint's run "
-            "had 3 steps, got 4 for this one" in said[0]
+            "had 3 steps, but this one has 4" in said[0]
         )
 
 
-# How transformers compares evaluation losses, and what of a run shows it.
+# How transformers compares evaluation losses, and where a run shows it.
 COMPARED: dict[str, dict[str, Any]] = {
     "loaded at the end": {
         "load_best_model_at_end": True,
@@ -168,7 +168,7 @@ def test_evaluation_losses_of_a_moving_gamma_can_be_compared(what: str, tokenize
         assert rates == {0.002}
     else:
         assert Path(host.state.best_model_checkpoint).name == "checkpoint-4"
-    # The model that is there now, evaluated again: the same loss as by evaluate() and predict().
+    # The current model, evaluated again: the same loss from evaluate() and predict().
     again = host.evaluate()
     assert again["eval_loss"] == pytest.approx(losses[-1], rel=1e-6)
     assert again["eval_focalpo/gamma"] == 0.0

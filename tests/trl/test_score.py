@@ -26,7 +26,7 @@ from focalpo_plugins.trl.score import prepared_by_trl
 from focalpo_plugins.trl.score_data import read_pairs
 from focalpo_plugins.trl.score_models import _with_adapter, load_model, resolve
 
-shares_ends = pytest.mark.xdist_group("ends")  # one worker makes the runs, once
+shares_ends = pytest.mark.xdist_group("ends")  # one worker makes the runs
 
 BETA = 0.2
 PAIRS = 6
@@ -37,8 +37,8 @@ def header_of(role: str) -> str:
 
 
 def by_hand(network: Any, tokenizer: Any, messages: list[dict[str, str]]) -> tuple[float, int]:
-    """Summed log-probability of the answer in float64, and its tokens.  The sequence is written
-    out here, template and all; the answer begins after the assistant's header."""
+    """Summed log-probability of the answer in float64, and its tokens. The sequence, including the
+    template, is written out here; the answer begins after the assistant's header."""
     user, assistant = (message["content"] for message in messages)
     prompt = f"<|begin_of_text|>{header_of('user')}{user}<|eot_id|>{header_of('assistant')}"
     before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -51,8 +51,8 @@ def by_hand(network: Any, tokenizer: Any, messages: list[dict[str, str]]) -> tup
 
 
 def save_adapter(base: Path, folder: Path) -> None:
-    """A LoRA that is not its initial self, over ``base``, in a folder as Axolotl leaves it: beside the
-    adapter a config.json, and a model.safetensors under PEFT's names."""
+    """A trained LoRA over ``base``, in a folder as Axolotl leaves it: with the adapter a
+    config.json, and a model.safetensors under PEFT's names."""
     model = AutoModelForCausalLM.from_pretrained(base)
     lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], modules_to_save=["norm"])
     lora.base_model_name_or_path = str(base)
@@ -70,7 +70,7 @@ def save_adapter(base: Path, folder: Path) -> None:
 
 
 def mend_models(folder: Path) -> None:
-    """Copies of the adapter and of the policy, each with something wrong."""
+    """Copies of the adapter and of the policy, each with one fault."""
 
     def copy(source: str, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
         shutil.copytree(folder / source, folder / name)
@@ -106,8 +106,7 @@ def mend_models(folder: Path) -> None:
 
 
 def write_record(file: Path, beta: float | None) -> None:
-    """What the trainer leaves in a checkpoint: its record in transformers' file; none where DPO has
-    trained it."""
+    """The trainer's record in a checkpoint, in transformers' file; none if DPO has trained it."""
     record = {"args": {"record": {"loss": "focalpo", "beta": beta}}, "attributes": {}}
     callbacks = {} if beta is None else {"_Record": record}
     file.write_text(json.dumps({"global_step": 6, "stateful_callbacks": callbacks}))
@@ -179,7 +178,7 @@ def ends(setting: dict[str, Path]) -> dict[str, tuple[int, str, str]]:
     cases["reference without base"] = argv("e", *csv, ref="adapter, no base")
     for model in ("files beside an adapter", "not a number"):
         cases[model] = argv("f", *csv, model=model)
-    # A disk that is full, and a folder where a file goes.
+    # A full disk, and a folder where a file should go.
     (folder / "full").mkdir()
     (folder / "full" / "scores.jsonl").symlink_to("/dev/full")
     cases["full"] = argv("full", "--format", "csv")
@@ -194,22 +193,22 @@ def ends(setting: dict[str, Path]) -> dict[str, tuple[int, str, str]]:
     return found | {name: focalpo(*words) for name, words in cases.items()}
 
 
-# Folder of the model, and what is said of it.
+# Folder of the model, and the message about it.
 WRONG_MODELS = {
-    "adapter, renamed": "must have the weights of its adapter and no others, got '{}', whose files lack 1 (base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight) and have besides 1 (base_model.model.elsewhere.lora_A.default.weight): missing",
+    "adapter, renamed": "must have exactly the weights of its adapter, got '{}': its files lack 1 (base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight) and also have 1 (base_model.model.elsewhere.lora_A.default.weight). Missing",
     "adapter, no norm": "base_model.model.model.norm.weight",  # PEFT's own error
-    "adapter, base is one": "must be an adapter of a whole model, got '{}', whose base",
-    "files beside an adapter": "must have the weights of its LlamaForCausalLM and no others, got '{}', whose files lack ",
-    "without": "whose files lack 1 (model.layers.0.self_attn.q_proj.weight): missing weights would be random",
-    "with more": "whose files have besides 1 (v_head.weight): missing",
-    "another shape": "whose files have in another shape 1 (model.layers.0.self_attn.q_proj.weight): missing",
+    "adapter, base is one": "must be an adapter of a whole model, got '{}': its base",
+    "files beside an adapter": "must have exactly the weights of its LlamaForCausalLM, got '{}': its files lack ",
+    "without": "its files lack 1 (model.layers.0.self_attn.q_proj.weight). Missing weights would be random",
+    "with more": "its files also have 1 (v_head.weight). Missing",
+    "another shape": "its files have in another shape 1 (model.layers.0.self_attn.q_proj.weight). Missing",
     "half": "must be a model that can be loaded, got '{}': SafetensorError: ",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("model", WRONG_MODELS)
 def test_a_model_with_other_weights_than_its_own_is_refused(setting, model: str):
-    """transformers gives what a file lacks at random, and goes on."""
+    """transformers fills weights that a file lacks with random numbers, and continues."""
     folder = str(setting["folder"] / model)
     with pytest.raises(ValueError) as error:
         load_model(resolve(folder, str(setting["ref"]))[0], "MODEL", "auto")
@@ -221,7 +220,7 @@ def test_a_model_with_other_weights_than_its_own_is_refused(setting, model: str)
 @shares_ends
 def test_a_model_that_cannot_score_is_one_line(ends):
     said = {
-        "files beside an adapter": "must have the weights of its LlamaForCausalLM and no others, got",
+        "files beside an adapter": "must have exactly the weights of its LlamaForCausalLM, got",
         "not a number": "must give finite log-probabilities, got nan for the chosen answer of row 0: ",
     }
     for case, words in said.items():
@@ -233,8 +232,8 @@ def test_a_model_that_cannot_score_is_one_line(ends):
 
 @shares_ends
 def test_an_adapter_is_loaded_over_its_base(setting, ends):
-    """Its log-probabilities are those of the model that it is merged into; as reference it changes
-    places; where its base is gone, --ref is its base.  beta 0.5 is its checkpoint's."""
+    """Its log-probabilities are those of the model that it is merged into; as the reference it
+    swaps places; if its base is missing, --ref is its base. beta 0.5 is its checkpoint's."""
     folder = setting["folder"]
     base = AutoModelForCausalLM.from_pretrained(setting["ref"])
     from peft import PeftModel
@@ -249,7 +248,7 @@ def test_an_adapter_is_loaded_over_its_base(setting, ends):
     assert [r["chosen_logp"] for r in adapted] == pytest.approx(logps, abs=1e-4)
     assert [r["ref_chosen_logp"] for r in turned] == pytest.approx(logps, abs=1e-4)
     assert [r["chosen_logp"] for r in over] == pytest.approx(logps, abs=1e-4)
-    assert max(abs(r["margin"]) for r in adapted) > 0.01  # it does something
+    assert max(abs(r["margin"]) for r in adapted) > 0.01  # the adapter has an effect
     for ours, theirs in zip(adapted, turned, strict=True):
         assert ours["margin"] / 0.5 == pytest.approx(-theirs["margin"] / BETA, abs=1e-3)
     assert (
@@ -258,10 +257,13 @@ def test_an_adapter_is_loaded_over_its_base(setting, ends):
     assert "beta 0.5, which MODEL was trained with (" in ends["adapter"][1]
     said = ends["adapter, no base"][1]
     assert (
-        f"loaded over --ref {setting['ref']}: the base that it names, ./moved, is not there" in said
+        f"loaded over --ref {setting['ref']}: the base that it names, ./moved, wasn't found" in said
     )
     code, _, errors = ends["reference without base"]
-    assert (code, "--ref must be a model, or an adapter whose base is there" in errors) == (2, True)
+    assert (code, "--ref must be a model, or an adapter whose base can be found" in errors) == (
+        2,
+        True,
+    )
     header = json.loads((folder / "adapted" / "scores.jsonl").read_text().splitlines()[0])
     plain = json.loads((folder / "whole" / "scores.jsonl").read_text().splitlines()[0])
     assert header["policy_base"] == plain["reference"] == header["reference"]
@@ -271,7 +273,7 @@ def test_an_adapter_is_loaded_over_its_base(setting, ends):
 def test_without_peft_an_adapter_is_refused(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(
-        ValueError, match="it is an adapter, which needs peft, and that is not inst"
+        ValueError, match="it is an adapter, which needs the package peft. Install it"
     ):
         _with_adapter(None, "folder")
 
@@ -280,8 +282,8 @@ def write_openrlhf(file: Path, beta: float) -> None:
     file.write_text(json.dumps({"loss": "focalpo", "focalpo.gamma": 0.05, "beta": beta}))
 
 
-# Files in the model's folder `out` or beside it, with the beta that each records; the model; what is
-# taken.  None is a run of DPO's, a text one that is not whole.
+# Files in the model's folder `out` or next to it, with the beta that each records; the model; what
+# is used. None is a run of DPO's, a text one that isn't complete.
 RECORDED = [
     ({}, "out", 0.1),
     ({"out/trainer_state.json": 0.3}, "out", 0.3),
@@ -289,7 +291,8 @@ RECORDED = [
     ({"out/checkpoint-9/trainer_state.json": 0.3, "out/checkpoint-10/trainer_state.json": "{"}, "out", 0.3),
     ({"out/checkpoint-9/trainer_state.json": None}, "out", 0.1),
     ({"out/trainer_state.json": -1.0}, "out", 0.1),
-    # Written one after the other: by a shorter run in the folder of a longer one; by one of DPO's.
+    # Written one after the other: by a shorter run in the folder of a longer one, and by one of
+    # DPO's.
     ({"out/checkpoint-60/trainer_state.json": 0.3, "out/checkpoint-30/trainer_state.json": 0.4}, "out", 0.4),
     ({"out/trainer_state.json": 0.3, "out/checkpoint-30/trainer_state.json": 0.4}, "out", 0.4),
     ({"out/ckpt/global_step60/focalpo_plugins.json": 0.3, "out/ckpt/global_step30/focalpo_plugins.json": 0.4}, "out", 0.4),
@@ -325,7 +328,7 @@ def test_beta_is_what_the_model_was_trained_with(tmp_path: Path, files, model: s
 
 
 def test_a_beta_of_another_run_in_the_folder_is_named(tmp_path: Path):
-    """The newest by time counts, and of the same beta nothing is said."""
+    """The newest file counts, and equal betas cause no message."""
     for step, beta, hour in ((60, 0.3, 1), (50, 0.4, 2), (30, 0.4, 3)):
         file = tmp_path / f"checkpoint-{step}" / "trainer_state.json"
         file.parent.mkdir()
@@ -365,7 +368,7 @@ ALONE = {"chosen": [answer("a")], "rejected": [answer("b")]}
 PARTS = ([user("q")], [answer("a")], [answer("b")])
 TEXTS = {"chosen": "a", "rejected": "b"}
 
-# Rows of a file, and prompt, chosen and rejected as a host takes them.
+# Rows of a file, and prompt, chosen and rejected as a host reads them.
 FORMS = {
     "texts": ({"prompt": "q", **TEXTS}, ("q", "a", "b")),
     "messages": ({"prompt": [user("q")], **ALONE}, PARTS),
@@ -396,13 +399,13 @@ def test_what_a_host_trains_on_can_be_scored(tmp_path: Path, row, expected):
     pairs, _ = read_pairs(write_rows(tmp_path, row, row))
     for found in pairs:
         assert tuple(found[key] for key in ("prompt", "chosen", "rejected")) == expected
-    # No column but the pair's decides whether it is a conversation.
+    # Only the pair's columns decide whether it is a conversation.
     assert "messages" not in pairs.column_names
 
 
 def test_a_prompt_that_is_the_start_of_both(tmp_path: Path):
-    """Conversations, as TRL divides them, also where a table fills one with None for what only the
-    other has.  Texts are left to TRL."""
+    """Conversations as TRL divides them, also if a table adds None for keys that only the other
+    message has. Texts are left to TRL."""
     file = write_rows(tmp_path, WHOLE, WHOLE)
     assert list(read_pairs(file)[0]) == [extract_prompt(WHOLE)] * 2
     file = write_rows(tmp_path, {"chosen": "q a", "rejected": "q b"})
@@ -423,22 +426,22 @@ def test_digits_in_a_csv_are_text(tmp_path: Path):
 
 
 GOOD = {"prompt": "q", **TEXTS}
-# Rows of a file, and what is said of the first that won't do, or of its columns.
+# Rows of a file, and the message about the first bad row, or about the columns.
 BAD_ROWS = {
     "null": ([GOOD, {**GOOD, "chosen": None}], "row 1 (the first is 0) has nothing in chosen"),
     "no column": ([GOOD, TEXTS], "row 1 (the first is 0) has nothing in prompt"),
-    "number": ([{**GOOD, "rejected": 1}], "row 0 (the first is 0) has 1 in rejected, which is no text and"),
+    "number": ([{**GOOD, "rejected": 1}], "row 0 (the first is 0) has 1 in rejected, which is neither a text nor"),
     "numbers among texts": ([GOOD, {**GOOD, "rejected": 1}], "row 1 (the first is 0) has 1 in rejected"),
     "no message": ([{**WHOLE, "rejected": []}], "row 0 (the first is 0) has no message in rejected"),
-    "null message": ([{**WHOLE, "chosen": [user("q"), None]}], "row 0 (the first is 0) has None in chosen, which is no message"),
-    "no content": ([{**WHOLE, "chosen": [user("q"), {"role": "assistant", "content": None}]}], "which is no message with a role and a content"),
-    "ShareGPT": ([{"prompt": "q", "chosen": [{"from": "gpt", "value": "a"}], "rejected": [{"from": "gpt", "value": "b"}]}], "which is no message with a role and a content"),
-    "texts of a list": ([{"prompt": "q", "chosen": ["a"], "rejected": ["b"]}], "row 0 (the first is 0) has 'a' in chosen, which is no message"),
+    "null message": ([{**WHOLE, "chosen": [user("q"), None]}], "row 0 (the first is 0) has None in chosen, which isn't a message"),
+    "no content": ([{**WHOLE, "chosen": [user("q"), {"role": "assistant", "content": None}]}], "which isn't a message with a role and a content"),
+    "ShareGPT": ([{"prompt": "q", "chosen": [{"from": "gpt", "value": "a"}], "rejected": [{"from": "gpt", "value": "b"}]}], "which isn't a message with a role and a content"),
+    "texts of a list": ([{"prompt": "q", "chosen": ["a"], "rejected": ["b"]}], "row 0 (the first is 0) has 'a' in chosen, which isn't a message"),
     "text and messages": ([{**GOOD, "rejected": [answer("b")]}], "row 0 (the first is 0) has a text as one answer and messages as the other"),
     "another form": ([GOOD, {"prompt": [user("q")], **ALONE}], "row 1 (the first is 0) has texts where row 0 has messages, or"),
     "no prompt": ([ALONE], "row 0 (the first is 0) has no prompt: its two conversations begin with different"),
     "empty text": ([{"chosen": "", "rejected": "b"}], "row 0 (the first is 0) has an empty text as an answer, and no prompt"),
-    "Intel's": ([{"system": "", "question": "q", **TEXTS}], "DATA must have a prompt, got {} with question in place of it, which Axolotl puts"),
+    "Intel's": ([{"system": "", "question": "q", **TEXTS}], "DATA must have a prompt, got {} with question instead, which Axolotl puts"),
     "images": ([{**GOOD, "images": ["x.png"]}], "DATA must be pairs of texts, got {} with the column images"),
 }  # fmt: skip
 
@@ -461,8 +464,8 @@ TEMPLATE = (
 
 
 def test_it_prepares_what_a_run_trains_on(tiny: Path, tmp_path: Path):
-    """All that TRL puts into a prompt: tools, as JSON, and arguments of the template, beside columns
-    that it doesn't know, one of which has the name that the rows' numbers would have."""
+    """Everything that TRL puts into a prompt: tools, as JSON, and arguments of the template, with
+    columns that it ignores, one of which has the name that the rows' numbers would have."""
     tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
     tokenizer.chat_template = TEMPLATE
     tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
@@ -497,8 +500,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 @shares_ends
 def test_rewards_are_those_computed_by_hand(setting, ends):
-    """``beta * (log p - log p_ref)`` in float64, the second pair's margin 0; to 1e-4 nats, what
-    float32 leaves of sums of log-probabilities of about 20 nats."""
+    """``beta * (log p - log p_ref)`` in float64, the second pair's margin 0; to 1e-4 nats,
+    float32's rounding of sums of log-probabilities of about 20 nats."""
     assert ends["whole"][0] == 0, ends["whole"][2][-3000:]
     tokenizer = AutoTokenizer.from_pretrained(setting["ref"])
     policy, reference = (
@@ -538,7 +541,7 @@ def test_rewards_are_those_computed_by_hand(setting, ends):
 
 @shares_ends
 def test_goes_on_where_it_stopped(setting, ends):
-    """The half-written line is scored again, the whole ones are kept, in any batches."""
+    """The half-written line is scored again, the complete ones are kept, in any batches."""
     code, said, errors = ends["resumed"]
     assert code == 0, errors[-3000:]
     assert "has 3 pairs already" in said
@@ -553,8 +556,8 @@ def test_goes_on_where_it_stopped(setting, ends):
 
 @shares_ends
 def test_half_a_file_is_never_read_as_whole(setting, ends, tmp_path):
-    """Cut anywhere: what is gone on with are the pairs whose lines are whole, and the file then ends
-    with the last of these."""
+    """Cut anywhere: pairs with complete lines are kept, and the file then ends with the last of
+    them."""
     lines = (setting["folder"] / "whole" / "scores.jsonl").read_bytes().splitlines(keepends=True)
     content = b"".join(lines[:3])
     header, scores = json.loads(lines[0]), tmp_path / "scores.jsonl"
@@ -565,7 +568,7 @@ def test_half_a_file_is_never_read_as_whole(setting, ends, tmp_path):
         assert scores.read_bytes() == b"".join(lines[:whole])
 
 
-# One line of a user's file, and whole lines of one; and what could be the start of ours.
+# One line of a user's file, whole lines of one, and a possible start of our own file.
 FOREIGN = [
     '{"my": "results"}',
     '{"my": 1}\n{"my": 2}\n',
@@ -597,13 +600,13 @@ def test_other_files_of_the_user_are_never_touched(setting, ends):
 
 @shares_ends
 def test_a_path_is_no_pattern(setting, ends):
-    """The file that is named is scored, not those that its name would match."""
+    """The named file is scored, not the files that its name would match."""
     assert ends["pattern"][0] == 0, ends["pattern"][2][-3000:]
     assert records(setting["folder"] / "pattern") == records(setting["folder"] / "whole")
 
 
 def score_with(monkeypatch, tmp_path: Path, error: Exception, *words: str) -> int:
-    """``focalpo score`` with a scorer that fails on its third pair, after two that it has scored."""
+    """``focalpo score`` with a scorer that fails on its third pair, after scoring two."""
 
     class Scorer:
         rows, total, form = [0, 1, 2], 3, "texts"
@@ -633,7 +636,7 @@ def score_with(monkeypatch, tmp_path: Path, error: Exception, *words: str) -> in
     ids=repr,
 )  # fmt: skip
 def test_a_library_s_error_has_its_type_and_blames_nobody(monkeypatch, tmp_path, capsys, error):
-    """And the pairs before it are kept."""
+    """The pairs before it are kept."""
     assert score_with(monkeypatch, tmp_path, error) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     kind = type(error).__name__
@@ -686,7 +689,7 @@ def test_it_says_which_run_the_scores_are_of(tmp_path: Path):
 
 @shares_ends
 def test_what_max_length_drops_is_counted(setting, ends):
-    """TRL drops the pairs whose prompt has 24 tokens or more, counted here by hand."""
+    """TRL drops pairs whose prompt has 24 tokens or more, counted here by hand."""
     assert ends["cut"][0] == 0, ends["cut"][2][-3000:]
     tokenizer = AutoTokenizer.from_pretrained(setting["ref"])
     lengths = []

@@ -1,4 +1,4 @@
-"""The exchanged log-sigmoid is one trainer's, for as long as its loss method runs."""
+"""The replaced log-sigmoid belongs to one trainer, while its loss method runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.releases
 
 
 class Slow:
-    """A loss that waits, inside of TRL's loss method, until it is let go."""
+    """A loss that waits inside TRL's loss method until it is released."""
 
     def __init__(self, loss) -> None:
         self.loss, self.name = loss, loss.name
@@ -37,7 +37,7 @@ class Slow:
 
 
 def test_a_plain_trainer_in_another_thread(tokenizer, tmp_path):
-    """Its loss is its own while ours is exchanged, and after."""
+    """The other trainer's loss is its own while ours is in place, and afterwards."""
     ours = trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_gamma=0.5)
     plain = trainer(DPOTrainer, tokenizer, tmp_path)
     inputs = batch(ours)
@@ -54,7 +54,8 @@ def test_a_plain_trainer_in_another_thread(tokenizer, tmp_path):
 
 
 def test_two_of_ours_in_two_threads(tokenizer, tmp_path):
-    """One is inside at a time, each trains its own loss, and the name stands for torch's again."""
+    """One trainer is inside at a time, each trains its own loss, and afterwards the name is torch's
+    again."""
     hosts = [
         trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_gamma=gamma) for gamma in (0.1, 1.0)
     ]
@@ -75,7 +76,7 @@ def test_two_of_ours_in_two_threads(tokenizer, tmp_path):
 
 
 def test_many_threads(tokenizer, tmp_path):
-    """The losses of three trainers, computed over and over in three threads at once."""
+    """The losses of three trainers, computed repeatedly in three threads at once."""
     hosts = [trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_gamma=g) for g in (0.1, 1.0)]
     hosts.append(trainer(DPOTrainer, tokenizer, tmp_path))
     inputs = batch(hosts[0])
@@ -89,7 +90,7 @@ def test_many_threads(tokenizer, tmp_path):
 
 
 def test_a_name_that_another_package_has_exchanged(tokenizer, tmp_path, monkeypatch):
-    """Refused, and left as it was found."""
+    """Refused, and left unchanged."""
     host = trainer(FocalPOTrainer, tokenizer, tmp_path)
     inputs = batch(host)
     other = type("Other", (), {"logsigmoid": torch.nn.functional.logsigmoid})()

@@ -60,33 +60,33 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen 3 MoE": ("Qwen3Moe", {**EXPERTS, "head_dim": 16}),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "soft caps": ("Gemma2", {"head_dim": 16, "sliding_window": 16}, "attention that is given softcap"),
+    "soft caps": ("Gemma2", {"head_dim": 16, "sliding_window": 16}, "the argument softcap of "),
     "sinks": (
         "GptOss",
         {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
-        "attention that is given s_aux",
+        "the argument s_aux of ",
     ),
-    "alibi": ("Bloom", {"n_layer": 4, "n_head": 4}, "whose attention can be exchanged"),
-    "its own attention": ("StableLm", {}, "whose attention can be exchanged"),
+    "alibi": ("Bloom", {"n_layer": 4, "n_head": 4}, "whose attention can be replaced"),
+    "its own attention": ("StableLm", {}, "whose attention can be replaced"),
     "a state space": ("Mamba", {}, "got linear_attention"),
     "convolutions": ("Lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "got conv"),
     "a window in the mask alone": (
         "Qwen2Moe",
         {**EXPERTS, "shared_expert_intermediate_size": 64, "use_sliding_window": True,
          "sliding_window": 16, "max_window_layers": 4},
-        "attention that is given its window, got none in Qwen2MoeAttention",
+        "attention that gets its window as an argument, got none in Qwen2MoeAttention",
     ),
     "a window in the mask alone, by another config": (
         "Phimoe",
         {"num_local_experts": 2, "sliding_window": 16},
-        "attention that is given its window, got none in PhimoeAttention",
+        "attention that gets its window as an argument, got none in PhimoeAttention",
     ),
     "two calls a layer": (
         "DiffLlama",
         {},
         "needs 4 calls of transformers' attention, one for each layer of DiffLlamaModel, got 8",
     ),
-    "an error": ("Nemotron", {}, "NemotronModel, which fails on a row of shared prompts, got Runtime"),
+    "an error": ("Nemotron", {}, "NemotronModel, which fails on a row of shared prompts (Runtime"),
 }  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def of_family(name: str, sizes: dict[str, Any]) -> torch.nn.Module:
     with torch.no_grad():
         for weight in network.parameters():
             if weight.dim() > 1:
-                weight.mul_(12)  # so that what a token sees matters
+                weight.mul_(12)  # so that it matters which tokens a token sees
     return network
 
 
@@ -111,12 +111,13 @@ def inputs() -> dict[str, torch.Tensor]:
 
 
 def short_inputs() -> dict[str, torch.Tensor]:
-    """The same two pairs, cut to their first 12 tokens: a row of 12 + 12, as they start alike."""
+    """The same two pairs, cut to their first 12 tokens: a row of 12 + 12, because each pair starts
+    alike."""
     return {name: tensor[:, :12] for name, tensor in inputs().items()}
 
 
 def logps(network: torch.nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Of whole sequences, in float64 from the logits on."""
+    """The log-probabilities of whole sequences, in float64 from the logits on."""
     logits = network(**given, use_cache=False).logits.double()
     found = logits.log_softmax(-1)[:, :-1].gather(-1, given["input_ids"][:, 1:, None])
     return (found.squeeze(-1) * given["attention_mask"][:, 1:]).sum(1)
@@ -151,7 +152,7 @@ def test_a_familys_log_probs_and_gradients(family: str, attention: str):
     assert off.norm() < 1e-4 * whole.norm()
     # 50 + 60 tokens of the first pair less its start of 25, 57 + 45 of the second less 40.
     assert (shared.tokens, shared.tokens_before) == (50 + 60 - 25 + 57 + 45 - 40, 4 * 60)
-    # Outside, it is the model's own again.
+    # Outside, the model is unchanged.
     with torch.no_grad():
         assert torch.equal(logps(network, given), plain)
 
@@ -164,8 +165,8 @@ def test_inputs_are_as_the_docstring_says():
 
 @pytest.mark.parametrize("start, tokens", [(0, 240), (5, 240), (7, 226)])
 def test_a_batch_that_saves_little_goes_as_it_is(start: int, tokens: int):
-    """Four sequences of 60 tokens without padding: a start of 7 saves 14 of 240, 5.8 %, and one of 5
-    saves 4.2 %, less than forming a row takes."""
+    """Four sequences of 60 tokens without padding: a start of 7 saves 14 of 240, 5.8 %, and one of
+    5 saves 4.2 %, less than the cost of forming a row."""
     network = of_family("Llama", {})
     ids = torch.randint(6, 512, (4, 60), generator=torch.Generator().manual_seed(0))
     ids[2:, :start] = ids[:2, :start]
@@ -200,7 +201,7 @@ def test_flex_attention_is_refused():
 
 
 def test_a_packed_batch():
-    """As OpenRLHF packs it: one row, no mask, positions that begin again, the chosen ones first."""
+    """As OpenRLHF packs it: one row, no mask, positions that restart, the chosen ones first."""
     network = of_family("Llama", {})
     given = inputs()
     real, lengths = given["attention_mask"].bool(), given["attention_mask"].sum(1).tolist()
@@ -219,7 +220,7 @@ def test_a_packed_batch():
 
 
 def test_another_attention_in_some_layer_is_stopped():
-    """As a package does that replaces a layer's forward; the other layers are counted."""
+    """Like a package that replaces a layer's forward; the other layers are counted."""
     network = of_family("Llama", {})
     given, shared = inputs(), sharing(network)
     layer = network.model.layers[1].self_attn
@@ -244,12 +245,12 @@ def test_an_attention_that_computes_something_else_is_stopped(monkeypatch):
         return followed(module, query, key, value, *args, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", wrong)
-    with pytest.raises(ValueError, match="hidden states that differ by .* of their"), shared.of(2):
+    with pytest.raises(ValueError, match="hidden states differ by .* of their"), shared.of(2):
         network(**given)
 
 
 def rotated(**more: Any) -> torch.nn.Module:
-    """A Llama whose frequencies depend on the last position, if that is beyond 30."""
+    """A Llama whose frequencies depend on the last position, if that exceeds 30."""
     sizes = {"rope_parameters": {"rope_theta": 100.0, **more}, "max_position_embeddings": 30}
     return of_family("Llama", sizes)
 
@@ -281,8 +282,8 @@ def test_the_order_of_pairs_does_not_matter(rope: str):
 
 @pytest.mark.parametrize("rope", ROPES)
 def test_padding_beyond_the_longest_sequence(rope: str):
-    """To 64 places, whose last position the model takes: the batch goes as it is.  Without such a
-    RoPE the padding doesn't matter."""
+    """Padded to 64 places, whose last position the model takes: the batch stays as it is. Without
+    such a RoPE the padding doesn't matter."""
     given = {name: torch.nn.functional.pad(tensor, (0, 4)) for name, tensor in inputs().items()}
     for network, tokens in ((rotated(**ROPES[rope]), 256), (rotated(rope_type="default"), 147)):
         with torch.no_grad():
@@ -296,7 +297,7 @@ def test_padding_beyond_the_longest_sequence(rope: str):
 
 
 def windowed(network: torch.nn.Module, monkeypatch) -> None:
-    """Give a Llama a window of 16 by its mask alone, under a name of its own in the config."""
+    """Give a Llama a window of 16 only by its mask, under another name in the config."""
 
     def mask(*args: Any, **kwargs: Any) -> Any:
         return create_causal_mask(*args, **kwargs, and_mask_function=sliding_window_overlay(16))
@@ -316,7 +317,7 @@ def test_a_window_that_only_a_later_batch_shows(monkeypatch):
             ours = logps(network, short_inputs())
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-3)
         assert shared.tokens < shared.tokens_before
-        differ = pytest.raises(ValueError, match="hidden states that differ by .* of their")
+        differ = pytest.raises(ValueError, match="hidden states differ by .* of their")
         with differ, shared.of(2):
             network(**inputs())
 
@@ -375,8 +376,8 @@ for lengths in ((12, 12), (12, 18), (18, 12), (12, 40)):
 
 @pytest.mark.xdist_group("forked")
 def test_ranks_compare_in_the_same_step(tmp_path: Path):
-    """The first step; the second, in which rank 1 passes the 16 of the sizes; not the third, which
-    shows rank 0 what rank 1 has seen; the fourth, in which rank 1 passes 20."""
+    """The first step; the second, in which rank 1 exceeds the 16 of the sizes; not the third, which
+    gives rank 0 the lengths that rank 1 has had; the fourth, in which rank 1 exceeds 20."""
     lines = tiny_trl.on_two_ranks(RANKS, tmp_path).splitlines()
     for rank in range(2):
         own = [line for line in lines if line.startswith(f"rank {rank}")]
@@ -403,7 +404,7 @@ def test_out_of_memory_is_no_fault_of_the_models(where: str, monkeypatch):
 
 
 def test_an_error_of_the_model_by_itself_is_its_own():
-    """A token that the model doesn't have: nothing of shared prompts."""
+    """A token that the model doesn't have, which has nothing to do with shared prompts."""
     network = of_family("Llama", {})
     given, shared = inputs(), sharing(network)
     given["input_ids"][0, 3] = 512
@@ -413,7 +414,7 @@ def test_an_error_of_the_model_by_itself_is_its_own():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_noise_on_the_embeddings(training: bool):
-    """As NEFTune adds it, but by a hook that a user has put there; one that adds nothing is fine."""
+    """Noise as NEFTune adds it, but from a user's hook; a hook that adds nothing is fine."""
     network = of_family("Llama", {})
     given, shared = inputs(), sharing(network)
 
@@ -434,8 +435,8 @@ def test_a_step_without_the_backbone_is_stopped():
 
 
 def test_a_batch_that_one_rank_cannot_lay_out_ends_all_ranks():
-    """Padded in front.  It is found in the check that all ranks run together, also where sequences of
-    this length were compared before."""
+    """Padded in front. The check that all ranks run together finds it, also if sequences of this
+    length were compared before."""
     network = of_family("Llama", {})
     given, checks = inputs(), []
 
@@ -449,7 +450,9 @@ def test_a_batch_that_one_rank_cannot_lay_out_ends_all_ranks():
         network(**given)
     assert len(checks) == 1
     turned = {name: values.flip(1) for name, values in given.items()}
-    refused = pytest.raises(ValueError, match="padded behind each sequence, got another mask")
+    refused = pytest.raises(
+        ValueError, match="with the padding after each sequence, got another mask"
+    )
     with refused, torch.no_grad(), shared.of(2):
         network(**turned)
     assert len(checks) == 2
@@ -465,7 +468,7 @@ def test_an_adapter_s_model_is_attached_below_the_adapter():
 
 
 def test_a_step_within_a_step():
-    """As where a host computes the reference's log-probs in the middle of one."""
+    """As if a host computed the reference's log-probs in the middle of one."""
     network = of_family("Llama", {})
     given, shared = inputs(), sharing(network)
     with torch.no_grad():
@@ -482,8 +485,8 @@ def test_a_step_within_a_step():
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"output_hidden_states": True}, "that is given output_hidden_states, got True"),
-        ({"token_type_ids": torch.zeros(4, 60)}, "that is given token_type_ids, got (4, 60)"),
+        ({"output_hidden_states": True}, "the model's input output_hidden_states, got True"),
+        ({"token_type_ids": torch.zeros(4, 60)}, "the model's input token_type_ids, got (4, 60)"),
         (
             {"attention_mask": None},
             "needs an attention mask of the batch's shape (4, 60), got None",
@@ -535,7 +538,7 @@ def test_a_trainer_is_freed_and_its_hooks_go(tokenizer, tmp_path: Path):
 
 
 def test_two_trainers_of_one_model():
-    """The second one's hooks take the place of the first one's, until that is used again."""
+    """The second trainer's hooks replace the first one's, until that is used again."""
     network = of_family("Llama", {})
     given = inputs()
     trainers = [sharing(network), sharing(network)]
@@ -596,7 +599,7 @@ LOGGED = ("loss", "grad_norm", "rewards/margins", "rewards/chosen", "logps/rejec
 
 @pytest.fixture
 def train(tokenizer, tmp_path: Path) -> Callable[..., list[dict[str, float]]]:
-    """Trains three steps, with an evaluation after each, and gives what was logged."""
+    """Trains three steps, with an evaluation after each, and returns the logs."""
 
     def run(lora: bool = False, **arguments: Any) -> list[dict[str, float]]:
         torch.manual_seed(0)  # for the adapter's weights
@@ -652,7 +655,7 @@ CHECKPOINTING: dict[str, dict[str, Any]] = {
 
 
 class Missing(TrainerCallback):
-    """Of each step, the trained parameters that have no gradient."""
+    """For each step, the trained parameters without a gradient."""
 
     def __init__(self) -> None:
         self.steps: list[list[str]] = []
@@ -673,7 +676,8 @@ class Missing(TrainerCallback):
 def test_every_parameter_has_a_gradient(
     way: str, lora: bool, checkpointing: str, tokenizer, tmp_path: Path
 ):
-    """In mixed precision, from the first step on: torch before 2.11 keeps casts made without one."""
+    """In mixed precision, from the first step on: torch before 2.11 keeps casts made without a
+    gradient."""
     missing = Missing()
     models: dict[str, Any] = {"peft_config": LORA, "reference": None} if lora else {}
     host = tiny_trl.trainer(
@@ -694,8 +698,8 @@ def test_the_same_run_in_every_release(train: Callable):
 
 
 def test_tokens_in_the_log(train: Callable, tokenizer):
-    """By hand, of all pairs of one step: the prompt's two tokens, then the answers with their EOS;
-    logged for a step, whatever the batches and the steps between two logs."""
+    """By hand, for all pairs of one step: the prompt's two tokens, then the answers with their EOS;
+    logged per step, whatever the batches and the steps between two logs."""
     chosen, rejected = (
         [len(pair[side].split()) + 1 for pair in PAIRS] for side in ("chosen", "rejected")
     )
@@ -716,7 +720,7 @@ def test_tokens_in_the_log(train: Callable, tokenizer):
 
 
 def test_predict_returns_its_outputs(tokenizer, tmp_path: Path):
-    """The logits of the padded batch, at its places."""
+    """The padded batch's logits, at its places."""
     pairs = Dataset.from_list(PAIRS[:4])
     found = []
     for shared in (False, True):
@@ -761,13 +765,13 @@ ALORA = LoraConfig(
         ),
         (
             {"policy": "mixtral"},
-            "can't be combined with router_aux_loss_coef, got 0.001: the routers would see a row",
+            "can't be combined with router_aux_loss_coef, got 0.001: the routers would count a row",
         ),
         (
             {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)},
             "can't be combined with prompt learning, got 'PromptTuningConfig'",
         ),
-        ({"policy": "gemma2"}, "attention that is given softcap"),
+        ({"policy": "gemma2"}, "the argument softcap of "),
         ({"neftune_noise_alpha": 5.0}, "can't be combined with neftune_noise_alpha, got 5.0: its"),
         ({"peft_config": ALORA}, "adapters that act in PEFT's own forward, as aLoRA, X-LoRA and"),
     ],

@@ -1,4 +1,4 @@
-"""What is said of the first step's margins, which are 0 where the policy starts as its reference."""
+"""Messages about the first step's margins, which are 0 if the policy starts as its reference."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_margins_are_zero(tokenizer, saved: str, tmp_path: Path, capsys, given: 
 
 
 def test_a_policy_that_was_changed(tokenizer, saved: str, tmp_path: Path, capsys):
-    """Its reference is loaded again from where it came from."""
+    """Its reference is loaded again from the policy's place."""
     policy = AutoModelForCausalLM.from_pretrained(saved)
     with torch.no_grad():
         policy.lm_head.weight.mul_(1.5)
@@ -74,9 +74,9 @@ def test_a_policy_that_was_changed(tokenizer, saved: str, tmp_path: Path, capsys
         FocalPOTrainer, tokenizer, tmp_path, policy=policy, reference=None, **SGD
     ).train()
     said = capsys.readouterr().err
-    assert said.count("warning: at the first step every margin should be 0, as the policy starts"
-                      " as its reference, got ") == 1  # fmt: skip
-    assert "Look for a reference other than the intended one" in said
+    assert said.count("warning: the largest margin of the first step is ") == 1
+    assert " nats), expected 0: the policy starts as its reference. " in said
+    assert "Check for: a wrong reference, weights changed after loading, " in said
 
 
 def test_nothing_is_said_of_another_reference_or_a_resumed_run(
@@ -131,8 +131,8 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, **SGD}
     "path", [{}, pytest.param({"focalpo_fused": True}, marks=pytest.mark.fused)]
 )
 def test_a_resumed_adapter_that_was_not_loaded(tokenizer, saved, tmp_path, capsys, path):
-    """Of a checkpoint with an adapter "ref" transformers loads only that one. The cure that is
-    named is one: the policy is then the checkpoint's."""
+    """From a checkpoint with an adapter "ref", transformers loads only that one. The remedy in the
+    message works: the policy is then the checkpoint's."""
 
     def start(adapter: str, steps: int, resume: str | None) -> tuple[Any, str]:
         base = AutoModelForCausalLM.from_pretrained(saved)
@@ -150,7 +150,7 @@ def test_a_resumed_adapter_that_was_not_loaded(tokenizer, saved, tmp_path, capsy
     assert "after resuming" not in start(sft, 2, None)[1]
     resumed, said = start(sft, 4, checkpoint)
     (line,) = [line for line in said.splitlines() if "after resuming" in line]
-    assert "focalpo_plugins: warning: at the first step after resuming the largest margin " in line
+    assert "focalpo_plugins: warning: the largest margin of the first step after resuming " in line
     assert f"PeftModel.from_pretrained(BASE_MODEL, {checkpoint!r}, is_trainable=True)" in line
     cured, said = start(checkpoint, 4, checkpoint)
     assert "after resuming" not in said
@@ -226,8 +226,8 @@ NEW = [{**pair, "chosen": f"{pair['chosen']} <new>"} for pair in tiny_trl.PAIRS]
 @pytest.mark.releases
 @pytest.mark.parametrize("given", ["reference", "made reference", "policy", "precomputed"])
 def test_a_token_without_an_embedding(tokenizer, saved: str, tmp_path: Path, given: str):
-    """The tokenizer got a 44th token, and not every model an embedding for it. If none is given,
-    TRL loads the reference from where the policy came from, without what was changed since."""
+    """The tokenizer got a 44th token, and not every model has an embedding for it. If no reference
+    is given, TRL loads it from the policy's place, without later changes."""
     policy = AutoModelForCausalLM.from_pretrained(saved)
     arguments: dict[str, Any] = {"reference": None, "precompute_ref_log_probs": False}
     if given != "policy":
@@ -247,7 +247,7 @@ def test_a_token_without_an_embedding(tokenizer, saved: str, tmp_path: Path, giv
 
 
 def test_a_token_without_an_embedding_that_no_pair_has(tokenizer, saved, tmp_path, capsys):
-    """It trains, and one line says it; nothing is said if both models were resized."""
+    """It trains, with one warning, or without one if both models were resized."""
     for resized in (False, True):
         policy, reference = (AutoModelForCausalLM.from_pretrained(saved) for _ in range(2))
         policy.resize_token_embeddings(44)
@@ -257,7 +257,7 @@ def test_a_token_without_an_embedding_that_no_pair_has(tokenizer, saved, tmp_pat
             FocalPOTrainer, with_a_token_more(tokenizer), tmp_path, policy=policy,
             reference=reference, **SGD,
         ).train()  # fmt: skip
-        line = "warning: the reference has 43 embeddings, and the tokenizer 44 tokens; no pair "
+        line = "warning: the reference has 43 embeddings, but the tokenizer has 44 tokens. No "
         assert capsys.readouterr().err.count(line) == (not resized)
 
 
@@ -276,7 +276,7 @@ def test_prompts_whose_tokens_change_before_an_answer(
         dataset_num_proc=processes,
     )  # fmt: skip
     said = [line for line in capsys.readouterr().err.splitlines() if "focalpo_plugins: " in line]
-    lines = [line for line in said if "change the tokens at their prompt's end" in line]
+    lines = [line for line in said if "change the tokens at the end of their prompt" in line]
     source = Path(trl.trainer.dpo_trainer.__file__).read_text()
     if "Mismatch between tokenized prompt" in source:
         assert len(lines) == 1 and "warning: 16 answers change the tokens" in lines[0]

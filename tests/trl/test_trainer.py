@@ -57,7 +57,7 @@ FIELDS = {*DPOConfig.__dataclass_fields__, "model_kind", "peft_config", "referen
 
 
 def in_this_trl(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that ask for nothing that this TRL lacks."""
+    """Those that need nothing that this TRL lacks."""
     found = [
         case for case in cases if {*case} <= FIELDS and {*case.get("loss_type", ())} <= LOSS_TYPES
     ]
@@ -66,7 +66,7 @@ def in_this_trl(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def by_formula(z: torch.Tensor) -> torch.Tensor:
-    """Eq. 4 as it stands."""
+    """Eq. 4 as written."""
     p = torch.sigmoid(z)
     return -(p**GAMMA) * torch.log(p)
 
@@ -109,7 +109,7 @@ def test_loss_against_the_formula(tokenizer, tmp_path, arguments):
 
 
 def test_sft_beside_sigmoid(tokenizer, tmp_path):
-    """The sft term is TRL's own: what it adds to our loss it adds to TRL's."""
+    """The sft term is TRL's own: TRL adds the same to our loss as to its own."""
     with_sft = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.4]}
     loss = {}
     for cls in (DPOTrainer, FocalPOTrainer):
@@ -138,7 +138,7 @@ HOST_FEATURES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("feature", in_this_trl(HOST_FEATURES), ids=str)
 def test_gamma_zero_is_the_hosts_dpo_to_the_last_bit(tokenizer, tmp_path, feature):
-    """Three steps with each thing that TRL does around the loss: losses and gradient norms."""
+    """Three steps with each of TRL's features around the loss: losses and gradient norms."""
     histories = []
     for cls in (DPOTrainer, FocalPOTrainer):
         arguments = dict(feature)
@@ -163,7 +163,7 @@ def test_gamma_zero_is_the_hosts_dpo_to_the_last_bit(tokenizer, tmp_path, featur
 
 @pytest.mark.parametrize("feature", in_this_trl(HOST_FEATURES), ids=str)
 def test_gamma_changes_the_loss_with_every_feature(tokenizer, tmp_path, feature):
-    """So that the test above can't pass by the loss being DPO's all along."""
+    """So that the test above can't pass because the loss is DPO's anyway."""
     arguments = dict(feature)
     kind = arguments.pop("model_kind", "llama")
     if kind == "mixtral":
@@ -265,7 +265,7 @@ def test_fused_equals_the_plain_path(tokenizer, tmp_path, variant, gamma, smooth
     for host, entry in zip((plain, fused), logs, strict=True):
         host.log(entry)
     assert len([name for name in logs[1] if name.startswith("focalpo/")]) >= 4
-    # All that TRL's own fused path logs, with the plain path's values.
+    # Everything that TRL's own fused path logs, with the plain path's values.
     sides = [f"{what}/{side}" for what in ("rewards", "logps", "logits") for side in SIDES]
     assert {"num_tokens", "rewards/accuracies", "rewards/margins", *sides} <= {*logs[1]}
     for name, value in logs[1].items():
@@ -274,7 +274,7 @@ def test_fused_equals_the_plain_path(tokenizer, tmp_path, variant, gamma, smooth
 
 SIDES = ("chosen", "rejected")
 LORA = LoraConfig(r=4, init_lora_weights=False)
-# With what else each is trained.
+# What else each is trained with.
 FUSED_WITH: dict[str, dict[str, Any]] = {
     "nothing": {},
     "another reference": {"reference": "another"},
@@ -304,7 +304,7 @@ FUSED_WITH: dict[str, dict[str, Any]] = {
 
 
 def history(tokenizer, folder: Path, feature: str, **more: Any) -> tuple[FocalPOTrainer, list]:
-    """Three steps and an evaluation after each; without another reference the policy of before."""
+    """Three steps and an evaluation after each; without another reference, the earlier policy."""
     from peft import get_peft_model
 
     arguments = {"reference": None, **FUSED_WITH[feature], **more}
@@ -332,7 +332,7 @@ def history(tokenizer, folder: Path, feature: str, **more: Any) -> tuple[FocalPO
 @pytest.mark.fused
 @pytest.mark.parametrize("feature", FUSED_WITH)
 def test_fused_trains_as_the_plain_path(tokenizer, tmp_path, feature):
-    """Every logged value that both paths have, in training and evaluation, step for step."""
+    """Every value that both paths log, in training and evaluation, step for step."""
     _, plain = history(tokenizer, tmp_path / "plain", feature)
     host, fused = history(tokenizer, tmp_path / "fused", feature, focalpo_fused=True)
     assert len(fused) == len(plain) == 6
@@ -351,7 +351,7 @@ def test_fused_trains_as_the_plain_path(tokenizer, tmp_path, feature):
 
 @pytest.mark.parametrize("key", [None, pytest.param("focalpo_fused", marks=pytest.mark.fused)])
 def test_a_compiled_model_trains_as_it_is(tokenizer, tmp_path, key: str | None):
-    """`torch_compile` compiles the model; our part of the step is computed as without it."""
+    """`torch_compile` compiles the model; our part of the step is computed the same way."""
     ours = {key: True} if key else {}
 
     def losses(**arguments: Any) -> list[float]:
@@ -383,7 +383,7 @@ def test_gamma_zero_fused_is_the_hosts_plain_dpo(tokenizer, tmp_path):
 
 @pytest.mark.fused
 def test_liger_trains(tokenizer, tmp_path, monkeypatch):
-    """Liger's layers are the host's to put in, and the arguments stay as they were asked."""
+    """The host puts in Liger's layers, and the arguments keep their values."""
     from transformers import trainer as host_module
 
     applied = []
@@ -407,8 +407,8 @@ def test_liger_trains(tokenizer, tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("key", EACH_PATH)
 def test_precomputed_needs_no_reference(tokenizer, tmp_path, key, feature):
-    """Real forward passes of any backbone in three steps and three evaluations: one each, where
-    without precomputing it is two each; and the reference given is freed."""
+    """Real forward passes of any backbone in three steps and three evaluations: one each, instead
+    of two each without precomputing; the given reference is freed."""
     from transformers import LlamaModel
     from transformers.utils import logging
 
@@ -445,13 +445,13 @@ def unwrap(network: torch.nn.Module) -> torch.nn.Module:
 
 
 class Frees(FocalPOTrainer):
-    """As Axolotl's trainer, whose data are all in its config."""
+    """Like Axolotl's trainer, which has all its data in its config."""
 
     _keeps_reference = False
 
 
 def test_a_freed_reference_is_gone(tokenizer, tmp_path):
-    """From memory, where the caller keeps none; and it isn't replaced by the policy later on."""
+    """From memory, where the caller keeps none; the policy doesn't replace it later."""
     reference = model(1)
     alive = weakref.ref(reference)
     host = trainer(Frees, tokenizer, tmp_path, reference=reference, precompute_ref_log_probs=True)
@@ -526,8 +526,8 @@ def with_prompt_learning() -> Any:
     ids=str,
 )
 def test_fused_refuses_what_it_would_drop(tokenizer, tmp_path, arguments, message, key):
-    """Before data are tokenized and a reference computes anything: the data here can't be. Of some
-    of these TRL itself knows for Liger's path alone."""
+    """Refused before data are tokenized and a reference computes anything: the data here can't be.
+    TRL itself refuses some of these only for Liger's path."""
     arguments = dict(arguments)
     policy = model(0, arguments.pop("kind", "llama"))
     more = {"policy": policy, "pairs": Dataset.from_dict({"prompt": ["w1"], "label": [True]})}
@@ -560,7 +560,7 @@ def test_fused_refuses_adapters_that_act_in_pefts_forward(tokenizer, tmp_path, g
 @pytest.mark.fused
 @pytest.mark.parametrize("kind", ["mixtral", "gemma2"])
 def test_fused_reads_the_config_of_a_model_that_is_named(tokenizer, tmp_path, kind):
-    """Its weights, which are not there, are not loaded to refuse it."""
+    """It is refused without loading its weights, which don't exist."""
     model(0, kind).config.save_pretrained(tmp_path / "named")
     with pytest.raises(ValueError, match="^focalpo_fused can't be combined with "):
         trainer(
@@ -575,7 +575,7 @@ def test_fused_reads_the_config_of_a_model_that_is_named(tokenizer, tmp_path, ki
 
 @pytest.mark.fused
 def test_fused_with_experts_and_no_auxiliary_loss(tokenizer, tmp_path):
-    """The way out that the refusal names."""
+    """The remedy that the refusal names."""
     host = trainer(
         FocalPOTrainer,
         tokenizer,
@@ -591,8 +591,8 @@ def test_fused_with_experts_and_no_auxiliary_loss(tokenizer, tmp_path):
 
 @pytest.mark.fused
 def test_fused_in_one_process_for_several_gpus(tokenizer, tmp_path):
-    """What `python train.py` does on two GPUs: transformers replicates the model by DataParallel. The
-    plain path trains so."""
+    """`python train.py` on two GPUs: transformers replicates the model by DataParallel. The plain
+    path trains this way."""
     for fused in (True, False):
         args = FocalPOConfig(
             str(tmp_path), use_cpu=True, bf16=False, report_to="none", focalpo_fused=fused
@@ -610,7 +610,7 @@ def test_fused_in_one_process_for_several_gpus(tokenizer, tmp_path):
 
 
 class Halved(LlamaForCausalLM):
-    """A model that changes its logits, and says so nowhere."""
+    """A model that changes its logits without a setting that says so."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
@@ -622,21 +622,21 @@ class Halved(LlamaForCausalLM):
 def test_fused_compares_the_output_layer_with_the_model(tokenizer, tmp_path):
     policy = Halved(model(0).config)
     host = trainer(FocalPOTrainer, tokenizer, tmp_path, policy=policy, focalpo_fused=True)
-    with pytest.raises(ValueError, match="^focalpo_fused can't be used with Halved, got logits"):
+    with pytest.raises(
+        ValueError, match="^focalpo_fused can't be used with Halved: its logits differ by "
+    ):
         host.train()
 
 
 def test_whose_path_the_key_asks_for(tokenizer, tmp_path):
-    """By what TRL has: a method for Liger's loss, whose place ours takes; sequences cut in the step
-    itself, before 1.0, where it is refused; from 1.14 on a fused path of its own, by its own key,
-    with its own F.logsigmoid, which is ours then."""
+    """Depending on this TRL: a method for Liger's loss, which ours replaces; before 1.0, sequences
+    cut inside the step, where it is refused; from 1.14 on its own fused path, by its own key, with
+    its own F.logsigmoid, which is then ours."""
     of_liger = hasattr(DPOTrainer, "_compute_loss_liger")
     too_old = hasattr(DPOTrainer, "_truncate_inputs")
     assert of_liger or not too_old
     if too_old:
-        with pytest.raises(
-            ValueError, match=r"focalpo_fused needs trl 1\.0 or a later one, got trl"
-        ):
+        with pytest.raises(ValueError, match=r"focalpo_fused needs trl 1\.0 or later, got trl"):
             trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_fused=True)
         return
     host = trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_fused=True)
@@ -655,7 +655,7 @@ def test_fused_returns_no_outputs(tokenizer, tmp_path):
             FocalPOTrainer, tokenizer, tmp_path, focalpo_fused=True, compute_metrics=lambda _: {}
         )
     host = trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_fused=True)
-    with pytest.raises(RuntimeError, match="^focalpo_fused has no outputs to return"):
+    with pytest.raises(RuntimeError, match=r"^focalpo_fused can't be combined with predict\(\), "):
         host.predict(host.train_dataset)
 
 
@@ -707,9 +707,9 @@ torch.save(weights, folder / f"rank{host.args.process_index}.pt")
 @pytest.mark.fused
 @pytest.mark.xdist_group("forked")
 def test_fused_and_shared_on_two_ranks(tokenizer, tmp_path):
-    """Under DDP the ranks average their gradients on these paths too: after three steps both have
-    the weights of the plain path's run.  SGD, because Adam makes as large a step of a gradient that is
-    rounding alone as of any other."""
+    """Under DDP the ranks also average their gradients on these paths: after three steps both have
+    the weights of the plain path's run. SGD, because Adam makes as large a step from a gradient of
+    only rounding as from any other."""
     weights = {}
     shared = "focalpo_shared_prompts"
     paths = {"plain": (), "fused": ("focalpo_fused",), "both": ("focalpo_fused", shared)}
@@ -792,14 +792,14 @@ def test_the_same_batch_however_it_is_split(tokenizer, tmp_path):
             {"loss_type": ["sigmoid", "hinge"]},
             "loss_type must be one of sigmoid, sigmoid_norm, robust, sft, got 'hinge'",
         ),
-        ({"loss_type": ["sft"]}, "there is no preference loss in it"),
+        ({"loss_type": ["sft"]}, "it has no preference loss. Add 'sigmoid' to 'sft'"),
         (
             {"f_divergence_type": "js_divergence"},
             "f_divergence_type must be reverse_kl, got 'js_divergence'",
         ),
         ({"beta": 0.0}, "beta must be a finite number above 0, got 0.0"),
         ({"focalpo_gamma": 2.0}, "focalpo_gamma must be below 1/ln 2"),
-        ({"focalpo_gamma": 1.5}, "; focalpo_allow_reversed=True accepts it all the same."),
+        ({"focalpo_gamma": 1.5}, "; to train anyway, set focalpo_allow_reversed=True."),
         ({"focalpo_gamma": -1.0}, "focalpo_gamma must be a finite number of at least 0, got -1.0"),
         (
             {"focalpo_variant": "corect"},
@@ -811,14 +811,14 @@ def test_the_same_batch_however_it_is_split(tokenizer, tmp_path):
     ids=str,
 )
 def test_refusals(tokenizer, tmp_path, arguments, message):
-    """Before the model is touched: the one given here can't be loaded."""
+    """Refused before the model is touched: the one given here can't be loaded."""
     with pytest.raises(ValueError) as error:
         trainer(FocalPOTrainer, tokenizer, tmp_path, policy="no/such-model", **arguments)
     assert message in str(error.value)
 
 
 def test_sequences_over_several_ranks(tmp_path, monkeypatch):
-    """Asked for in TRL's arguments, or by accelerate's config file, which becomes its environment."""
+    """Set in TRL's arguments, or in accelerate's config file, which becomes its environment."""
     args = FocalPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     args.parallelism_config = ParallelismConfig(sp_size=2)
     with pytest.raises(
@@ -843,7 +843,7 @@ def test_batches_of_different_sizes(tmp_path):
 
 
 def test_a_reference_that_is_the_policy(tokenizer, tmp_path):
-    """TRL's own refusal; every margin would stay 0."""
+    """TRL's own refusal; otherwise every margin would stay 0."""
     policy = model(0)
     args = FocalPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     with pytest.raises(ValueError, match="`model` and `ref_model` cannot be the same"):
@@ -857,7 +857,7 @@ def test_a_reference_that_is_the_policy(tokenizer, tmp_path):
 
 
 def test_every_loss_type_of_this_trl_is_ours_or_refused_with_its_reason():
-    """A new one must not slip through unnamed."""
+    """A new one must not go unnoticed."""
     from focalpo_plugins.trl.exchange import _LOGSIGMOIDS, _WHY_NOT
 
     assert len(LOSS_TYPES) > 10
@@ -875,7 +875,7 @@ def test_the_fields_say_what_they_do():
     "of, module", [("PO", "trl"), ("CPO", "trl.reference_free"), ("ORPO", "trl.reference_free")]
 )
 def test_public_names(of, module, part):
-    """What the package offers at its top is TRL's adapter's, documented and argument by argument."""
+    """The package's top-level name is the TRL adapter's, with its documentation and arguments."""
     import focalpo_plugins
 
     name = f"Focal{of}{part}"
@@ -913,7 +913,7 @@ def test_host_is_restored_after_an_error(tokenizer, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("start", ["train", "evaluate", "predict"])
 def test_startup_line(tokenizer, tmp_path, capsys, start):
-    """Said once, when something starts: a trainer that is built may still be refused."""
+    """Printed once, when something starts: a trainer may still be refused after it is built."""
     held_out = {"eval_dataset": Dataset.from_list(PAIRS[:3])}
     host = trainer(FocalPOTrainer, tokenizer, tmp_path, max_steps=1, **held_out)
     assert "active" not in capsys.readouterr().err
@@ -937,7 +937,8 @@ def test_model_card(tokenizer, tmp_path):
 
 
 def test_takes_what_dpo_trainer_takes(tokenizer, tmp_path):
-    """In its order: model, reference, arguments, collator, training and evaluation data, tokenizer."""
+    """In TRL's order: model, reference, arguments, collator, training and evaluation data,
+    tokenizer."""
     args = FocalPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1)
     pairs = Dataset.from_list(PAIRS)
     host = FocalPOTrainer(model(0), model(1), args, None, pairs, pairs.select([0, 1]), tokenizer)
@@ -1031,8 +1032,8 @@ def test_a_trl_that_moves_the_branch_is_stopped_at_the_first_step(
 
 @pytest.mark.xdist_group("forked")
 def test_a_trl_that_goes_around_the_seam_is_stopped_at_the_first_step(edited_trl, tmp_path):
-    """Another way to a loss than the two that are known: neither our log-sigmoid nor our fused loss
-    is asked."""
+    """A way to compute a loss other than the two known ones: neither our log-sigmoid nor our fused
+    loss is called."""
     copy = edited_trl(
         "            return self._compute_loss(model, inputs, return_outputs)\n",
         "            return model(input_ids=inputs['input_ids']).logits.mean()\n",
@@ -1070,8 +1071,8 @@ def test_loss_value_is_the_cores(tokenizer, tmp_path):
 @pytest.mark.parametrize("key", EACH_PATH)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_margins_that_are_not_finite(tokenizer, tmp_path, key, value):
-    """The host's log-probs of the second pair of step 2: the run stops there, with the weights as
-    step 1 left them, and says which row of the data it is; nothing is skipped."""
+    """The host's log-probs of the second pair of step 2 are not finite: the run stops there, with
+    the weights of step 1, and names the row of the data; nothing is skipped."""
     policy = model(0)
     host = trainer(
         FocalPOTrainer, tokenizer, tmp_path, policy=policy, **(FUSED[key] if key else {})
@@ -1115,7 +1116,7 @@ def test_not_finite_in_evaluation(tokenizer, tmp_path):
 
 
 def test_resume_with_another_loss(tokenizer, tmp_path):
-    """What a checkpoint was trained with is in its trainer_state.json."""
+    """A checkpoint's trainer_state.json records what it was trained with."""
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     trainer(FocalPOTrainer, tokenizer, tmp_path, **saving).train()
     again = {**saving, "max_steps": 3}
@@ -1145,7 +1146,7 @@ def test_resume_with_another_loss(tokenizer, tmp_path):
     assert same.state.global_step == 4
 
 
-# Of each value of TRL's that goes into the loss: of the checkpoint's run, and of the resumed one.
+# For each of TRL's values that go into the loss: the checkpoint's run, and the resumed one.
 CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "loss_weights": (
         {"loss_type": ["sigmoid", "sft"]}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 9]},
@@ -1206,8 +1207,8 @@ def edited_state(checkpoint: Path, edit: Callable[[dict[str, Any]], None]) -> No
 
 
 def test_resume_of_an_earlier_releases_checkpoint(tokenizer, tmp_path, capsys):
-    """Its record has only some of the values. What is not in it can't be compared, and is named; what is
-    in it is compared as ever."""
+    """Its record has only some of the values. A warning names the missing ones, which can't be
+    compared; the others are compared as always."""
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     trainer(FocalPOTrainer, tokenizer, tmp_path, **saving).train()
 
@@ -1230,14 +1231,14 @@ def test_resume_of_an_earlier_releases_checkpoint(tokenizer, tmp_path, capsys):
     assert host.state.global_step == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "earlier release" in line]
     assert "did not record loss_weights, ld_alpha, use_weighting, router_aux_loss_coef, " in line
-    # The new checkpoint's record is whole.
+    # The new checkpoint's record is complete.
     with pytest.raises(ValueError, match="^ld_alpha was 0.5, got None: "):
         trainer(FocalPOTrainer, tokenizer, tmp_path, **{**saving, "max_steps": 3}).train(True)
 
 
 @pytest.mark.parametrize("restored", [False, True])
 def test_the_record_is_of_the_run_that_wrote_it(tokenizer, tmp_path, restored: bool):
-    """Also if transformers restores callbacks from the checkpoint, of which the record is one."""
+    """Also if transformers restores callbacks from the checkpoint; the record is one of them."""
     saving = {"save_strategy": "steps", "save_steps": 1}
     trainer(FocalPOTrainer, tokenizer, tmp_path, **saving, max_steps=1).train()
     host = trainer(
@@ -1266,18 +1267,20 @@ def test_a_checkpoint_whose_state_cannot_be_read(tokenizer, tmp_path, text: str)
     trainer(FocalPOTrainer, tokenizer, tmp_path, **saving).train()
     (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(text)
     host = trainer(FocalPOTrainer, tokenizer, tmp_path, **{**saving, "max_steps": 2})
-    with pytest.raises(ValueError, match="^resume_from_checkpoint must be a whole checkpoint, got"):
+    with pytest.raises(
+        ValueError, match="^resume_from_checkpoint must be a complete checkpoint, got"
+    ):
         host.train(resume_from_checkpoint=True)
 
 
 def test_a_folder_that_checkpoints_cannot_be_written_to(tokenizer, tmp_path):
-    """A file stands in its place since the trainer was built, which has TRL make the folder."""
+    """A file has taken its place since the trainer was built, because TRL creates the folder."""
     folder = tmp_path / "out"
     saving = {"save_strategy": "steps", "save_steps": 1}
     host = trainer(FocalPOTrainer, tokenizer, folder, **saving)
     folder.rmdir()
     folder.touch()
-    with pytest.raises(ValueError, match="output_dir must be a folder that can be written to, got"):
+    with pytest.raises(ValueError, match="output_dir must be a writable folder, got"):
         host.train()
     assert host.state.global_step == 0
 
@@ -1348,26 +1351,26 @@ for start in (without_a_folder, from_dpo, anything, no_folder, *fused):
 @pytest.mark.xdist_group("forked")
 def test_what_one_rank_finds_ends_all(tmp_path):
     """A folder that only rank 0 writes to; a checkpoint that only rank 0 sees, of another loss, and
-    one that may be resumed; an error of any kind on rank 1; on the fused path, if this TRL leaves
-    it to us, an output layer whose check fails on rank 1 only."""
+    one that may be resumed; any error on rank 1; on the fused path, if this TRL leaves it to us, an
+    output layer whose check fails on rank 1 only."""
     path = "fused" if OURS_IS_FUSED else "plain"
     said = on_two_ranks(ONE_RANK_ALONE, tmp_path, path).splitlines()
     found = [json.loads(line.partition("ENDED ")[2]) for line in said if "ENDED " in line]
     words = {
-        "without_a_folder": "output_dir must be a folder that can be written to, got",
-        "from_dpo": "does not say that it was trained with a loss of focalpo_plugins",
+        "without_a_folder": "output_dir must be a writable folder, got",
+        "from_dpo": "has no record of a loss of focalpo_plugins",
         "anything": "on rank 1: KeyError: 'missing'",
         "no_folder": "resume_from_checkpoint must be the folder of a checkpoint, got",
     }
     if path == "fused":
-        words["other_logits"] = "focalpo_fused can't be used with Halved, got logits"
+        words["other_logits"] = "focalpo_fused can't be used with Halved: its logits differ by "
     assert {(name, rank) for name, rank, _ in found} == {(n, r) for n in words for r in (0, 1)}
     for name, _, message in found:
         assert words[name] in message
 
 
 def test_the_closing_line(tokenizer, tmp_path: Path, capsys):
-    """Each number is the one that the log has; without a checkpoint there is nothing to report on."""
+    """Each number is in the log; without a checkpoint there is nothing to report on."""
     pairs = Dataset.from_list(PAIRS[:5])
     host = trainer(FocalPOTrainer, tokenizer, tmp_path, eval_dataset=pairs,
                    eval_strategy="steps", eval_steps=3)  # fmt: skip
@@ -1407,8 +1410,8 @@ def test_the_closing_line_has_the_mean_of_the_last_tenth(tokenizer, tmp_path: Pa
 
 def test_the_closing_line_of_a_best_checkpoint(tokenizer, tmp_path: Path, capsys):
     """A learning rate that ruins the model after the first evaluation: the held-out numbers are
-    those of the checkpoint that was loaded, not the last ones. Gamma goes from .4 to .2. Not
-    TRL's own metrics choose, which TRL 0.29 adds only to the log."""
+    those of the loaded checkpoint, not the last ones. Gamma goes from .4 to .2. The choice isn't
+    made by TRL's own metrics, which TRL 0.29 adds only to the log."""
     host = trainer(
         FocalPOTrainer, tokenizer, tmp_path, eval_dataset=Dataset.from_list(PAIRS[:5]),
         eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
