@@ -20,7 +20,7 @@ import torch
 from ..errors import InvalidValue
 from ..guards.messages import explained
 from ..guards.sources import described
-from ..plan import AnyOrder, ModelState, Pair, Plan, Tokens, windows
+from ..plan import ModelState, Pair, Plan, Tokens, windows
 from ..trl.parts import config_of
 from .arguments import check_words
 from .conversations import text_faults
@@ -212,12 +212,12 @@ def _with_data(bare: Plan, args: Any) -> Plan:
     faults = text_faults(found, run.template)
     if held_out is not None:
         faults += text_faults(EncodedPairs(held_out, run.template), run.template, evaluation=True)
-    epoch_steps = _epoch_steps(len(train), bare, args.dataloader_drop_last)
+    order = _order(train, args.training_args, bare)
+    epoch_steps = max(1, math.ceil(len(order) / bare.accumulation))
     of_run = math.ceil(args.num_train_epochs * epoch_steps)
     steps = args.max_steps if args.max_steps > 0 else of_run
     return replace(
         bare,
-        notes=[*bare.notes, AnyOrder.NOTE],
         warnings=[*bare.warnings, *map(str, faults)],
         tokenizer=run.template.tokenizer,
         rows=len(written[0]),
@@ -226,16 +226,30 @@ def _with_data(bare: Plan, args: Any) -> Plan:
         formats=described(listed(args)),
         epoch_steps=epoch_steps,
         steps=steps,
-        windows=windows(AnyOrder(len(train)), bare.geometry, True, steps),
+        windows=windows(order, bare.geometry, args.dataloader_drop_last, steps, completed=False),
     )
 
 
-def _epoch_steps(pairs: int, bare: Plan, drop_last: bool) -> int:
-    """Optimizer steps of an epoch: ms-swift gives each rank as many pairs, and drops the rest."""
-    of_rank = pairs // bare.data_ranks
-    batches = of_rank // bare.micro_batch
-    batches += 0 if drop_last else bool(of_rank % bare.micro_batch)
-    return max(1, -(-batches // bare.accumulation))
+def _order(train: Any, args: Any, bare: Plan) -> Any:
+    """The order of the pairs, which ms-swift draws from ``data_seed`` for each epoch.
+
+    Args:
+        args: what ms-swift's trainer gets of the arguments.
+    """
+    from swift.dataloader import BatchSamplerShard
+
+    from .batches import AllRanks
+
+    lengths = {"group_by_length": True, "lengths": train["lengths"]} if args.group_by_length else {}
+    shard = BatchSamplerShard(
+        len(train),
+        batch_size=bare.micro_batch,
+        shuffle=args.train_dataloader_shuffle,
+        drop_last=args.dataloader_drop_last,
+        data_seed=args.data_seed,
+        **lengths,
+    )
+    return AllRanks(shard, bare.data_ranks)
 
 
 def _pairs(found: EncodedPairs) -> Iterator[Pair]:

@@ -24,7 +24,7 @@ def patch(module: ModuleType | None) -> None:
 
 
 def refusal_of_words(words: Sequence[str]) -> str | None:
-    """Why Megatron can't train what a command line asks for; None if it asks for none of our losses.
+    """Why Megatron can't train what a command line asks for; None if it doesn't ask for our losses.
 
     The keys of a YAML are words here too.
     """

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import harness
 import pytest
 import yaml
 from contract import FIRST
+from forked import SUPPORT
 from harness import EXAMPLES, ManyFocalpo
+from planned import computed
 from swift_command import TINY, train, words
 
 FOCALPO = {"loss_type": "focalpo", "focalpo_gamma": 0.05}
@@ -73,6 +76,45 @@ def test_check_counts_the_steps_that_are_trained(check: Callable[..., tuple], ti
     ]
     trained = next(entry["global_step"] for entry in last if "log_history" in entry)
     assert json.loads(out)["steps"] == trained
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize(
+    "ranks, given",
+    [
+        (1, {}),
+        (1, {"group_by_length": True, "dataloader_drop_last": True}),
+        (2, {"data_seed": 7}),
+        (2, {"focalpo_balanced_batches": True}),
+    ],
+)
+def test_a_run_has_the_batches_that_were_planned(
+    tiny: Path, few: Path, tmp_path: Path, ranks: int, given: dict[str, Any]
+):
+    """In both epochs, whose orders differ.  Of 29 pairs, one rank trains on seven batches of four and
+    one of one pair; two ranks on three of four and one of two each, and one pair is left out.  With
+    dataloader_drop_last the smaller batches are left out too."""
+    lines = (few / "train.jsonl").read_text().splitlines(keepends=True)[:29]
+    (tmp_path / "29.jsonl").write_text("".join(lines))
+    given = {**TINY, **FOCALPO, **given, "model": tiny / "model", "dataset": tmp_path / "29.jsonl",
+             "num_train_epochs": 2}  # fmt: skip
+    argv = [ranks, "--", "swift", "rlhf", *words(given), "--output_dir", tmp_path / "out"]
+    code, said, errors = forked.run("planned:main", argv, tmp_path)
+    assert code == 0, errors[-3000:]
+    plan = json.loads(said.splitlines()[-1])
+    watched = {"external_plugins": SUPPORT / "swift_batches.py"}
+    code, output = train(tmp_path, {**given, **watched}, ranks)
+    assert code == 0, output[-4000:]
+    files = sorted((tmp_path / "out").glob("batches*.jsonl"))
+    trained = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    of_epoch = ([4] * 7 + [1]) if ranks == 1 else [4, 4, 4, 2]
+    if "dataloader_drop_last" in given:
+        of_epoch = of_epoch[:-1]
+    assert [[*map(len, of_rank)] for of_rank in trained] == [of_epoch * 2] * ranks
+    assert trained[0][0] != trained[0][len(of_epoch)]  # the second epoch's
+    assert (plan["batches"] == trained) is ("focalpo_balanced_batches" not in given)
+    found = plan["tokens_per_step"], plan["largest"]["tokens"], plan["largest"]["pairs"]
+    assert found == pytest.approx(computed(trained, 2))
 
 
 @pytest.mark.releases
