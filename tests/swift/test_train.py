@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -159,6 +160,23 @@ def test_four_bits(run: Callable[..., Ran]):
     bits = {"quant_method": "bnb", "quant_bits": 4, "torch_dtype": "float32"}
     done = run(**FOCALPO, **LORA, **bits)
     assert done.losses[0] == pytest.approx(FIRST, abs=1e-4)
+
+
+@pytest.mark.releases
+def test_a_token_without_an_embedding(tiny: Path, few: Path, tmp_path: Path):
+    """The reference has the first 100 of the tokenizer's 883 tokens."""
+    from transformers import AutoModelForCausalLM
+
+    cut = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    cut.resize_token_embeddings(100)
+    cut.save_pretrained(tmp_path / "cut")
+    for file in (tiny / "model").glob("token*"):
+        shutil.copy(file, tmp_path / "cut")
+    given = {"model": tiny / "model", "ref_model": tmp_path / "cut", "dataset": few / "train.jsonl"}
+    code, output = train(tmp_path, {**FOCALPO, **given})
+    message = "the reference must have an embedding for each token of the data, got 100 embeddings"
+    assert code != 0 and message in output, output[-3000:]
+    assert "the tokenizer has 883 tokens" in output
 
 
 @pytest.mark.releases
