@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def _arguments(
 
     parse_yaml_args(words)
     check_words(words, RLHFArguments)
+    words = list(chain.from_iterable(map(_in_one_form, words)))
     deepspeed = _take(words, "deepspeed")
     accumulation = _value(words, "gradient_accumulation_steps")
     given = {**_OF_THIS_MACHINE, "output_dir": str(scratch)}
@@ -91,18 +93,27 @@ def _arguments(
     return args, _config_of(deepspeed), None if accumulation is None else int(accumulation)
 
 
+def _in_one_form(word: str) -> list[str]:
+    """A key and its value as two words, if it is written ``--key=value``; a key with underlines."""
+    if not word.startswith("--"):
+        return [word]
+    key, equals, value = word.partition("=")
+    return [f"--{key[2:].replace('-', '_')}", *([value] if equals else [])]
+
+
 def _take(words: list[str], key: str) -> str | None:
-    """Remove a key with its value from the words, and return the value."""
+    """Remove a key with its values from the words, and return the last value."""
     value = _value(words, key)
-    if value is not None:
+    while f"--{key}" in words:
         at = words.index(f"--{key}")
         del words[at : at + 2]
     return value
 
 
 def _value(words: Sequence[str], key: str) -> str | None:
-    at = words.index(f"--{key}") + 1 if f"--{key}" in words else len(words)
-    return words[at] if at < len(words) else None
+    """The value of a key, which may be given more than once: the last one counts."""
+    values = [value for name, value in pairwise(words) if name == f"--{key}"]
+    return values[-1] if values else None
 
 
 def _config_of(deepspeed: str | None) -> dict[str, Any]:

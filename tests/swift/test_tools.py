@@ -119,8 +119,11 @@ def test_a_run_has_the_batches_that_were_planned(
 @pytest.mark.releases
 def test_check_of_a_command_line(focalpo: ManyFocalpo, tiny: Path, few: Path, tmp_path: Path):
     given = {**TINY, **FOCALPO, "model": tiny / "model", "dataset": few / "train.jsonl"}
-    code, out, err = focalpo("check", "--", "swift", "rlhf", *words(given))
+    # Both are read out of the words, which count in every form.
+    more = ["--deepspeed=zero3", "--gradient-accumulation-steps=5"]
+    code, out, err = focalpo("check", "--", "swift", "rlhf", *words(given), *more)
     assert code == 0, err
+    assert "ZeRO stage 3" in out and "4 pairs x 5 accumulated" in out
     assert "focalpo gamma=0.05" in out and "40 pairs, 0 dropped by the host" in out
     assert "to read them, set columns to" in out
 
