@@ -73,6 +73,7 @@ class PairwiseTrainerMixin(_Trainer):
     _host_saves = False  # whether the host saves the model to output_dir after training
     _starts_as_reference = False
     _balanced_key: str | None = None  # the key that asked for balanced batches, for messages
+    _balance = staticmethod(balance)  # how the host's data loaders are balanced
     _dealt: Dealt | None = None  # what they have dealt
     _precomputed: Any = None  # a PrecomputedReference, if the host has none of its own
     _run: Run | None = None
@@ -173,8 +174,9 @@ class PairwiseTrainerMixin(_Trainer):
         sequences = self._sequences()
         return None if sequences is None else sequences.rows_of(self._pairs_of_step())
 
-    def get_train_dataloader(self) -> Any:
-        loader = super().get_train_dataloader()
+    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        of_host: Any = super().get_train_dataloader
+        loader = of_host(*args, **kwargs)
         key = self._balanced_key
         if key is not None:
 
@@ -188,7 +190,7 @@ class PairwiseTrainerMixin(_Trainer):
                     raise conflict(key, "training data", data, why, f"Set {key} to false")
                 tokens = sequences.tokens(cost, say=RANKS.rank == 0)
                 steps = self.args.gradient_accumulation_steps
-                self._dealt = balance(loader, tokens, steps, cost, key)
+                self._dealt = self._balance(loader, tokens, steps, cost, key)
 
             together(RANKS, balanced)
         return loader

@@ -46,7 +46,7 @@ class Window:
         step: number of the optimizer step in the run, from 1.  A step that continues in the
             next epoch is two windows.
         pairs: places among the pairs that are trained on, in the host's order and in the layout
-            ``[micro-step][rank][place]``.  The last micro-step may be short on a single rank.
+            ``[micro-step][rank][place]``.  The last micro-step may be short, on all ranks alike.
     """
 
     epoch: int
@@ -196,21 +196,27 @@ def epoch_steps(
 
 
 def windows(
-    order: Iterable[int], geometry: Geometry, drop_last: bool, steps: int
+    order: Iterable[int],
+    geometry: Geometry,
+    drop_last: bool,
+    steps: int,
+    *,
+    completed: bool = True,
 ) -> Iterator[Window]:
     """The pairs of a run of ``steps`` steps, as accelerate divides them among the ranks.
 
     Args:
         order: draws the pairs of an epoch each time.
         drop_last: whether pairs that don't fill a round of micro-batches are left out.
+        completed: whether such a round of several ranks is completed with the epoch's first pairs.
     """
     size, done = geometry.micro_step, 0
     for epoch in count():
         if hasattr(order, "set_epoch"):
             order.set_epoch(epoch)
         before = done
-        completed = geometry.ranks > 1 and not drop_last
-        for pairs in steps_of_epoch(order, geometry, completed):
+        filled = completed and geometry.ranks > 1 and not drop_last
+        for pairs in steps_of_epoch(order, geometry, filled):
             kept = pairs[: len(pairs) // size * size] if drop_last else pairs
             if done == steps:
                 return

@@ -608,6 +608,12 @@ def test_the_largest_micro_batch_by_hand():
     )
 
 
+def test_smaller_batches_of_two_ranks():
+    """Two pairs at a time on each of two ranks, of which a step has one: 2 x 10 on the slower rank."""
+    found = four_ways(planned(Geometry(2, 2, 1), Window(1, 1, [0, 3])), FOUR)
+    assert found.planned == Way(20, Largest(20, 1, 1, 1), 20)
+
+
 def test_the_output_layer_gets_what_its_path_needs():
     """Two pairs at a time, all in a step: shared prompts compute 14 + 12 and 4 + 4 in the order as it
     comes here, of which the output layer gets 2 x 2 x 10 and 2 x 2 x 4 without the fused path.

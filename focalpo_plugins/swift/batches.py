@@ -1,4 +1,4 @@
-"""ms-swift's own batches, balanced."""
+"""ms-swift's own batches: those of all ranks, and balanced ones."""
 
 from __future__ import annotations
 
@@ -9,45 +9,66 @@ from typing import Any
 from accelerate.data_loader import SkipBatchSampler
 from swift.dataloader import BatchSamplerShard
 
-from ..balanced import BalancedSampler, Cost, Geometry, unknown_batches
+from ..balanced import BalancedSampler, Cost, Dealt, Geometry, unknown_batches
 
 
-class _AllRanks(BatchSamplerShard):
-    """The rows of all ranks in the order in which ms-swift draws them."""
+class AllRanks:
+    """The rows of an epoch in the layout ``[micro-step][rank][place]``, drawn by ms-swift itself.
 
-    rank, world_size = 0, 1
+    The batches of the last micro-step may be smaller.
 
-    def __init__(self, shard: BatchSamplerShard) -> None:
-        self.__dict__.update(vars(shard))
-        self.total_samples = shard.total_samples * shard.world_size
-        self.drop_last = False
+    Args:
+        shard: the batches of a rank, or of a process without others.
+        ranks: the number of ranks that they are drawn for.
+    """
+
+    def __init__(self, shard: BatchSamplerShard, ranks: int) -> None:
+        total = shard.total_samples * shard.world_size
+        self._shards = []
+        for rank in range(ranks):
+            of_rank = type("OfRank", (BatchSamplerShard,), {"rank": rank, "world_size": ranks})
+            drawn: Any = object.__new__(of_rank)
+            drawn.__dict__.update({**vars(shard), "total_samples": total // ranks})
+            self._shards.append(drawn)
+
+    def set_epoch(self, epoch: int) -> None:
+        for shard in self._shards:
+            shard.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """The number of micro-steps of an epoch."""
+        return len(self._shards[0])
+
+    def __iter__(self) -> Iterator[int]:
+        # With group_by_length a rank may have a batch more than the others, which isn't trained.
+        for batches in zip(*self._shards, strict=False):
+            yield from chain.from_iterable(batches)
 
 
 class BalancedShard(BatchSamplerShard):
     """One rank's batches, with the pairs of each optimizer step dealt to all ranks by length.
 
-    ms-swift gives row ``i`` of an epoch to rank ``i % ranks``.  What fills no round of batches at
-    the end of an epoch stays with that rank.
+    What fills no micro-step at the end of an epoch stays with its rank.
     """
 
     _tokens: Sequence[int]
     _accumulation: int
     _cost: Cost
+    _dealt: Dealt
 
     def __iter__(self) -> Iterator[list[int]]:
         geometry = Geometry(self.world_size, self.batch_size, self._accumulation)
-        drawn = list(chain.from_iterable(_AllRanks(self)))
-        rows = list(BalancedSampler(drawn, self._tokens, geometry, self._cost))
-        whole = len(rows) // geometry.micro_step * geometry.micro_step
-        for start in range(0, whole, geometry.micro_step):
-            at = start + self.rank * self.batch_size
-            yield rows[at : at + self.batch_size]
-        left = rows[whole + self.rank :: self.world_size]
-        if left and not self.drop_last:
-            yield left
+        drawn: Any = AllRanks(self, self.world_size)
+        sampler = BalancedSampler(drawn, self._tokens, geometry, self._cost)
+        sampler.dealt = self._dealt
+        rows = list(sampler)
+        for start in range(0, len(rows), geometry.micro_step):
+            step = rows[start : start + geometry.micro_step]
+            each = len(step) // self.world_size
+            yield step[self.rank * each : (self.rank + 1) * each]
 
 
-def balance(loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, key: str) -> None:
+def balance(loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, key: str) -> Dealt:
     """Balance the batches of ms-swift's data loader; seeds, epochs and resuming stay its own.
 
     Args:
@@ -56,6 +77,9 @@ def balance(loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, k
         accumulation: the number of micro-batches in an optimizer step.
         cost: what a micro-batch costs.
         key: the key that asked for balanced batches, for messages.
+
+    Returns:
+        What will have been dealt.
 
     Raises:
         ValueError: it isn't known how the loader makes its batches.
@@ -68,3 +92,5 @@ def balance(loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, k
     # A data loader doesn't let its sampler be replaced.
     shard.__class__ = BalancedShard
     shard._tokens, shard._accumulation, shard._cost = tokens, accumulation, cost
+    shard._dealt = Dealt()
+    return shard._dealt

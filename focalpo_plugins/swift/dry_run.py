@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from ..errors import InvalidValue
 from ..guards.messages import explained
 from ..guards.sources import described
-from ..plan import AnyOrder, ModelState, Pair, Plan, Tokens, windows
+from ..plan import ModelState, Pair, Plan, Tokens, windows
 from ..trl.parts import config_of
 from .arguments import check_words
 from .conversations import text_faults
@@ -69,6 +70,7 @@ def _arguments(
 
     parse_yaml_args(words)
     check_words(words, RLHFArguments)
+    words = list(chain.from_iterable(map(_in_one_form, words)))
     deepspeed = _take(words, "deepspeed")
     accumulation = _value(words, "gradient_accumulation_steps")
     given = {**_OF_THIS_MACHINE, "output_dir": str(scratch)}
@@ -91,18 +93,27 @@ def _arguments(
     return args, _config_of(deepspeed), None if accumulation is None else int(accumulation)
 
 
+def _in_one_form(word: str) -> list[str]:
+    """A key and its value as two words, if it is written ``--key=value``; a key with underlines."""
+    if not word.startswith("--"):
+        return [word]
+    key, equals, value = word.partition("=")
+    return [f"--{key[2:].replace('-', '_')}", *([value] if equals else [])]
+
+
 def _take(words: list[str], key: str) -> str | None:
-    """Remove a key with its value from the words, and return the value."""
+    """Remove a key with its values from the words, and return the last value."""
     value = _value(words, key)
-    if value is not None:
+    while f"--{key}" in words:
         at = words.index(f"--{key}")
         del words[at : at + 2]
     return value
 
 
 def _value(words: Sequence[str], key: str) -> str | None:
-    at = words.index(f"--{key}") + 1 if f"--{key}" in words else len(words)
-    return words[at] if at < len(words) else None
+    """The value of a key, which may be given more than once: the last one counts."""
+    values = [value for name, value in pairwise(words) if name == f"--{key}"]
+    return values[-1] if values else None
 
 
 def _config_of(deepspeed: str | None) -> dict[str, Any]:
@@ -212,12 +223,12 @@ def _with_data(bare: Plan, args: Any) -> Plan:
     faults = text_faults(found, run.template)
     if held_out is not None:
         faults += text_faults(EncodedPairs(held_out, run.template), run.template, evaluation=True)
-    epoch_steps = _epoch_steps(len(train), bare, args.dataloader_drop_last)
+    order = _order(train, args.training_args, bare)
+    epoch_steps = max(1, math.ceil(len(order) / bare.accumulation))
     of_run = math.ceil(args.num_train_epochs * epoch_steps)
     steps = args.max_steps if args.max_steps > 0 else of_run
     return replace(
         bare,
-        notes=[*bare.notes, AnyOrder.NOTE],
         warnings=[*bare.warnings, *map(str, faults)],
         tokenizer=run.template.tokenizer,
         rows=len(written[0]),
@@ -226,16 +237,30 @@ def _with_data(bare: Plan, args: Any) -> Plan:
         formats=described(listed(args)),
         epoch_steps=epoch_steps,
         steps=steps,
-        windows=windows(AnyOrder(len(train)), bare.geometry, True, steps),
+        windows=windows(order, bare.geometry, args.dataloader_drop_last, steps, completed=False),
     )
 
 
-def _epoch_steps(pairs: int, bare: Plan, drop_last: bool) -> int:
-    """Optimizer steps of an epoch: ms-swift gives each rank as many pairs, and drops the rest."""
-    of_rank = pairs // bare.data_ranks
-    batches = of_rank // bare.micro_batch
-    batches += 0 if drop_last else bool(of_rank % bare.micro_batch)
-    return max(1, -(-batches // bare.accumulation))
+def _order(train: Any, args: Any, bare: Plan) -> Any:
+    """The order of the pairs, which ms-swift draws from ``data_seed`` for each epoch.
+
+    Args:
+        args: what ms-swift's trainer gets of the arguments.
+    """
+    from swift.dataloader import BatchSamplerShard
+
+    from .batches import AllRanks
+
+    lengths = {"group_by_length": True, "lengths": train["lengths"]} if args.group_by_length else {}
+    shard = BatchSamplerShard(
+        len(train),
+        batch_size=bare.micro_batch,
+        shuffle=args.train_dataloader_shuffle,
+        drop_last=args.dataloader_drop_last,
+        data_seed=args.data_seed,
+        **lengths,
+    )
+    return AllRanks(shard, bare.data_ranks)
 
 
 def _pairs(found: EncodedPairs) -> Iterator[Pair]:

@@ -54,6 +54,7 @@ class EncodedPairs:
     def __init__(self, dataset: Any, template: Any) -> None:
         self.rows = getattr(dataset, "dataset", dataset)
         self.template = template
+        self._tokens: dict[Cost, list[int]] = {}
 
     @property
     def is_stream(self) -> bool:
@@ -95,6 +96,11 @@ class EncodedPairs:
         Args:
             say: whether a progress bar is shown if this takes long.
         """
+        if cost not in self._tokens:  # a resumed run builds its loader twice
+            self._tokens[cost] = self._tokens_of_all(cost, say)
+        return self._tokens[cost]
+
+    def _tokens_of_all(self, cost: Cost, say: bool) -> list[int]:
         if cost == "padded" and "lengths" in getattr(self.rows, "column_names", ()):
             return [max(both) for both in self.rows["lengths"]]
         found = []

@@ -16,7 +16,10 @@ from .keys import asked_types, bind, given_keys, keys, types_of, types_of_host
 _NEAR = 0.7  # how alike a misspelt name of a loss is to its name
 
 _PARTS = "each rank has a part of a sequence, and a margin is of whole sequences"
-_UNTRIED = "it needs FlashAttention, and this package was not tried with it"
+_ONE_ROW = (
+    "it puts a batch's sequences into one row, for which ms-swift needs FlashAttention, and this "
+    "package was not tested with that"
+)
 _CHOOSES = "both choose which pairs share a micro-batch"
 _NOT_KNOWN = "the lengths of its pairs are not known in advance"
 
@@ -30,8 +33,8 @@ def _above_1(value: Any) -> bool:
 # For a loss of this package, and for each of the two switches, the settings of ms-swift that it
 # can't be combined with: whether a value is one of these, and why it can't.
 _OF_LOSS: Mapping[str, tuple[_Wrong, str]] = {
-    "packing": (bool, _UNTRIED),
-    "padding_free": (bool, _UNTRIED),
+    "packing": (bool, _ONE_ROW),
+    "padding_free": (bool, _ONE_ROW),
     "sequence_parallel_size": (_above_1, _PARTS),
     "deepspeed_autotp_size": (_above_1, _PARTS),
 }

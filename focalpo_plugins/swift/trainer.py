@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from functools import cached_property, partial
 from typing import Any
 
 import torch.nn.functional as F
 from swift.rlhf_trainers import DPOTrainer
 
-from ..errors import RunError, conflict
-from ..guards import pairs
+from ..errors import RunError
+from ..guards import embeddings, pairs
 from ..guards.faults import Fault
 from ..guards.ranks import together
 from ..hf_batches import check_batches
 from ..hf_reference import PrecomputedReference
-from ..hf_trainer import RANKS, PairwiseTrainerMixin
+from ..hf_trainer import RANKS
 from ..run import Host
 from ..trl.exchange import loss_exchanged
 from ..trl.pairwise import PairwiseBase
@@ -48,6 +49,7 @@ class SwiftPairwiseTrainer(PairwiseBase, SharedStepMixin, DPOTrainer):
 
     _host = SWIFT
     _own_loss = "DPO"
+    _balance = staticmethod(balance)
 
     def __init__(self, *args: Any, asked: Asked, arguments: Any, **kwargs: Any) -> None:
         _check_host(asked.loss.name)
@@ -94,9 +96,12 @@ class SwiftPairwiseTrainer(PairwiseBase, SharedStepMixin, DPOTrainer):
     def _said_of_host(self) -> str:
         return f"beta={self.beta}{self._said_of_batches()}"
 
+    @cached_property
+    def _encoded(self) -> EncodedPairs:
+        return EncodedPairs(self.train_dataset, self.template)
+
     def _sequences(self) -> Any:
-        found = EncodedPairs(self.train_dataset, self.template)
-        return None if found.is_stream else found
+        return None if self._encoded.is_stream else self._encoded
 
     def get_batch_loss_metrics(self, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         self._batch = batch
@@ -129,38 +134,16 @@ class SwiftPairwiseTrainer(PairwiseBase, SharedStepMixin, DPOTrainer):
         self._count(margins[0])
         return result
 
-    def get_train_dataloader(self, skip_batches: int = 0) -> Any:
-        # Not the mixin's, which knows accelerate's batches.
-        of_host: Any = super(PairwiseTrainerMixin, self)
-        loader = of_host.get_train_dataloader(skip_batches=skip_batches)
-        key = self._balanced_key
-        if key is not None:
-
-            def balanced() -> None:
-                accumulation = self.args.gradient_accumulation_steps
-                balance(loader, self._lengths(key), accumulation, self._cost(), key)
-
-            together(RANKS, balanced)
-        return loader
-
-    def _lengths(self, key: str) -> list[int]:
-        """The tokens of each pair; a resumed run builds its loader twice."""
-        if not hasattr(self, "_tokens_of_pairs"):
-            sequences = self._sequences()
-            if sequences is None:
-                why = "the lengths of its pairs are not known"
-                raise conflict(key, "streaming", True, why, f"Set {key} to false")
-            self._tokens_of_pairs = sequences.tokens(self._cost(), say=RANKS.rank == 0)
-        found: list[int] = self._tokens_of_pairs
-        return found
-
     def _check_data(self, given: dict[str, Any], template: Any) -> None:
         """Refuse data that can't be learnt from, on all ranks together."""
         for name in ("train_dataset", "eval_dataset"):
-            dataset = given.get(name)
-            if dataset is not None:
-                found = EncodedPairs(dataset, template)
-                self._check_faults(lambda: self._faults_of(found, template, name))  # noqa: B023
+            if given.get(name) is not None:
+                found = EncodedPairs(given[name], template)
+                together(RANKS, partial(self._check_ids, found, template.tokenizer))
+                self._check_faults(partial(self._faults_of, found, template, name))
+
+    def _check_ids(self, found: EncodedPairs, tokenizer: Any) -> None:
+        embeddings.check(self._embeddings, tokenizer, found.largest_id, say=RANKS.rank == 0)
 
     def _faults_of(self, found: EncodedPairs, template: Any, name: str) -> list[Fault]:
         evaluation = name == "eval_dataset"

@@ -3,7 +3,7 @@
 ``pairs`` has the token ids of each pair's chosen and rejected sequence, ``batches`` a list for each
 rank with the pairs of its batches before they are balanced, ``tokens_per_step`` and ``largest`` what
 is said of the run's own way.  The first argument is the number of ranks, the second an Axolotl YAML,
-or `--` before OpenRLHF's flags.
+or `--` before OpenRLHF's flags or before `swift rlhf` with its keys.
 """
 
 import contextlib
@@ -15,6 +15,10 @@ from pathlib import Path
 
 
 def read(gpus, words, scratch):
+    if words[:3] == ["--", "swift", "rlhf"]:
+        from focalpo_plugins.swift.dry_run import plan
+
+        return plan(words[3:], gpus, scratch)
     if words[0] == "--":
         from focalpo_plugins.openrlhf.dry_run import plan
 
@@ -35,11 +39,19 @@ def main():
     pairs = [(pair.chosen.ids, pair.rejected.ids) for pair in planned.pairs]
     batches = [[] for _ in range(planned.data_ranks)]
     for window in planned.windows:
-        for place, start in enumerate(range(0, len(window.pairs), planned.micro_batch)):
-            rows = window.pairs[start : start + planned.micro_batch]
+        for place, rows in enumerate(batches_of(window.pairs, planned.geometry)):
             batches[place % planned.data_ranks].append([pairs[row] for row in rows])
     said = {"tokens_per_step": way.tokens_per_step, "largest": vars(way.largest)}
     print(json.dumps({"pairs": pairs, "batches": batches, **said}))
+
+
+def batches_of(rows, geometry):
+    """The batches of a window, micro-step after micro-step and rank after rank; the last ones may be
+    smaller."""
+    for start in range(0, len(rows), geometry.micro_step):
+        step = rows[start : start + geometry.micro_step]
+        each = -(-len(step) // geometry.ranks)
+        yield from (step[at : at + each] for at in range(0, len(step), each))
 
 
 def computed(batches, accumulation):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,8 +57,6 @@ def test_the_class_keeps_its_name():
         ({"rlhf_type": "focalpo"}, "rlhf_type must be dpo for a loss of this package"),
         ({**ASKED, "loss_type": ["focalpo", "hinge"]}, "goes alone or with sft, got ['focalpo', 'hinge']"),
         ({**ASKED, "loss_type": ["focalpo", "focalpo"]}, "goes alone or with sft"),
-        ({**ASKED, "packing": True}, "loss_type focalpo can't be combined with packing, got True"),
-        ({**ASKED, "padding_free": True}, "can't be combined with padding_free, got True"),
         ({**ASKED, "sequence_parallel_size": 2}, "can't be combined with sequence_parallel_size, got 2"),
         (
             {**ASKED, "focalpo_balanced_batches": True, "group_by_length": True},
@@ -75,6 +74,23 @@ def test_the_class_keeps_its_name():
 )  # fmt: skip
 def test_what_is_refused(given: dict[str, Any], words: str):
     assert words in refused(**given)
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize("key", ["packing", "padding_free"])
+def test_sequences_in_one_row(key: str, tiny: Path, tmp_path: Path):
+    """Refused with any attention.  The reason is true: ms-swift refuses its own loss without
+    FlashAttention, and not with it."""
+    words = f"loss_type focalpo can't be combined with {key}, got True: it puts a batch's sequences"
+    for attention in ("sdpa", "flash_attention_2"):
+        assert words in refused(**ASKED, attn_impl=attention, **{key: True})
+    own = {"rlhf_type": "dpo", "loss_type": "sigmoid", key: True, "use_cpu": True, "fp16": False,
+           "model": str(tiny / "model"), "model_type": "llama", "template": "llama3",
+           "torch_dtype": "float32", "dataset": ["x.jsonl"], "split_dataset_ratio": 0,
+           "check_model": False, "add_version": False, "output_dir": str(tmp_path)}  # fmt: skip
+    with pytest.raises(ValueError, match=f'"{key}" feature requires a flash attention'):
+        RLHFArguments(**own, attn_impl="sdpa")
+    assert RLHFArguments(**own, attn_impl="flash_attention_2").padding_free
 
 
 @pytest.mark.releases

@@ -7,15 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import harness
 import pytest
 import yaml
 from contract import FIRST
+from forked import SUPPORT
 from harness import EXAMPLES, ManyFocalpo
+from planned import computed
 from swift_command import TINY, train, words
 
 FOCALPO = {"loss_type": "focalpo", "focalpo_gamma": 0.05}
-RECIPES = sorted((EXAMPLES / "swift").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +78,52 @@ def test_check_counts_the_steps_that_are_trained(check: Callable[..., tuple], ti
 
 
 @pytest.mark.releases
+@pytest.mark.parametrize(
+    "ranks, given",
+    [
+        (1, {}),
+        (1, {"group_by_length": True, "dataloader_drop_last": True}),
+        (2, {"data_seed": 7}),
+        (2, {"focalpo_balanced_batches": True}),
+    ],
+)
+def test_a_run_has_the_batches_that_were_planned(
+    tiny: Path, few: Path, tmp_path: Path, ranks: int, given: dict[str, Any]
+):
+    """In both epochs, whose orders differ.  Of 29 pairs, one rank trains on seven batches of four and
+    one of one pair; two ranks on three of four and one of two each, and one pair is left out.  With
+    dataloader_drop_last the smaller batches are left out too."""
+    lines = (few / "train.jsonl").read_text().splitlines(keepends=True)[:29]
+    (tmp_path / "29.jsonl").write_text("".join(lines))
+    given = {**TINY, **FOCALPO, **given, "model": tiny / "model", "dataset": tmp_path / "29.jsonl",
+             "num_train_epochs": 2}  # fmt: skip
+    argv = [ranks, "--", "swift", "rlhf", *words(given), "--output_dir", tmp_path / "out"]
+    code, said, errors = forked.run("planned:main", argv, tmp_path)
+    assert code == 0, errors[-3000:]
+    plan = json.loads(said.splitlines()[-1])
+    watched = {"external_plugins": SUPPORT / "swift_batches.py"}
+    code, output = train(tmp_path, {**given, **watched}, ranks)
+    assert code == 0, output[-4000:]
+    files = sorted((tmp_path / "out").glob("batches*.jsonl"))
+    trained = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    of_epoch = ([4] * 7 + [1]) if ranks == 1 else [4, 4, 4, 2]
+    if "dataloader_drop_last" in given:
+        of_epoch = of_epoch[:-1]
+    assert [[*map(len, of_rank)] for of_rank in trained] == [of_epoch * 2] * ranks
+    assert trained[0][0] != trained[0][len(of_epoch)]  # the second epoch's
+    assert (plan["batches"] == trained) is ("focalpo_balanced_batches" not in given)
+    found = plan["tokens_per_step"], plan["largest"]["tokens"], plan["largest"]["pairs"]
+    assert found == pytest.approx(computed(trained, 2))
+
+
+@pytest.mark.releases
 def test_check_of_a_command_line(focalpo: ManyFocalpo, tiny: Path, few: Path, tmp_path: Path):
     given = {**TINY, **FOCALPO, "model": tiny / "model", "dataset": few / "train.jsonl"}
-    code, out, err = focalpo("check", "--", "swift", "rlhf", *words(given))
+    # Both are read out of the words, which count in every form.
+    more = ["--deepspeed=zero3", "--gradient-accumulation-steps=5"]
+    code, out, err = focalpo("check", "--", "swift", "rlhf", *words(given), *more)
     assert code == 0, err
+    assert "ZeRO stage 3" in out and "4 pairs x 5 accumulated" in out
     assert "focalpo gamma=0.05" in out and "40 pairs, 0 dropped by the host" in out
     assert "to read them, set columns to" in out
 
@@ -112,41 +156,13 @@ def test_prompts_that_ms_swift_would_not_read(check: Callable[..., tuple], tmp_p
     assert code == 1 and "16 of 16 rows have no prompt" in out
 
 
-def test_the_memory_alone(focalpo: ManyFocalpo):
+def test_the_memory_alone(tmp_path: Path):
+    """In the repository root, where a recipe finds its template."""
     recipe = EXAMPLES / "swift" / "llama3_focalpo.yaml"
+    focalpo = ManyFocalpo(EXAMPLES.parent, MODELSCOPE_CACHE=str(tmp_path))
     code, out, err = focalpo("check", recipe, "--model-config", "llama-3-8b", "--gpus", "8")
     assert code == 0, err
     assert "ZeRO stage 3" in out and "1 pair x 16 accumulated x 8 ranks (--gpus) = 128" in out
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_train_a_tiny_model(recipe: Path, tiny: Path, few: Path, tmp_path: Path):
-    """Each key of a recipe, with a model and data that are here, and without what needs a GPU."""
-    written = yaml.safe_load(recipe.read_text())
-    written["columns"] = json.dumps(written["columns"])
-    here = {
-        "model": tiny / "model", "model_type": "llama", "dataset": few / "train.jsonl",
-        "val_dataset": None, "eval_strategy": "no", "eval_steps": None, "eval_on_start": None,
-        "use_hf": None, "attn_impl": None, "deepspeed": None, "torch_dtype": "float32",
-        "fp16": False, "bf16": False, "max_steps": 1, "gradient_accumulation_steps": 2,
-        "output_dir": tmp_path / "out", "check_model": False, "warmup_steps": 0,
-    }  # fmt: skip
-    assert written["rlhf_type"] == "dpo" and written["loss_type"] == "focalpo"
-    code, output = train(tmp_path, {**dict.fromkeys(TINY), **written, **here})
-    assert code == 0, output[-6000:]
-    assert "loss=focalpo gamma=0.05" in output and "'loss': '0.6695'" in output
-
-
-@pytest.mark.parametrize("name, rate", [("llama3_focalpo", 6e-7), ("llama3_focalpo_lora", 5e-6)])
-def test_the_papers_values(name: str, rate: float):
-    """Section 4 and appendix C: gamma 0.05, batch 128, one epoch; LoRA on one GPU."""
-    recipe = yaml.safe_load((EXAMPLES / "swift" / f"{name}.yaml").read_text())
-    gpus = 1 if recipe["tuner_type"] == "lora" else 8
-    of_step = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * gpus
-    assert of_step == 128
-    assert (recipe["focalpo_gamma"], recipe["beta"], recipe["learning_rate"]) == (0.05, 0.01, rate)
-    assert (recipe["num_train_epochs"], recipe["max_length"]) == (1, 2048)
-    assert recipe.get("deepspeed") == (None if gpus == 1 else "zero3")
 
 
 @pytest.mark.releases

@@ -139,9 +139,9 @@ class _Sums:
 
 
 def _parts(order: Sequence[int], geometry: Geometry) -> Iterator[tuple[Sequence[int], Geometry]]:
-    """The whole micro-steps of a window, and the smaller batch that a single rank may end with."""
+    """The whole micro-steps of a window, and the smaller batches that its ranks may end with."""
     whole = len(order) // geometry.micro_step * geometry.micro_step
     if whole:
         yield order[:whole], geometry
     if rest := order[whole:]:
-        yield rest, Geometry(1, len(rest), 1)
+        yield rest, Geometry(geometry.ranks, len(rest) // geometry.ranks, 1)
