@@ -23,6 +23,7 @@ from ..errors import InvalidValue
 from ..guards import hub
 from ..guards.messages import explained
 from ..guards.sources import described
+from ..hf_batches import order_of
 from ..plan import ModelState, Pair, Plan, Tokens, epoch_steps, windows
 from ..registry import losses
 from . import FUSED, PLUGIN, RL_AS_WRITTEN, SHARED
@@ -168,7 +169,7 @@ def _with_data(bare: Plan, cfg: Any) -> Plan:
     of_run = math.ceil(args.num_train_epochs * of_epoch)
     steps = args.max_steps if args.max_steps > 0 else of_run
     of_dpo = bare.margin == "dpo"
-    order, unknown = _order(trainer)
+    order, unknown = order_of(trainer.get_train_dataloader())
     return replace(
         bare,
         loss=getattr(trainer, "pairwise_loss", None),
@@ -195,21 +196,6 @@ def _geometry(bare: Plan, args: Any) -> Geometry:
     if args.accelerator_config.split_batches:  # then a batch is of all ranks
         each = max(1, each // bare.data_ranks)
     return Geometry(bare.data_ranks, each, args.gradient_accumulation_steps)
-
-
-def _order(trainer: Any) -> tuple[Any, list[str]]:
-    """The sampler that draws the pairs of an epoch, and a note if a run would draw others."""
-    from accelerate.data_loader import SeedableRandomSampler
-
-    order = trainer.get_train_dataloader().batch_sampler.sampler
-    order = getattr(order, "order", order)  # before this package balances it
-    if isinstance(order, SeedableRandomSampler):
-        return order, []
-    note = (
-        "this run draws its pairs without a fixed seed (accelerator_config.use_seedable_sampler): "
-        "the critical path and the largest micro-batch are those of another order"
-    )
-    return order, [note]
 
 
 def _rows(cfg: Any, tokenizer: Any, data: Any) -> int:

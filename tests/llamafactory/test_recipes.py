@@ -250,7 +250,9 @@ def test_white_space_around_messages(tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(pair) + "\n")
     script = str(FOLDER / "make_data.py")
     for flags, answer in (([], "\n chosen "), (["--strip"], "chosen")):
-        done = run_python(script, str(tmp_path / "rows.jsonl"), *flags, "--out", str(tmp_path / "out"))
+        done = run_python(
+            script, str(tmp_path / "rows.jsonl"), *flags, "--out", str(tmp_path / "out")
+        )
         assert done.returncode == 0, done.stderr
         row = json.loads((tmp_path / "out" / "rows.jsonl").read_text())
         assert row["chosen"]["content"] == answer
