@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ..guards import last_line
 from ..guards.messages import named
-from ..options import OF_ANY_LOSS
+from ..options import OF_ANY_LOSS, of_margins
 from ..registry import BoundLoss, PairwiseLoss, losses
 from . import COMMON_KEYS, MARGIN, MARGINS, PRECOMPUTE, PRECOMPUTE_DIR
 from .autoload import host_losses
@@ -157,7 +157,7 @@ def _with_our_keys(host: Any, known: set[str], of_host: Sequence[str]) -> type:
             keys[key] = (kind if kind in _PLAIN else str, loss.help.get(option, ""))
     for key in COMMON_KEYS:
         of_margin = Literal[tuple(MARGINS)]  # type: ignore[valid-type]
-        what = OF_ANY_LOSS[key.removeprefix("focalpo_")]
+        what = of_margins(MARGINS) if key == MARGIN else OF_ANY_LOSS[key.removeprefix("focalpo_")]
         of_key: Any = {MARGIN: of_margin, PRECOMPUTE_DIR: str}.get(key, bool)
         keys[key] = (of_key, what)
     declared: list[Any] = []
