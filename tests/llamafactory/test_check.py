@@ -1,4 +1,4 @@
-"""`focalpo check` and `focalpo report` on what LLaMA-Factory reads and writes."""
+"""`focalpo check`, `report` and `score` on what LLaMA-Factory reads and writes."""
 
 from __future__ import annotations
 
@@ -150,3 +150,27 @@ def test_the_report_of_a_run(llamafactory: LlamaFactory):
     code, output, errors = ManyFocalpo(llamafactory.folder)("report", run.folder)
     assert code == 0, errors
     assert "0.6695" in output
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_scores_of_a_run(llamafactory: LlamaFactory, few: Path, tiny: Path, kind: str):
+    """Of its held-out pairs, in the file that LLaMA-Factory reads: the mean margin is what the run's
+    last evaluation logs, with the run's beta."""
+    held_out = llamafactory.data("held_out", few / "test.jsonl")
+    run = llamafactory.train(
+        finetuning_type=kind, lora_target="all", pref_beta=0.3, learning_rate=1e-3,
+        eval_dataset=held_out, eval_strategy="steps", eval_steps=5, per_device_eval_batch_size=4,
+    )  # fmt: skip
+    logged = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
+    (margin,) = [entry["eval_rewards/margins"] for entry in logged if "eval_loss" in entry]
+    focalpo = ManyFocalpo(llamafactory.folder)
+    out = llamafactory.folder / "scores"
+    file = llamafactory.folder / "held_out.jsonl"
+    words = ["score", run.folder, file, "--ref", tiny / "model", "--out", out, "--format", "csv"]
+    code, output, errors = focalpo(*words)
+    assert code == 0, errors
+    found = json.loads((out / "summary.json").read_text())
+    assert found["beta"] == 0.3 and found["rows"] == 12
+    assert ("MODEL is an adapter, loaded over" in output) == (kind == "lora")
+    assert abs(margin) > 1e-3
+    assert found["groups"]["all pairs"]["margin"] == pytest.approx(margin, abs=1e-4)
