@@ -7,7 +7,6 @@ loaded.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +18,7 @@ from ..errors import InvalidValue
 from ..guards import hub, sources
 from ..guards.messages import explained
 from ..hf_batches import order_of
-from ..plan import ModelState, Pair, Plan, Tokens, epoch_steps, windows
+from ..plan import ModelState, Pair, Plan, Tokens, epoch_steps, sharding, windows
 from . import BALANCED, SHARED
 from .data import SIDES, answers, cut_prompts, explain, listed
 
@@ -237,7 +236,9 @@ def _state(run: _Run) -> ModelState:
     args, off = run.finetuning, run.off
     asked = getattr(args, "focalpo", None)
     precision = _precision(off)
-    zero_stage, offloaded = _sharding(off)
+    zero_stage, offloaded = sharding(
+        off.get("deepspeed"), off.get("fsdp") or off.get("fsdp_config")
+    )
     full, pure = args.finetuning_type == "full", bool(off.get("pure_bf16"))
     optimizer_bytes = 8.0
     if full and precision != "fp32":
@@ -264,21 +265,6 @@ def _precision(off: dict[str, Any]) -> str:
     if off.get("bf16") or off.get("pure_bf16"):
         return "bf16"
     return "fp16" if off.get("fp16") else "fp32"
-
-
-def _sharding(off: dict[str, Any]) -> tuple[int | None, frozenset[str]]:
-    """DeepSpeed's stage, None under FSDP, and what the CPU's memory holds."""
-    if not off.get("deepspeed"):
-        return (None if off.get("fsdp") or off.get("fsdp_config") else 0), frozenset()
-    given = off["deepspeed"]
-    if not isinstance(given, dict):
-        given = json.loads(Path(given).read_text(encoding="utf-8"))
-    zero = given.get("zero_optimization", {})
-    keys = {"optimizer": "offload_optimizer", "weights": "offload_param"}
-    offloaded = (
-        what for what, key in keys.items() if (zero.get(key) or {}).get("device", "none") != "none"
-    )
-    return int(zero.get("stage", 0)), frozenset(offloaded)
 
 
 def _lora(args: Any) -> Any:
