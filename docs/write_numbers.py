@@ -18,19 +18,32 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import focalpo_plugins
-from focalpo_plugins import axolotl, diagnostics, focalpo_loss, focalpo_weight, reversal_margin
+from focalpo_plugins import (
+    axolotl,
+    diagnostics,
+    focalpo_loss,
+    focalpo_weight,
+    llamafactory,
+    reversal_margin,
+    swift,
+)
 from focalpo_plugins.openrlhf import flags
-from focalpo_plugins.options import OF_ANY_LOSS
+from focalpo_plugins.options import OF_ANY_LOSS, of_margins
 from focalpo_plugins.registry import get_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 NOXFILE = ast.parse((ROOT / "noxfile.py").read_text())
 MARKED = re.compile(r"(<!--= (.*?) -->)(.*?)(<!-- end -->)", re.S)
 GAMMA = get_loss("focalpo").options["gamma"]
+# The hosts whose keys are in a YAML.
+ADAPTERS: dict[str, Any] = {"axolotl": axolotl, "llamafactory": llamafactory, "swift": swift}
+# Of options that aren't off by default, nor among a loss's own.
+OTHER_DEFAULTS = {"margin": "dpo", "precompute_dir": "output_dir"}
 # The sections that explain an option.
 SECTIONS = {
     "gamma": "loss.md#gamma",
@@ -104,12 +117,18 @@ def option(name: str, spelled: str, default: str, text: str) -> list[str]:
     return [named, f"`{shown}`" if default.isidentifier() and shown == default else shown, text]
 
 
-def keys() -> str:
-    """Of Axolotl's YAML: those of the loss, and those that every loss has."""
-    loss, shared = get_loss("focalpo"), (*axolotl.SWITCHES, axolotl.MARGIN)
-    names = [*loss.options, *(key.removeprefix("focalpo_") for key in shared)]
-    given = {**dict.fromkeys(names, False), "margin": "dpo", **loss.options}
+def keys(host: str) -> str:
+    """Of a host's YAML: those of the loss, and those that every loss has there."""
+    loss, adapter = get_loss("focalpo"), ADAPTERS[host]
+    values = (value for value in vars(adapter).values() if isinstance(value, str))
+    of_all = [value.removeprefix("focalpo_") for value in values if value.startswith("focalpo_")]
+    names = [*loss.options, *(name for name in of_all if name in OF_ANY_LOSS)]
+    given = {**dict.fromkeys(names, False), **loss.options, **OTHER_DEFAULTS}
+    if adapter is not axolotl:
+        given["gamma"] = "none, mandatory"
     texts = {**OF_ANY_LOSS, **loss.help}
+    if "margin" in names:
+        texts["margin"] = of_margins(adapter.MARGINS)
     rows = [option(name, f"focalpo_{name}", str(given[name]), texts[name]) for name in names]
     return table(("key", "default", "what it does"), rows)
 

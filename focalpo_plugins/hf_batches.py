@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
-from torch.utils.data import BatchSampler
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, SeedableRandomSampler
+from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import TrainingArguments
 
 from .balanced import BalancedSampler, Cost, Dealt, Geometry, unknown_batches
@@ -23,6 +23,27 @@ def check_batches(args: TrainingArguments) -> None:
             "pair's weight would depend on its length. Remove it, and set focalpo_balanced_batches "
             "instead."
         )
+
+
+def order_of(loader: Any) -> tuple[Any, list[str]]:
+    """The sampler that draws the pairs of an epoch, before this package balances them.
+
+    Args:
+        loader: the data loader of a trainer that is built as the run's.
+
+    Returns:
+        The sampler, and a note if the run would draw another order than this one.
+    """
+    batches = loader.batch_sampler
+    batches = getattr(batches, "batch_sampler", batches)  # before accelerate splits them
+    order = getattr(batches.sampler, "order", batches.sampler)
+    if isinstance(order, (SeedableRandomSampler, SequentialSampler)):
+        return order, []
+    note = (
+        "this run draws its pairs without a fixed seed (accelerator_config.use_seedable_sampler): "
+        "the critical path and the largest micro-batch are for another order"
+    )
+    return order, [note]
 
 
 def balance(loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, key: str) -> Dealt:

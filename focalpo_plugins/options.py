@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .loss import SCHEDULES, VARIANTS
 
 #: FocalPO's own options.
@@ -14,7 +16,7 @@ OF_FOCALPO = {
 }
 #: The options of every loss; each exists only in the hosts where it does something.
 OF_ANY_LOSS = {
-    "margin": "Margin of the loss: dpo, or one without a reference: simpo, cpo or orpo",
+    "margin": "Margin of the loss",
     "fused": "Compute the loss without holding all logits of the batch in memory",
     "shared_prompts": "Compute each pair's common start once instead of twice, and no padding",
     "balanced_batches": "Deal each optimizer step's pairs to ranks and micro-batches by length",
@@ -24,3 +26,10 @@ OF_ANY_LOSS = {
     "allow_changed": "Resume a checkpoint that was trained with another loss",
     "allow_data": "Train even if more than half of the data has a fault",
 }
+
+
+def of_margins(names: Iterable[str]) -> str:
+    """What the option ``margin`` does in a host that has these, ``dpo`` among them."""
+    *others, last = (name for name in names if name != "dpo")
+    words = f"{', '.join(others)} or {last}"
+    return f"{OF_ANY_LOSS['margin']}: dpo, or without a reference {words}"

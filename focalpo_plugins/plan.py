@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -179,6 +181,25 @@ class Plan:
         if not all(name in known for name, _ in self.terms):
             return None
         return sum(weight * known[name] for name, weight in self.terms)
+
+
+def sharding(deepspeed: Any, fsdp: Any) -> tuple[int | None, frozenset[str]]:
+    """The stage and the offloaded parts of a :class:`ModelState`.
+
+    Args:
+        deepspeed: DeepSpeed's config, or the path of its file; None without DeepSpeed.
+        fsdp: what configures FSDP, if anything does.
+    """
+    if not deepspeed:
+        return (None if fsdp else 0), frozenset()
+    if not isinstance(deepspeed, dict):
+        deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+    zero = deepspeed.get("zero_optimization", {})
+    keys = {"optimizer": "offload_optimizer", "weights": "offload_param"}
+    offloaded = (
+        what for what, key in keys.items() if (zero.get(key) or {}).get("device", "none") != "none"
+    )
+    return int(zero.get("stage", 0)), frozenset(offloaded)
 
 
 def epoch_steps(

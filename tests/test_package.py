@@ -74,12 +74,12 @@ ARROWS: dict[str, set[str]] = {
         "hf_models", "hf_sequences", "guards", "compute", "sharing", "plan", "releases"
     },
     "axolotl": {
-        "errors", "loss", "options", "registry", "balanced", "plan", "guards", "compute", "trl"
+        "errors", "loss", "options", "registry", "balanced", "plan", "guards", "compute", "trl",
+        "hf_batches"
     },
     "llamafactory": {
-        "errors", "loss", "options", "registry", "run", "plan", "hf_models", "hf_sequences",
-        "hf_reference",
-        "guards", "trl"
+        "errors", "loss", "options", "registry", "run", "plan", "hf_batches", "hf_models",
+        "hf_sequences", "hf_reference", "guards", "trl"
     },
     "swift": {
         "errors", "loss", "options", "registry", "run", "plan", "balanced", "guards", "hf_trainer",

@@ -12,9 +12,9 @@ from typing import Any
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from pydantic import BaseModel, Field, create_model
 
-from ..options import OF_ANY_LOSS
+from ..options import OF_ANY_LOSS, of_margins
 from ..registry import losses
-from . import COMMON_KEYS, MARGIN, RL_AS_WRITTEN
+from . import COMMON_KEYS, MARGIN, MARGINS, RL_AS_WRITTEN
 
 
 def _keys() -> dict[str, Any]:
@@ -29,8 +29,9 @@ def _keys() -> dict[str, Any]:
     }
     # If a loss takes one of Axolotl's own keys, it is refused when a config asks for it.
     keys = {key: kind for key, kind in keys.items() if key not in AxolotlInputConfig.model_fields}
+    described = {**OF_ANY_LOSS, "margin": of_margins(MARGINS)}
     for key in COMMON_KEYS:
-        description = OF_ANY_LOSS[key.removeprefix("focalpo_")]
+        description = described[key.removeprefix("focalpo_")]
         kind = str if key == MARGIN else bool
         keys[key] = (kind | None, Field(default=None, description=description))
     return {**keys, RL_AS_WRITTEN: (str | None, None)}

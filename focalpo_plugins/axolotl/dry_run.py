@@ -6,7 +6,6 @@ replaced, by a tiny stand-in: what the trainer does to the data doesn't depend o
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from ..errors import InvalidValue
 from ..guards import hub
 from ..guards.messages import explained
 from ..guards.sources import described
-from ..plan import ModelState, Plan
+from ..plan import ModelState, Plan, sharding
 from ..registry import losses
 from . import FUSED, PLUGIN, RL_AS_WRITTEN, SHARED
 from .conversations import text_faults
@@ -254,7 +253,7 @@ def _state(cfg: Any) -> ModelState:
     from .keys import fused_key
 
     weight_bytes = adapter_bytes = 4 if cfg.torch_dtype == torch.float32 else 2
-    zero_stage, offloaded = _sharding(cfg)
+    zero_stage, offloaded = sharding(cfg.deepspeed, cfg.fsdp or cfg.fsdp_config)
     master = 4 if cfg.deepspeed and weight_bytes == 2 else 0
     lora, model_config = None, load_model_config(cfg)
     if cfg.adapter:
@@ -283,21 +282,6 @@ def _state(cfg: Any) -> ModelState:
         adapter_bytes=adapter_bytes,
         in_float32=_in_float32(cfg, model_config),
     )
-
-
-def _sharding(cfg: Any) -> tuple[int | None, frozenset[str]]:
-    """DeepSpeed's stage, None under FSDP, and what the CPU's memory holds."""
-    if not cfg.deepspeed:
-        return (None if cfg.fsdp or cfg.fsdp_config else 0), frozenset()
-    given = cfg.deepspeed
-    if not isinstance(given, dict):
-        given = json.loads(Path(given).read_text(encoding="utf-8"))
-    zero = given.get("zero_optimization", {})
-    keys = {"optimizer": "offload_optimizer", "weights": "offload_param"}
-    offloaded = (
-        what for what, key in keys.items() if (zero.get(key) or {}).get("device", "none") != "none"
-    )
-    return int(zero.get("stage", 0)), frozenset(offloaded)
 
 
 def _in_float32(cfg: Any, model_config: Any) -> tuple[str, ...]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
 from ..guards import hub, last_line
-from ..guards.messages import named
-from ..options import OF_ANY_LOSS
-from ..registry import BoundLoss, PairwiseLoss, losses
+from ..options import OF_ANY_LOSS, of_margins
+from ..registry import BoundLoss, PairwiseLoss, bind_keys, losses
 from . import COMMON_KEYS, MARGIN, MARGINS, PRECOMPUTE, PRECOMPUTE_DIR
 from .autoload import host_losses
 
@@ -113,7 +111,8 @@ def _take(args: Any, loss: PairwiseLoss, beside: Sequence[Any]) -> None:
     data_args = next(each for each in beside if hasattr(each, "cutoff_len"))
     margin = getattr(args, MARGIN) or "dpo"
     folder = (getattr(args, PRECOMPUTE_DIR) or "") if PRECOMPUTE in on else None
-    args.focalpo = Asked(bind(args, loss), margin, on, data_args, folder)
+    bound = bind_keys(loss, lambda key: getattr(args, key, None), ": true")
+    args.focalpo = Asked(bound, margin, on, data_args, folder)
     model_args = next(each for each in beside if hasattr(each, "model_name_or_path"))
 
     def reason(error: BaseException) -> str | None:
@@ -123,30 +122,6 @@ def _take(args: Any, loss: PairwiseLoss, beside: Sequence[Any]) -> None:
     last_line.install(reason)
     data.check_files(data_args)
     trainer.install()
-
-
-def bind(args: Any, loss: PairwiseLoss) -> BoundLoss:
-    """The loss with the options that the arguments give.
-
-    Raises:
-        ValueError: an option's value is out of range.
-    """
-    keys = keys_of(loss)
-    written = {keys[key]: value for key, value in given(args, [*keys]).items()}
-    values = {option: _read(value, loss.options[option]) for option, value in written.items()}
-    with named(f"{loss.name}_", loss.options, ": true"):
-        return loss.bind(**values)
-
-
-def _read(value: Any, default: Any) -> Any:
-    """The value of an option, which a command line gives as text."""
-    if isinstance(value, str) and not isinstance(default, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return value
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    return float(value) if is_number and (default is None or isinstance(default, float)) else value
 
 
 def _with_our_keys(host: Any, known: set[str], of_host: Sequence[str]) -> type:
@@ -163,7 +138,7 @@ def _with_our_keys(host: Any, known: set[str], of_host: Sequence[str]) -> type:
             keys[key] = (kind if kind in _PLAIN else str, loss.help.get(option, ""))
     for key in COMMON_KEYS:
         of_margin = Literal[tuple(MARGINS)]  # type: ignore[valid-type]
-        what = OF_ANY_LOSS[key.removeprefix("focalpo_")]
+        what = of_margins(MARGINS) if key == MARGIN else OF_ANY_LOSS[key.removeprefix("focalpo_")]
         of_key: Any = {MARGIN: of_margin, PRECOMPUTE_DIR: str}.get(key, bool)
         keys[key] = (of_key, what)
     declared: list[Any] = []

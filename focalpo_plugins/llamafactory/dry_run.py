@@ -7,7 +7,6 @@ loaded.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,15 +17,8 @@ from typing import Any, NamedTuple
 from ..errors import InvalidValue
 from ..guards import hub, sources
 from ..guards.messages import explained
-from ..plan import (
-    AnyOrder,
-    ModelState,
-    Pair,
-    Plan,
-    Tokens,
-    epoch_steps,
-    windows,
-)
+from ..hf_batches import order_of
+from ..plan import ModelState, Pair, Plan, Tokens, epoch_steps, sharding, windows
 from . import BALANCED, SHARED
 from .data import SIDES, answers, cut_prompts, explain, listed, remote_names
 
@@ -139,16 +131,19 @@ def _with_data(bare: Plan, run: _Run) -> Plan:
     from llamafactory.model import load_tokenizer
 
     module = load_tokenizer(run.model)
-    template = get_template_and_fix_tokenizer(module["tokenizer"], run.data)
+    tokenizer = module["tokenizer"]
+    template = get_template_and_fix_tokenizer(tokenizer, run.data)
+    given = _is_tokenized(run.data)
+    if not given:
+        run.data.tokenized_path = None  # where LLaMA-Factory would keep what it tokenizes
     dataset = _tokenized(run, run.data, template, module)
     limit, args = run.data.cutoff_len, run.training
     at_limit = any(limit in map(len, sides) for sides in _sides(dataset))
     whole = dataset
-    if at_limit:
+    if at_limit and not given:
         uncut = copy.copy(run.data)
-        uncut.cutoff_len, uncut.tokenized_path = _NO_LIMIT, None
+        uncut.cutoff_len = _NO_LIMIT
         whole = _tokenized(run, uncut, template, module)
-    tokenizer = module["tokenizer"]
     found = cut_prompts(answers(dataset), tokenizer, template, limit, evaluation=False)
     of_epoch = epoch_steps(
         len(dataset),
@@ -158,18 +153,45 @@ def _with_data(bare: Plan, run: _Run) -> Plan:
         drop_last=args.dataloader_drop_last,
     )
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * of_epoch)
+    order, unknown = order_of(_trainer(run, dataset, tokenizer).get_train_dataloader())
     return replace(
         bare,
         warnings=[*bare.warnings, *map(str, found)],
-        notes=[*bare.notes, AnyOrder.NOTE],
+        notes=[*bare.notes, *unknown],
         tokenizer=tokenizer,
-        rows=_rows(run, len(dataset)),
+        rows=len(dataset) if given else _rows(run, len(dataset)),
         kept=len(dataset),
         pairs=_pairs(dataset, whole),
-        formats=sources.described(listed(run.data)),
+        formats=() if given else sources.described(listed(run.data)),
         epoch_steps=of_epoch,
         steps=steps,
-        windows=windows(AnyOrder(len(dataset)), bare.geometry, True, steps),
+        windows=windows(order, bare.geometry, args.dataloader_drop_last, steps),
+    )
+
+
+def _is_tokenized(data: Any) -> bool:
+    """Whether ``tokenized_path`` holds the data: LLaMA-Factory then reads nothing else."""
+    from llamafactory.extras.misc import has_tokenized_data
+
+    return data.tokenized_path is not None and has_tokenized_data(data.tokenized_path)
+
+
+def _trainer(run: _Run, dataset: Any, tokenizer: Any) -> Any:
+    """LLaMA-Factory's own trainer, which draws the pairs."""
+    from llamafactory.train.dpo.trainer import CustomDPOTrainer
+
+    from ..trl.stand_in import stand_in
+
+    own = copy.copy(run.finetuning)
+    own.focalpo = None
+    return CustomDPOTrainer(
+        model=stand_in(len(tokenizer)),
+        ref_model=None,
+        args=run.training,
+        finetuning_args=own,
+        processor=None,
+        tokenizer=tokenizer,
+        train_dataset=dataset,
     )
 
 
@@ -184,7 +206,7 @@ def _rows(run: _Run, kept: int) -> int:
     from llamafactory.data.data_utils import split_dataset
     from llamafactory.data.loader import _get_merged_dataset
 
-    if run.data.tokenized_path is not None or run.data.streaming:
+    if run.data.streaming:
         return kept
     merged = _get_merged_dataset(run.data.dataset, run.model, run.data, run.training, "rm")
     return len(split_dataset(merged, None, run.data, seed=run.training.seed)[0]["train"])
@@ -213,7 +235,9 @@ def _state(run: _Run) -> ModelState:
     args, off = run.finetuning, run.off
     asked = getattr(args, "focalpo", None)
     precision = _precision(off)
-    zero_stage, offloaded = _sharding(off)
+    zero_stage, offloaded = sharding(
+        off.get("deepspeed"), off.get("fsdp") or off.get("fsdp_config")
+    )
     full, pure = args.finetuning_type == "full", bool(off.get("pure_bf16"))
     optimizer_bytes = 8.0
     if full and precision != "fp32":
@@ -240,21 +264,6 @@ def _precision(off: dict[str, Any]) -> str:
     if off.get("bf16") or off.get("pure_bf16"):
         return "bf16"
     return "fp16" if off.get("fp16") else "fp32"
-
-
-def _sharding(off: dict[str, Any]) -> tuple[int | None, frozenset[str]]:
-    """DeepSpeed's stage, None under FSDP, and what the CPU's memory holds."""
-    if not off.get("deepspeed"):
-        return (None if off.get("fsdp") or off.get("fsdp_config") else 0), frozenset()
-    given = off["deepspeed"]
-    if not isinstance(given, dict):
-        given = json.loads(Path(given).read_text(encoding="utf-8"))
-    zero = given.get("zero_optimization", {})
-    keys = {"optimizer": "offload_optimizer", "weights": "offload_param"}
-    offloaded = (
-        what for what, key in keys.items() if (zero.get(key) or {}).get("device", "none") != "none"
-    )
-    return int(zero.get("stage", 0)), frozenset(offloaded)
 
 
 def _lora(args: Any) -> Any:

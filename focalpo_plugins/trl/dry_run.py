@@ -10,7 +10,8 @@ from typing import Any
 
 from ..balanced import Geometry
 from ..compute.fused_loss import LOGITS_AT_ONCE
-from ..plan import ModelState, Pair, Plan, Tokens, epoch_steps, windows
+from ..hf_batches import order_of
+from ..plan import ModelState, Pair, Plan, Tokens, epoch_steps, sharding, windows
 
 _NO_LIMIT = 10**9  # tokens
 
@@ -59,7 +60,7 @@ def with_data(bare: Plan, trainer: Any) -> Plan:
     of_run = math.ceil(args.num_train_epochs * of_epoch)
     steps = args.max_steps if args.max_steps > 0 else of_run
     of_dpo = bare.margin == "dpo"
-    order, unknown = _order(trainer)
+    order, unknown = order_of(trainer.get_train_dataloader())
     ours = getattr(trainer, "pairwise_loss", None)
     return replace(
         bare,
@@ -84,23 +85,6 @@ def _geometry(bare: Plan, args: Any) -> Geometry:
     if args.accelerator_config.split_batches:  # then a batch is of all ranks
         each = max(1, each // bare.data_ranks)
     return Geometry(bare.data_ranks, each, args.gradient_accumulation_steps)
-
-
-def _order(trainer: Any) -> tuple[Any, list[str]]:
-    """The sampler that draws the pairs of an epoch, and a note if a run would draw others."""
-    from accelerate.data_loader import SeedableRandomSampler
-
-    batches = trainer.get_train_dataloader().batch_sampler
-    batches = getattr(batches, "batch_sampler", batches)  # before accelerate splits them
-    order = batches.sampler
-    order = getattr(order, "order", order)  # before this package balances it
-    if isinstance(order, SeedableRandomSampler):
-        return order, []
-    note = (
-        "this run draws its pairs without a fixed seed (accelerator_config.use_seedable_sampler): "
-        "the critical path and the largest micro-batch are for another order"
-    )
-    return order, [note]
 
 
 def _pairs(dataset: Any, collator: Any) -> Iterator[Pair]:
@@ -160,9 +144,10 @@ def _state(trainer: Any) -> ModelState:
     weights = [each for name, each in model.named_parameters() if "lora_" not in name]
     weight_bytes = max(each.dtype.itemsize for each in weights if each.is_floating_point())
     trained = [each for each in model.parameters() if each.requires_grad]
-    zero, master = _zero(trainer), 0
-    if zero[0] and weight_bytes == 2:
-        master = 4
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    of_deepspeed = None if plugin is None else plugin.deepspeed_config
+    zero_stage, offloaded = sharding(of_deepspeed, trainer.is_fsdp_enabled)
+    master = 4 if zero_stage and weight_bytes == 2 else 0
     optimizer = str(getattr(args.optim, "value", args.optim))
     each = 4 if master else trained[0].dtype.itemsize
     return ModelState(
@@ -171,24 +156,9 @@ def _state(trainer: Any) -> ModelState:
         weight_bytes=weight_bytes,
         four_bit=bool(getattr(model, "is_loaded_in_4bit", False)),
         optimizer_bytes=master + (2.0 if "8bit" in optimizer else 2.0 * each),
-        zero_stage=zero[0],
-        offloaded=zero[1],
+        zero_stage=zero_stage,
+        offloaded=offloaded,
         reference=getattr(trainer, "ref_model", None) is not None,
         logits_at_once=LOGITS_AT_ONCE if getattr(trainer, "_fused", False) else None,
         adapter_bytes=trained[0].dtype.itemsize if adapters else None,
     )
-
-
-def _zero(trainer: Any) -> tuple[int | None, frozenset[str]]:
-    """DeepSpeed's stage, None under FSDP, and what the CPU's memory holds."""
-    if trainer.is_fsdp_enabled:
-        return None, frozenset()
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if plugin is None:
-        return 0, frozenset()
-    given = plugin.deepspeed_config.get("zero_optimization", {})
-    keys = {"optimizer": "offload_optimizer", "weights": "offload_param"}
-    offloaded = (
-        what for what, key in keys.items() if (given.get(key) or {}).get("device", "none") != "none"
-    )
-    return int(given.get("stage", 0)), frozenset(offloaded)

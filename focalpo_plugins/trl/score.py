@@ -1,26 +1,28 @@
 """Log-probabilities of preference pairs, with TRL's own preparation of the data.
 
 A ``DPOTrainer`` is built with a stand-in for the model, and never trained.  Its prepared data set
-and its collator give the batches that a run would have trained on.
+and its collator give the batches that a run would have trained on.  Where TRL is too old for that,
+:mod:`~focalpo_plugins.trl.score_rows` does the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import trl
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from trl import DPOConfig, DPOTrainer
 
 from ..errors import InvalidValue
 from .score_data import read_pairs
 from .score_models import Source, load_model, tokenizer_of
+from .score_rows import Collator, by_template, trl_has_it
 from .stand_in import stand_in
 
 
@@ -58,10 +60,9 @@ class PairScorer:
             row += "_"
         pairs = pairs.add_column(row, list(range(self.total)))
         tokenizer = tokenizer_of(policy, reference)
-        trainer: Any = prepared_by_trl(pairs, tokenizer, max_length, str(data))
-        self._pairs = trainer.train_dataset
-        self._collate = trainer.data_collator
-        self._device = trainer.accelerator.device
+        prepared = _prepared(pairs, tokenizer, max_length, str(data))
+        self._pairs, self._collate = prepared.rows, prepared.collate
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self.rows: list[int] = list(self._pairs[row])
         self._models = [
             load_model(source, role, dtype).to(self._device).eval()
@@ -99,11 +100,30 @@ class PairScorer:
         return torch.where(mask.bool(), picked, 0.0).sum(-1)
 
 
+class _Prepared(NamedTuple):
+    rows: Dataset
+    collate: Callable[[list[Any]], dict[str, Tensor]]
+
+
+def _prepared(
+    pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, data: str
+) -> _Prepared:
+    if trl_has_it():
+        trainer: Any = prepared_by_trl(pairs, tokenizer, max_length, data)
+        return _Prepared(trainer.train_dataset, trainer.data_collator)
+    with _named(data, "the chat template"):
+        rows = by_template(pairs, tokenizer, max_length)
+    padding = tokenizer.pad_token_id
+    return _Prepared(rows, Collator(0 if padding is None else padding, max_length))
+
+
 def prepared_by_trl(
     pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, data: str
-) -> DPOTrainer:
+) -> Any:
     """A trainer with a tiny model: how TRL prepares the data doesn't depend on the model."""
-    with TemporaryDirectory() as folder:
+    from trl import DPOConfig, DPOTrainer
+
+    with TemporaryDirectory() as folder, _named(data, f"TRL {trl.__version__}"):
         config = DPOConfig(
             output_dir=folder,
             max_length=max_length,
@@ -111,16 +131,22 @@ def prepared_by_trl(
             use_cpu=not torch.cuda.is_available(),
             report_to=[],
         )
-        try:
-            return DPOTrainer(
-                stand_in(len(tokenizer)),
-                stand_in(len(tokenizer)),
-                args=config,
-                train_dataset=pairs,
-                processing_class=tokenizer,
-            )
-        except Exception as error:  # a chat template can raise any error
-            raise InvalidValue(
-                f"DATA must be pairs that TRL {version('trl')} can prepare, got {data!r}: "
-                f"{type(error).__name__}: {' '.join(str(error).split())}"
-            ) from error
+        return DPOTrainer(
+            stand_in(len(tokenizer)),
+            stand_in(len(tokenizer)),
+            args=config,
+            train_dataset=pairs,
+            processing_class=tokenizer,
+        )
+
+
+@contextmanager
+def _named(data: str, who: str) -> Iterator[None]:
+    """Name the data in what is raised inside: a chat template can raise any error."""
+    try:
+        yield
+    except Exception as error:
+        raise InvalidValue(
+            f"DATA must be pairs that {who} can prepare, got {data!r}: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error

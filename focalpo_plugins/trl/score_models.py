@@ -155,11 +155,15 @@ def _with_adapter(model: Any, name: str) -> tuple[Any, list[str], list[str]]:
 
 
 def tokenizer_of(policy: Source, reference: Source) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer if it has one, else the reference's; their vocabularies must agree."""
+    """The policy's tokenizer if it has one, else the reference's; their vocabularies must agree.
+
+    One may have tokens more: LLaMA-Factory adds some to the tokenizers that it saves.
+    """
     found = [each for each in (_own_tokenizer(policy), _own_tokenizer(reference)) if each]
     if not found:
         raise InvalidValue(f"neither {policy.name} nor {reference.name} has a tokenizer.")
-    if len(found) == 2 and found[0].get_vocab() != found[1].get_vocab():
+    fewer, more = sorted((each.get_vocab() for each in (found[0], found[-1])), key=len)
+    if not fewer.items() <= more.items():
         raise InvalidValue(
             f"MODEL and --ref must have the same vocabulary, got {policy.name!r} and "
             f"{reference.name!r}, which differ: a reward compares the two on the same tokens."

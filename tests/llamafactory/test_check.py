@@ -1,13 +1,16 @@
-"""`focalpo check` and `focalpo report` on what LLaMA-Factory reads and writes."""
+"""`focalpo check`, `report` and `score` on what LLaMA-Factory reads and writes."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from harness import ManyFocalpo
 from llamafactory_run import LlamaFactory
+from planned import computed
 
 pytestmark = pytest.mark.releases
 
@@ -39,7 +42,7 @@ def test_the_plan(checked):
 
 
 def test_tokens_are_those_of_a_run(checked, llamafactory: LlamaFactory):
-    """With shared prompts, the tokens of all 40 pairs in five steps, whatever their order; balanced
+    """With shared prompts, the tokens of all 40 pairs in five steps; balanced
     batches of padded pairs have more, and plain ones most."""
     _, found, errors = checked(max_steps=5, focalpo_shared_prompts=True)
     tokens = found["tokens_per_step"]
@@ -49,6 +52,51 @@ def test_tokens_are_those_of_a_run(checked, llamafactory: LlamaFactory):
     history = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
     of_run = [entry["focalpo/tokens"] for entry in history if "focalpo/tokens" in entry]
     assert sum(of_run) / len(of_run) == pytest.approx(tokens["shared"], rel=0.02)
+
+
+@pytest.mark.parametrize("ranks, balanced", [(1, False), (2, False), (2, True)])
+def test_a_run_has_the_batches_that_were_planned(
+    llamafactory: LlamaFactory, few: Path, ranks: int, balanced: bool
+):
+    """In all its epochs, whose orders differ.  One rank trains on 5, 5 and 2 of 12 pairs an epoch,
+    with two batches to a step, in ceil(1.5 * 2) = 3 steps.  Two ranks train on 5 each, twice an epoch,
+    which is a step, and accelerate completes the second time with the epoch's first pairs; in two."""
+    lines = (few / "train.jsonl").read_text().splitlines(keepends=True)[:12]
+    (llamafactory.folder / "12.jsonl").write_text("".join(lines))
+    llamafactory.data("12", llamafactory.folder / "12.jsonl")
+    config = llamafactory.config(
+        dataset="12", max_steps=None, num_train_epochs=1.5, per_device_train_batch_size=5, seed=7,
+        focalpo_balanced_batches=balanced or None,
+    )  # fmt: skip
+    given = [ranks, llamafactory.write(config)]
+    code, said, errors = forked.run("planned:main", given, llamafactory.folder)
+    assert code == 0, errors[-3000:]
+    plan = json.loads(said.splitlines()[-1])
+    how = {"first": ["batches_of_ranks"], "BATCHES": str(llamafactory.folder)}
+    run = llamafactory(config, ranks=ranks, **how)
+    assert run.code == 0, run.output[-6000:]
+    files = sorted(llamafactory.folder.glob("batches*.jsonl"))
+    trained = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    sizes = [[5, 5, 2, 5, 5]] if ranks == 1 else [[5] * 4] * 2
+    assert [[*map(len, of_rank)] for of_rank in trained] == sizes
+    assert trained[0][0] != trained[0][4 - ranks]  # the second epoch's
+    assert (plan["batches"] == trained) is not balanced
+    said = plan["tokens_per_step"], plan["largest"]["tokens"], plan["largest"]["pairs"]
+    assert said == pytest.approx(computed(trained, 2))
+
+
+def test_data_that_are_tokenized(checked, llamafactory: LlamaFactory):
+    """LLaMA-Factory keeps them in a folder, which a run makes, and `focalpo check` only reads."""
+    tokens = llamafactory.folder / "tokens"
+    code, found, errors = checked(tokenized_path=str(tokens))
+    assert code == 0, errors
+    assert found["rows"] == 40 and not tokens.exists()
+    llamafactory.train(tokenized_path=str(tokens), max_steps=1)
+    names = {"dataset": "unused", "dataset_dir": str(tokens)}  # which LLaMA-Factory doesn't read
+    code, again, errors = checked(tokenized_path=str(tokens), cutoff_len=24, **names)
+    assert code == 0, errors
+    assert (again["rows"], again["counts"]["truncated"]) == (40, 0)
+    assert again["tokens_per_step"] == found["tokens_per_step"]
 
 
 def test_pairs_that_are_cut(checked):
@@ -102,3 +150,27 @@ def test_the_report_of_a_run(llamafactory: LlamaFactory):
     code, output, errors = ManyFocalpo(llamafactory.folder)("report", run.folder)
     assert code == 0, errors
     assert "0.6695" in output
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_scores_of_a_run(llamafactory: LlamaFactory, few: Path, tiny: Path, kind: str):
+    """Of its held-out pairs, in the file that LLaMA-Factory reads: the mean margin is what the run's
+    last evaluation logs, with the run's beta."""
+    held_out = llamafactory.data("held_out", few / "test.jsonl")
+    run = llamafactory.train(
+        finetuning_type=kind, lora_target="all", pref_beta=0.3, learning_rate=1e-3,
+        eval_dataset=held_out, eval_strategy="steps", eval_steps=5, per_device_eval_batch_size=4,
+    )  # fmt: skip
+    logged = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
+    (margin,) = [entry["eval_rewards/margins"] for entry in logged if "eval_loss" in entry]
+    focalpo = ManyFocalpo(llamafactory.folder)
+    out = llamafactory.folder / "scores"
+    file = llamafactory.folder / "held_out.jsonl"
+    words = ["score", run.folder, file, "--ref", tiny / "model", "--out", out, "--format", "csv"]
+    code, output, errors = focalpo(*words)
+    assert code == 0, errors
+    found = json.loads((out / "summary.json").read_text())
+    assert found["beta"] == 0.3 and found["rows"] == 12
+    assert ("MODEL is an adapter, loaded over" in output) == (kind == "lora")
+    assert abs(margin) > 1e-3
+    assert found["groups"]["all pairs"]["margin"] == pytest.approx(margin, abs=1e-4)

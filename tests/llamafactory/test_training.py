@@ -221,6 +221,27 @@ def test_a_precomputed_reference_on_two_ranks(llamafactory: LlamaFactory):
     assert losses(run) == pytest.approx(losses(plain), abs=2e-5)
 
 
+def test_a_precomputed_reference_under_zero_3(llamafactory: LlamaFactory, tmp_path: Path):
+    """The losses of the run that keeps its reference, and the last one again after resuming; the
+    reference of adapters is the policy, which DeepSpeed has not prepared yet."""
+    options: dict[str, Any] = {
+        "gradient_accumulation_steps": 1, "max_steps": 3, "learning_rate": 1e-3, "save_steps": 2,
+        "save_strategy": "steps", "deepspeed": zero3_on_cpu(tmp_path),
+    }  # fmt: skip
+    plain = llamafactory.train(ranks=2, **options, output_dir=str(tmp_path / "plain"))
+    options["focalpo_precompute_ref"] = True
+    run = llamafactory.train(ranks=2, **options)
+    assert "reference log-probs of 40 pairs computed and kept in" in run.output
+    assert losses(run) == pytest.approx(losses(plain), abs=2e-5)
+    resume = str(run.folder / "checkpoint-2")
+    resumed = llamafactory.train(ranks=2, **options, resume_from_checkpoint=resume)
+    assert "reference log-probs of 40 pairs read from" in resumed.output
+    assert losses(resumed) == losses(run) and losses(run)[2] != losses(run)[1]
+    adapters = llamafactory(llamafactory.config(**options, **OWN["LoRA"]), ranks=2)
+    assert adapters.code != 0
+    assert "focalpo_precompute_ref can't be combined with adapters under" in adapters.output
+
+
 REFUSED_PRECOMPUTE = {
     "no reference": (
         {"focalpo_margin": "simpo"},

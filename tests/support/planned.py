@@ -2,8 +2,8 @@
 
 ``pairs`` has the token ids of each pair's chosen and rejected sequence, ``batches`` a list for each
 rank with the pairs of its batches before they are balanced, ``tokens_per_step`` and ``largest`` what
-is said of the run's own way.  The first argument is the number of ranks, the second an Axolotl YAML,
-or `--` before OpenRLHF's flags or before `swift rlhf` with its keys.
+is said of the run's own way.  The first argument is the number of ranks, the second a YAML of
+Axolotl's or LLaMA-Factory's, or `--` before OpenRLHF's flags or before `swift rlhf` with its keys.
 """
 
 import contextlib
@@ -11,6 +11,8 @@ import json
 import sys
 import tempfile
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -23,8 +25,8 @@ def read(gpus, words, scratch):
         from focalpo_plugins.openrlhf.dry_run import plan
 
         return plan(words[1:], gpus)
-    from focalpo_plugins.axolotl.dry_run import plan
-
+    host = "axolotl" if find_spec("axolotl") else "llamafactory"
+    plan = import_module(f"focalpo_plugins.{host}.dry_run").plan
     return plan(Path(words[0]), gpus, scratch)
 
 

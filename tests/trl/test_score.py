@@ -24,7 +24,14 @@ from focalpo_plugins.cli.score.beta import beta_of
 from focalpo_plugins.cli.score.scores_file import read_scores
 from focalpo_plugins.trl.score import prepared_by_trl
 from focalpo_plugins.trl.score_data import read_pairs
-from focalpo_plugins.trl.score_models import _with_adapter, load_model, resolve
+from focalpo_plugins.trl.score_models import (
+    Source,
+    _with_adapter,
+    load_model,
+    resolve,
+    tokenizer_of,
+)
+from focalpo_plugins.trl.score_rows import Collator, by_template, trl_has_it
 
 shares_ends = pytest.mark.xdist_group("ends")  # one worker makes the runs
 
@@ -479,9 +486,50 @@ def test_it_prepares_what_a_run_trains_on(tiny: Path, tmp_path: Path):
     scored = prepared_by_trl(read_pairs(file)[0], tokenizer, None, str(file)).train_dataset
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
         assert scored[name][:] == run.train_dataset[name][:]
+        assert by_template(read_pairs(file)[0], tokenizer, None)[name][:] == scored[name][:]
     prompt = tokenizer.decode(scored[0]["prompt_ids"])
     assert "look" in prompt
     assert "kind" in prompt
+
+
+@pytest.mark.parametrize("max_length", [None, 30])
+@pytest.mark.parametrize("form", ["conversations", "texts", "texts without a prompt"])
+def test_without_trl_the_pairs_are_the_same(tiny: Path, tmp_path: Path, form: str, max_length):
+    """Where TRL is too old: token by token, and as a batch.  The first prompt fills 30 tokens."""
+    assert trl_has_it()
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    ends = {"chosen": "It was good.<|eot_id|>", "rejected": "It was long, it was bad"}
+    lines = [json.loads(line) for line in (tiny / "test.jsonl").read_text().splitlines()[:3]]
+    rows = [
+        {"prompt": f"What is {'very ' * 40 * (not number)}new? ", **ends} for number in range(3)
+    ]
+    if form == "texts without a prompt":
+        rows = [{side: row["prompt"] + row[side] for side in ends} for row in rows]
+    pairs = read_pairs(write_rows(tmp_path, *(lines if form == "conversations" else rows)))[0]
+    trainer = prepared_by_trl(pairs, tokenizer, max_length, "pairs.jsonl")
+    theirs, ours = trainer.train_dataset, by_template(pairs, tokenizer, max_length)
+    assert 0 < len(ours) == len(theirs)
+    assert len(ours) < 3 or max_length is None or form == "conversations"
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        assert ours[name][:] == theirs[name][:]
+    of_trl = trainer.data_collator([*theirs])
+    batch = Collator(tokenizer.pad_token_id, max_length)([*ours])
+    for name, values in batch.items():
+        assert values.equal(of_trl[name]), name
+
+
+def test_one_vocabulary_may_have_more(tiny: Path, tmp_path: Path):
+    """As the tokenizer that LLaMA-Factory saves, to which it adds what may end a turn."""
+    for name, token in (("more", "<|eom_id|>"), ("other", "<|other|>")):
+        tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+        tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+        tokenizer.save_pretrained(tmp_path / name)
+    model, more, other = (
+        Source(str(each)) for each in (tiny / "model", tmp_path / "more", tmp_path / "other")
+    )
+    assert len(tokenizer_of(more, model)) == len(tokenizer_of(model, more)) + 1
+    with pytest.raises(ValueError, match="MODEL and --ref must have one vocabulary, got"):
+        tokenizer_of(more, other)
 
 
 def test_what_trl_cannot_prepare_is_one_line(tiny: Path, tmp_path: Path):
