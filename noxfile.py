@@ -231,7 +231,7 @@ def llamafactory(session: nox.Session) -> None:
 @nox.session
 def swift(session: nox.Session) -> None:
     """The adapter of ms-swift, with the real ms-swift."""
-    install_swift(session, SWIFT)
+    install_swift(session)
     # Not what it imports of TRL's adapter, whose types are those of a newer TRL.
     check_types(session, "swift", more=("--follow-imports", "silent"))
     test(session, OF_SWIFT, *THREE_AT_A_TIME)
@@ -377,18 +377,26 @@ def release(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("host", ["axolotl", "openrlhf"])
+@nox.parametrize("host", ["axolotl", "openrlhf", "llamafactory", "swift"])
 def bench(session: nox.Session, host: str) -> None:
     """What the plug-in costs, as ratios; `-- NAME ...` measures single benchmarks."""
     of_host = {
         "axolotl": ["loss", "start", "trl", "axolotl", "shared", "fused", "ranks", "balanced"],
         "openrlhf": ["openrlhf", "balanced"],
+        "llamafactory": ["balanced"],
+        "swift": ["balanced"],
+    }
+    install = {
+        "axolotl": install_axolotl,
+        "openrlhf": install_openrlhf,
+        "llamafactory": install_llamafactory,
+        "swift": install_swift,
     }
     asked = [word for word in session.posargs if word in sum(of_host.values(), [])]
     names = [name for name in of_host[host] if name in asked or not asked]
     if not names:
         session.skip("none of the names is this host's")
-    {"axolotl": install_axolotl, "openrlhf": install_openrlhf}[host](session)
+    install[host](session)
     options = [word for word in session.posargs if word not in asked]
     out = f"outputs/bench_{host}.json"
     session.run("python", "benchmarks/run.py", *names, *options, "--out", out)
@@ -470,7 +478,7 @@ def install_llamafactory(session: nox.Session, llamafactory: str = LLAMA_FACTORY
         beside_the_host(session)
 
 
-def install_swift(session: nox.Session, swift: str) -> None:
+def install_swift(session: nox.Session, swift: str = SWIFT) -> None:
     session.install(TORCH, "setuptools", "wheel")
     session.install(swift, "matplotlib", "bitsandbytes")
     session.install(DEEPSPEED_OF_SWIFT, "--no-build-isolation", env={"DS_BUILD_OPS": "0"})

@@ -1,5 +1,7 @@
 """Whole steps of the real hosts, plain, with balanced batches, with shared prompts and with both.
 
+"plain" is FocalPO without switches, and in LLaMA-Factory and ms-swift the host's own DPO.
+
 Each row is predicted first, from the tokens on the critical path of the same pairs.  The rows at
 the end are what balanced batches cost where they can save nothing.
 """
@@ -16,7 +18,15 @@ from typing import Any
 
 import row_lengths
 import torch
-from hosts import EXAMPLES, SWITCHES, train_axolotl, train_openrlhf, train_trl
+from hosts import (
+    EXAMPLES,
+    SWITCHES,
+    train_axolotl,
+    train_llamafactory,
+    train_openrlhf,
+    train_swift,
+    train_trl,
+)
 from lengths import of_file, path
 from measure import (
     CUDA,
@@ -40,6 +50,11 @@ WARM_UP = 1
 LIMIT = 480  # seconds of a row, on a machine that is busy otherwise
 ORDERS = 20  # that a prediction draws
 FOUR = ("plain", "balanced", "shared", "both")
+SWITCHED = (*FOUR, "both + precomputed")
+# The policy's forward pass, its backward pass, which takes twice as long, and the reference's.
+PASSES = dict.fromkeys(SWITCHES, 4) | {"both + precomputed": 3}
+# They bring a TRL of their own, and change its trainer.
+CHANGE_TRL = ("llamafactory", "swift")
 
 
 def way_of_trl(geometry: Geometry, model: Path, data: Path, switches: tuple[str, ...]) -> Way:
@@ -85,6 +100,49 @@ def way_of_openrlhf(geometry: Geometry, model: Path, data: Path, switches: tuple
     return Way(train_openrlhf, {"flags": flags, "accumulation": geometry.accumulation})
 
 
+def way_of_llamafactory(
+    geometry: Geometry, model: Path, data: Path, switches: tuple[str, ...]
+) -> Way:
+    config = tiny_recipe("llamafactory", "pref_loss", geometry, switches)
+    config |= {"model_name_or_path": str(model), "cutoff_len": 1024}
+    config["disable_gradient_checkpointing"] = True  # like the other hosts
+    return Way(train_llamafactory, {"config": config, "data": data})
+
+
+def way_of_swift(geometry: Geometry, model: Path, data: Path, switches: tuple[str, ...]) -> Way:
+    config = tiny_recipe("swift", "loss_type", geometry, switches)
+    config |= {"model": str(model), "dataset": [str(data)], "max_length": 1024}
+    return Way(train_swift, {"config": config})
+
+
+def tiny_recipe(
+    host: str, loss: str, geometry: Geometry, switches: tuple[str, ...]
+) -> dict[str, Any]:
+    """The host's tiny run without evaluation; without switches it is the host's own DPO.
+
+    Args:
+        loss: the key with the loss's name.
+    """
+    import yaml
+
+    text = (EXAMPLES / host / "tiny_focalpo.yaml").read_text(encoding="utf-8")
+    config: dict[str, Any] = yaml.safe_load(text)
+    for key in ("eval_dataset", "val_dataset", "eval_strategy", "eval_steps", "eval_on_start"):
+        config.pop(key, None)
+    if not switches:
+        config |= {loss: "sigmoid"}
+        del config["focalpo_gamma"]
+    return config | {
+        "per_device_train_batch_size": geometry.each,
+        "per_device_eval_batch_size": geometry.each,
+        "gradient_accumulation_steps": geometry.accumulation,
+        "max_steps": 10_000,
+        "save_strategy": "no",
+        "learning_rate": 1e-5,
+        **{f"focalpo_{switch}": True for switch in switches},
+    }
+
+
 @dataclass
 class Row:
     host: str
@@ -98,10 +156,23 @@ ROWS = (
     Row("trl", "TRL, 1 rank", way_of_trl, Geometry(1, 4, 8), (*FOUR, "both + fused")),
     Row("axolotl", "Axolotl, 2 ranks, ZeRO-3", way_of_axolotl, Geometry(2, 2, 8), FOUR),
     Row("openrlhf", "OpenRLHF, 2 ranks, ZeRO-2", way_of_openrlhf, Geometry(2, 2, 8), FOUR),
+    *(
+        Row(host, f"{name}, 1 rank", way, Geometry(1, pairs, 32 // pairs), SWITCHED)
+        for host, name, way in (
+            ("llamafactory", "LLaMA-Factory", way_of_llamafactory),
+            ("swift", "ms-swift", way_of_swift),
+        )
+        for pairs in (4, 8)
+    ),
 )
 # Small steps, so that what balancing costs would be seen.
 EQUAL = Row("trl", "TRL, 1 rank", way_of_trl, Geometry(1, 4, 4), ("plain", "balanced"))
 EQUAL_ROUNDS = 20  # for each round of the others
+
+
+def measured_here(host: str) -> bool:
+    """Whether a host is installed, and is no part that another one changes."""
+    return installed(host) and not (host == "trl" and any(map(installed, CHANGE_TRL)))
 
 
 def drawn(rows: list[dict[str, Any]], count: int, file: Path) -> Path:
@@ -119,8 +190,8 @@ def predicted(row: Row, case: str, file: Path, model: Path) -> Iterator[Result]:
     from transformers import AutoTokenizer
 
     lengths = of_file(file, AutoTokenizer.from_pretrained(model))
-    paths = {way: [float(path(lengths, row.geometry, way, seed)) for seed in range(ORDERS)]
-             for way in row.ways}  # fmt: skip
+    paths = {way: [path(lengths, row.geometry, way, seed) * PASSES[way] / 4
+                   for seed in range(ORDERS)] for way in row.ways}  # fmt: skip
     for way in row.ways[1:]:
         sides = paths[way], paths["plain"]
         yield compare("balanced", f"{case}, {way}", "predicted", "tok", *sides, "plain")
@@ -145,7 +216,7 @@ def measure(
     check_tiny()
     source, name = (pairs, pairs.name) if pairs else (TINY / "train.jsonl", "tiny data")
     rows = conversations(source)
-    there = [row for row in ROWS if installed(row.host)]
+    there = [row for row in ROWS if measured_here(row.host)]
     if CUDA:
         there = [row for row in there if row.geometry.ranks <= torch.cuda.device_count()]
     with tempfile.TemporaryDirectory() as folder:
@@ -169,5 +240,5 @@ def measure(
 
         loaded = AutoTokenizer.from_pretrained(tokenizer or TINY / "model")
         for host in row_lengths.READ:
-            if installed(host):
+            if measured_here(host):
                 yield from row_lengths.measure(host, source, loaded)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ SWITCHES: dict[str, tuple[str, ...]] = {
     "shared": ("shared_prompts",),
     "both": ("balanced_batches", "shared_prompts"),
     "both + fused": ("balanced_batches", "shared_prompts", "fused"),
+    "both + precomputed": ("balanced_batches", "shared_prompts", "precompute_ref"),
 }
 
 
@@ -46,7 +48,8 @@ def train_trl(
         **arguments,
     )
     models = [AutoModelForCausalLM.from_pretrained(model) for _ in range(2)]
-    _train(FocalPOTrainer(*models, args=args, train_dataset=pairs), clock)
+    _tell(clock)
+    FocalPOTrainer(*models, args=args, train_dataset=pairs).train()
 
 
 def train_axolotl(clock: Clock, folder: Path, *, config: dict[str, Any], zero3: bool) -> None:
@@ -77,7 +80,8 @@ def train_axolotl(clock: Clock, folder: Path, *, config: dict[str, Any], zero3: 
     from axolotl.train import setup_model_and_trainer
 
     cfg = load_cfg(str(folder / "run.yml"))
-    _train(setup_model_and_trainer(cfg, load_preference_datasets(cfg=cfg))[0], clock)
+    _tell(clock)
+    setup_model_and_trainer(cfg, load_preference_datasets(cfg=cfg))[0].train()
 
 
 def _gloo_on_cpu() -> None:
@@ -95,8 +99,35 @@ def _gloo_on_cpu() -> None:
     PartialState._prepare_backend = prepare
 
 
-def _train(trainer: Any, clock: Clock) -> None:
-    from transformers import TrainerCallback
+def train_llamafactory(clock: Clock, folder: Path, *, config: dict[str, Any], data: Path) -> None:
+    make = [sys.executable, str(EXAMPLES / "llamafactory" / "make_data.py"), str(data)]
+    subprocess.run([*make, "--out", str(folder)], check=True)
+    _alone()
+    from llamafactory.train.tuner import run_exp
+
+    _tell(clock)
+    of_folder = {"dataset_dir": str(folder), "output_dir": str(folder / "out")}
+    run_exp({**config, **of_folder, "dataset": data.stem})
+
+
+def train_swift(clock: Clock, folder: Path, *, config: dict[str, Any]) -> None:
+    _alone()
+    from swift import RLHFArguments, rlhf_main
+
+    _tell(clock)
+    rlhf_main(RLHFArguments(**{**config, "output_dir": str(folder / "out")}))
+
+
+def _alone() -> None:
+    """A process that no launcher has started: these hosts would start a process group."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
+
+
+def _tell(clock: Clock) -> None:
+    """Have each ``transformers.Trainer`` that is built from now on tell the clock of its steps."""
+    from transformers import TrainerCallback, trainer
 
     class EachStep(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -105,8 +136,7 @@ def _train(trainer: Any, clock: Clock) -> None:
         def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
             clock.micro_step()
 
-    trainer.add_callback(EachStep())
-    trainer.train()
+    trainer.DEFAULT_CALLBACKS.append(EachStep)
 
 
 def train_openrlhf(clock: Clock, folder: Path, *, flags: list[str], accumulation: int) -> None:

@@ -22,6 +22,7 @@ WAYS: dict[str, tuple[Cost, bool]] = {
     "shared": ("unpadded_backbone", False),
     "both": ("unpadded_backbone", True),
     "both + fused": ("unpadded", True),
+    "both + precomputed": ("unpadded_backbone", True),
 }
 
 

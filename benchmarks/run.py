@@ -11,7 +11,8 @@ openrlhf whole steps in OpenRLHF, and --focalpo.precompute_ref against its own w
 ranks    balanced batches on 8, 32 and 64 ranks, simulated in tokens: of made-up lengths, and of
          --pairs FILE
 balanced whole steps with balanced batches, with shared prompts and with both, against neither, in
-         TRL, in Axolotl and OpenRLHF on two ranks; of the tiny data or of --pairs FILE
+         TRL, in Axolotl and OpenRLHF on two ranks; against the host's own DPO in LLaMA-Factory and
+         ms-swift; of the tiny data or of --pairs FILE
 
 A round is a step in trl, axolotl, openrlhf and balanced, and an epoch in ranks.
 Prints a table and writes outputs/bench.json. Without names, all whose host is installed are
@@ -66,8 +67,8 @@ def machine() -> dict[str, str | int]:
     if CUDA:
         found["gpu"] = torch.cuda.get_device_name()
     found["threads"] = torch.get_num_threads()
-    for package in ("focalpo_plugins", "torch", "trl", "axolotl", "openrlhf", "deepspeed",
-                    "transformers", "liger-kernel"):  # fmt: skip
+    for package in ("focalpo_plugins", "torch", "trl", "axolotl", "openrlhf", "llamafactory",
+                    "ms-swift", "deepspeed", "transformers", "liger-kernel"):  # fmt: skip
         try:
             found[package] = version(package)
         except PackageNotFoundError:

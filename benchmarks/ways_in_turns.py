@@ -25,7 +25,16 @@ import torch
 from measure import CUDA, start_profile, stop_profile
 
 # Imported once, in a process that then starts all ranks; what is not installed is left out.
-PRELOADED = ["measure", "datasets", "transformers", "trl.trainer.dpo_trainer", "axolotl.cli.train"]
+# A host that changes TRL comes before it.
+PRELOADED = [
+    "measure",
+    "datasets",
+    "transformers",
+    "llamafactory.train.tuner",
+    "swift.rlhf_trainers",
+    "trl.trainer.dpo_trainer",
+    "axolotl.cli.train",
+]
 
 
 class Clock:

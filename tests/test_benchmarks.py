@@ -14,6 +14,7 @@ ROOT = EXAMPLES.parent
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import balanced_steps  # noqa: E402
 import hosts  # noqa: E402
 import lengths  # noqa: E402
 import ranks  # noqa: E402
@@ -62,6 +63,24 @@ def test_the_flags_of_a_script():
     assert flags[flags.index("--ds.lora.rank") + 1] == "128"
     assert "--focalpo.shared_prompts" not in flags, "it is a comment there"
     assert not any("#" in word for word in flags)
+
+
+@pytest.mark.parametrize("host, key", [("llamafactory", "pref_loss"), ("swift", "loss_type")])
+def test_the_baseline_is_the_host_s_own_dpo(host: str, key: str):
+    """Without a key of ours; the other ways have the same keys, gamma and their switches."""
+    plain, both = (
+        balanced_steps.tiny_recipe(host, key, Geometry(1, 4, 8), hosts.SWITCHES[way])
+        for way in ("plain", "both")
+    )
+    assert (plain[key], both[key]) == ("sigmoid", "focalpo")
+    switches = {f"focalpo_{name}" for name in ("balanced_batches", "shared_prompts")}
+    assert not [name for name in plain if "focalpo" in name]
+    assert {*both} - {*plain} == {"focalpo_gamma", *switches}
+    assert all(plain[name] == both[name] for name in plain if name != key)
+
+
+def test_rows_have_steps_of_the_same_size():
+    assert {row.geometry.step for row in balanced_steps.ROWS} == {32}
 
 
 TOY = """

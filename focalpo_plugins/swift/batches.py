@@ -92,5 +92,5 @@ def balance(loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, k
     # A data loader doesn't let its sampler be replaced.
     shard.__class__ = BalancedShard
     shard._tokens, shard._accumulation, shard._cost = tokens, accumulation, cost
-    shard._dealt = Dealt()
-    return shard._dealt
+    shard._dealt = dealt = Dealt()
+    return dealt
