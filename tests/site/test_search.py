@@ -18,6 +18,7 @@ QUESTIONS = {
     "why did my run stop": "stopped.html",
     "resume": "stopped.html",
     "out of memory": "stopped.html",
+    "nan": "stopped.html",
     "how much does it save": "speed.html",
     "gamma": "loss.html",
     "shared prompts": "loss.html",
