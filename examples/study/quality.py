@@ -7,7 +7,7 @@ several shares of flipped labels, and compared by three protocols.
 
     python examples/study/quality.py --out outputs/quality
 
-RESULTS.md beside this file has what came out and how far it carries.
+README.md beside this file has what came out and how far it carries.
 """
 
 from __future__ import annotations

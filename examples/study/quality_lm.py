@@ -8,7 +8,7 @@ training saw.
 
     python examples/study/quality_lm.py --out outputs/quality_lm
 
-RESULTS.md beside this file has what came out and how far it carries.
+README.md beside this file has what came out and how far it carries.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ draws margins, accuracies and weights of both kinds of pairs, and the paired dif
         --set sequence_len=512 learning_rate=1e-4 max_steps=100 warmup_steps=10
 
 Run again, the same command goes on where it stopped; other --gamma and --seeds add to what is
-there. RESULTS.md beside this file says what such a study can show and what it can't.
+there. README.md beside this file says what such a study can show and what it can't.
 """
 
 from __future__ import annotations
