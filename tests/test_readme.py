@@ -142,7 +142,8 @@ def test_the_first_page():
     assert len(papers) == 2
     ours = {score for of in papers.values() for name in ("FocalPO", "DPO") for score in of[name]}
     every = {score for of in papers.values() for row in of.values() for score in row}
-    assert ours <= {*re.findall(r"(?<![\d.])\d\d\.\d(?!\d|\.\d)", prose(README))} <= every
+    text = "\n".join(line for line in README.splitlines() if not line.startswith("    "))
+    assert ours <= {*re.findall(r"(?<![\d.])\d\d\.\d(?!\d|\.\d)", text)} <= every
 
 
 def test_the_site():
