@@ -289,7 +289,7 @@ def test_without_autoload_the_missing_line_is_named(once: Axolotl, off: str):
     code, _, errors = focalpo("check", configs[0])
     last = errors.splitlines()[-1]
     assert code == 2
-    assert "plugins must list focalpo_plugins.axolotl.FocalPOPlugin where " in last
+    assert "plugins must list focalpo_plugins.axolotl.FocalPOPlugin if " in last
     assert f"{off}=0 turns the autoload off, got []. Add the lines `plugins:`" in last
     for config in configs[1:]:
         code, _, errors = focalpo("check", config)

@@ -110,7 +110,7 @@ PASS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 # The generation prompt has one word more than the rendering of a row.
 THINKING = TEMPLATE.replace("assistant {% endif %}", "assistant w1 w2 {% endif %}")
-OTHER = "training data refused: 8 of 8 rows have an answer that isn't trained as the chat template renders it"
+OTHER = "refused: 8 of 8 rows have an answer that isn't trained as the chat template renders it"
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_refused(build: Any, case: str, capsys: Any):
 
 def test_a_stream_is_refused_and_allowed(build: Any):
     rows = [alike(i) for i in range(8)]
-    with pytest.raises(ValueError, match="got " + EQUAL):
+    with pytest.raises(ValueError, match="training data refused: " + EQUAL):
         build(stream(rows))
     trainer = build(stream(rows), focalpo_allow_data=True)
     trainer.train()

@@ -86,7 +86,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {},
         "needs 4 calls of transformers' attention, one for each layer of DiffLlamaModel, got 8",
     ),
-    "an error": ("Nemotron", {}, "NemotronModel, which fails on a row of shared prompts (Runtime"),
+    "an error": ("Nemotron", {}, "NemotronModel, which fails on a row of shared prompts \\(Runtime"),
 }  # fmt: skip
 
 
