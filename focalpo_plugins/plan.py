@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -246,19 +245,3 @@ def windows(
                 yield Window(epoch + 1, done, kept)
         if done == before:
             return
-
-
-class AnyOrder:
-    """A random order of the pairs, a new one each time, for hosts whose own order isn't read."""
-
-    #: The note of a plan with this order.
-    NOTE = (
-        "the critical path and the largest micro-batch are for a random order, not for the run's "
-        "own"
-    )
-
-    def __init__(self, pairs: int) -> None:
-        self._pairs, self._draw = range(pairs), random.Random(0)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._draw.sample(self._pairs, len(self._pairs)))

@@ -115,7 +115,10 @@ def test_resumed_with_another_length(uneven: Callable, train: Callable, tmp_path
     [
         (("--focalpo.gamma_end", "2"), "--focalpo.gamma_end must be below 1/ln 2 = 1.4427"),
         (("--focalpo.gamma_end", "low"), "--focalpo.gamma_end must be a finite number of at least"),
-        (("--focalpo.gamma_schedule", "cosine"), "--focalpo.gamma_schedule 'cosine' needs gamma_end, got none"),
+        (
+            ("--focalpo.gamma_schedule", "cosine"),
+            "--focalpo.gamma_schedule 'cosine' needs gamma_end, got none",
+        ),
         (("--focalpo.margin", "simpo"), "unknown flag --focalpo.margin, got"),
     ],
 )
