@@ -154,7 +154,7 @@ def docs(session: nox.Session) -> None:
     session.install(*PAGES, "pytest<9.2", *[NODE] * (shutil.which("node") is None))
     session.env["NO_MKDOCS_2_WARNING"] = "1"
     session.run("mkdocs", "build", "--strict")
-    session.run("pytest", "-c", "setup.cfg", "tests/site", *session.posargs)
+    session.run("pytest", "-c", "setup.cfg", "--noconftest", "tests/site", *session.posargs)
 
 
 @nox.session
