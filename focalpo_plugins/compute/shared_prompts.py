@@ -263,7 +263,7 @@ def shared_attention(
     # Of each pair start and chosen together, and then rejected.  They are split off at once: the
     # gradient of a slice is as long as the whole row.
     lengths = [n for pair in layout.pairs for n in (pair.start + pair.chosen, pair.rejected)]
-    q, k, v = (x.split(lengths, 2) for x in (query, key, value))
+    q, k, v = (torch.split(x, lengths, 2) for x in (query, key, value))
 
     def attend(segment: int, start: int) -> Tensor:
         """Attention of a segment to the ``start`` of the one before it, and to itself."""
