@@ -263,21 +263,20 @@ def shared_attention(
     # Of each pair start and chosen together, and then rejected.  They are split off at once: the
     # gradient of a slice is as long as the whole row.
     lengths = [n for pair in layout.pairs for n in (pair.start + pair.chosen, pair.rejected)]
-    q, k, v = (torch.split(x, lengths, 2) for x in (query, key, value))
+    queries, keys, values = (torch.split(x, lengths, 2) for x in (query, key, value))
 
     def attend(segment: int, start: int) -> Tensor:
         """Attention of a segment to the ``start`` of the one before it, and to itself."""
-        keys, values = k[segment], v[segment]
+        own, k, v = lengths[segment], keys[segment], values[segment]
         if start:
-            keys = torch.cat([k[segment - 1][:, :, :start], keys], 2)
-            values = torch.cat([v[segment - 1][:, :, :start], values], 2)
-        narrow = window if window is not None and keys.shape[2] > window else None
+            k = torch.cat([keys[segment - 1][:, :, :start], k], 2)
+            v = torch.cat([values[segment - 1][:, :, :start], v], 2)
+        narrow = window if window is not None and start + own > window else None
         causal = not start and narrow is None
-        own = lengths[segment]
         return F.scaled_dot_product_attention(
-            q[segment],
-            keys,
-            values,
+            queries[segment],
+            k,
+            v,
             attn_mask=None if causal else layout.mask(start, own, narrow, query.device),
             is_causal=causal,
             dropout_p=dropout,
