@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from focalpo_plugins.compute import shared_prompts
 from focalpo_plugins.compute.shared_prompts import (
@@ -164,6 +165,34 @@ def test_attention(starts, own, window, groups: int, varlen: bool):
     gradients = [torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (found, expected)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+class CutOff(TorchDispatchMode):
+    """Counts the tokens of the gradients that slices along the row have."""
+
+    tokens = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None):
+        found = operation(*args, **(kwargs or {}))
+        if operation is torch.ops.aten.slice_backward.default and args[2] == 2:
+            self.tokens += found.shape[2]
+        return found
+
+
+def test_gradients_are_not_as_long_as_the_row_for_each_pair():
+    """Ten pairs with a start of 3 tokens, and 2 and 4 of their own. Keys and values of each start
+    are cut off from the 5 tokens of start and chosen: 2 * 10 * 5. If each part were cut off from
+    the row of 90 tokens, eight cuts of each pair would have gradients of 8 * 10 * 90."""
+    sequences = [
+        [[1, 2, 3] + [answer] * count for _ in range(10)] for answer, count in ((4, 2), (5, 4))
+    ]
+    layout = layout_of_batch(*batch(*sequences[0], *sequences[1]))
+    assert layout.tokens == 90
+    q, k, v = (torch.randn(1, 2, 90, 4, requires_grad=True) for _ in range(3))
+    out = shared_attention(q, k, v, layout)
+    with CutOff() as cut:
+        out.sum().backward()
+    assert cut.tokens == 2 * 10 * 5
 
 
 def of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):

@@ -260,32 +260,31 @@ def shared_attention(
     if groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
 
-    def attend(own: slice, start: slice) -> Tensor:
-        """Attention of the tokens ``own`` to ``start`` and to themselves."""
-        count, before = own.stop - own.start, start.stop - start.start
-        k, v = key[:, :, own], value[:, :, own]
-        if before:
-            k = torch.cat([key[:, :, start], k], 2)
-            v = torch.cat([value[:, :, start], v], 2)
-        narrow = window if window is not None and before + count > window else None
-        causal = not before and narrow is None
+    # Of each pair start and chosen together, and then rejected.  They are split off at once: the
+    # gradient of a slice is as long as the whole row.
+    lengths = [n for pair in layout.pairs for n in (pair.start + pair.chosen, pair.rejected)]
+    queries, keys, values = (torch.split(x, lengths, 2) for x in (query, key, value))
+
+    def attend(segment: int, start: int) -> Tensor:
+        """Attention of a segment to the ``start`` of the one before it, and to itself."""
+        own, k, v = lengths[segment], keys[segment], values[segment]
+        if start:
+            k = torch.cat([keys[segment - 1][:, :, :start], k], 2)
+            v = torch.cat([values[segment - 1][:, :, :start], v], 2)
+        narrow = window if window is not None and start + own > window else None
+        causal = not start and narrow is None
         return F.scaled_dot_product_attention(
-            query[:, :, own],
+            queries[segment],
             k,
             v,
-            attn_mask=None if causal else layout.mask(before, count, narrow, query.device),
+            attn_mask=None if causal else layout.mask(start, own, narrow, query.device),
             is_causal=causal,
             dropout_p=dropout,
             scale=scale,
         )
 
-    parts = []
-    for offset, start, chosen, rejected in layout.pairs:
-        own = offset + start + chosen
-        if start + chosen:
-            parts.append(attend(slice(offset, own), slice(offset, offset)))
-        if rejected:
-            parts.append(attend(slice(own, own + rejected), slice(offset, offset + start)))
+    starts = [n for pair in layout.pairs for n in (0, pair.start)]
+    parts = [attend(at, start) for at, start in enumerate(starts) if lengths[at]]
     return torch.cat(parts, 2).transpose(1, 2)
 
 
