@@ -206,6 +206,12 @@ def _with_data(bare: Plan, args: Any) -> Plan:
     """The plan with what ms-swift makes of the data."""
     from swift.pipelines.train.rlhf import SwiftRLHF
 
+    if args.streaming:
+        raise InvalidValue(
+            "streaming must be false for focalpo check, got true: streamed data can't be counted. "
+            "Set it to false for the check."
+        )
+
     class WithoutModel(SwiftRLHF):  # type: ignore[misc]
         def _prepare_model_tokenizer(self, **kwargs: Any) -> None:
             self.model = None

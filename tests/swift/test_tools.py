@@ -138,7 +138,11 @@ def test_check_of_a_command_line(focalpo: ManyFocalpo, tiny: Path, few: Path, tm
         ({"columns": None}, "set columns to '"),
         ({"columns": json.dumps({"chosen": "messages"})}, "has no rejected answer"),
         ({"max_length": 8}, "dataset must hold a pair that fits into max_length, got 40 pairs"),
-        ({"dataset": "no such.jsonl"}, "dataset must be a file that exists"),
+        ({"dataset": "no such.jsonl"}, "dataset must be a file or folder that exists"),
+        (
+            {"streaming": True, "max_steps": 4},
+            "streaming must be false for focalpo check, got true",
+        ),
     ],
 )
 def test_check_says_what_is_wrong(check: Callable[..., tuple], given: dict, message: str):
