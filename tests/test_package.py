@@ -74,8 +74,7 @@ ARROWS: dict[str, set[str]] = {
         "hf_models", "hf_sequences", "guards", "compute", "sharing", "plan", "releases"
     },
     "axolotl": {
-        "errors", "loss", "options", "registry", "balanced", "plan", "guards", "compute", "trl",
-        "hf_batches"
+        "errors", "loss", "options", "registry", "balanced", "plan", "guards", "compute", "trl"
     },
     "llamafactory": {
         "errors", "loss", "options", "registry", "run", "plan", "hf_batches", "hf_models",
