@@ -532,7 +532,7 @@ def test_dpo_is_said_to_be_dpo(answers):
             "fused, capped",
             "focalpo_fused can't be combined with a model whose final_logit_softcapping is set",
         ),
-        ("sft", "rl must be focalpo, or another loss of preference pairs, got None"),
+        ("sft", "rl must be focalpo or another loss of preference pairs, got None"),
         ("no file", "CONFIG must be a YAML file, got"),
         ("no yaml", "broken.yml"),
     ],
@@ -597,7 +597,7 @@ def test_what_check_warns_of_in_the_tokens(prompt, chosen, rejected, cut, said):
         rows=1, kept=1, pairs=[Pair(*sides, truncated=cut)], max_length=2, margin="dpo",
     )  # fmt: skip
     counts, _ = count(plan, 0)
-    found = warnings(plan, counts)
+    found = warnings(plan, counts, None, None)
     assert len(found) == len(said)
     for warning, beginning in zip(found, said, strict=True):
         assert warning.startswith(beginning)

@@ -9,6 +9,7 @@ import pytest
 from accelerate.data_loader import SkipBatchSampler
 from swift.dataloader import BatchSamplerShard
 
+from focalpo_plugins.balanced import Dealt
 from focalpo_plugins.swift.batches import BalancedShard, balance
 
 TOKENS = [(37 * row) % 101 + 10 for row in range(64)]
@@ -21,6 +22,7 @@ def shard_of(kind: type, rank: int, ranks: int, **given: Any) -> Any:
                       "data_seed": 7, **given})  # fmt: skip
     if kind is BalancedShard:
         made._tokens, made._accumulation, made._cost = TOKENS, 2, "padded"
+        made._dealt = Dealt()
     return made
 
 

@@ -528,7 +528,7 @@ def test_one_vocabulary_may_have_more(tiny: Path, tmp_path: Path):
         Source(str(each)) for each in (tiny / "model", tmp_path / "more", tmp_path / "other")
     )
     assert len(tokenizer_of(more, model)) == len(tokenizer_of(model, more)) + 1
-    with pytest.raises(ValueError, match="MODEL and --ref must have one vocabulary, got"):
+    with pytest.raises(ValueError, match="MODEL and --ref must have the same vocabulary, got"):
         tokenizer_of(more, other)
 
 
