@@ -104,7 +104,7 @@ class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, CustomDPOTraine
             raise self._host.moved(why, self._asked.loss.name)
 
     def _check_data(self, tokenizer: Any) -> None:
-        """Refuse training data that can't be learnt from, and warn of evaluation data like that."""
+        """Refuse training data with a fault in most pairs, and warn of such evaluation data."""
         evaluated = self.eval_dataset
         named = evaluated if isinstance(evaluated, dict) else {"": evaluated}
         sets = [(self.train_dataset, False), *((each, True) for each in named.values())]

@@ -12,7 +12,7 @@ PRECOMPUTE = "focalpo_precompute_ref"
 PRECOMPUTE_DIR = "focalpo_precompute_dir"
 #: The key that lets a run resume a checkpoint of another loss.
 ALLOW_CHANGED = "focalpo_allow_changed"
-#: The key that lets a run train on data that mostly can't be learnt from.
+#: The key that lets a run train on data of which more than half has a fault.
 ALLOW_DATA = "focalpo_allow_data"
 #: The keys that all our losses share and that are true or false.
 SWITCHES = (SHARED, BALANCED, PRECOMPUTE, ALLOW_CHANGED, ALLOW_DATA)

@@ -21,7 +21,7 @@ class Asked:
         shared: whether prompts are shared.
         balanced: whether batches are balanced.
         allow_changed: whether a checkpoint of another loss may be resumed.
-        allow_data: whether data may be trained on that mostly can't be learnt from.
+        allow_data: whether to train on data of which more than half has a fault.
         reference_folder: the folder of the precomputed reference's file, empty for the output
             folder; None if the reference isn't precomputed.
     """

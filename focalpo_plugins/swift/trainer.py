@@ -135,7 +135,7 @@ class SwiftPairwiseTrainer(PairwiseBase, SharedStepMixin, DPOTrainer):
         return result
 
     def _check_data(self, given: dict[str, Any], template: Any) -> None:
-        """Refuse data that can't be learnt from, on all ranks together."""
+        """Refuse data with a fault in most pairs, on all ranks together."""
         for name in ("train_dataset", "eval_dataset"):
             if given.get(name) is not None:
                 found = EncodedPairs(given[name], template)

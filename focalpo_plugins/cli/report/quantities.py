@@ -22,7 +22,7 @@ Log = dict[str, dict[str, Series]]
 
 
 def quantities(points: Mapping[str, Mapping[str, Series]]) -> Log:
-    """Change a host's names to ours; splits and quantities that were not logged are left out."""
+    """Change a host's names to this package's; what was not logged is left out."""
     series: Log = {}
     for split, logged in points.items():
         found: dict[str, Series] = {}
