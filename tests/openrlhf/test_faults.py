@@ -209,7 +209,7 @@ def test_a_folder_that_is_read_only(train, tmp_path: Path, name: str):
     run = train(*asked, folder=tmp_path, **DISK_FAULTS, PERMISSIONS_HOLD="1")
     assert run.returncode == 1
     (flag,) = of_host([f"--{name}"])
-    assert run.said("that can be written to") == [
+    assert run.said("must be a writable folder") == [
         f"focalpo_plugins: {flag} must be a writable folder, got {str(folder)!r}: "
         "Permission denied. Choose another, or change its permissions."
     ]

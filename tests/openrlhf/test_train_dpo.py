@@ -377,7 +377,7 @@ def test_a_host_that_moves_its_loss(train: Callable, host_source: Path, tmp_path
     edit_copy(host_source, tmp_path, "trainer/dpo_trainer.py", [*edits, (CLASS, added)])
     run = train(*OURS, path=[tmp_path])
     assert run.returncode == 1
-    versions = f"focalpo_plugins {version('focalpo_plugins')} with openrlhf {version('openrlhf')}"
+    versions = f"focalpo_plugins {version('focalpo_plugins')} can't train with openrlhf {version('openrlhf')}"
     assert f"RunError: {versions}: {message}" in run.stderr
     assert "under the name focalpo" in run.stderr
     assert ("LlamaForCausalLM" in run.stdout) == model_loaded
