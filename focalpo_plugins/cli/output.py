@@ -41,10 +41,11 @@ class Output:
         others: Mapping[str, str] | None = None,
     ) -> None:
         formats: Sequence[str] = args.format or _DEFAULT_FORMATS
-        self._plt = pyplot() if {"png", "svg"} & {*formats} else None
-        if self._plt is None and {"png", "svg"} & {*(args.format or ())}:
+        pictures = not {"png", "svg"}.isdisjoint(formats)
+        self._plt = pyplot() if pictures else None
+        self._left_out = pictures and self._plt is None
+        if self._left_out and args.format:
             raise CommandError(f"--format {' '.join(formats)}: {HOW_TO_DRAW}, or give csv only.")
-        self._left_out = self._plt is None and args.format is None
         self._formats = ["csv"] if self._left_out else formats
         self.folder = Path(args.out or folder)
         starts = {f"{name}.{kind}": start for name, start in tables.items() for kind in formats}

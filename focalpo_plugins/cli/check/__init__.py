@@ -16,10 +16,10 @@ from typing import Any
 
 from ...errors import InvalidType, InvalidValue
 from ...guards.messages import one_line
-from ...plan import Plan
+from ...plan import Pair, Plan
 from .. import CommandError
 from .batches import FourWays, four_ways
-from .counts import count
+from .counts import Counts, count
 from .memory import GIB, Room, estimate
 from .printing import as_json, print_text
 from .shapes import SHAPES
@@ -55,8 +55,7 @@ def run(args: Namespace) -> int:
             counts = shown = None
             ways = None
             if shape is None:
-                counts, shown = count(plan, args.pair)
-                ways = four_ways(_with_bar(plan), counts)
+                counts, shown, ways = _read(plan, args.pair)
         except CommandError:
             raise
         except Exception as error:  # every error of the host is an answer for the user
@@ -116,14 +115,19 @@ def check(
     from ...trl.dry_run import plan as plan_of
 
     plan = plan_of(trainer, RANKS.count if gpus is None else gpus)
-    counts, shown = count(plan, pair)
-    ways = four_ways(_with_bar(plan), counts)
+    counts, shown, ways = _read(plan, pair)
     memory = estimate(plan, _tokens_of_logits(plan, ways))
     found = warnings(plan, counts, memory, room)
     if RANKS.rank == 0:
         print_text(type(trainer).__name__, plan, counts, shown, ways, memory, room, pair)
         _print_warnings(found)
     return found
+
+
+def _read(plan: Plan, pair: int) -> tuple[Counts, Pair, FourWays | None]:
+    """What is counted over the plan's pairs, the pair that is shown, and its steps' tokens."""
+    counts, shown = count(plan, pair)
+    return counts, shown, four_ways(_with_bar(plan), counts)
 
 
 def _print_warnings(found: Sequence[str]) -> None:
