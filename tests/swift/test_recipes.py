@@ -6,15 +6,24 @@ Model and data are small ones in the same formats (tests/support/formats.py).
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from formats import PAIRS, llama3_prompt, make_llama3, make_zephyr, rows, zephyr_prompt
+from formats import make_llama3, make_zephyr, rows
 from harness import EXAMPLES
+from paper_recipes import (
+    LORA_RANK,
+    OF_THE_PAPER,
+    PAPER,
+    WRITE,
+    check_header,
+    check_sources,
+    header,
+    model_of,
+)
 from swift_command import TINY, train, words
 from transformers import AutoTokenizer
 
@@ -24,18 +33,6 @@ FOLDER = EXAMPLES / "swift"
 RECIPES = {path.stem: path for path in FOLDER.glob("*.yaml") if path.stem != "tiny_focalpo"}
 NAMES = sorted(RECIPES)
 CONFIGS = {name: yaml.safe_load(path.read_text()) for name, path in RECIPES.items()}
-# The paper, section 4 and appendix C: model, data, learning rate; scores of Table 1: AlpacaEval 2.0
-# WR and LC, Arena-Hard WR. Then the length, which the paper leaves to SimPO's and Zephyr's settings.
-PAPER = {
-    "llama3": ("meta-llama/Meta-Llama-3-8B-Instruct", "princeton-nlp/llama3-ultrafeedback-armorm",
-               6e-7, ["49.8", "54.7", "34.6"], 2048),
-    "mistral": ("HuggingFaceH4/mistral-7b-sft-beta", "trl-lib/ultrafeedback_binarized",
-                5e-7, ["20.4", "23.9", "17.1"], 1024),
-}  # fmt: skip
-# By the formats' rules, how a prompt of one turn begins, and what ends an answer.
-WRITE = {"llama3": (llama3_prompt, "<|eot_id|>"), "mistral": (zephyr_prompt, "</s>")}
-# Billions of weights; layers, size of hidden states, of the MLP's, and of all keys (config.json).
-SIZES = {"llama3": (8.030, 32, 4096, 14336, 1024), "mistral": (7.242, 32, 4096, 14336, 1024)}
 EVERYWHERE = {
     "rlhf_type": "dpo", "loss_type": "focalpo", "focalpo_gamma": 0.05, "beta": 0.01,
     "attn_impl": "flash_attention_2", "torch_dtype": "bfloat16", "split_dataset_ratio": 0,
@@ -43,25 +40,15 @@ EVERYWHERE = {
     "warmup_ratio": 0.1, "optim": "adamw_torch", "adam_beta2": 0.999, "weight_decay": 0.0,
     "max_grad_norm": 1.0, "seed": 42, "data_seed": 42, "gradient_checkpointing": True,
 }  # fmt: skip
-LORA = {"tuner_type": "lora", "lora_rank": 128, "lora_alpha": 128, "lora_dropout": 0.05,
+LORA = {"tuner_type": "lora", "lora_rank": LORA_RANK, "lora_alpha": 128, "lora_dropout": 0.05,
         "target_modules": "all-linear"}  # fmt: skip
 # What names a place or a format.
 NO_SOURCE = {"rlhf_type", "loss_type", "tuner_type", "model_type", "use_hf", "external_plugins",
              "template", "split_dataset_ratio", "truncation_strategy", "columns"}  # fmt: skip
 
 
-def model_of(name: str) -> str:
-    return name.split("_")[0]
-
-
-def header(name: str) -> str:
-    lines = RECIPES[name].read_text().split("\n\n")[0].splitlines()
-    return " ".join(" ".join(line.lstrip("#") for line in lines).split())
-
-
 def test_the_recipes():
-    both = ("llama3", "mistral")
-    assert [f"{model}_focalpo{tuner}" for model in both for tuner in ("", "_lora")] == NAMES
+    assert NAMES == OF_THE_PAPER
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -79,43 +66,25 @@ def test_values_are_the_papers(name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_batch_is_128(name: str):
-    """On 8 GPUs; with LoRA on one.  The header has the steps that this gives."""
+    """On 8 GPUs; with LoRA on one."""
     config, gpus = CONFIGS[name], 1 if name.endswith("lora") else 8
     each = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
     assert each * gpus == 128
-    assert f"about {PAIRS[PAPER[model_of(name)][1]] / 128:.0f} steps" in header(name)
     assert config.get("deepspeed") == (None if gpus == 1 else "zero3")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_header(name: str):
-    """The command, the licence, the first loss, the scores; the sizes in GB, by the weights in bf16
-    and by AdamW's state with a master copy, or with an adapter's gradients."""
-    text, lora = header(name), name.endswith("lora")
-    launch = "" if lora else "NPROC_PER_NODE=8 "
+    """The command, and what every host's has."""
+    launch = "" if name.endswith("lora") else "NPROC_PER_NODE=8 "
     path = RECIPES[name].relative_to(EXAMPLES.parent)
-    assert f"from the repository root: {launch}swift rlhf {path} " in text
-    assert ("Meta Llama 3 Community License" in text) == name.startswith("llama3")
-    assert f"{2**-0.05 * math.log(2):.4f}" in text
-    assert re.findall(r"(?:WR|LC) (\d+\.\d)", text) == ([] if lora else PAPER[model_of(name)][3])
-    weights, layers, hidden, inner, keys = SIZES[model_of(name)]
-    pairs = [(hidden, hidden)] * 2 + [(hidden, keys)] * 2 + [(hidden, inner)] * 3
-    adapter = layers * LORA["lora_rank"] * sum(a + b for a, b in pairs) / 1e9
-    of_lora = {f"{2 * weights:.1f}", f"{16 * adapter:.1f}", f"{12 * adapter:.0f}"}
-    sizes = {*re.findall(r"([\d.]+) GB", text)} - {"40", "80"}  # of the GPUs
-    assert sizes == (of_lora if lora else {f"{14 * weights:.0f}"})
+    assert f"from the repository root: {launch}swift rlhf {path} " in header(RECIPES[name])
+    check_header(RECIPES[name])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_value_has_its_source_beside_it(name: str):
-    top, *body = RECIPES[name].read_text().split("\n\n")
-    used = set()
-    for line in "\n".join(body).splitlines():
-        sources = re.findall(r"\[([\w, ]+)\]", line.partition("#")[2])
-        used |= {source for group in sources for source in group.split(", ")}
-        key = re.match(r"(\w+): \S", line)
-        assert not key or sources or key[1] in NO_SOURCE, f"no source beside {line!r}"
-    assert used == {*re.findall(r"\[(\w+)\]", top)}
+    check_sources(RECIPES[name], NO_SOURCE)
 
 
 @pytest.fixture(scope="session")
