@@ -17,7 +17,7 @@ from typing import Any
 import forked
 import pytest
 from harness import EXAMPLES, ON_CPU, Axolotl, ManyFocalpo, zero3_on_cpu
-from planned import computed
+from planned import check_trained
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -395,13 +395,7 @@ def test_a_run_has_the_batches_that_were_planned(
         **EPOCHS, **more, plugins=plugins[2 - ranks :], save_steps=50, ranks=ranks, how=how
     )
     files = sorted(run.folder.glob("batches*.jsonl"))
-    trained = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-    sizes = [[5, 5, 2, 5, 5]] if ranks == 1 else [[5] * 4] * 2
-    assert [[*map(len, of_rank)] for of_rank in trained] == sizes
-    assert trained[0][0] != trained[0][4 - ranks]  # the second epoch's
-    assert (plan["batches"] == trained) is not balanced
-    said = plan["tokens_per_step"], plan["largest"]["tokens"], plan["largest"]["pairs"]
-    assert said == pytest.approx(computed(trained, 2))
+    check_trained(plan, files, ranks, balanced)
 
 
 @pytest.mark.parametrize("drop_last", [False, True])

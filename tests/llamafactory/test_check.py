@@ -10,7 +10,7 @@ import forked
 import pytest
 from harness import ManyFocalpo
 from llamafactory_run import LlamaFactory
-from planned import computed
+from planned import check_trained
 
 pytestmark = pytest.mark.releases
 
@@ -76,13 +76,7 @@ def test_a_run_has_the_batches_that_were_planned(
     run = llamafactory(config, ranks=ranks, **how)
     assert run.code == 0, run.output[-6000:]
     files = sorted(llamafactory.folder.glob("batches*.jsonl"))
-    trained = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-    sizes = [[5, 5, 2, 5, 5]] if ranks == 1 else [[5] * 4] * 2
-    assert [[*map(len, of_rank)] for of_rank in trained] == sizes
-    assert trained[0][0] != trained[0][4 - ranks]  # the second epoch's
-    assert (plan["batches"] == trained) is not balanced
-    said = plan["tokens_per_step"], plan["largest"]["tokens"], plan["largest"]["pairs"]
-    assert said == pytest.approx(computed(trained, 2))
+    check_trained(plan, files, ranks, balanced)
 
 
 def test_data_that_are_tokenized(checked, llamafactory: LlamaFactory):

@@ -8,6 +8,7 @@ Axolotl's or LLaMA-Factory's, or `--` before OpenRLHF's flags or before `swift r
 
 import contextlib
 import json
+import math
 import sys
 import tempfile
 from dataclasses import replace
@@ -54,6 +55,25 @@ def batches_of(rows, geometry):
         step = rows[start : start + geometry.micro_step]
         each = -(-len(step) // geometry.ranks)
         yield from (step[at : at + each] for at in range(0, len(step), each))
+
+
+def check_trained(plan, files, ranks, balanced):
+    """More than an epoch of 12 pairs, five a batch and two batches a step, as accelerate divides them:
+    the batches are those that were planned, unless they are balanced, and cost what was said.
+
+    Args:
+        plan: what `main` printed.
+        files: of each rank, the pairs of its batches in lines of JSON.
+    """
+    trained = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    sizes = [[5, 5, 2, 5, 5]] if ranks == 1 else [[5] * 4] * 2
+    assert [[*map(len, of_rank)] for of_rank in trained] == sizes, trained
+    assert trained[0][0] != trained[0][4 - ranks], "the second epoch has the order of the first"
+    assert (plan["batches"] == trained) is not balanced, plan["batches"]
+    said = plan["tokens_per_step"], plan["largest"]["tokens"], plan["largest"]["pairs"]
+    expected = computed(trained, 2)
+    assert math.isclose(said[0], expected[0], rel_tol=1e-6), (said, expected)
+    assert said[1:] == expected[1:]
 
 
 def computed(batches, accumulation):
