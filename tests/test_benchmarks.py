@@ -67,7 +67,7 @@ def test_the_flags_of_a_script():
 
 @pytest.mark.parametrize("host, key", [("llamafactory", "pref_loss"), ("swift", "loss_type")])
 def test_the_baseline_is_the_host_s_own_dpo(host: str, key: str):
-    """Without a key of ours; the other ways have the same keys, gamma and their switches."""
+    """It has no key of this package; the other ways have the same keys, gamma and their switches."""
     plain, both = (
         balanced_steps.tiny_recipe(host, key, Geometry(1, 4, 8), hosts.SWITCHES[way])
         for way in ("plain", "both")

@@ -24,7 +24,7 @@ def _extend_arguments(module: ModuleType) -> None:
 def _extend_command(module: ModuleType) -> None:
     """Have ``rlhf_main`` look at our keys as they are written, before argparse reads them.
 
-    A run with one of our losses also says what is wrong with data that ms-swift can't read.
+    If ms-swift can't read the data of a run with our loss, the run prints what is wrong with them.
     """
     host = module.SwiftRLHF
     parse = host._parse_args

@@ -87,7 +87,7 @@ def test_diagnostics_are_logged_in_train_and_eval(plain: Run):
     assert train[0]["focalpo/weight"] == pytest.approx(0.93246, abs=1e-5)
     assert train[0]["focalpo/margin_incorrect"] == 0
     assert 0 < evaluated[-1]["eval_focalpo/p"] < 1
-    # The host's own mean margin is the pair-weighted mean of ours over the two groups.
+    # The host's mean margin is the mean of the two groups' margins, weighted by their pairs.
     last = evaluated[-1]
     accuracy, margin = last["eval_rewards/accuracies"], last["eval_rewards/margins"]
     low, high = sorted((last["eval_focalpo/margin_incorrect"], last["eval_focalpo/margin_correct"]))

@@ -1,7 +1,7 @@
 """``--focalpo.precompute_ref``: the same training without the reference, in whole runs.
 
-Where losses are compared with those of OpenRLHF's own way, 0.01 is allowed: its reference sees a
-pair padded with another pair each time, ours once, and bf16 rounds differently by the padding.  The
+Losses may differ by 0.01 from those with OpenRLHF's own reference: it sees a pair padded with a
+different pair each time, the precomputed one only once, and bf16 rounds differently by the padding.  The
 log-probabilities of another pair would be off by whole nats.
 """
 
