@@ -473,7 +473,7 @@ def install_llamafactory(session: nox.Session, llamafactory: str = LLAMA_FACTORY
     web = ("fastapi", "gradio", "modelscope", "sse-starlette", "uvicorn")
     left_out = re.compile(rf"({'|'.join(('torchaudio', 'torchvision', *web))})\b")
     needed = [each for each in requirements(session, "llamafactory") if not left_out.match(each)]
-    session.install(TORCH, *needed, "setuptools", "wheel", "ninja")
+    session.install(TORCH, *needed, "bitsandbytes", "setuptools", "wheel", "ninja")
     session.install(DEEPSPEED_OF_LLAMA_FACTORY, "--no-build-isolation", env={"DS_BUILD_OPS": "0"})
     # Whatever it reads, it imports torchaudio, which it needs for sound.
     place = str(session.run("python", "-c", "import torch; print(torch.__file__)", silent=True))
