@@ -42,7 +42,8 @@ def stand_in() -> None:
     if os.environ.get("RANK", "0") == "0":
         warnings.warn(
             "focalpo_plugins: CPU mode. No CUDA was found, so OpenRLHF runs on the CPU. This is "
-            "meant for trying a command on a small model.",
+            "meant for trying a command on a small model. DeepSpeed compiles its operators the "
+            "first time, which takes about a minute.",
             stacklevel=2,
         )
 
