@@ -7,7 +7,7 @@ between markers, which ``docs/write_numbers.py`` fills in.
 from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib
 import json
 import math
 import re
@@ -17,7 +17,8 @@ from argparse import ArgumentParser
 from email import message_from_string
 from importlib.metadata import metadata
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -47,15 +48,10 @@ NOXFILE = (ROOT / "noxfile.py").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *EXAMPLES.rglob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
-def script(name: str) -> ModuleType:
-    """A file of the repository that isn't part of a package."""
-    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-write_numbers = script("docs/write_numbers.py")
+# The scripts there import each other by name.
+sys.path.append(str(ROOT / "docs"))
+picture_of_steps = importlib.import_module("picture_of_steps")
+write_numbers = importlib.import_module("write_numbers")
 table = write_numbers.cells
 
 
@@ -346,6 +342,39 @@ def test_the_picture_of_ranks(tmp_path: Path):
     for text in ("some pairs", "made-up lengths", ".61", ".82", ".48", "8 x 1"):
         assert f">{text}<" in drawn
     assert not (tmp_path / "shared.svg").exists()
+
+
+def test_the_picture_of_whole_steps():
+    """It has the ratio of both ways in each host, a bar of that length and its interval; what the
+    table has besides isn't drawn.  A ratio of 1 is SCALE wide: 0.5 of 258 is 129."""
+    ends = "CPU time of a step; predicted from tokens"
+    rows = [
+        ("`shared`", f"Other, one rank: {ends}", "0.11 [0.10, 0.12]; 0.1"),
+        ("`balanced`", f"Ours, two ranks under ZeRO-3, 2 pairs: {ends}", "0.75 [0.70, 0.80]; 0.7"),
+        ("`balanced`", "the same with shared prompts instead", "0.66 [0.65, 0.67]; 0.6"),
+        ("`balanced`", "the same with both", "0.50 [0.45, 0.55]; 0.5"),
+        ("`balanced`", f"Yours, one rank, 4 pairs: {ends}", "0.60 [0.55, 0.70]; 0.7"),
+        ("`balanced`", "the same with both", "0.40 [0.35, 0.45]; 0.5"),
+        ("`balanced`", "Ours, one rank, 4 pairs of equal lengths: CPU time", "0.91 [0.87, 0.99]"),
+        ("`ranks`", "the same with both", "0.48; 0.43"),
+    ]
+    hosts = picture_of_steps.of_table(rows)
+    assert [(of.host, of.ranks) for of in hosts] == [("Ours", "two ranks"), ("Yours", "one rank")]
+    assert hosts[1].ways == {"balanced": (0.6, 0.55, 0.7), "both": (0.4, 0.35, 0.45)}
+    assert picture_of_steps.ends(hosts, "balanced") == "0.60 to 0.75"
+    drawn = ElementTree.fromstring(picture_of_steps.drawn(hosts))
+    name = "{http://www.w3.org/2000/svg}"
+    texts = [each.text for each in drawn.iter(f"{name}text")]
+    ratios = [text for text in texts if re.fullmatch(r"0\.\d\d", text)]
+    assert ratios == ["0.75", "0.50", "0.60", "0.40"]
+    widths = {each.get("width") for each in drawn.iter(f"{name}rect")}
+    assert picture_of_steps.SCALE == 258 and "129" in widths
+    assert [drawn.findtext(f"{name}{part}") for part in ("title", "desc")] == [
+        picture_of_steps.TITLE,
+        picture_of_steps.described(hosts),
+    ]
+    measured = picture_of_steps.of_table(table(DOCS["speed"], "`NAME`"))
+    assert len(measured) == 5 and all({*picture_of_steps.BARS} <= {*of.ways} for of in measured)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
