@@ -156,8 +156,9 @@ def test_a_host_is_imported_in_its_own_adapter_only():
 
 
 def test_the_arrows():
-    """Guards and compute import nothing of ours outside, adapters no other host's but that Axolotl's
-    is built on TRL's, and nothing imports the command but the package for `check(trainer)`."""
+    """ARROWS lists what each part imports from the others.  `guards` and `compute` import only the
+    errors.  TRL is the only adapter that other adapters import.  Only the package itself imports
+    the command, for `check(trainer)`."""
     files = sorted(PACKAGE.rglob("*.py"))
     assert {place(file) for file in files} == ARROWS.keys()
     arrows: dict[str, set[str]] = {name: set() for name in ARROWS}

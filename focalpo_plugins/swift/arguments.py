@@ -84,6 +84,6 @@ def check_words(words: Sequence[str], arguments: type) -> None:
         near = difflib.get_close_matches(name.lower(), ours, n=1, cutoff=_NEAR)
         if (of_loss or abbreviates or near) and not of_host:
             raise InvalidValue(
-                f"unknown key {name}, got {word!r}{did_you_mean(name, ours)} The keys of "
-                "focalpo_plugins have to be written out."
+                f"unknown key {name}, got {word!r}{did_you_mean(name, ours)} Write keys of "
+                "focalpo_plugins in full."
             )

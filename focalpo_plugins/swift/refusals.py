@@ -73,14 +73,14 @@ def check(args: Any, of_host: Collection[str]) -> None:
     if name == "focalpo" and args.focalpo_gamma is None:
         raise InvalidValue(
             "focalpo_gamma must be given with loss_type focalpo, got nothing: so that ms-swift "
-            "refuses the command where this package isn't installed. The paper uses 0.05; 0 is DPO."
+            "refuses the command if this package isn't installed. The paper uses 0.05; 0 is DPO."
         )
     bind(args, loss)
     folder = args.focalpo_precompute_dir
     if folder is not None and not args.focalpo_precompute_ref:
         raise InvalidValue(
-            f"focalpo_precompute_dir goes with focalpo_precompute_ref true, got {folder!r} alone. "
-            "Set focalpo_precompute_ref as well, or remove focalpo_precompute_dir."
+            f"focalpo_precompute_dir needs focalpo_precompute_ref true, got only {folder!r}. Set "
+            "focalpo_precompute_ref too, or remove focalpo_precompute_dir."
         )
     if args.beta is not None:
         check_beta(args.beta)
@@ -134,15 +134,15 @@ def _check_beside(args: Any, name: str, more: list[str]) -> None:
     """Refuse what stands beside our loss in ``loss_type``, except ``sft``."""
     if args.rlhf_type != "dpo":
         raise InvalidValue(
-            f"loss_type {name} goes with rlhf_type dpo, got rlhf_type {args.rlhf_type}. Set "
+            f"loss_type {name} needs rlhf_type dpo, got rlhf_type {args.rlhf_type}. Set "
             "rlhf_type to dpo."
         )
     others = [each for each in types_of(args) if each not in (name, "sft")]
     twice = types_of(args).count(name) > 1
     if more or others or twice:
         raise InvalidValue(
-            f"loss_type {name} goes alone or with sft, got {types_of(args)}: other terms were not "
-            "tried beside it. Remove them."
+            f"loss_type {name} can be combined only with sft, got {types_of(args)}: other terms are "
+            "untested with it. Remove them."
         )
 
 

@@ -806,8 +806,9 @@ def test_table_2_by_hand(pipeline: ModuleType, plan, tmp_path: Path):
 
 
 def test_the_papers_rows(pipeline: ModuleType, plan):
-    """RESULTS.md has ten rows in Table 1 and twelve in Table 2, and each has a model that can be had:
-    a public one, and one of yours but for SFT. The authors' two are there."""
+    """RESULTS.md has ten rows in Table 1 and twelve in Table 2. models.yml lists two models for each
+    row, a public one and the user's own, and for SFT only the public one. It also lists the
+    authors' two."""
     tables = pipeline.printed(EXAMPLES / "RESULTS.md")
     assert [len(each.rows) for each in tables] == [5, 5, 6, 6]
     for each in tables:

@@ -249,7 +249,7 @@ REFUSED_PRECOMPUTE = {
     ),
     "another folder's key": (
         {"focalpo_precompute_ref": None, "focalpo_precompute_dir": "x"},
-        "focalpo_precompute_dir goes with focalpo_precompute_ref: true, got 'x' alone",
+        "focalpo_precompute_dir needs focalpo_precompute_ref: true, got only 'x'",
     ),
 }
 
