@@ -1,5 +1,5 @@
-"""For mkdocs.yml: the package's version, which pages a search finds before others, and which words a
-narrow screen doesn't break."""
+"""For mkdocs.yml: the package's version, which pages a search finds before others, and which words
+a narrow screen doesn't break."""
 
 import re
 from configparser import ConfigParser

@@ -27,7 +27,7 @@ TOP, BAR, HOST = 92, 15, 44  # the first bar's place, a bar's height, and a host
 
 @dataclass
 class Steps:
-    """A host's rows: the ratios with the two ends of their intervals."""
+    """A host's row: the ratios with the two ends of their intervals."""
 
     host: str
     ranks: str
@@ -35,22 +35,14 @@ class Steps:
 
 
 def of_table(rows: Sequence[Sequence[str]]) -> list[Steps]:
-    """The hosts' whole steps, from the cells of the table below `NAME`.
-
-    A host's first row is that with balanced batches; those that follow are "the same with ...".
-    """
-    found: list[Steps] = []
-    follows = False
-    for name, what, measured in rows:
-        first = name == "`balanced`" and what.endswith("CPU time of a step; predicted from tokens")
-        way = what.removeprefix("the same with ") if follows and not first else "balanced"
-        follows = first or (follows and what.startswith("the same with "))
-        if first:
-            host, ranks, _ = what.split(", ", 2)
-            found.append(Steps(host, " ".join(ranks.split()[:2])))
-        if follows:
-            ratio, low, high = map(float, re.findall(r"\d\.\d+", measured)[:3])
-            found[-1].ways[way] = (ratio, low, high)
+    """The hosts' whole steps, from the cells of the table that begins with them."""
+    found = []
+    for host, run, balanced, _, both in rows:
+        steps = Steps(host, run.partition(",")[0])
+        for way, cell in (("balanced", balanced), ("both", both)):
+            ratio, low, high = map(float, re.findall(r"\d\.\d+", cell)[:3])
+            steps.ways[way] = (ratio, low, high)
+        found.append(steps)
     return found
 
 

@@ -106,8 +106,8 @@ def check(args: Any, loss: PairwiseLoss) -> None:
     folder = getattr(args, PRECOMPUTE_DIR)
     if folder is not None and not getattr(args, PRECOMPUTE):
         raise InvalidValue(
-            f"{PRECOMPUTE_DIR} needs {PRECOMPUTE}: true, got only {folder!r}. Set {PRECOMPUTE} too, "
-            f"or remove {PRECOMPUTE_DIR}."
+            f"{PRECOMPUTE_DIR} needs {PRECOMPUTE}: true, got only {folder!r}. Set {PRECOMPUTE} "
+            f"too, or remove {PRECOMPUTE_DIR}."
         )
     if getattr(args, PRECOMPUTE) and margin != "dpo":
         why = "that margin has no reference"

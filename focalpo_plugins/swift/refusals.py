@@ -141,8 +141,8 @@ def _check_beside(args: Any, name: str, more: list[str]) -> None:
     twice = types_of(args).count(name) > 1
     if more or others or twice:
         raise InvalidValue(
-            f"loss_type {name} can be combined only with sft, got {types_of(args)}: other terms are "
-            "untested with it. Remove them."
+            f"loss_type {name} can be combined only with sft, got {types_of(args)}: other terms "
+            "are untested with it. Remove them."
         )
 
 
