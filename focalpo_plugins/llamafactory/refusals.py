@@ -1,4 +1,4 @@
-"""What arguments are refused for, before LLaMA-Factory loads anything."""
+"""Checks that refuse arguments before LLaMA-Factory loads anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..registry import PairwiseLoss, losses
 from . import COMMON_KEYS, MARGIN, MARGINS, PRECOMPUTE, PRECOMPUTE_DIR, SWITCHES
 from .arguments import asked_loss, given, keys_of
 
-_LIKE_OURS = 0.75  # similarity of a name from which it is taken for a misspelt one
+_LIKE_OURS = 0.75  # similarity from which a name counts as one of ours, misspelt
 
 
 def check_keys(args: Any, known: Collection[str], of_host: Sequence[str]) -> None:

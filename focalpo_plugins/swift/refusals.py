@@ -1,4 +1,4 @@
-"""What arguments are refused for, before ms-swift loads anything."""
+"""Checks that refuse arguments before ms-swift loads anything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..registry import get_loss, losses
 from . import BALANCED, SHARED, data
 from .keys import asked_types, bind, given_keys, keys, types_of, types_of_host
 
-_NEAR = 0.7  # how alike a misspelt name of a loss is to its name
+_NEAR = 0.7  # similarity from which a name counts as one of ours, misspelt
 
 _PARTS = "each rank has a part of a sequence, and a margin is of whole sequences"
 _ONE_ROW = (
@@ -46,7 +46,7 @@ _OF_BALANCED: Mapping[str, tuple[_Wrong, str]] = {
 
 
 def check(args: Any, of_host: Collection[str]) -> None:
-    """Refuse what arguments ask for and can't be trained with, or what would be dropped.
+    """Refuse arguments that can't be trained with, or that would be dropped.
 
     Args:
         args: ms-swift's arguments as the user gave them.
@@ -131,7 +131,7 @@ def _check_given(args: Any, names: list[str]) -> None:
 
 
 def _check_beside(args: Any, name: str, more: list[str]) -> None:
-    """Refuse what stands beside our loss in ``loss_type``, except ``sft``."""
+    """Refuse any other loss beside ours in ``loss_type``, except ``sft``."""
     if args.rlhf_type != "dpo":
         raise InvalidValue(
             f"loss_type {name} needs rlhf_type dpo, got rlhf_type {args.rlhf_type}. Set "
@@ -156,7 +156,7 @@ def _check_conflicts(
 
 
 def check_model(args: Any, multimodal: bool) -> None:
-    """Refuse the two switches for a model of more than text.
+    """Refuse the two switches for a multimodal model.
 
     Raises:
         ValueError: the message names the switch.

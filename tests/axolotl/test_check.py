@@ -497,7 +497,7 @@ def test_it_is_printed_with_the_traps(answers):
     warnings = [line[9:] for line in said.splitlines() if line.startswith("WARNING  ")]
     assert said.splitlines()[-1] == f"{len(warnings)} warnings, no errors"
     assert warnings[0].startswith("fp16: ")
-    assert warnings[1].startswith("beta 1 is large for this gamma: z* = -20.00 is reached where")
+    assert warnings[1].startswith("beta 1 is large for this gamma: z* = -20.00 is reached if")
     assert "differ by 20 nats" in warnings[1]
     assert not any("BOS doubled" in warning for warning in warnings)
 

@@ -329,7 +329,7 @@ def test_beta_is_what_the_model_was_trained_with(tmp_path: Path, files, model: s
     assert ("MODEL was trained with (" in said) is known
     given, said = beta_of(2.0, tmp_path / model)
     assert given == 2.0
-    expected = f"warning: beta 2, from --beta, where MODEL was trained with {beta:g} ("
+    expected = f"warning: beta 2, from --beta, but MODEL was trained with {beta:g} ("
     assert said.startswith(expected if known else "beta 2, from --beta")
     assert beta_of(beta, tmp_path / model)[1].startswith(f"beta {beta:g}, from --beta")
 
