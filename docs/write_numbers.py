@@ -105,7 +105,7 @@ def reversal(gamma: str) -> str:
 
 
 def peak(gamma: str) -> str:
-    """Where a pair is pushed most: DPO's gradient ``1 - p`` times the weight, by steps of 0.01."""
+    """The margin of the largest push: DPO's gradient ``1 - p`` times the weight, in steps of 0.01."""
     margins = torch.arange(-30, 10, 0.01, dtype=torch.float64)
     push = (1 - margins.sigmoid()) * focalpo_weight(margins, float(gamma))
     return plain(margins[push.argmax()].item())
@@ -121,7 +121,7 @@ def option(name: str, spelled: str, default: str, text: str) -> list[str]:
 
 
 def keys(host: str) -> str:
-    """Of a host's YAML: those of the loss, and those that every loss has there."""
+    """The table of a host's YAML keys: those of the loss, and those that every loss has there."""
     loss, adapter = get_loss("focalpo"), ADAPTERS[host]
     values = (value for value in vars(adapter).values() if isinstance(value, str))
     of_all = [value.removeprefix("focalpo_") for value in values if value.startswith("focalpo_")]

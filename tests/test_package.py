@@ -136,7 +136,7 @@ def place(file: Path) -> str:
 
 
 def ours_in(file: Path) -> set[str]:
-    """Of this package, what the file imports: at its top, and inside its functions."""
+    """The parts of this package that the file imports, at its top and inside its functions."""
     package = ["focalpo_plugins", *file.relative_to(PACKAGE).parts[:-1]]
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):

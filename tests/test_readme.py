@@ -455,7 +455,7 @@ def test_the_table_of_releases():
         ends.setdefault(host.split()[0], []).extend(re.findall(r"\d+\.\d+\.\d+", cell))
     for host in ("Axolotl", "TRL", "OpenRLHF"):
         of_host = sorted(ends[host], key=lambda release: [*map(int, release.split("."))])
-        # The oldest and the newest TRL are those that are tested alone.
+        # The oldest and the newest TRL are those that are tested without another host.
         assert write_numbers.releases(host) == f"{of_host[0]} to {of_host[-1]}"
         assert f"<!--= releases {host} -->" in README
 

@@ -601,10 +601,7 @@ def test_what_check_warns_of_in_the_tokens(prompt, chosen, rejected, cut, said):
 def test_a_margin_without_a_reference(answers: dict[str, Answer], tiny: Path, data: Path):
     """The same pairs, in the tokens that TRL's other trainer makes. The margin's z* = -20 implies
     nothing about log-ratios in nats, nor a first loss. If the prompt and the longer answer exceed
-    the limit, that trainer cuts either answer to the limit minus the longer answer's length.
-
-    That trainer cuts where the prompt and the longer answer pass the limit, and leaves either answer
-    the limit less the longer answer's length."""
+    the limit, that trainer cuts either answer to the limit minus the longer answer's length."""
     plain, simpo = (json.loads(answers[name][1]) for name in ("plain", "simpo"))
     assert simpo["pair"]["chosen"]["ids"] == plain["pair"]["chosen"]["ids"]
     assert simpo["pair"]["rejected"]["trained"] == plain["pair"]["rejected"]["trained"]

@@ -557,7 +557,7 @@ def test_a_server_ends_with_its_parent(how: str, place: Place):
 
 
 def test_a_taken_port_is_refused(pipeline: ModuleType, stand_in: StandIn):
-    """Refused before anything starts: there is no such command."""
+    """A missing command is refused before anything starts."""
     stand_in.model = "left_alive"
     plan = pipeline.Plan([], {"port": stand_in.server_port}, None)
     said = f"port {stand_in.server_port} is taken: left_alive is served there."

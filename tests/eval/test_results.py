@@ -61,7 +61,7 @@ def tables() -> list[list[list[str]]]:
 
 
 def check(table: list[list[str]], methods: list[str], expected: list[list[float]]) -> None:
-    """Each of the paper's numbers has an empty cell for the reader's; no score is ours."""
+    """Each of the paper's numbers has an empty cell for the reader's; the page has no other scores."""
     head, rule, *rows = table
     width = len(expected[0])
     assert head[0] == "method" and head[2 : 2 * width + 1 : 2] == ["yours"] * width

@@ -105,7 +105,7 @@ def test_keys_after_the_file(llamafactory: LlamaFactory):
 
 
 def test_one_run_after_the_other_in_python(llamafactory: LlamaFactory):
-    """Ours, the host's own and ours again, with `run_exp` and a dict, as a notebook has it."""
+    """A notebook trains our loss, the host's own and ours again, by `run_exp` with a dict."""
     ours = llamafactory.config(max_steps=1)
     own = {key: value for key, value in ours.items() if key != "focalpo_gamma"}
     own["pref_loss"] = "sigmoid"
