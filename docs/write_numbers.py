@@ -105,7 +105,7 @@ def reversal(gamma: str) -> str:
 
 
 def peak(gamma: str) -> str:
-    """The margin of the largest push: DPO's gradient ``1 - p`` times the weight, in steps of 0.01."""
+    """The margin of the largest push: DPO's gradient ``1 - p`` times the weight, to 0.01."""
     margins = torch.arange(-30, 10, 0.01, dtype=torch.float64)
     push = (1 - margins.sigmoid()) * focalpo_weight(margins, float(gamma))
     return plain(margins[push.argmax()].item())

@@ -40,7 +40,7 @@ def _newest(states: Sequence[tuple[dict[str, Any], Path]]) -> tuple[dict[str, An
 
 
 def _begins_with(state: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
-    """Whether a log goes on from another one, so that both are of one run."""
+    """Whether a log continues another one, so that both belong to one run."""
     # As text, because NaN is not equal to itself.
     texts = [[json.dumps(entry) for entry in each["log_history"]] for each in (state, part)]
     return texts[0][: len(texts[1])] == texts[1]
