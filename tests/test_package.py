@@ -281,7 +281,7 @@ print(*registry.losses())
 
 
 def test_the_lowest_pluggy(tmp_path: Path):
-    """That setup.cfg allows: a loss that is added by hand, after one that is refused."""
+    """With the oldest pluggy that setup.cfg allows, a loss can be added after one that was refused."""
     lowest = ["--target", str(tmp_path), "pluggy==1.0.*"]
     run_pip = run_python("-m", "pip", "install", "--quiet", "--no-deps", *lowest)
     assert run_pip.returncode == 0, run_pip.stderr

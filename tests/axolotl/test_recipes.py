@@ -253,7 +253,7 @@ def test_the_batch_is_128(name: str):
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_sizes_in_the_header(name: str):
     """In GB: weights in bf16, or in 4 bits with bitsandbytes' scales (one byte for 64 weights, four
-    for 16,384) but for the embeddings; an adapter in float32 with gradient and AdamW's two moments;
+    for 16,384) without the embeddings; an adapter in float32 with gradient and AdamW's two moments;
     a checkpoint without the gradients, and with the bf16 weights where all are trained."""
     config, text = CONFIGS[name], words(name)
     layers, hidden, inner, keys, vocabulary = SHAPES[split_name(name)[0]]

@@ -648,8 +648,8 @@ def test_the_learning_rate(lc, chosen: str | None, said: str, pipeline: ModuleTy
 
 
 def test_spread(pipeline: ModuleType):
-    """Of a mean it is the standard deviation by the root of the number, but for the draws: a sixteenth
-    of it or so with 128."""
+    """The error of a mean is the standard deviation over the root of the number; 128 draws give it to about a
+    sixteenth."""
     values = np.random.default_rng(0).normal(size=805)
     frame = pd.DataFrame({"x": values})
     error = pipeline.spread(lambda rows: rows["x"].mean(), frame, 128)

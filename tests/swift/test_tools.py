@@ -60,7 +60,7 @@ def test_check(check: Callable[..., tuple], tmp_path: Path):
 @pytest.mark.releases
 def test_check_counts_the_steps_that_are_trained(check: Callable[..., tuple], tiny: Path,
                                                  few: Path, tmp_path: Path):  # fmt: skip
-    """Of an epoch whose last batch and last step are not full, on 29 of the pairs."""
+    """The plan of an epoch whose last batch and last step are not full, on 29 of the pairs."""
     lines = (few / "train.jsonl").read_text().splitlines(keepends=True)[:29]
     (tmp_path / "29.jsonl").write_text("".join(lines))
     given = {"dataset": str(tmp_path / "29.jsonl"), "num_train_epochs": 2}

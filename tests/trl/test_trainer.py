@@ -1399,7 +1399,7 @@ def test_the_closing_line(tokenizer, tmp_path: Path, capsys):
 
 
 def test_the_closing_line_has_the_mean_of_the_last_tenth(tokenizer, tmp_path: Path, capsys):
-    """Of 20 logged losses the mean of two: the last batch may be a hard one."""
+    """The last tenth of 20 logged losses is two, whose mean is shown: the last batch may be a hard one."""
     host = trainer(FocalPOTrainer, tokenizer, tmp_path, max_steps=20, learning_rate=1e-3)
     host.train()
     losses = [entry["loss"] for entry in host.state.log_history if "loss" in entry]
