@@ -103,8 +103,8 @@ def uv_as_pip() -> dict[str, str]:
             name = key.removeprefix(section + ".").removeprefix("default-")
             if key.startswith(section) and name in OF_PIP:
                 words = ast.literal_eval(value).split()
-                # Of a release in two indexes uv takes the first one's wheel, pip the best. An index
-                # that stands behind another is there for what that one lacks.
+                # If two indexes have a release, uv takes the first one's wheel, and pip the best.
+                # An index that stands behind another is there for what that one lacks.
                 words = words[::-1] if name == "extra-index-url" else words
                 told[OF_PIP[name]] = ("," if name == "find-links" else " ").join(words)
     return told
@@ -188,7 +188,7 @@ def audit(session: nox.Session) -> None:
 
 @nox.session
 def core(session: nox.Session) -> None:
-    """What needs no host."""
+    """The tests that need no host."""
     test_core(session)
 
 
@@ -341,9 +341,9 @@ def newest(session: nox.Session, host: str) -> None:
 def old_torch(session: nox.Session, release: str) -> None:
     """Losses and gradients in older releases of torch, which are builds for CUDA of 6 to 7 GB.
 
-    TRL's own imports need 2.6; under 2.5, the oldest that we take, runs what needs no host.
+    TRL's own imports need 2.6; with 2.5, the oldest supported, only the tests without a host run.
     """
-    # torch.compile took no float argument whole then, and other products round otherwise than ours.
+    # There torch.compile treats float arguments differently, and products round differently.
     newer = "not test_compiles_whole and not test_the_compiled_loss and not test_long_sequences"
     with environment(session):
         session.install(f"torch=={release}")
@@ -438,7 +438,7 @@ def axolotl_0_21(session: nox.Session, axolotl: str) -> None:
 
 
 def requirements(session: nox.Session, host: str = "axolotl") -> list[str]:
-    """What the installed host requires, but for extras and torch."""
+    """What the installed host requires, without extras and torch."""
     ask = f"import importlib.metadata; print(*importlib.metadata.requires('{host}'), sep='\\n')"
     lines = str(session.run("python", "-c", ask, silent=True)).splitlines()
     of_torch = re.compile(r"torch\b(?![-_.])")
@@ -524,7 +524,7 @@ def meanwhile(session: nox.Session, *builders: str) -> Iterator[None]:
 
 
 def check_types(session: nox.Session, *folders: str, more: Sequence[str] = ()) -> None:
-    """Of the adapters, with their host's own types.
+    """Check the types of the adapters, with their host's own types.
 
     Hosts are not typed throughout, and re-export without saying so.
     """

@@ -171,7 +171,7 @@ EQUAL_ROUNDS = 20  # for each round of the others
 
 
 def measured_here(host: str) -> bool:
-    """Whether a host is installed, and is no part that another one changes."""
+    """Whether a host is installed, and isn't changed by another installed host."""
     return installed(host) and not (host == "trl" and any(map(installed, CHANGE_TRL)))
 
 

@@ -282,7 +282,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 
 
 def lines(parts: list[str], args: argparse.Namespace) -> Iterator[str]:
-    """What is printed, part by part."""
+    """What the parts print, one after the other."""
     if "loss" in parts:
         yield check_loss(args.device)
     if "kernel" in parts:

@@ -51,7 +51,7 @@ TINY_SHAPE = {
 
 
 def lengths_of(tiny: bool, count: int) -> Lengths:
-    """Of the first made-up pairs; ``tiny``: a 32nd of them, so that a CPU takes seconds."""
+    """The lengths of the first made-up pairs; with ``tiny`` a 32nd, so that a CPU takes seconds."""
     parts = lognormal().parts[:count]
     return Lengths([tuple(max(1, n // 32) for n in each) for each in parts] if tiny else parts)
 
@@ -246,7 +246,7 @@ def way_of_openrlhf(model: Path, data: Path, each: int, switches: tuple[str, ...
 PRECOMPUTED = "shared + precomputed"
 OF_HOST = {
     "axolotl": (way_of_axolotl, {way: SWITCHES[way] for way in FOUR}, 1),
-    # It holds a copy of the model for the reference as well.
+    # It also holds a copy of the model for the reference.
     "openrlhf": (
         way_of_openrlhf,
         {way: SWITCHES[way] for way in FOUR} | {PRECOMPUTED: ("shared_prompts", "precompute_ref")},

@@ -45,7 +45,7 @@ class Lengths:
 
 
 def of_file(path: Path, tokenizer: Any) -> Lengths:
-    """Of a file of conversations, with the tokenizer's chat template."""
+    """The lengths of a file of conversations, with the tokenizer's chat template."""
     texts: list[str] = []
     for row in conversations(path):
         prompt = tokenizer.apply_chat_template(
@@ -57,7 +57,7 @@ def of_file(path: Path, tokenizer: Any) -> Lengths:
     ids = tokenizer(texts, add_special_tokens=False).input_ids
     parts = []
     for prompt, chosen, rejected in zip(ids[::3], ids[1::3], ids[2::3], strict=True):
-        # Answers may begin alike, and shared prompts compute that once as well.
+        # Answers may begin alike, and shared prompts also compute that start once.
         alike = len(os.path.commonprefix([chosen, rejected]))
         parts.append((len(prompt) + alike, len(chosen) - alike, len(rejected) - alike))
     return Lengths(parts)

@@ -29,7 +29,7 @@ MOST_PAIRS = 48  # of a file, that a benchmark draws
 
 
 def installed(module: str) -> bool:
-    """Whether a module can be imported; a folder of its name isn't it."""
+    """Whether a module can be imported; a folder of its name doesn't count."""
     spec = find_spec(module)
     return spec is not None and spec.origin is not None
 
@@ -129,7 +129,7 @@ def compare(
     theirs: list[float],
     against: str,
 ) -> Result:
-    """From what each round measured of both sides."""
+    """The result of what each round measured of both sides."""
     pairs = list(zip(ours, theirs, strict=True))
     random = Random(0)
     drawn = sorted(_ratio(random.choices(pairs, k=len(pairs))) for _ in range(1000))
@@ -147,7 +147,7 @@ def _ratio(pairs: list[tuple[float, float]]) -> float:
 def in_turns(
     ours: Callable[[], float], theirs: Callable[[], float], rounds: int
 ) -> tuple[list[float], list[float]]:
-    """What both sides return, round by round; whoever was second is first in the next."""
+    """What both sides return, round by round; the side that was second begins the next round."""
     found: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds):
         for side in (0, 1) if number % 2 == 0 else (1, 0):

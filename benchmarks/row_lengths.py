@@ -16,7 +16,7 @@ GOAL = 2.0  # seconds
 
 
 def of_trl(file: Path, tokenizer: Any, limit: int) -> Callable[[], Any]:
-    """From the token ids that TRL and Axolotl keep."""
+    """The lengths from the token ids that TRL and Axolotl keep."""
     from datasets import Dataset
     from shared_prompts import of_file
 
@@ -31,7 +31,7 @@ def of_trl(file: Path, tokenizer: Any, limit: int) -> Callable[[], Any]:
 
 
 def of_openrlhf(file: Path, tokenizer: Any, limit: int) -> Callable[[], Any]:
-    """From the texts that OpenRLHF keeps, which are tokenized for it."""
+    """The lengths from the texts that OpenRLHF keeps, which are tokenized for this."""
     from datasets import Dataset
 
     from focalpo_plugins.openrlhf import cpu

@@ -52,7 +52,7 @@ def model(vocabulary: int, hidden: int, layers: int) -> Any:
 
 
 def trainer(network: Any, tokenizer: Any, folder: str, pairs: int, **ours: Any) -> Any:
-    """The host's own, or ours with the keys that are given."""
+    """The host's own trainer, or this package's with the given keys."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -150,7 +150,7 @@ def measure(
 
 @torch.no_grad()
 def log_probs(network: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """Of each sequence's answer."""
+    """The log-probabilities of each sequence's answer."""
     logits = network(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     of_tokens = logits.log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None]).squeeze(2)
     return (of_tokens * batch["completion_mask"][:, 1:]).sum(1)

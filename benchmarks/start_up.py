@@ -1,4 +1,4 @@
-"""What the autoload costs a process that is no host, and what importing the package costs."""
+"""What the autoload costs a process that isn't a host, and what importing the package costs."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def axolotl_trainers(
 
 
 def in_turns(trainers: Trainers, steps: int) -> tuple[list[float], ...]:
-    """Milliseconds of each step, in the trainers' order, but for the first few."""
+    """Milliseconds of each step, in the trainers' order, without the first few."""
     batons = threading.Semaphore(1), threading.Semaphore(0)
     turns = [Turns(*batons), Turns(*batons[::-1])]
     errors: list[BaseException] = []

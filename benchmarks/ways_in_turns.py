@@ -113,7 +113,7 @@ def rank_of(way: Way, rank: int, ranks: int, port: int, pipe: Connection, folder
 def in_turns(
     ways: dict[str, Way], ranks: int, rounds: int, warm_up: int, limit: float = math.inf
 ) -> dict[str, Taken]:
-    """What each way takes, ``rounds`` steps of it and one for the memory.
+    """Measure ``rounds`` steps of each way, and one more for the memory.
 
     Args:
         limit: seconds after which no further round begins, once two are measured.

@@ -1,5 +1,7 @@
 """Write into the pages what the code can make: `nox -s numbers`, or with `-- --check` only compare.
 
+It also draws the picture of whole steps, from the table that docs/speed.md has of them.
+
 A page marks such a number or table with two comments, which no reader of the page sees::
 
     The first loss is <!--= first_loss 0.05 -->0.6695<!-- end -->.
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import picture_of_steps
 import torch
 
 import focalpo_plugins
@@ -102,7 +105,7 @@ def reversal(gamma: str) -> str:
 
 
 def peak(gamma: str) -> str:
-    """Where a pair is pushed most: DPO's gradient ``1 - p`` times the weight, by steps of 0.01."""
+    """The margin of the largest push: DPO's gradient ``1 - p`` times the weight, to 0.01."""
     margins = torch.arange(-30, 10, 0.01, dtype=torch.float64)
     push = (1 - margins.sigmoid()) * focalpo_weight(margins, float(gamma))
     return plain(margins[push.argmax()].item())
@@ -118,7 +121,7 @@ def option(name: str, spelled: str, default: str, text: str) -> list[str]:
 
 
 def keys(host: str) -> str:
-    """Of a host's YAML: those of the loss, and those that every loss has there."""
+    """The table of a host's YAML keys: those of the loss, and those that every loss has there."""
     loss, adapter = get_loss("focalpo"), ADAPTERS[host]
     values = (value for value in vars(adapter).values() if isinstance(value, str))
     of_all = [value.removeprefix("focalpo_") for value in values if value.startswith("focalpo_")]
@@ -272,6 +275,20 @@ def shared(what: str) -> str:
     return f"{found[0]:.2f} to {found[1]:.2f}"
 
 
+def whole_steps() -> list[picture_of_steps.Steps]:
+    return picture_of_steps.of_table(cells((ROOT / "docs" / "speed.md").read_text(), "host | run"))
+
+
+def steps(way: str) -> str:
+    """The ends over the hosts of a way's ratios."""
+    return picture_of_steps.ends(whole_steps(), way)
+
+
+def picture(folder: str) -> str:
+    """The picture with its description, as a page shows it."""
+    return f"![{picture_of_steps.described(whole_steps())}]({folder}/{picture_of_steps.FILE.name})"
+
+
 # How sure a result is.
 
 
@@ -299,7 +316,8 @@ WRITERS: dict[str, Callable[..., str]] = {
     each.__name__: each
     for each in (
         first_loss, weight, reversal, peak, keys, command_line, logged, host_errors, refused,
-        releases, active, scores, leads, shared, seeds, standard_error,
+        releases, active, scores, leads, shared, steps, picture, seeds,
+        standard_error,
     )
 }  # fmt: skip
 
@@ -320,7 +338,9 @@ def written(found: re.Match[str]) -> str:
 
 def outdated() -> list[str]:
     """What differs from what the code makes, a line each."""
-    return [
+    file = picture_of_steps.FILE
+    differs = not file.is_file() or file.read_text() != picture_of_steps.drawn(whole_steps())
+    return [f"{file.relative_to(ROOT)}: the picture"] * differs + [
         f"{page.relative_to(ROOT)}: {found[2]}: {found[3].strip()[:60]!r}"
         for page, found in markers()
         if written(found) != found[0]
@@ -336,6 +356,7 @@ def main() -> int:
         print(line)
     if sys.argv[1:]:
         return len(differ) > 0
+    picture_of_steps.FILE.write_text(picture_of_steps.drawn(whole_steps()))
     for page in pages():
         text = page.read_text()
         new = MARKED.sub(written, text)

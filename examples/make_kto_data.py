@@ -39,7 +39,7 @@ def render(tokenizer, messages: list[dict[str, str]], empty_system: bool) -> tup
 
 
 def is_conversation(messages: object) -> bool:
-    """Whether they are a prompt and an answer."""
+    """Whether the messages are a prompt and an answer."""
     return (
         isinstance(messages, list)
         and len(messages) > 1

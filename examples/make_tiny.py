@@ -1,8 +1,8 @@
 """Make everything that the tiny CPU runs need: preference data, a tokenizer and a reference model.
 
-Nothing is downloaded: the text comes from the tables below, the tokenizer is trained on that text,
-and a Llama of under a million parameters is fine-tuned on chosen and rejected answers alike, so
-that it writes both kinds and preference training has something left to teach it.
+Nothing is downloaded. The text comes from the tables below, and the tokenizer is trained on it. A
+Llama of under a million parameters is fine-tuned on both the chosen and the rejected answers: it
+writes both kinds, so preference training can still teach it something.
 
     python examples/make_tiny.py
 
@@ -24,20 +24,20 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# torch, tokenizers and transformers are imported where they are used: it takes seconds, and most
-# calls find that there is nothing to do.
+# torch, tokenizers and transformers are imported only when they are used: importing them takes
+# seconds, and most calls have nothing to do.
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-# Read when torch is loaded. Threads that wait for each other then sleep: on busy cores they would
-# spin for longer than they compute.
+# torch reads this when it is loaded. With it, threads that wait for each other sleep: on busy cores
+# they would spin for longer than they compute.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 TRAIN_PAIRS, TEST_PAIRS = 2400, 304
-SWAPPED = 0.08  # share of pairs with the labels the wrong way round, as careless annotators leave
+SWAPPED = 0.08  # share of pairs whose labels are swapped, as by careless annotators
 SFT_EPOCHS, SFT_BATCH, SFT_LR = 2, 32, 2e-3
-THREADS = 2  # on any number of cores: sums are split by it, so the weights depend on it
-# Without reports to Axolotl's makers, and without questions to the model hub: both need a network.
+THREADS = 2  # on any number of cores: it decides how sums are split, and so the weights
+# Axolotl's telemetry and the model hub need a network, so both are off.
 LAUNCH = "AXOLOTL_DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 axolotl train"
 STAMP = "made.json"  # written last: a folder without it was not made by this script
 
@@ -58,7 +58,7 @@ CHAT_TEMPLATE = (
 
 
 def both_ways(*opposites: tuple[str, str]) -> dict[str, str]:
-    """Each word of a pair by the other."""
+    """Each word of a pair, with the other one as its value."""
     return dict([*opposites, *((b, a) for a, b in opposites)])
 
 
@@ -174,7 +174,7 @@ def count_question(rng: random.Random) -> tuple[str, list[str], list[str]]:
 
 
 def make_pair(rng: random.Random) -> dict:
-    """One preference pair. Length is drawn for each side alike, so it says nothing of the label."""
+    """One preference pair. Both sides draw their length alike, so it doesn't show the label."""
     prompt, right, wrong = (count_question if rng.random() < 0.15 else fact_question)(rng)
     prompt = rng.choice(LEADS) + prompt
     flaw = rng.choices([None, CURT, VAGUE], [0.5, 0.25, 0.25])[0]
@@ -305,7 +305,7 @@ def make_model(
 
 
 def settings(seed: int) -> dict:
-    """What decides the result: the seed and this very script."""
+    """The settings that decide the result: the seed and this script."""
     return {"seed": seed, "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
 
 
@@ -333,14 +333,14 @@ def build(folder: Path, seed: int) -> None:
 
 
 def next_command(out: Path) -> str:
-    """What trains on the files in ``out``: the YAML's paths are the default folder's."""
+    """The command that trains on the files in ``out``; the YAML has the default folder's paths."""
     examples = Path(__file__).resolve().parent
     config, steps = "examples/tiny_focalpo.yml", []
     if Path.cwd() != examples.parent:
         steps.append(f"cd {shlex.quote(str(examples.parent))}")
     if out.resolve() != examples / "tiny":
         folder = out.resolve()
-        escaped = re.sub(r"[\\&|]", r"\\\g<0>", str(folder))  # what sed gives a meaning to
+        escaped = re.sub(r"[\\&|]", r"\\\g<0>", str(folder))  # characters with a meaning for sed
         edit = shlex.quote(rf"s|\./examples/tiny/|{escaped}/|")
         copy = shlex.quote(str(folder / "tiny_focalpo.yml"))
         steps.append(f"sed {edit} {config} > {copy}")
@@ -357,7 +357,7 @@ def main() -> None:
     args = parser.parse_args()
     out: Path = args.out
 
-    if not 0 <= args.seed < 2**63:  # torch's
+    if not 0 <= args.seed < 2**63:  # torch's range
         parser.error(f"--seed must be at least 0 and below 2**63, got {args.seed}")
     if out.exists() and not out.is_dir():
         parser.error(f"--out must be a folder, got {out}")

@@ -60,7 +60,7 @@ def balance(loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, k
         key: the key that asked for balanced batches, for messages.
 
     Returns:
-        What will have been dealt.
+        The tokens of the steps that were dealt, counted while the run trains.
 
     Raises:
         ValueError: it isn't known how the loader makes its batches.

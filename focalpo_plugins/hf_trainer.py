@@ -312,8 +312,7 @@ class PairwiseTrainerMixin(_Trainer):
 
 
 def _held_out(history: list[dict[str, float]]) -> dict[str, float | list[float]]:
-    """The last values that were logged of an evaluation, of the last evaluation set; of the loss
-    all of them."""
+    """The last logged values of the last evaluation set; of its loss, all logged values."""
     found: dict[str, float | list[float]] = {}
     for what, name in (
         ("loss", "loss"),

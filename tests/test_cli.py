@@ -301,7 +301,7 @@ def trl_log(steps: int, weight: bool) -> list[dict[str, float]]:
 
 
 def test_report_of_trainer_states(tmp_path: Path):
-    """Of 20 steps the last tenth is 19 and 20: the mean margin is 19.5, the mean loss ``(1/19 +
+    """The last tenth of 20 steps is 19 and 20: the mean margin is 19.5, the mean loss ``(1/19 +
     1/20) / 2``. The checkpoint with the most steps is read, not the last by name."""
     write_state(tmp_path / "dpo" / "checkpoint-9", trl_log(9, weight=False))
     write_state(tmp_path / "dpo" / "checkpoint-20", trl_log(20, weight=False))
@@ -646,7 +646,7 @@ def test_a_host_that_packs_computes_no_padding():
     ],
 )
 def test_the_way_of_the_run_is_marked(balanced: bool, shared: bool, name: str):
-    """Of 38 tokens 28, 26 and 18 are .74, .68 and .47."""
+    """28, 26 and 18 of 38 tokens are .74, .68 and .47."""
     window = Window(3, 7, [0, 1, 2, 3])
     plan = planned(Geometry(2, 1, 2), window, balanced_batches=balanced, shared_prompts=shared)
     path, largest = (text for _, text in _of_ways(four_ways(plan, FOUR)))

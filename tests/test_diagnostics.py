@@ -76,10 +76,7 @@ def test_tokens_of_a_step():
 
 def test_ranks_wait_for_the_one_with_the_most_tokens():
     """Two ranks with 6 and 2 tokens, then with 4 and 4: 16 of ``2 * 6 + 2 * 4`` = 20, 20 % idle.
-    Without shared prompts there is no padded batch to compare with.
-
-    Without shared prompts there is no padded batch beside them.
-    """
+    Without shared prompts there is no padded batch to compare with."""
     loss = gamma_one()
     batches = [of_ranks(torch.tensor(tokens), torch.tensor(0)) for tokens in ([6, 2], [4, 4])]
     found = means(margin_sums(torch.tensor([LN3]), loss), loss, 1, sum(batches))

@@ -24,9 +24,9 @@ subprocess.run([sys.executable, {failing!r}], check=True)
 """
 OURS = "focalpo_plugins: beta must be a finite number above 0, got -1"
 CASES = {
-    "an error of ours": ("check_beta(-1)", OURS),
-    "an error that is explained": ("{}['row']", "focalpo_plugins: it has no 'row'"),
-    "any other": ("1 / 0", None),
+    "this package's error": ("check_beta(-1)", OURS),
+    "a host's error that gets an explanation": ("{}['row']", "focalpo_plugins: it has no 'row'"),
+    "an unknown error": ("1 / 0", None),
     "an explanation that fails": ("raise KeyError", None),
 }
 

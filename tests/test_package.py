@@ -136,7 +136,7 @@ def place(file: Path) -> str:
 
 
 def ours_in(file: Path) -> set[str]:
-    """Of this package, what the file imports: at its top, and inside its functions."""
+    """The parts of this package that the file imports, at its top and inside its functions."""
     package = ["focalpo_plugins", *file.relative_to(PACKAGE).parts[:-1]]
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
@@ -156,8 +156,9 @@ def test_a_host_is_imported_in_its_own_adapter_only():
 
 
 def test_the_arrows():
-    """Guards and compute import nothing of ours outside, adapters no other host's but that Axolotl's
-    is built on TRL's, and nothing imports the command but the package for `check(trainer)`."""
+    """ARROWS lists what each part imports from the others.  `guards` and `compute` import only the
+    errors.  TRL is the only adapter that other adapters import.  Only the package itself imports
+    the command, for `check(trainer)`."""
     files = sorted(PACKAGE.rglob("*.py"))
     assert {place(file) for file in files} == ARROWS.keys()
     arrows: dict[str, set[str]] = {name: set() for name in ARROWS}
@@ -280,7 +281,7 @@ print(*registry.losses())
 
 
 def test_the_lowest_pluggy(tmp_path: Path):
-    """That setup.cfg allows: a loss that is added by hand, after one that is refused."""
+    """With the oldest pluggy that setup.cfg allows, a loss can be added after one that was refused."""
     lowest = ["--target", str(tmp_path), "pluggy==1.0.*"]
     run_pip = run_python("-m", "pip", "install", "--quiet", "--no-deps", *lowest)
     assert run_pip.returncode == 0, run_pip.stderr

@@ -172,7 +172,7 @@ def test_the_rows_that_are_checked():
 
 
 def test_cut():
-    """Of 3 + 4 tokens the first five, the last five, the last three, and all."""
+    """The first five, the last five, the last three, and all of 3 + 4 tokens."""
     prompt, answer = [1, 2, 3], [4, 5, 6, 7]
     assert pairs.cut(prompt, answer, 5) == [4, 5]
     assert pairs.cut(prompt, answer, 5, keep_end=True) == [4, 5, 6, 7]

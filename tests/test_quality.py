@@ -300,7 +300,7 @@ def test_workers_end_with_a_parent_that_is_killed(quality: ModuleType, tmp_path:
         return found
 
     def at_work(parent: int) -> bool:
-        """Whether a worker has imported torch; the other child tracks its semaphores."""
+        """Whether a worker process has imported torch; the other child process tracks its semaphores."""
         with contextlib.suppress(OSError):
             return any("libtorch" in (each / "maps").read_text() for each in children(parent))
         return False

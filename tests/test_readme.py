@@ -7,7 +7,7 @@ between markers, which ``docs/write_numbers.py`` fills in.
 from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib
 import json
 import math
 import re
@@ -17,7 +17,8 @@ from argparse import ArgumentParser
 from email import message_from_string
 from importlib.metadata import metadata
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -47,15 +48,10 @@ NOXFILE = (ROOT / "noxfile.py").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *EXAMPLES.rglob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
-def script(name: str) -> ModuleType:
-    """A file of the repository that isn't part of a package."""
-    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-write_numbers = script("docs/write_numbers.py")
+# The scripts there import each other by name.
+sys.path.append(str(ROOT / "docs"))
+picture_of_steps = importlib.import_module("picture_of_steps")
+write_numbers = importlib.import_module("write_numbers")
 table = write_numbers.cells
 
 
@@ -348,6 +344,32 @@ def test_the_picture_of_ranks(tmp_path: Path):
     assert not (tmp_path / "shared.svg").exists()
 
 
+def test_the_picture_of_whole_steps():
+    """It has the ratio of both ways in each host, a bar of that length and its interval.  A ratio of 1
+    is SCALE wide: 0.5 of 258 is 129."""
+    rows = [
+        ("Ours", "two ranks, ZeRO-3", "0.75 [0.70, 0.80]", "0.66", "0.50 [0.45, 0.55]; more 0.47"),
+        ("Yours", "one rank", "0.60 [0.55, 0.70]", "not measured", "0.40 [0.35, 0.45]"),
+    ]
+    hosts = picture_of_steps.of_table(rows)
+    assert [(of.host, of.ranks) for of in hosts] == [("Ours", "two ranks"), ("Yours", "one rank")]
+    assert hosts[1].ways == {"balanced": (0.6, 0.55, 0.7), "both": (0.4, 0.35, 0.45)}
+    assert picture_of_steps.ends(hosts, "balanced") == "0.60 to 0.75"
+    drawn = ElementTree.fromstring(picture_of_steps.drawn(hosts))
+    name = "{http://www.w3.org/2000/svg}"
+    texts = [each.text for each in drawn.iter(f"{name}text")]
+    ratios = [text for text in texts if re.fullmatch(r"0\.\d\d", text)]
+    assert ratios == ["0.75", "0.50", "0.60", "0.40"]
+    widths = {each.get("width") for each in drawn.iter(f"{name}rect")}
+    assert picture_of_steps.SCALE == 258 and "129" in widths
+    assert [drawn.findtext(f"{name}{part}") for part in ("title", "desc")] == [
+        picture_of_steps.TITLE,
+        picture_of_steps.described(hosts),
+    ]
+    measured = picture_of_steps.of_table(table(DOCS["speed"], "host | run"))
+    assert len(measured) == 5 and all({*picture_of_steps.BARS} <= {*of.ways} for of in measured)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_names_is_there(page: Path):
     """Links, their headings, and the paths that commands have from the repository's root."""
@@ -433,7 +455,7 @@ def test_the_table_of_releases():
         ends.setdefault(host.split()[0], []).extend(re.findall(r"\d+\.\d+\.\d+", cell))
     for host in ("Axolotl", "TRL", "OpenRLHF"):
         of_host = sorted(ends[host], key=lambda release: [*map(int, release.split("."))])
-        # The oldest and the newest TRL are those that are tested alone.
+        # The oldest and the newest TRL are those that are tested without another host.
         assert write_numbers.releases(host) == f"{of_host[0]} to {of_host[-1]}"
         assert f"<!--= releases {host} -->" in README
 

@@ -87,7 +87,7 @@ class Plan:
     mark: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def served_name(self, name: str) -> str:
-        """What a server of this run calls a model: no other server answers to that name."""
+        """The name under which a server of this run serves a model: no other server has it."""
         return f"{name}-{self.mark}" if self.mark else name
 
     def form(self, model: Model) -> dict[str, Any]:
@@ -369,7 +369,7 @@ def arena_judge(model: Model, judge: dict[str, Any]) -> dict[str, Any]:
 
 
 def endpoint(name: str, url: str | None) -> dict[str, Any]:
-    """Where Arena-Hard finds a model; without an address, OpenAI's and OPENAI_API_KEY."""
+    """The server that Arena-Hard asks for a model; without an address, OpenAI's."""
     places = None if url is None else [{"api_base": url, "api_key": "unused"}]
     parallel = 8 if url is None else 32
     return {"model_name": name, "endpoints": places, "api_type": "openai", "parallel": parallel}
@@ -430,7 +430,7 @@ def served(plan: Plan, vllm: str, path: str, name: str, options: Sequence[str]) 
 
 
 def names(plan: Plan) -> list[str] | None:
-    """What a server on the port calls its models; None if none answers."""
+    """The names of the models of a server on the port; None if no server answers."""
     try:
         with urllib.request.urlopen(f"{plan.url}/models", timeout=10) as answer:
             return [str(entry["id"]) for entry in json.load(answer)["data"]]
@@ -710,7 +710,7 @@ def alpaca_eval_judgments(config: Path, model: Model, asked: Any, args: argparse
         name=model.name,
         output_path=str(results),
         precomputed_leaderboard=None,
-        caching_path=str(results / "judgments.json"),  # to go on after a stop
+        caching_path=str(results / "judgments.json"),  # to continue after a stop
         fn_metric=rates,
     )
 

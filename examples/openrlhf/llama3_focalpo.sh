@@ -31,7 +31,7 @@ flags=(
   --data.dataset_split train
   --data.apply_chat_template          # whole conversations in chosen and rejected
   # A longer sequence loses its end, and its last token becomes EOS (RESULTS.md, "Long pairs").
-  --data.max_len 2048                 # [S]; OpenRLHF has no limit for the prompt alone ([S] 1800)
+  --data.max_len 2048                 # [S]; OpenRLHF has no separate limit for the prompt ([S] 1800)
   --eval.dataset princeton-nlp/llama3-ultrafeedback-armorm
   --eval.split test
   --eval.steps 100                    # [H]

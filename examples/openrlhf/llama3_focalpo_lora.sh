@@ -11,7 +11,7 @@
 # Resume:   the same command with --ckpt.load_enable continues from the last checkpoint.
 # Expected: first loss 0.6695 (2^-0.05 ln 2: every margin starts at 0; LoRA starts as the
 #           reference), and the line "focalpo_plugins: active." on the first rank.  The output
-#           folder holds the adapter alone.
+#           folder holds only the adapter.
 # Not run by the authors of this file, who have no such GPUs. OpenRLHF's parser accepts every flag.
 #
 # Sources: [P] the paper; [S] the SimPO repository, whose setting the paper says it follows for
@@ -36,7 +36,7 @@ flags=(
   --data.dataset_split train
   --data.apply_chat_template          # whole conversations in chosen and rejected
   # A longer sequence loses its end, and its last token becomes EOS (RESULTS.md, "Long pairs").
-  --data.max_len 2048                 # [S]; OpenRLHF has no limit for the prompt alone ([S] 1800)
+  --data.max_len 2048                 # [S]; OpenRLHF has no separate limit for the prompt ([S] 1800)
   --eval.dataset princeton-nlp/llama3-ultrafeedback-armorm
   --eval.split test
   --eval.steps 100                    # [H]

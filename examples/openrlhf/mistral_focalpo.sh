@@ -33,7 +33,7 @@ flags=(
   --data.apply_chat_template          # whole conversations in chosen and rejected
   --data.tokenizer_chat_template "$(cat "$(dirname "$0")/zephyr.jinja")" # [T, Z]
   # A longer sequence loses its end, and its last token becomes EOS (RESULTS.md, "Long pairs").
-  --data.max_len 1024                 # [Z]; OpenRLHF has no limit for the prompt alone ([Z] 512)
+  --data.max_len 1024                 # [Z]; OpenRLHF has no separate limit for the prompt ([Z] 512)
   --eval.dataset trl-lib/ultrafeedback_binarized
   --eval.split test
   --eval.steps 100                    # [H]

@@ -69,7 +69,7 @@ class Loss:
     base: str = "DPO"  # what it is compared with, seed by seed
 
     def gamma_at(self, step: int, steps: int) -> float:
-        """Of step 0 to ``steps - 1``."""
+        """Gamma at a step, from 0 to ``steps - 1``."""
         if self.last_gamma is None:
             return self.gamma
         return self.gamma + (self.last_gamma - self.gamma) * step / max(1, steps - 1)

@@ -179,7 +179,7 @@ def answer_log_probs(model: LlamaForCausalLM, rows: Sequence[Answered]) -> tuple
 def sequence_log_probs(
     model: LlamaForCausalLM, rows: Sequence[Answered], mean: bool = False
 ) -> Tensor:
-    """Of whole answers, (N,); ``mean`` divides by their lengths in tokens."""
+    """Log-probabilities of whole answers, (N,); ``mean`` divides by their lengths in tokens."""
     log_probs, targets = answer_log_probs(model, rows)
     inside = targets >= 0
     each = log_probs.gather(2, targets.clamp(min=0)[..., None])[..., 0] * inside

@@ -416,7 +416,7 @@ def train_and_score(
 
 
 def scored(summary: Path, beta: float) -> bool:
-    """Whether there are complete scores at the beta of training."""
+    """Whether a run has complete scores at the beta of training."""
     try:
         return json.loads(summary.read_text(encoding="utf-8"))["beta"] == beta
     except (OSError, ValueError, KeyError, TypeError):

@@ -104,7 +104,7 @@ def _curves(add: _Add) -> None:
         "--gamma-end",
         type=float,
         metavar="GAMMA",
-        help="where the first gamma moves to over a run: drawn beside it, and gamma over the run",
+        help="the first gamma at the end of a run: draws both ends, and gamma over the run",
     )
     curves.add_argument(
         "--variant",
@@ -118,7 +118,7 @@ def _report(add: _Add) -> None:
         "report",
         "read the logs of runs and draw them side by side",
         more="Margins, accuracies,\n"
-        "weights and loss: one picture, and one table, which is printed as well.",
+        "weights and loss: one picture, and one table, which is also printed.",
         example="{prog} report outputs/tiny_dpo outputs/tiny_focalpo\n"
         "{prog} report DPO=outputs/a FocalPO=outputs/b/tensorboard",
     )
@@ -138,7 +138,7 @@ def _score(add: _Add) -> None:
         "compute implicit rewards and margins of a preference file",
         more="The reward of an\n"
         "answer is beta * (log p under MODEL - log p under --ref); a margin is the chosen reward\n"
-        "less the rejected one. A run that was stopped goes on where it was.",
+        "less the rejected one. A run that was stopped continues where it was.",
         example="{prog} score outputs/tiny_focalpo --ref examples/tiny/model "
         "examples/tiny/test.jsonl",
     )

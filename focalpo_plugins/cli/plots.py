@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
-#: What a picture takes that isn't there.
+#: What to do if matplotlib is missing.
 HOW_TO_DRAW = "pictures need matplotlib: pip install 'focalpo_plugins[plots]'"
-#: Stands in the metadata of every picture that we write.
+#: Stands in the metadata of every picture of this package.
 MARK = "focalpo_plugins"
 
 # Okabe and Ito's colours, from dark to light, can be told apart without colour vision.  Each has

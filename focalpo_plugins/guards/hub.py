@@ -52,7 +52,7 @@ def explain(error: BaseException, names: Mapping[str, str]) -> str | None:
 
 
 def check_there(key: str, name: str) -> None:
-    """Refuse a path at which nothing is, before a host looks for it on a hub.
+    """Refuse a path that doesn't exist, before a host looks for it on a hub.
 
     Raises:
         ValueError: the message names key and path, and what has a similar name.

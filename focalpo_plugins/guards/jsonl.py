@@ -205,7 +205,7 @@ def _refused_by_hosts(path: Path) -> str | None:
         whole = glob.escape(str(Path.cwd() / path))  # data_files are patterns
         data = load_dataset("json", data_files=whole, split="train", streaming=True)
         for table in data.with_format("arrow").iter(batch_size=1000):
-            _ = Features.from_arrow_schema(table.schema).arrow_schema  # as where it is written
+            _ = Features.from_arrow_schema(table.schema).arrow_schema  # as the hosts do
     except Exception as error:  # of pyarrow, pandas or datasets
         # The number of its row is counted from somewhere in the file.
         return re.sub(r" in row \d+$", "", one_line(error)).rstrip(".") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Our keys among LLaMA-Factory's arguments, and what a run asks for by them."""
+"""Our keys among LLaMA-Factory's arguments, and what they ask for."""
 
 from __future__ import annotations
 

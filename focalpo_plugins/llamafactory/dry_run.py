@@ -1,4 +1,4 @@
-"""What a YAML of LLaMA-Factory's will train on, read by LLaMA-Factory itself.
+"""What a LLaMA-Factory YAML will train on, read by LLaMA-Factory itself.
 
 Arguments, template and data come from the calls that ``llamafactory-cli train`` makes; no model is
 loaded.
@@ -30,7 +30,7 @@ _OFF = (
     "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_swanlab", "use_muon",
 )  # fmt: skip
 _OF_OWN_OPTIMIZER = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
-# The host's own losses that TRL's dpo_loss isn't told of.
+# The host's own losses whose names don't reach TRL's dpo_loss.
 _TRAINED_AS_DPO = ("hinge", "ipo", "kto_pair")
 
 
@@ -102,7 +102,7 @@ def _without_data(run: _Run, gpus: int) -> Plan:
         )
         own = "sigmoid"
     margin = asked.margin if asked else own if own in ("simpo", "orpo") else "dpo"
-    # What is logged also has the term of pref_ftx, and LD-DPO's margins aren't 0 at first.
+    # The logged loss includes pref_ftx's term, and LD-DPO's margins don't start at 0.
     plain = not run.finetuning.pref_ftx and run.finetuning.ld_alpha is None
     return Plan(
         host=f"LLaMA-Factory {version('llamafactory')} with TRL {version('trl')}",

@@ -1,4 +1,4 @@
-"""What arguments are refused for, before LLaMA-Factory loads anything."""
+"""Checks that refuse arguments before LLaMA-Factory loads anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..registry import PairwiseLoss, losses
 from . import COMMON_KEYS, MARGIN, MARGINS, PRECOMPUTE, PRECOMPUTE_DIR, SWITCHES
 from .arguments import asked_loss, given, keys_of
 
-_LIKE_OURS = 0.75  # similarity of a name from which it is taken for a misspelt one
+_LIKE_OURS = 0.75  # similarity from which a name counts as one of ours, misspelt
 
 
 def check_keys(args: Any, known: Collection[str], of_host: Sequence[str]) -> None:
@@ -106,8 +106,8 @@ def check(args: Any, loss: PairwiseLoss) -> None:
     folder = getattr(args, PRECOMPUTE_DIR)
     if folder is not None and not getattr(args, PRECOMPUTE):
         raise InvalidValue(
-            f"{PRECOMPUTE_DIR} goes with {PRECOMPUTE}: true, got {folder!r} alone. Set "
-            f"{PRECOMPUTE} as well, or remove {PRECOMPUTE_DIR}."
+            f"{PRECOMPUTE_DIR} needs {PRECOMPUTE}: true, got only {folder!r}. Set {PRECOMPUTE} "
+            f"too, or remove {PRECOMPUTE_DIR}."
         )
     if getattr(args, PRECOMPUTE) and margin != "dpo":
         why = "that margin has no reference"

@@ -70,7 +70,7 @@ class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, CustomDPOTraine
         self._asked: Asked = finetuning_args.focalpo
         asked, args = self._asked, kwargs["args"]
         self._check_method()
-        # The image processor is the only one of the two that tells of images.
+        # Only the image processor shows that the model takes images; the tokenizer doesn't.
         given = {"model": model, "processing_class": processor or kwargs["tokenizer"]}
         if SHARED in asked.on:
             self._shared_key = SHARED

@@ -13,14 +13,14 @@ from ..registry import losses
 from .keys import keys
 from .refusals import check
 
-_NEAR = 0.8  # how alike a misspelt key is to the one that was meant
+_NEAR = 0.8  # similarity from which a key counts as one of ours, misspelt
 
 
 def extended(host: Any) -> type:
     """A subclass of ms-swift's arguments with our keys, each None unless it is given.
 
-    A key that isn't given leaves no trace in an object: what ms-swift prints and saves of a run of
-    its own is as it is without this package.
+    A key that isn't given leaves no trace in an object, so ms-swift prints and saves its own runs
+    as it does without this package.
     """
     taken = {each.name for each in fields(host)}
     ours = {name: key for name, key in keys().items() if name not in taken}
@@ -84,6 +84,6 @@ def check_words(words: Sequence[str], arguments: type) -> None:
         near = difflib.get_close_matches(name.lower(), ours, n=1, cutoff=_NEAR)
         if (of_loss or abbreviates or near) and not of_host:
             raise InvalidValue(
-                f"unknown key {name}, got {word!r}{did_you_mean(name, ours)} The keys of "
-                "focalpo_plugins have to be written out."
+                f"unknown key {name}, got {word!r}{did_you_mean(name, ours)} Write keys of "
+                "focalpo_plugins in full."
             )

@@ -22,7 +22,7 @@ def _extend_arguments(module: ModuleType) -> None:
 
 
 def _extend_command(module: ModuleType) -> None:
-    """Have ``rlhf_main`` look at our keys as they are written, before argparse reads them.
+    """Have ``rlhf_main`` check our keys as they are written, before argparse reads them.
 
     If ms-swift can't read the data of a run with our loss, the run prints what is wrong with them.
     """

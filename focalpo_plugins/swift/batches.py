@@ -48,7 +48,7 @@ class AllRanks:
 class BalancedShard(BatchSamplerShard):
     """One rank's batches, with the pairs of each optimizer step dealt to all ranks by length.
 
-    What fills no micro-step at the end of an epoch stays with its rank.
+    At the end of an epoch, pairs that don't fill a micro-step stay with their rank.
     """
 
     _tokens: Sequence[int]
@@ -79,7 +79,7 @@ def balance(loader: Any, tokens: Sequence[int], accumulation: int, cost: Cost, k
         key: the key that asked for balanced batches, for messages.
 
     Returns:
-        What will have been dealt.
+        The tokens of the steps that were dealt, counted while the run trains.
 
     Raises:
         ValueError: it isn't known how the loader makes its batches.

@@ -1,4 +1,4 @@
-"""Conversations as ms-swift's template encodes them, and as their rows say."""
+"""Conversations as ms-swift's template encodes them, and as they are written in their rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CATALOGUE = Catalogue("rows", _WHY, harmless=("sides",))
 
 
 def text_faults(found: EncodedPairs, template: Any, evaluation: bool = False) -> list[Fault]:
-    """What of the rows is encoded otherwise than a pair of answers to one prompt.
+    """The faults of rows that ms-swift encodes differently from two answers to one prompt.
 
     Args:
         found: the pairs.

@@ -40,7 +40,7 @@ _BATCH = 16  # pairs a step, if neither batch nor accumulation is given
 
 
 def plan(words: Sequence[str], gpus: int, scratch: Path, shape: Path | None = None) -> Plan:
-    """Read what stands after ``swift rlhf`` as that command would.
+    """Read the words after ``swift rlhf`` as that command would.
 
     Args:
         words: a YAML or the keys.
@@ -77,7 +77,7 @@ def _arguments(
     if shape is not None:
         given["model"] = str(shape)
         if _value(words, "model_type") is None:
-            # ms-swift would know it by the model's name.
+            # ms-swift itself finds the type by the model's name.
             config = json.loads((shape / "config.json").read_text(encoding="utf-8"))
             given["model_type"] = config["model_type"]
     for key, value in given.items():

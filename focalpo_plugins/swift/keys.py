@@ -1,4 +1,4 @@
-"""What ms-swift's arguments say of our losses: which one is asked for, with which options."""
+"""Our losses in ms-swift's arguments: which one is asked for, and with which options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What arguments are refused for, before ms-swift loads anything."""
+"""Checks that refuse arguments before ms-swift loads anything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..registry import get_loss, losses
 from . import BALANCED, SHARED, data
 from .keys import asked_types, bind, given_keys, keys, types_of, types_of_host
 
-_NEAR = 0.7  # how alike a misspelt name of a loss is to its name
+_NEAR = 0.7  # similarity from which a name counts as one of ours, misspelt
 
 _PARTS = "each rank has a part of a sequence, and a margin is of whole sequences"
 _ONE_ROW = (
@@ -46,7 +46,7 @@ _OF_BALANCED: Mapping[str, tuple[_Wrong, str]] = {
 
 
 def check(args: Any, of_host: Collection[str]) -> None:
-    """Refuse what arguments ask for and can't be trained with, or what would be dropped.
+    """Refuse arguments that can't be trained with, or that would be dropped.
 
     Args:
         args: ms-swift's arguments as the user gave them.
@@ -73,14 +73,14 @@ def check(args: Any, of_host: Collection[str]) -> None:
     if name == "focalpo" and args.focalpo_gamma is None:
         raise InvalidValue(
             "focalpo_gamma must be given with loss_type focalpo, got nothing: so that ms-swift "
-            "refuses the command where this package isn't installed. The paper uses 0.05; 0 is DPO."
+            "refuses the command if this package isn't installed. The paper uses 0.05; 0 is DPO."
         )
     bind(args, loss)
     folder = args.focalpo_precompute_dir
     if folder is not None and not args.focalpo_precompute_ref:
         raise InvalidValue(
-            f"focalpo_precompute_dir goes with focalpo_precompute_ref true, got {folder!r} alone. "
-            "Set focalpo_precompute_ref as well, or remove focalpo_precompute_dir."
+            f"focalpo_precompute_dir needs focalpo_precompute_ref true, got only {folder!r}. Set "
+            "focalpo_precompute_ref too, or remove focalpo_precompute_dir."
         )
     if args.beta is not None:
         check_beta(args.beta)
@@ -131,18 +131,18 @@ def _check_given(args: Any, names: list[str]) -> None:
 
 
 def _check_beside(args: Any, name: str, more: list[str]) -> None:
-    """Refuse what stands beside our loss in ``loss_type``, except ``sft``."""
+    """Refuse any other loss beside ours in ``loss_type``, except ``sft``."""
     if args.rlhf_type != "dpo":
         raise InvalidValue(
-            f"loss_type {name} goes with rlhf_type dpo, got rlhf_type {args.rlhf_type}. Set "
+            f"loss_type {name} needs rlhf_type dpo, got rlhf_type {args.rlhf_type}. Set "
             "rlhf_type to dpo."
         )
     others = [each for each in types_of(args) if each not in (name, "sft")]
     twice = types_of(args).count(name) > 1
     if more or others or twice:
         raise InvalidValue(
-            f"loss_type {name} goes alone or with sft, got {types_of(args)}: other terms were not "
-            "tried beside it. Remove them."
+            f"loss_type {name} can be combined only with sft, got {types_of(args)}: other terms "
+            "are untested with it. Remove them."
         )
 
 
@@ -156,7 +156,7 @@ def _check_conflicts(
 
 
 def check_model(args: Any, multimodal: bool) -> None:
-    """Refuse the two switches for a model of more than text.
+    """Refuse the two switches for a multimodal model.
 
     Raises:
         ValueError: the message names the switch.

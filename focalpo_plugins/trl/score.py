@@ -1,7 +1,7 @@
 """Log-probabilities of preference pairs, with TRL's own preparation of the data.
 
 A ``DPOTrainer`` is built with a stand-in for the model, and never trained.  Its prepared data set
-and its collator give the batches that a run would have trained on.  Where TRL is too old for that,
+and its collator give the batches that a run would have trained on.  If TRL is too old for that,
 :mod:`~focalpo_plugins.trl.score_rows` does the same.
 """
 

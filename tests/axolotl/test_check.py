@@ -497,7 +497,7 @@ def test_it_is_printed_with_the_traps(answers):
     warnings = [line[9:] for line in said.splitlines() if line.startswith("WARNING  ")]
     assert said.splitlines()[-1] == f"{len(warnings)} warnings, no errors"
     assert warnings[0].startswith("fp16: ")
-    assert warnings[1].startswith("beta 1 is large for this gamma: z* = -20.00 is reached where")
+    assert warnings[1].startswith("beta 1 is large for this gamma: z* = -20.00 is reached if")
     assert "differ by 20 nats" in warnings[1]
     assert not any("BOS doubled" in warning for warning in warnings)
 
@@ -601,10 +601,7 @@ def test_what_check_warns_of_in_the_tokens(prompt, chosen, rejected, cut, said):
 def test_a_margin_without_a_reference(answers: dict[str, Answer], tiny: Path, data: Path):
     """The same pairs, in the tokens that TRL's other trainer makes. The margin's z* = -20 implies
     nothing about log-ratios in nats, nor a first loss. If the prompt and the longer answer exceed
-    the limit, that trainer cuts either answer to the limit minus the longer answer's length.
-
-    That trainer cuts where the prompt and the longer answer pass the limit, and leaves either answer
-    the limit less the longer answer's length."""
+    the limit, that trainer cuts either answer to the limit minus the longer answer's length."""
     plain, simpo = (json.loads(answers[name][1]) for name in ("plain", "simpo"))
     assert simpo["pair"]["chosen"]["ids"] == plain["pair"]["chosen"]["ids"]
     assert simpo["pair"]["rejected"]["trained"] == plain["pair"]["rejected"]["trained"]

@@ -339,11 +339,7 @@ def test_a_notebook_that_loads_all_before_it_trains(axolotl: Axolotl):
     """One config object; `rl` and the keys change between two calls. Then both are trained,
     FocalPO's first, although the other config was loaded last. DPO's garbage collections look at
     everything that Axolotl imports; FocalPO's at less than a tenth of it, and after a run all is as
-    before.
-
-    DPO's collections of garbage look at all that Axolotl imports; ours at less than a tenth of it,
-    and after a run all is as it was.
-    """
+    before."""
     folders = {name: str(axolotl.folder / name) for name in ("fused", "dpo", "plain")}
     configs = {
         "fused": {"rl": "focalpo", "focalpo_gamma": 1.0, "focalpo_fused": True},

@@ -1,10 +1,6 @@
 """This package's keys on the command line of Axolotl's commands: they arrive, or are refused by
 name. The real command runs; in most of these tests its launchers are stand-ins that record how they
-are started, which shows what Axolotl passes on.
-
-The command runs as it is; in most of these tests the launchers that it starts are stand-ins that
-write down how they are started, which is what Axolotl passes on.
-"""
+are started, which shows what Axolotl passes on."""
 
 from __future__ import annotations
 

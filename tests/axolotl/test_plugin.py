@@ -1,9 +1,5 @@
 """What the plug-in does to a config: the rewriting, and every refusal. A config goes through
-Axolotl's own ``load_cfg``, in a user's script: the autoload recognises Axolotl by its modules.
-
-A config goes through Axolotl's own ``load_cfg``, in a script of the user's: the autoload knows
-Axolotl by its modules.
-"""
+Axolotl's own ``load_cfg``, in a user's script: the autoload recognises Axolotl by its modules."""
 
 from __future__ import annotations
 
@@ -414,11 +410,7 @@ def load(
 ) -> list[dict[str, Any] | str]:
     """The result of ``load_cfg`` for each config, with ``path`` before installed packages. The
     config comes from its file or, if the autoload is off, from the user's own object, which must
-    stay unchanged.
-
-    From its file; or, where the autoload is off, as an object of the user's own, which has to be
-    left as it was.
-    """
+    stay unchanged."""
     return results(LOAD, folder, *map(str, configs), path=path, **variables)
 
 

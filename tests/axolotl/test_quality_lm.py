@@ -47,8 +47,8 @@ def world(lm: ModuleType, tiny: Path):
 
 
 def test_the_truth(lm: ModuleType):
-    """In every counting pair one answer is right, and it is the chosen one unless the labels were
-    swapped, which the scores show."""
+    """In every pair of a counting task one answer is right: the chosen one, unless the labels were swapped, which
+    the scores show."""
     rng, swapped, asked = random.Random(11), 0, 0
     while asked < 1000:
         pair = lm.make_tiny.make_pair(rng)

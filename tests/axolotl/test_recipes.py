@@ -1,10 +1,6 @@
 """The YAMLs of examples/: their numbers are the paper's or marked as ours, and Axolotl trains with
 each of them. Model and data are small ones in the same formats (tests/support/formats.py), set only
-by overrides; the full fine-tuning runs train on ZeRO-3 with two ranks.
-
-Model and data are small ones in the same formats (tests/support/formats.py), put in place by
-overrides alone; the full fine-tuning runs are trained on ZeRO-3 with two ranks.
-"""
+by overrides; the full fine-tuning runs train on ZeRO-3 with two ranks."""
 
 from __future__ import annotations
 
@@ -53,7 +49,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "base_model": "HuggingFaceH4/mistral-7b-sft-beta",
         "data": "trl-lib/ultrafeedback_binarized",
     },
-    # These are not the paper's but ours.
+    # These aren't the paper's: they are this package's choice.
     "qwen3": {"base_model": "Qwen/Qwen3-8B", "data": "trl-lib/ultrafeedback_binarized"},
 }
 GRID = [3e-7, 5e-7, 6e-7, 1e-6]
@@ -257,7 +253,7 @@ def test_the_batch_is_128(name: str):
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_sizes_in_the_header(name: str):
     """In GB: weights in bf16, or in 4 bits with bitsandbytes' scales (one byte for 64 weights, four
-    for 16,384) but for the embeddings; an adapter in float32 with gradient and AdamW's two moments;
+    for 16,384) without the embeddings; an adapter in float32 with gradient and AdamW's two moments;
     a checkpoint without the gradients, and with the bf16 weights where all are trained."""
     config, text = CONFIGS[name], words(name)
     layers, hidden, inner, keys, vocabulary = SHAPES[split_name(name)[0]]
@@ -570,11 +566,7 @@ def sequences(batch: dict[str, list]) -> set[tuple[tuple[int, ...], tuple[int, .
 def test_tokens(trained: dict[str, Run], places: Path, pairs: dict, name: str, split: str):
     """One BOS, except for Qwen3, then the prompt, masked; then the answer and the end of the turn,
     both trained. The texts of prompt and answer are written out here by the formats' rules, and
-    tokenized without the tokenizer's own special tokens.
-
-    The text of prompt and answer is written out here by the formats' rules, and tokenized without
-    special tokens of the tokenizer's own.
-    """
+    tokenized without the tokenizer's own special tokens."""
     model, method = split_name(name)
     tokenizer = AutoTokenizer.from_pretrained(places / model)
     write_prompt, end = WRITE[model]

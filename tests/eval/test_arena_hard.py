@@ -1,4 +1,4 @@
-"""Arena-Hard's files. Its code is no package, so what it reads from them is transcribed here."""
+"""Arena-Hard's files. Its code isn't a package, so what it reads from them is transcribed here."""
 
 from __future__ import annotations
 

@@ -71,8 +71,7 @@ def test_group_is_the_leaderboards():
 def run(
     tiny: Path, configs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict, dict[str, list[dict]]]:
-    """Results and samples of ``lm-eval run --config``: our run file and our group as they stand, but
-    for the model, the CPU and where the data of the tasks lies."""
+    """Results and samples of ``lm-eval run --config``: our run file and our group, unchanged except for the model, the CPU and the place of the tasks' data."""
     folder = tmp_path_factory.mktemp("lm_eval")
     tasks = folder / "tasks"
     tasks.mkdir()

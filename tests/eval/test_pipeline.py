@@ -557,7 +557,7 @@ def test_a_server_ends_with_its_parent(how: str, place: Place):
 
 
 def test_a_taken_port_is_refused(pipeline: ModuleType, stand_in: StandIn):
-    """Refused before anything starts: there is no such command."""
+    """A missing command is refused before anything starts."""
     stand_in.model = "left_alive"
     plan = pipeline.Plan([], {"port": stand_in.server_port}, None)
     said = f"port {stand_in.server_port} is taken: left_alive is served there."
@@ -648,8 +648,8 @@ def test_the_learning_rate(lc, chosen: str | None, said: str, pipeline: ModuleTy
 
 
 def test_spread(pipeline: ModuleType):
-    """Of a mean it is the standard deviation by the root of the number, but for the draws: a sixteenth
-    of it or so with 128."""
+    """The error of a mean is the standard deviation over the root of the number; 128 draws give it to about a
+    sixteenth."""
     values = np.random.default_rng(0).normal(size=805)
     frame = pd.DataFrame({"x": values})
     error = pipeline.spread(lambda rows: rows["x"].mean(), frame, 128)
@@ -806,8 +806,9 @@ def test_table_2_by_hand(pipeline: ModuleType, plan, tmp_path: Path):
 
 
 def test_the_papers_rows(pipeline: ModuleType, plan):
-    """RESULTS.md has ten rows in Table 1 and twelve in Table 2, and each has a model that can be had:
-    a public one, and one of yours but for SFT. The authors' two are there."""
+    """RESULTS.md has ten rows in Table 1 and twelve in Table 2. models.yml lists two models for each
+    row, a public one and the user's own, and for SFT only the public one. It also lists the
+    authors' two."""
     tables = pipeline.printed(EXAMPLES / "RESULTS.md")
     assert [len(each.rows) for each in tables] == [5, 5, 6, 6]
     for each in tables:

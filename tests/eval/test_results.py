@@ -61,7 +61,7 @@ def tables() -> list[list[list[str]]]:
 
 
 def check(table: list[list[str]], methods: list[str], expected: list[list[float]]) -> None:
-    """Each of the paper's numbers has an empty cell for the reader's; no score is ours."""
+    """Each of the paper's numbers has an empty cell for the reader's; the page has no other scores."""
     head, rule, *rows = table
     width = len(expected[0])
     assert head[0] == "method" and head[2 : 2 * width + 1 : 2] == ["yours"] * width
@@ -105,8 +105,9 @@ def test_the_authors_checkpoints():
 
 
 def test_table_2():
-    """The last column is the mean of the six, and the printed average lies above it by what the page
-    says, in each of the twelve rows: no slip of ours, one of the paper's or another metric."""
+    """The last column is the mean of the six. In each of the twelve rows the average that the paper
+    prints lies above it, by what the page says: the page has copied it correctly, and the paper has
+    a slip or uses a different metric."""
     *_, llama, mistral = tables()
     assert len(tables()) == 5
     for table, text in ((llama, TABLE_2_LLAMA), (mistral, TABLE_2_MISTRAL)):

@@ -1,4 +1,4 @@
-"""What LLaMA-Factory's parser makes of our keys, and what it is kept from."""
+"""What LLaMA-Factory's parser makes of our keys, and what it refuses."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_gamma_is_mandatory(given):
     ],
 )
 def test_an_unknown_key(given, monkeypatch, key: str, message: str):
-    """Where the host would drop it too."""
+    """It is refused even if the host is told to drop unknown keys."""
     monkeypatch.setenv("ALLOW_EXTRA_ARGS", "1")
     with pytest.raises(InvalidValue) as error:
         finetuning({**given(), key: 1})

@@ -29,7 +29,7 @@ def checked(llamafactory: LlamaFactory):
 
 
 def test_the_plan(checked):
-    """Of 40 pairs in steps of 8; every margin is 0 at first; nothing is left of the model."""
+    """A run on 40 pairs in steps of 8: every margin is 0 at first, and the model isn't kept."""
     code, found, errors = checked(max_steps=None, num_train_epochs=2)
     assert code == 0, errors
     assert found["host"].startswith("LLaMA-Factory ")
@@ -148,8 +148,8 @@ def test_the_report_of_a_run(llamafactory: LlamaFactory):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_the_scores_of_a_run(llamafactory: LlamaFactory, few: Path, tiny: Path, kind: str):
-    """Of its held-out pairs, in the file that LLaMA-Factory reads: the mean margin is what the run's
-    last evaluation logs, with the run's beta."""
+    """The scores of its held-out pairs, in the file that LLaMA-Factory reads: the mean margin is what the
+    run's last evaluation logs, with the run's beta."""
     held_out = llamafactory.data("held_out", few / "test.jsonl")
     run = llamafactory.train(
         finetuning_type=kind, lora_target="all", pref_beta=0.3, learning_rate=1e-3,

@@ -112,7 +112,7 @@ def test_keys_after_the_file(llamafactory: LlamaFactory):
 
 
 def test_one_run_after_the_other_in_python(llamafactory: LlamaFactory):
-    """Ours, the host's own and ours again, with `run_exp` and a dict, as a notebook has it."""
+    """A notebook trains our loss, the host's own and ours again, by `run_exp` with a dict."""
     ours = llamafactory.config(max_steps=1)
     own = {key: value for key, value in ours.items() if key != "focalpo_gamma"}
     own["pref_loss"] = "sigmoid"
@@ -256,7 +256,7 @@ REFUSED_PRECOMPUTE = {
     ),
     "another folder's key": (
         {"focalpo_precompute_ref": None, "focalpo_precompute_dir": "x"},
-        "focalpo_precompute_dir goes with focalpo_precompute_ref: true, got 'x' alone",
+        "focalpo_precompute_dir needs focalpo_precompute_ref: true, got only 'x'",
     ),
 }
 

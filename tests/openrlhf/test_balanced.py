@@ -227,11 +227,7 @@ def test_resuming_goes_on_as_if_it_had_not_stopped(openrlhf: SimpleNamespace):
     """Each step has the same micro-batches on the same ranks; the first step after resuming begins
     with the largest. Seven micro-batches an epoch and two in a step: the fourth step has pairs of
     both epochs. 29 pairs aren't a whole number of steps, so OpenRLHF resumes at the right pairs
-    only inside the first epoch.
-
-    Seven micro-batches an epoch, two in a step: the fourth step has both epochs' pairs.  29 pairs are
-    no whole number of steps, so OpenRLHF resumes at the pairs that come next only if it is inside
-    the first epoch."""
+    only inside the first epoch."""
     lengths = torch.randint(1, 100, (29,), generator=torch.Generator().manual_seed(1)).tolist()
     case = Case(Geometry(2, 2, 2), tuple(lengths), epochs=2)
     whole = micro_steps(case, balanced=True)

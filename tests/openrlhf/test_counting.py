@@ -1,12 +1,7 @@
 """Which pairs the diagnostics cover, and what a margin that is not finite does, wherever it occurs.
 These are real runs, on data that divides by nothing: the margins come from OpenRLHF's own
 log-probabilities, which ``watched_openrlhf`` records, and the reference is another model, so the
-margins differ widely from the start.
-
-In real runs, on data that divides by nothing: the margins come from OpenRLHF's own log-probabilities,
-which ``watched_openrlhf`` writes down as OpenRLHF computes them, and the reference is another model, so
-that they are far from each other from the start.
-"""
+margins differ widely from the start."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_rewards_are_openrlhfs_own_and_detached(openrlhf: SimpleNamespace):
 
 
 def test_a_trainer_chooses_the_loss_by_the_margins():
-    """Of (-2 - -5) - (-4 - -4) = 3 and (-7 - -9) - (-7 - -9) = 0, times 0.5."""
+    """The margins are (-2 - -5) - (-4 - -4) = 3 and (-7 - -9) - (-7 - -9) = 0, times 0.5."""
     seen: list[list[float]] = []
 
     class Chosen(PairwiseDPOLoss):

@@ -75,11 +75,7 @@ def test_resumed_inside_an_epoch(
     """22 micro-batches an epoch, four to a step, are five steps, and eleven in two epochs; gamma
     goes from .45 to 0 in equal parts. A checkpoint of step 6 or 9 resumes inside the second epoch.
     OpenRLHF then counts an epoch as five whole steps, so it ends a step early: the gammas of the
-    trained steps are those of the whole run.
-
-    A checkpoint of step 6 or 9 is resumed inside the second epoch.  OpenRLHF takes an epoch for
-    five whole steps then, so that it ends a step early: the gammas of the steps that are trained
-    are those of the whole run."""
+    trained steps are those of the whole run."""
     flags, whole = uneven(epochs)
     expected = [0.45 - 0.45 * place / (steps - 1) for place in range(steps)]
     assert gammas(whole) == pytest.approx(expected, abs=1e-6)

@@ -162,7 +162,7 @@ def test_an_adapter_under_checkpointing(train_many: Callable):
 
 @shares_runs
 def test_the_first_step_is_looked_at_where_both_are_the_same(train_many: Callable, runs):
-    """It leaves other references alone."""
+    """A reference that differs from the policy has no such line."""
     assert not runs["plain"].said("first step")
     run = train_many({"": OURS})[""]
     assert len(run.said("first step: policy and reference agree, largest margin 0.")) == 1

@@ -35,11 +35,7 @@ def chat_template(model: str, folder: Path) -> str | None:
 def test_tokens(openrlhf: SimpleNamespace, pairs: list, tmp_path: Path, model: str):
     """One BOS, then the prompt, masked; then the answer and the end of the turn, both trained. The
     texts of prompt and answer are written out here by the formats' rules, and tokenized without the
-    tokenizer's own special tokens.
-
-    The text of prompt and answer is written out here by the two formats' rules, and tokenized
-    without special tokens of the tokenizer's own.
-    """
+    tokenizer's own special tokens."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 

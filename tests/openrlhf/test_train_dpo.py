@@ -100,7 +100,7 @@ def test_warns_once_of_the_cpu(zero3, dpo):
 @shares_runs
 @pytest.mark.releases
 def test_learns(zero3):
-    """From the first epoch to the last of the same 40 pairs, 3 of them with swapped labels."""
+    """The accuracy rises from the first epoch to the last, on the same 40 pairs, 3 with swapped labels."""
     accuracy = [step["acc"] for _, step in sorted(zero3.steps("train/").items())]
     first, last = sum(accuracy[:5]) / 5, sum(accuracy[15:]) / 5
     assert last > max(0.65, first + 0.3)
@@ -213,10 +213,8 @@ def test_dpo_is_untouched(train: Callable, dpo):
 
 @shares_runs
 def test_stop_and_resume(train: Callable, checkpointed, tmp_path: Path):
-    """From the checkpoint of step 3, in the middle of an epoch, to the same end. 40 pairs divide by
-    the batch of 8; otherwise OpenRLHF skips pairs when it resumes.
-
-    40 pairs divide by the batch of 8; where they don't, OpenRLHF skips pairs when it resumes."""
+    """A run resumed at step 3, in the middle of an epoch, comes to the same end. 40 pairs divide by
+    the batch of 8; otherwise OpenRLHF skips pairs when it resumes."""
     shutil.copytree(
         checkpointed.folder / "checkpoints" / "global_step3",
         tmp_path / "checkpoints" / "global_step3",

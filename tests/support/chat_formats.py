@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def with_bos(tokenizer: Tokenizer, bos: str, **names: str) -> PreTrainedTokenizerFast:
-    """As both models' tokenizers do: the post-processor puts the BOS in front."""
+    """The post-processor puts the BOS in front, as in both models' tokenizers."""
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
     )

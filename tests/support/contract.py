@@ -1,7 +1,7 @@
-"""What every host's users are promised: one class of tests, which each host runs in real processes.
+"""The promises to every host's users: one class of tests, which each host runs in real processes.
 
 A host is an object with what ``Host`` lists.  ``tests/HOST/test_contract.py`` subclasses ``Contract``
-with a fixture ``host``; what holds in one host alone is in its other files.  A run is made once and
+with a fixture ``host``; what holds only in one host is in its other files.  A run is made once and
 serves every test that looks at it, as starting processes is what takes the time.
 """
 
@@ -297,8 +297,8 @@ class Contract:
 
     @pytest.mark.releases
     def test_resuming_is_exact(self, host: Host, saved: Result):
-        """From the checkpoint of step 3, inside the first epoch: to the last bit the same as
-        training without a stop."""
+        """A run resumed at step 3, inside the first epoch, trains the same as one without a stop, to the last
+        bit."""
         rest = trained(host.run(WHOLE, ranks=self.RESUMED_ON, resume=host.checkpoint(saved, 3)))
         assert [step["step"] for step in rest.steps][-7:] == [*range(4, 11)]
         names = [*host.names.values(), "focalpo/p"]

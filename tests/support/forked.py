@@ -139,7 +139,7 @@ def _start(
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.chdir(folder)
-    os.environ.pop("FOCALPO_LAST_LINE", None)  # the server is no launcher that would print it
+    os.environ.pop("FOCALPO_LAST_LINE", None)  # the server isn't a launcher, which would print it
     os.environ.update(variables)
     sys.path[:0] = path
     _forget(path)

@@ -139,7 +139,7 @@ def make_llama3(folder: Path, texts: list[str]) -> Path:
 
 
 def make_zephyr(folder: Path, texts: list[str]) -> Path:
-    """SentencePiece-like BPE with bytes to fall back on; BOS by the tokenizer alone."""
+    """SentencePiece-like BPE with bytes to fall back on; only the tokenizer adds the BOS."""
     specials = ["<unk>", "<s>", "</s>"]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     space = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]

@@ -220,7 +220,7 @@ class Axolotl:
     def train(
         self, *more: str, ranks: int = 1, how: dict[str, Any] | None = None, **changes: Any
     ) -> Run:
-        """Of the config with ``changes``; ``how`` goes to the call."""
+        """A run of the config with ``changes``; ``how`` goes to the call."""
         run = self("train", self.config(**changes), *more, ranks=ranks, **(how or {}))
         assert run.code == 0, run.output[-6000:]
         return run

@@ -33,7 +33,7 @@ def shipped_config(name: str) -> dict:
     """What the installed lm-eval has under a name, with what it includes."""
 
     class Loader(yaml.SafeLoader):
-        """Leaves functions alone."""
+        """Leaves functions unchanged."""
 
     Loader.add_constructor("!function", lambda loader, node: node.value)
 

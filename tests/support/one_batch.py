@@ -1,6 +1,6 @@
 """One batch on which policy and reference differ, the same in every host's environment.
 
-Weights and tokens come from torch's seeded generator alone, and the weights are exact in bfloat16,
+Weights and tokens come only from torch's seeded generator, and the weights are exact in bfloat16,
 so that no host changes them when it loads them.  ``MARGINS`` were computed in float64 throughout,
 each sequence by itself and without padding; ``truth`` computes them again.
 """

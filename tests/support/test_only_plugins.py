@@ -116,7 +116,7 @@ class Forwards(BasePlugin):
             self.alive.add(model)
             return model
 
-        LlamaModel.__new__ = new  # which copies are made by as well
+        LlamaModel.__new__ = new  # which copies are also made by
 
     def post_trainer_create(self, cfg, trainer):
         import torch

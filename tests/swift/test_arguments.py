@@ -55,8 +55,8 @@ def test_the_class_keeps_its_name():
         ({"loss_type": "FocalPO"}, "unknown loss_type, got 'FocalPO'; did you mean 'focalpo'?"),
         ({"loss_type": ["focal_po", "sft"]}, "unknown loss_type, got 'focal_po'"),
         ({"rlhf_type": "focalpo"}, "rlhf_type must be dpo for a loss of this package"),
-        ({**ASKED, "loss_type": ["focalpo", "hinge"]}, "goes alone or with sft, got ['focalpo', 'hinge']"),
-        ({**ASKED, "loss_type": ["focalpo", "focalpo"]}, "goes alone or with sft"),
+        ({**ASKED, "loss_type": ["focalpo", "hinge"]}, "can be combined only with sft, got ['focalpo', 'hinge']"),
+        ({**ASKED, "loss_type": ["focalpo", "focalpo"]}, "can be combined only with sft"),
         ({**ASKED, "sequence_parallel_size": 2}, "can't be combined with sequence_parallel_size, got 2"),
         (
             {**ASKED, "focalpo_balanced_batches": True, "group_by_length": True},
@@ -114,7 +114,7 @@ def test_other_types_are_the_hosts_business(loss_type: str | None):
     ],
 )
 def test_words_that_are_misspelt(words: list[str], message: str):
-    with pytest.raises(ValueError, match="focalpo_plugins have to be written out") as caught:
+    with pytest.raises(ValueError, match="Write keys of focalpo_plugins in full") as caught:
         arguments.check_words(["--rlhf_type", "dpo", *words], RLHFArguments)
     assert message in str(caught.value)
 

@@ -125,7 +125,7 @@ def small(name: str, places: Path, **changes: Any) -> dict[str, Any]:
 
 
 def trained(folder: Path, given: dict[str, Any]) -> str:
-    """What a run prints that has no other keys than these."""
+    """The output of a run that has only these keys."""
     code, output = train(folder, {**dict.fromkeys(TINY), "output_dir": folder / "out", **given})
     assert code == 0, output[-6000:]
     return output

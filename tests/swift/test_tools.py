@@ -60,7 +60,7 @@ def test_check(check: Callable[..., tuple], tmp_path: Path):
 @pytest.mark.releases
 def test_check_counts_the_steps_that_are_trained(check: Callable[..., tuple], tiny: Path,
                                                  few: Path, tmp_path: Path):  # fmt: skip
-    """Of an epoch whose last batch and last step are not full, on 29 of the pairs."""
+    """The plan of an epoch whose last batch and last step are not full, on 29 of the pairs."""
     lines = (few / "train.jsonl").read_text().splitlines(keepends=True)[:29]
     (tmp_path / "29.jsonl").write_text("".join(lines))
     given = {"dataset": str(tmp_path / "29.jsonl"), "num_train_epochs": 2}
@@ -171,7 +171,7 @@ def test_the_memory_alone(tmp_path: Path):
 
 @pytest.mark.releases
 def test_report_and_score(focalpo: ManyFocalpo, tiny: Path, few: Path, tmp_path: Path):
-    """Of a run with adapters: its log, and the margins of its checkpoint with the run's beta."""
+    """The log of a run with adapters, and the margins of its checkpoint with the run's beta."""
     given = {**FOCALPO, "model": tiny / "model", "dataset": few / "train.jsonl", "beta": 0.3,
              "tuner_type": "lora", "max_steps": 3, "save_strategy": "steps", "save_steps": 3,
              "val_dataset": few / "test.jsonl", "eval_strategy": "steps", "eval_steps": 3}  # fmt: skip

@@ -193,9 +193,9 @@ def test_passes(build: Any, case: str, capsys: Any):
 
 
 def test_a_common_start_that_became_the_prompt(build: Any, capsys: Any):
-    """The place of the EOS is learnt, so that the first step has a gradient.  TRL from 1.15 on puts
-    the last word that both have into the answers.  Before, it cuts within a word, and says so of
-    each of the 16 answers, which are one line of ours."""
+    """The place of the EOS can be learnt, so the first step has a gradient.  TRL 1.15 and later move
+    the last word that both answers share out of the prompt and into the answers.  Older releases
+    cut within a word and warn of each of the 16 answers; this package says it once, in one line."""
     trainer = build([texts(i) for i in range(8)])
     said = warnings(capsys)
     counted = [line for line in said if "16 answers change the tokens at the end of their" in line]

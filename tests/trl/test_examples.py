@@ -34,7 +34,7 @@ def make_tiny(*words: str | Path, cwd: Path, **variables: str) -> subprocess.Com
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
-    """In a folder whose name has a meaning for sed and for a shell."""
+    """The command printed for a folder whose name has a meaning for sed and for a shell."""
     folder = tmp_path_factory.mktemp("tiny") / "a & b's |"
     done = make_tiny("--out", folder, cwd=EXAMPLES.parent, OMP_DISPLAY_ENV="TRUE")
     return folder, done

@@ -66,7 +66,7 @@ def test_the_logged_margin_is_that_of_the_first_loss(tokenizer, tmp_path, types)
 
 
 def test_trl_itself_drops_label_smoothing(tokenizer, tmp_path):
-    """Under `sigmoid`; FocalPO's own is in test_trainer.py, against the formula."""
+    """With the loss type `sigmoid`; test_trainer.py compares FocalPO's own with the formula."""
     losses = []
     for cls in (DPOTrainer, FocalPOTrainer):
         for smoothing in (0.0, 0.2):

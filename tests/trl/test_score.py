@@ -329,7 +329,7 @@ def test_beta_is_what_the_model_was_trained_with(tmp_path: Path, files, model: s
     assert ("MODEL was trained with (" in said) is known
     given, said = beta_of(2.0, tmp_path / model)
     assert given == 2.0
-    expected = f"warning: beta 2, from --beta, where MODEL was trained with {beta:g} ("
+    expected = f"warning: beta 2, from --beta, but MODEL was trained with {beta:g} ("
     assert said.startswith(expected if known else "beta 2, from --beta")
     assert beta_of(beta, tmp_path / model)[1].startswith(f"beta {beta:g}, from --beta")
 
@@ -495,7 +495,7 @@ def test_it_prepares_what_a_run_trains_on(tiny: Path, tmp_path: Path):
 @pytest.mark.parametrize("max_length", [None, 30])
 @pytest.mark.parametrize("form", ["conversations", "texts", "texts without a prompt"])
 def test_without_trl_the_pairs_are_the_same(tiny: Path, tmp_path: Path, form: str, max_length):
-    """Where TRL is too old: token by token, and as a batch.  The first prompt fills 30 tokens."""
+    """If TRL is too old: token by token, and as a batch.  The first prompt fills 30 tokens."""
     assert trl_has_it()
     tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
     ends = {"chosen": "It was good.<|eot_id|>", "rejected": "It was long, it was bad"}

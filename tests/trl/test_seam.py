@@ -37,7 +37,7 @@ class Slow:
 
 
 def test_a_plain_trainer_in_another_thread(tokenizer, tmp_path):
-    """The other trainer's loss is its own while ours is in place, and afterwards."""
+    """The other trainer keeps its own loss while ours is in place, and afterwards."""
     ours = trainer(FocalPOTrainer, tokenizer, tmp_path, focalpo_gamma=0.5)
     plain = trainer(DPOTrainer, tokenizer, tmp_path)
     inputs = batch(ours)

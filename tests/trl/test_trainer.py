@@ -451,7 +451,7 @@ class Frees(FocalPOTrainer):
 
 
 def test_a_freed_reference_is_gone(tokenizer, tmp_path):
-    """From memory, where the caller keeps none; the policy doesn't replace it later."""
+    """The reference is freed from memory if the caller keeps none; the policy doesn't replace it later."""
     reference = model(1)
     alive = weakref.ref(reference)
     host = trainer(Frees, tokenizer, tmp_path, reference=reference, precompute_ref_log_probs=True)
@@ -1089,7 +1089,7 @@ def test_margins_that_are_not_finite(tokenizer, tmp_path, key, value):
     policy.model.register_forward_hook(lose)
     with pytest.raises(FloatingPointError) as stopped:
         host.train()
-    # 0 * inf is NaN as well, and the log-softmax of logits that are infinite.
+    # 0 * inf is also NaN, and so is the log-softmax of infinite logits.
     row = [row["prompt_ids"] for row in host.train_dataset].index(batches[1][1]["prompt_ids"])
     assert str(stopped.value).startswith(
         f"focalpo: reward margins are not finite, step 2: rank 0, row {row} of the data (nan, "
@@ -1399,7 +1399,7 @@ def test_the_closing_line(tokenizer, tmp_path: Path, capsys):
 
 
 def test_the_closing_line_has_the_mean_of_the_last_tenth(tokenizer, tmp_path: Path, capsys):
-    """Of 20 logged losses the mean of two: the last batch may be a hard one."""
+    """The last tenth of 20 logged losses is two, whose mean is shown: the last batch may be a hard one."""
     host = trainer(FocalPOTrainer, tokenizer, tmp_path, max_steps=20, learning_rate=1e-3)
     host.train()
     losses = [entry["loss"] for entry in host.state.log_history if "loss" in entry]

@@ -151,7 +151,7 @@ def _gpu_memory(given: float | None, name: str = "--gpu-memory") -> Room | None:
 
 
 def _tokens_of_logits(plan: Plan, ways: FourWays | None) -> int:
-    """In the run's largest micro-batch; without data, in one of sequences as long as the limit."""
+    """Tokens with logits in the largest micro-batch; without data, of sequences at the limit."""
     # Chosen and rejected answers go through the model together.
     limit = 2 * plan.micro_batch * (plan.max_length or 0)
     return limit if ways is None else ways.planned.logits
@@ -206,7 +206,7 @@ def _host_of_words(words: Sequence[str]) -> str:
 
 
 def _with_bar(plan: Plan) -> Plan:
-    """The plan whose windows show how many of them are left."""
+    """The plan, with a progress bar over its windows."""
     from tqdm import tqdm
 
     windows = tqdm(plan.windows, total=plan.steps, unit="step", leave=False)

@@ -90,7 +90,7 @@ def four_ways(plan: Plan, counts: Counts) -> FourWays | None:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Of each pair, and what a micro-batch of them costs."""
+    """The tokens of each pair, and what a micro-batch of them costs."""
 
     of_pairs: Sequence[int]
     cost: Cost

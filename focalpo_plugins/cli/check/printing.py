@@ -15,7 +15,7 @@ from .memory import FORMULA, GIB, LEFT_OUT, Estimate, Room
 _SHOWN = 80  # tokens of a prompt
 
 
-# A line's title, empty if it goes on with the line above; and its text.
+# A line's title, empty if it continues the line above; and its text.
 _Lines = Iterator[tuple[str, str]]
 
 

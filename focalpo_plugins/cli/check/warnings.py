@@ -41,7 +41,7 @@ def warnings(
     nats = plan.margin == "dpo"  # only then is z*/beta in nats
     if nats and star > -math.inf and (-star / plan.beta < _FEW_NATS or -star < _NEAR_MARGIN):
         found.append(
-            f"beta {plan.beta:g} is large for this gamma: z* = {star:.2f} is reached where the "
+            f"beta {plan.beta:g} is large for this gamma: z* = {star:.2f} is reached if the "
             f"log-ratios differ by {-star / plan.beta:.3g} nats, which many pairs could pass; from "
             "there on they are pushed the wrong way. Lower gamma or beta, and watch the log's "
             "share `reversed`."
@@ -80,7 +80,7 @@ def _of_bos(plan: Plan, counts: Counts) -> list[str]:
     if counts.bos_in_answer:
         found.append(
             f"BOS in {share(counts.bos_in_answer, 2 * counts.pairs)} of the answers: the host "
-            "took more than the answer for it, as Axolotl's chat_template strategies do where an "
+            "took more than the answer for it, as Axolotl's chat_template strategies do if an "
             "answer is empty. Remove those pairs."
         )
     bos = plan.tokenizer.bos_token_id

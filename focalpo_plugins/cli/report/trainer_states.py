@@ -40,7 +40,7 @@ def _newest(states: Sequence[tuple[dict[str, Any], Path]]) -> tuple[dict[str, An
 
 
 def _begins_with(state: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
-    """Whether a log goes on from another one, so that both are of one run."""
+    """Whether a log continues another one, so that both belong to one run."""
     # As text, because NaN is not equal to itself.
     texts = [[json.dumps(entry) for entry in each["log_history"]] for each in (state, part)]
     return texts[0][: len(texts[1])] == texts[1]
@@ -49,7 +49,7 @@ def _begins_with(state: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
 def _of_other_runs(
     states: Sequence[tuple[dict[str, Any], Path]], state: Mapping[str, Any], source: Path
 ) -> list[str]:
-    """What to know of logs that are not of the run that is shown."""
+    """A remark on the logs of other runs; none if there are none."""
     others = [str(file) for each, file in states if not _begins_with(state, each)]
     if not others:
         return []
@@ -57,7 +57,7 @@ def _of_other_runs(
 
 
 def _of_target(state: Mapping[str, Any]) -> list[str]:
-    """That a margin less its target is not TRL's margin, which has no target."""
+    """A remark that this package's margin has its target subtracted, and TRL's has not."""
     try:
         recorded = of_trainer_state(state) or {}
     except (LookupError, TypeError, AttributeError):

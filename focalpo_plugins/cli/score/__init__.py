@@ -116,7 +116,7 @@ def _library_errors(doing: str, debug: bool, scores: Path | None = None) -> Iter
     Args:
         doing: what was being done, in the past.
         debug: leave the error as it is, with its traceback.
-        scores: the file that the next run goes on with, if there is one.
+        scores: the file from which the next run continues, if there is one.
     """
     try:
         yield

@@ -33,7 +33,7 @@ def beta_of(asked: float | None, model: Path) -> tuple[float, str]:
         return recorded, f"beta {recorded:g}, which MODEL was trained with ({place})"
     if asked != recorded:
         return asked, (
-            f"warning: beta {asked:g}, from --beta, where MODEL was trained with {recorded:g} "
+            f"warning: beta {asked:g}, from --beta, but MODEL was trained with {recorded:g} "
             f"({place})"
         )
     return asked, f"beta {asked:g}, from --beta, which MODEL was trained with ({place})"

@@ -58,14 +58,14 @@ def print_summary(summary: dict[str, Any]) -> None:
         print(line)
     print(
         "\nRewards and margins in nats, at beta "
-        f"{summary['beta']:g}. The reference ranks a pair right where the summed\nlog-probability "
+        f"{summary['beta']:g}. The reference ranks a pair right if the summed\nlog-probability "
         "of the chosen answer is above that of the rejected one; accuracy is the share\nof margins "
         "above 0."
     )
     if summary["dropped"]:
         print(
-            f"{summary['dropped']} of {summary['rows']} rows were dropped: their prompt alone "
-            "fills --max-length."
+            f"{summary['dropped']} of {summary['rows']} rows were dropped: the prompt by "
+            "itself fills --max-length."
         )
 
 

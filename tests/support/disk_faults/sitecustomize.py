@@ -3,7 +3,7 @@
 ``FULL_AT``: once a file is opened to be written whose name holds this, no file may grow beyond 64
 bytes.
 ``KILLED_AT_NAMING``: this process ends without a word where it would give such a file its name.
-``PERMISSIONS_HOLD``: a file's and a folder's permissions hold, for root as well.
+``PERMISSIONS_HOLD``: a file's and a folder's permissions hold, also for root.
 """
 
 import ctypes
