@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,46 @@ def test_a_command_is_read_as_a_shell_reads_it():
     assert command.filled("--seed", "1")[-3:] == ["0.1", "--seed", "1"]
 
 
+class Session:
+    """What nox gives to the function that runs the tests; nox itself isn't in this environment."""
+
+    def __init__(self, *posargs: str) -> None:
+        self.posargs, self.env, self.ran = posargs, {}, []
+
+    def create_tmp(self) -> str:
+        return "tmp"
+
+    def chdir(self, folder: str) -> nullcontext:
+        return nullcontext()
+
+    def run(self, *words: str) -> None:
+        self.ran += words
+
+
+def test_files_after_the_dashes_replace_the_sessions_own(monkeypatch: pytest.MonkeyPatch):
+    """As in `nox -s axolotl -- tests/trl`; other words go to pytest as they are."""
+    monkeypatch.chdir(ROOT)
+    source = ast.parse((ROOT / "noxfile.py").read_text())
+    source.body = [
+        node
+        for node in source.body
+        if isinstance(node, ast.ImportFrom) or getattr(node, "name", None) == "test"
+    ]
+    functions = {"Path": Path}
+    exec(compile(source, "noxfile.py", "exec"), functions)
+    for given, expected in (
+        ((), ["tests/eval", "-n", "3"]),
+        (("-k", "tests"), ["tests/eval", "-n", "3", "-k", "tests"]),
+        (("tests/trl", "-x"), ["tests/trl", "-n", "3", "-x"]),
+        (("tests/conftest.py::tiny",), ["tests/conftest.py::tiny", "-n", "3"]),
+    ):
+        session = Session(*given)
+        functions["test"](session, ["tests/eval"], "-n", "3")
+        words = [word.removeprefix(f"{ROOT}/") for word in session.ran]
+        assert words[:3] == ["pytest", "-c", "setup.cfg"]
+        assert words[3:] == expected
+
+
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     return Reader(tmp_path_factory.mktemp("reader"))
@@ -80,6 +121,8 @@ def test_rows_are_converted_as_the_page_says():
     (text,) = [row for row in rows if {*map(type, row.values())} == {str} and "prompt" in row]
     lists = [row for row in rows if {*map(type, row.values())} == {list} and len(row) == 3]
     assert functions["as_messages"](text) in lists
-    answers = {side: [{"role": "assistant", "content": f" {side}\n"}] for side in ("chosen", "rejected")}
+    answers = {
+        side: [{"role": "assistant", "content": f" {side}\n"}] for side in ("chosen", "rejected")
+    }
     for side, turns in functions["stripped"](answers).items():
         assert turns[-1]["content"] == side

@@ -29,8 +29,12 @@ def rest(tiny: Path, few: Path) -> dict[str, Any]:
 def reader(rest: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Reader:
     """A folder with the file that the pages name."""
     folder = tmp_path_factory.mktemp("reader")
-    (folder / "run.yaml").write_text(yaml.safe_dump({**rest, "columns": json.loads(rest["columns"])}))
-    return Reader(folder, MODELSCOPE_CACHE=str(folder / "cache"), HF_DATASETS_CACHE=str(folder / "hf"))
+    (folder / "run.yaml").write_text(
+        yaml.safe_dump({**rest, "columns": json.loads(rest["columns"])})
+    )
+    return Reader(
+        folder, MODELSCOPE_CACHE=str(folder / "cache"), HF_DATASETS_CACHE=str(folder / "hf")
+    )
 
 
 @pytest.mark.xdist_group("commands")
