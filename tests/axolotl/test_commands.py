@@ -72,3 +72,7 @@ def test_a_command(reader: Reader, command: Command):
 def parsed(reader: Reader, words: list[str]) -> None:
     output = reader.run("page_commands:parse_axolotl", words[1:])
     assert output.endswith("parsed\n"), output
+    if "--" in words:
+        assert words[words.index("--") - 1] == "torchrun"
+        of_launcher = words[words.index("--") + 1 :]
+        reader.run("page_commands:parse_torchrun", [*of_launcher, "-m", "axolotl.cli.train"])

@@ -27,7 +27,7 @@ ROOT = EXAMPLES.parent
 PAGES = sorted([*ROOT.glob("*.md"), *EXAMPLES.rglob("*.md"), *(ROOT / "docs").glob("*.md")])
 # What a line begins with that is a command, unless its block says so.
 PROGRAMS = {
-    "accelerate", "axolotl", "bash", "deepspeed", "export", "focalpo", "git", "hf", "huggingface-cli",
+    "accelerate", "axolotl", "bash", "deepspeed", "export", "find", "focalpo", "git", "hf", "huggingface-cli",
     "llamafactory-cli", "lm_eval", "megatron", "mkdocs", "mypy", "nox", "pip", "pre-commit", "pytest",
     "python", "python3", "ray", "rm", "ruff", "source", "swift", "torchrun", "trl", "twine", "uv",
     "vllm", ".", ".nox/runner/bin/nox", ".nox/runner/bin/pip",
@@ -84,6 +84,7 @@ RULES = (
     # Machines and services.
     Rule(r"\bpip install |: python3 -m venv |: \. venv", reason="installs"),
     Rule(r": pip (uninstall|show) |: rm -r ", reason="changes or lists an environment"),
+    Rule(r": find .* lock", reason="what a killed build of DeepSpeed leaves"),
     Rule(r": git |: twine |: pre-commit install", reason="a repository, or an upload"),
     Rule(r": hf auth login", reason="a hub"),
     Rule(r": ray start ", reason="a cluster; tests/axolotl/test_multinode.py starts Ray itself"),
@@ -137,8 +138,10 @@ class Reader:
         return self.outputs[key]
 
     def follow(self, output: str) -> None:
-        """Runs the next command that a run's last line names."""
-        for following in re.findall(r"; next: (focalpo .+)$", output, re.M):
+        """Runs the next command that the last line of a run names."""
+        for done in re.findall(r"^focalpo_plugins: done\. .*$", output, re.M):
+            following = done.partition("; next: ")[2]
+            assert following.startswith("focalpo "), done
             self.focalpo(shlex.split(following))
 
     def focalpo(self, words: Sequence[str]) -> str:
@@ -173,15 +176,15 @@ def each(host: str) -> pytest.MarkDecorator:
 
 
 def every_command() -> Iterator[Command]:
-    for page, lines in _lines():
-        for line in lines:
+    for page, lines, blocks in _lines():
+        for line in [*lines, *blocks]:
             for text in line.split(" && "):
                 command = Command(page, re.sub(r"\s+#.*", "", " ".join(text.split())))
                 try:
                     words = command.words
                 except ValueError:  # the apostrophe of a sentence
                     continue
-                if words and words[0] in PROGRAMS:
+                if words and (words[0] in PROGRAMS or line in blocks):
                     yield command
 
 
@@ -196,13 +199,13 @@ def every_snippet() -> Iterator[Command]:
                 yield Command(_name(path), textwrap.dedent(block).strip())
 
 
-def _lines() -> Iterator[tuple[str, list[str]]]:
-    """What may be commands, by file."""
+def _lines() -> Iterator[tuple[str, list[str], list[str]]]:
+    """A file, its lines that may be commands, and those that are: of a block for a shell."""
     for path in PAGES:
-        yield _name(path), _of_page(path.read_text())
+        yield _name(path), *_of_page(path.read_text())
     scripts = [path for end in ("yml", "yaml", "sh", "py") for path in EXAMPLES.rglob(f"*.{end}")]
     for path in sorted([*scripts, *(ROOT / "benchmarks").glob("*.py")]):
-        yield _name(path), _of_header(path)
+        yield _name(path), _of_header(path), []
     from focalpo_plugins.cli.arguments import parser_of
 
     (commands,) = (
@@ -211,24 +214,22 @@ def _lines() -> Iterator[tuple[str, list[str]]]:
         if isinstance(action, argparse._SubParsersAction)
     )
     for name, parser in commands.choices.items():
-        yield f"focalpo {name} --help", [line.strip() for line in parser.epilog.splitlines()]
+        yield f"focalpo {name} --help", [line.strip() for line in parser.epilog.splitlines()], []
 
 
 def _name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def _of_page(page: str) -> list[str]:
-    """Code blocks, indented and fenced, and inline code that is more than a name."""
+def _of_page(page: str) -> tuple[list[str], list[str]]:
+    """Indented code and inline code that is more than a name; and fenced blocks for a shell."""
     page = _joined(page)
     blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```$", page, re.M | re.S)
     page = re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S)
-    blocks += re.findall(r"^    (.*)$", page, re.M)
     inline = re.findall(r"`([^`]+)`", re.sub(r"^    .*$", "", page, flags=re.M))
-    return [
-        *(line for block in blocks for line in block.splitlines()),
-        *(text for text in inline if re.search(r"^\S+=\S+ \S+ |^\S+ \S+ \S|^\S+ (--|\S*/)", text)),
-    ]
+    some = [text for text in inline if re.search(r"^\S+=\S+ \S+ |^\S+ \S+ \S|^\S+ (--|\S*/)", text)]
+    indented = re.findall(r"^    (.*)$", page, re.M)
+    return [*indented, *some], [line for block in blocks for line in block.splitlines()]
 
 
 def _of_header(path: Path) -> list[str]:
