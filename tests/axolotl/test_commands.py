@@ -12,7 +12,9 @@ from page_commands import ROOT, Command, Reader, commands_of, each
 
 AXOLOTL = "axolotl.cli.main:main"
 # The shortest run of a file's settings, in the process that has Axolotl imported.
-SHORT = ("--max-steps", "1", "--save-steps", "1", "--launcher", "python")
+SHORT = (
+    "--max-steps", "1", "--save-steps", "1", "--dataloader-num-workers", "0", "--launcher", "python"
+)  # fmt: skip
 # What the folders that commands read are made by.
 MADE_BY = {
     "out": "axolotl train run.yml",
@@ -22,9 +24,9 @@ MADE_BY = {
 
 
 @pytest.fixture(scope="module")
-def reader(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Reader:
+def reader(tiny: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Reader:
     """A folder with the files that the pages name."""
-    reader = Reader(tmp_path_factory.mktemp("reader"))
+    reader = Reader(tmp_path_factory.mktemp("reader"), few)
     config = Axolotl(tiny, reader.folder).config(output_dir="out")
     shutil.copy(config, reader.folder / "SFT.yml")
     config.rename(reader.folder / "run.yml")

@@ -17,7 +17,7 @@ SHORT = ("max_steps=1", "eval_on_start=false", "save_strategy=steps", "save_step
 @pytest.fixture(scope="module")
 def reader(tiny: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Reader:
     """A folder with the files that the pages name."""
-    reader = Reader(tmp_path_factory.mktemp("reader"))
+    reader = Reader(tmp_path_factory.mktemp("reader"), few)
     host = LlamaFactory(tiny, reader.folder)
     host.data("train", few / "train.jsonl")
     host.write(host.config(output_dir="OUTPUT_DIR")).rename(reader.folder / "run.yaml")

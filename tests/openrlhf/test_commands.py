@@ -24,7 +24,7 @@ def reader(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Reader:
     """A folder with the file that the pages name."""
     folder = tmp_path_factory.mktemp("reader")
     shutil.copy(few / "train.jsonl", folder / "pairs.jsonl")
-    return Reader(folder, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    return Reader(folder, few, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
 
 
 def tiny_run(reader: Reader) -> str:

@@ -120,11 +120,18 @@ RULES = (
 class Reader:
     """A reader's folder, in which commands run as a page has them; each once."""
 
-    def __init__(self, folder: Path, **variables: str) -> None:
+    def __init__(self, folder: Path, few: Path | None = None, **variables: str) -> None:
+        """With the repository's files, and of the tiny data only the ``few``."""
         self.folder, self.variables = folder, variables
         self.outputs: dict[tuple[str, ...], str] = {}
-        for name in ("examples", "benchmarks"):
-            (folder / name).symlink_to(ROOT / name)
+        tiny = folder / "examples" / "tiny"
+        tiny.mkdir(parents=True)
+        (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
+        for path in [*EXAMPLES.iterdir(), *(EXAMPLES / "tiny").glob("*")]:
+            if path.suffix != ".jsonl" and path.name != "tiny":
+                (folder / path.relative_to(ROOT)).symlink_to(path)
+        for path in few.iterdir() if few else ():
+            shutil.copy(path, tiny)
 
     def run(self, function: str, argv: Sequence[str], **variables: str) -> str:
         """What it printed; it has to end well, and so has the next command that it names."""

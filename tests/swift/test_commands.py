@@ -26,14 +26,14 @@ def rest(tiny: Path, few: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def reader(rest: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Reader:
+def reader(rest: dict[str, Any], few: Path, tmp_path_factory: pytest.TempPathFactory) -> Reader:
     """A folder with the file that the pages name."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "run.yaml").write_text(
         yaml.safe_dump({**rest, "columns": json.loads(rest["columns"])})
     )
     return Reader(
-        folder, MODELSCOPE_CACHE=str(folder / "cache"), HF_DATASETS_CACHE=str(folder / "hf")
+        folder, few, MODELSCOPE_CACHE=str(folder / "cache"), HF_DATASETS_CACHE=str(folder / "hf")
     )
 
 
