@@ -15,7 +15,7 @@ from swift_command import TINY
 from swift_command import command as script
 from swift_command import words as as_flags
 
-SHORT = ("--max_steps", "1", "--eval_on_start", "false")
+SHORT = {"max_steps": 1, "eval_on_start": False, "save_strategy": "steps", "save_steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_a_command(
     monkeypatch.chdir(reader.folder)
     argv = words[2:]
     parse_yaml_args(argv)
-    output = reader.run(script(), [*argv, *SHORT], **command.variables)
+    output = reader.run(script(), [*argv, *as_flags(SHORT)], **command.variables)
     assert "active. loss=focalpo gamma=0.05" in output and "'loss': '0.6695'" in output
 
 
@@ -59,7 +59,7 @@ def test_a_command(
 def test_the_snippet(reader: Reader, rest: dict[str, Any]):
     (snippet,) = [each.text for each in every_snippet() if "from swift import" in each.text]
     given = {key: value for key, value in rest.items() if f"{key}=" not in snippet}
-    given |= {"dataset": [rest["dataset"]], "report_to": ["none"], "max_steps": 1}
+    given |= {**SHORT, "dataset": [rest["dataset"]], "report_to": ["none"]}
     (reader.folder / "script.py").write_text(snippet.replace("...", f"**{given!r}"))
     output = reader.run(str(reader.folder / "script.py"), [])
     assert "active. loss=focalpo gamma=0.05" in output
