@@ -62,6 +62,7 @@ def test_a_command(reader: Reader, command: Command):
     elif words[1] == "focalpo":
         assert "predicted first loss" in reader.run(AXOLOTL, words[1:])
     elif words[1] == "train" and (words[2] == "run.yml" or "/tiny_" in words[2]):
+        parsed(reader, words)
         loss = "dpo" if "tiny_dpo" in words[2] else "focalpo"
         assert ("focalpo_plugins: active. " in train(reader, command)) == (loss == "focalpo")
     else:
