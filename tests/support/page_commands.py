@@ -146,7 +146,9 @@ class Reader:
 
     def follow(self, output: str) -> None:
         """Runs the next command that the last line of a run names."""
-        for done in re.findall(r"^focalpo_plugins: done\. .*$", output, re.M):
+        found = re.findall(r"focalpo_plugins: done\. [^\r\n]*", output)
+        assert len(found) == output.count("focalpo_plugins: active. "), output[-4000:]
+        for done in found:
             following = done.partition("; next: ")[2]
             assert following.startswith("focalpo "), done
             self.focalpo(shlex.split(following))
