@@ -130,12 +130,17 @@ def wheel(session: nox.Session) -> str:
 
 
 def test(session: nox.Session, paths: list[str], *options: str) -> None:
-    """Run the tests against the installed wheel, from a folder without the sources."""
+    """Run the tests against the installed wheel, from a folder without the sources.
+
+    Files and folders of tests that follow ``--`` take the place of the session's own.
+    """
     session.env["OMP_NUM_THREADS"] = "1"
-    tests = [str(Path(path).resolve()) for path in paths]
+    named = [word for word in session.posargs if word.startswith("tests/")]
+    others = [word for word in session.posargs if word not in named]
+    tests = [str(Path(path).resolve()) for path in named or paths]
     config = str(Path("setup.cfg").resolve())
     with session.chdir(session.create_tmp()):
-        session.run("pytest", "-c", config, *tests, *options, *session.posargs)
+        session.run("pytest", "-c", config, *tests, *options, *others)
 
 
 @nox.session

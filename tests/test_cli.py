@@ -16,6 +16,7 @@ import pytest
 from harness import ManyFocalpo, focalpo, run_python
 
 from focalpo_plugins.balanced import Geometry
+from focalpo_plugins.cli.check import scratch_folder
 from focalpo_plugins.cli.check.batches import Largest, Way, four_ways
 from focalpo_plugins.cli.check.counts import Counts, in_common
 from focalpo_plugins.cli.check.printing import _of_ways
@@ -29,6 +30,15 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def rows(file: Path) -> list[dict[str, str]]:
     with file.open(encoding="utf-8") as lines:
         return list(csv.DictReader(lines))
+
+
+def test_a_scratch_folder_names_no_model():
+    """Its path becomes the model's, and Axolotl refuses gradient checkpointing for one with "mpt" in
+    it, as in /tmp/tmpt0x1y2z3: one name in 37 of those that tempfile draws."""
+    with scratch_folder() as folder:
+        assert re.fullmatch("focalpo-[0-9a-f]{16}", folder.name)
+        (folder / "model").mkdir()
+    assert not folder.exists()
 
 
 def test_help_lists_the_commands_and_imports_nothing_heavy():

@@ -202,6 +202,22 @@ def tiny_flags(tiny: Path, few: Path, folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def flags_of_reader(
+    tiny: Path, few: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Sequence[str]], list[str]]:
+    """``flags_of_reader(words)`` is what ``...`` stands for in a command with these words."""
+
+    def of(words: Sequence[str]) -> list[str]:
+        given = tiny_flags(tiny, few, tmp_path_factory.mktemp("reader"))
+        if "--data.dataset" in words:
+            at = given.index("--data.dataset")
+            given[at : at + 2] = []
+        return given
+
+    return of
+
+
+@pytest.fixture(scope="session")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[tuple[int, str]]]:
     """``commands([argv, ...], *path)`` runs OpenRLHF's command with each; exit codes and output."""
 

@@ -235,12 +235,12 @@ def loaded(script: Path) -> ModuleType:
     return module
 
 
-def launched(script: Path, folder: Path) -> list[str]:
+def launched(script: Path, folder: Path, **variables: str) -> list[str]:
     """The command line that a script starts its launcher with."""
     for launcher in ("deepspeed", "torchrun"):
         (folder / launcher).write_text('#!/bin/sh\nprintf "%s\\n" "$0" "$@"\n')
         (folder / launcher).chmod(0o755)
-    env = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    env = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", **variables}
     done = subprocess.run(
         ["bash", str(script), "--local_rank", "0"],
         env=env,

@@ -138,17 +138,6 @@ def test_it_trains(name: str, places: Path, tmp_path: Path):
     assert "'loss': '0.6695'" in output
 
 
-def test_the_tiny_recipe_trains(tiny: Path, few: Path, tmp_path: Path):
-    config = yaml.safe_load((FOLDER / "tiny_focalpo.yaml").read_text())
-    here = {
-        "model": tiny / "model", "dataset": few / "train.jsonl", "val_dataset": few / "test.jsonl",
-        "columns": json.dumps(config["columns"]), "max_steps": 1, "eval_on_start": False,
-        "output_dir": tmp_path / "out",
-    }  # fmt: skip
-    output = trained(tmp_path, {**config, **here})
-    assert "loss=focalpo gamma=0.05" in output and "'loss': '0.6695'" in output
-
-
 @pytest.mark.releases
 @pytest.mark.parametrize("name", ["llama3_focalpo", "mistral_focalpo_lora"])
 def test_tokens(name: str, places: Path, pairs: list[dict], tmp_path: Path):

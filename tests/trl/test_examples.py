@@ -124,7 +124,10 @@ def test_trl_focalpo_trains_on_a_cpu(tiny: Path, tmp_path: Path):
     assert first["loss"] == pytest.approx(0.66953, abs=1e-5)
     assert second["step"] == 2 and second["loss"] != first["loss"]
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert f"focalpo report {tmp_path / 'out'}" in output
+    report = ["report", str(tmp_path / "out")]
+    assert shlex.join(["focalpo", *report]) in output
+    code, output, errors = forked.run("focalpo_plugins.cli:main", report, tmp_path)
+    assert code == 0 and "out  eval" in output, output + errors
 
 
 def test_trl_focalpo_says_what_is_missing(tmp_path: Path):

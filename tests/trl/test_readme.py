@@ -3,12 +3,10 @@ holds."""
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from datasets import Dataset
-from harness import EXAMPLES
+from page_commands import every_snippet
 from tiny_trl import PAIRS, batch, loss_and_grads, margins_of, model, trainer
 from transformers import (
     CohereConfig,
@@ -34,20 +32,24 @@ PAGES = ("README.md", "docs/trl.md")
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_snippet(tokenizer, tmp_path, monkeypatch, capsys, page):
-    """As it is, with a model's folder, pairs and a tokenizer; bf16, TRL's default, needs a GPU."""
+    """As it is, with a model's folder, pairs and a tokenizer; bf16, TRL's default, needs a GPU.  What
+    else the page has is given a trainer."""
     monkeypatch.chdir(tmp_path)
     model(0).save_pretrained("tiny")
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    text = (EXAMPLES.parent / page).read_text()
-    blocks = re.findall(r"\n\n((?:    .*\n|\n)+)", text)
-    (code,) = (block for block in blocks if "import FocalPOConfig, FocalPOTrainer" in block)
+    train, *others = [snippet.text for snippet in every_snippet() if snippet.page == page]
+    assert "import FocalPOConfig, FocalPOTrainer" in train
     given = {"model": "tiny", "pairs": Dataset.from_list(PAIRS), "tokenizer": tokenizer}
-    exec("\n".join(line[4:] for line in code.splitlines()), given)
+    exec(train, given)
     assert (
         "gamma=0.05 variant=correct z*=-20.00 loss_at_margin_0=0.6695 beta=0.01 trainer=Focal"
         in (capsys.readouterr().err)
     )
+    for snippet in others:
+        exec(snippet, {"trainer": trainer(FocalPOTrainer, tokenizer, tmp_path)})
+        said = capsys.readouterr().out
+        assert " x 8 ranks (--gpus)" in said and said.endswith("0 warnings, no errors\n")
 
 
 @pytest.mark.parametrize(

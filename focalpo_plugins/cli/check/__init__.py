@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
+import shutil
 import sys
 import tempfile
 from argparse import Namespace
@@ -47,11 +49,11 @@ def run(args: Namespace) -> int:
             "give a YAML of Axolotl, LLaMA-Factory or ms-swift; or `--`, and after it the flags of "
             "openrlhf.cli.train_dpo, or `swift rlhf` with its keys."
         )
-    with _stdout_to_stderr(), tempfile.TemporaryDirectory() as scratch:
-        shape = _shape(args.model_config, Path(scratch))
+    with _stdout_to_stderr(), scratch_folder() as scratch:
+        shape = _shape(args.model_config, scratch)
         name = args.config or "the command line"
         try:
-            plan = _plan(args, Path(scratch), shape)
+            plan = _plan(args, scratch, shape)
             counts = shown = None
             ways = None
             if shape is None:
@@ -222,6 +224,18 @@ def _need(host: str) -> None:
             f"{what} is read by {extra} itself, which is not installed: "
             f"pip install 'focalpo_plugins[{extra}]'."
         )
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """An empty folder, with a name of hexadecimal digits: it becomes part of the model's path, by
+    which Axolotl recognises MPT and Falcon, and tempfile's names can contain "mpt"."""
+    folder = Path(tempfile.gettempdir(), f"focalpo-{secrets.token_hex(8)}")
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _shape(name: str | None, scratch: Path) -> Path | None:
