@@ -62,6 +62,7 @@ class Host:
         allow_changed: what the user sets to resume a checkpoint of another loss.
         allow_data: what the user sets to train on data that is refused.
         keys: the user's names of the host's values, if they differ.
+        unsaved: what is said of a model that the run has not saved.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Host:
     allow_changed: str
     allow_data: str
     keys: Mapping[str, str] = field(default_factory=dict)
+    unsaved: str = "the model is not saved yet: trainer.save_model() saves it"
 
     def moved(self, why: str, loss: str) -> RunError:
         """The error for a release of the host that doesn't train as the tested releases do.
@@ -364,7 +366,7 @@ class Run:
         elif saved is not None:
             parts.append(f"the last checkpoint is {saved}")
         else:
-            parts.append("the model is not saved yet: trainer.save_model() saves it")
+            parts.append(self.host.unsaved)
         if report is not None:
             parts.append(f"next: focalpo report {report}")
         say("; ".join(parts))

@@ -35,6 +35,7 @@ SWIFT = Host(
     separator="_",
     allow_changed=f"{ALLOW_CHANGED} true",
     allow_data=f"{ALLOW_DATA} true",
+    unsaved="the model was not saved, because save_strategy is no",
 )
 _SIGNATURE = inspect.signature(DPOTrainer.dpo_loss)
 

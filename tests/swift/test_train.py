@@ -129,6 +129,7 @@ def test_terms_beside_the_loss(run: Callable[..., Ran]):
     own = run(loss_type=["sigmoid", "sft"], **both)
     zero = run(**{**ZERO, "loss_type": ["focalpo", "sft"]}, **both)
     assert zero.losses == pytest.approx(own.losses, rel=1e-6)
+    assert "; the model was not saved, because save_strategy is no" in zero.output
     rpo = [run(rpo_alpha=0.2, **loss).losses for loss in ({}, ZERO)]
     assert rpo[0] == pytest.approx(rpo[1], rel=1e-6)
 
