@@ -45,7 +45,7 @@ def test_the_loss_and_its_options(given):
     assert args.focalpo.loss.options["gamma_end"] == 0.0
     assert args.focalpo.loss.options["variant"] == "incorrect"
     assert (args.pref_loss, args.use_ref_model) == ("focalpo", True)
-    assert args.focalpo.data_args.cutoff_len == 2048
+    assert args.focalpo_data_args.cutoff_len == 2048
 
 
 def test_words_of_a_command_line(given):
