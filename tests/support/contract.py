@@ -271,7 +271,9 @@ class Contract:
             {name.removeprefix("focalpo/"): value for name, value in entry.items()}
             for entry in (whole.steps[0], whole.evaluations[-1])
         )
-        assert "margin_correct" not in first  # no pair is ranked right yet
+        of_first = {name for name in whole.steps[0] if name.startswith("focalpo/")}
+        # No pair is ranked right yet.
+        assert of_first == {f"focalpo/{n}" for n in ("p", "weight", "reversed", "margin_incorrect")}
         assert first["p"] == pytest.approx(0.5, abs=1e-6)
         assert first["weight"] == pytest.approx(0.93246, abs=1e-5)
         assert first["margin_incorrect"] == first["reversed"] == 0
