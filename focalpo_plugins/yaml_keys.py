@@ -7,7 +7,7 @@ host has those that do something in it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,12 +78,14 @@ class Keys:
     """The keys that one host's users can give.
 
     Attributes:
+        host: the host's name.
         common: those that all losses share.
         asks: how the users ask for a loss, with braces for its name.
         on: what they write after a key that is true.
         margins: the values of :data:`MARGIN`.
     """
 
+    host: str
     common: Collection[str]
     asks: str
     on: str
@@ -104,9 +106,9 @@ class Keys:
             found[key] = Key(str if key in _TEXTS else bool, text, None)
         return found
 
-    def given(self, value_of: ValueOf) -> dict[str, Any]:
-        """The keys that have a value, with their values."""
-        values = {key: value_of(key) for key in self.all()}
+    def given(self, value_of: ValueOf, of_host: Collection[str]) -> dict[str, Any]:
+        """The keys that have a value, with their values, but those that the host has itself."""
+        values = {key: value_of(key) for key in self.all() if key not in of_host}
         return {key: value for key, value in values.items() if value is not None}
 
     def bind(self, loss: PairwiseLoss, value_of: ValueOf) -> BoundLoss:
@@ -143,6 +145,28 @@ class Keys:
         abbreviates = any(key.startswith(word) for key in ours)
         near = difflib.get_close_matches(word.lower(), ours, 1, _LIKE_A_KEY)
         return begins or abbreviates or bool(near)
+
+    def check_names(
+        self, loss: PairwiseLoss, of_host: Collection[str], more: Sequence[str] = ()
+    ) -> None:
+        """Refuse a loss with names that the host has itself.
+
+        Args:
+            of_host: the host's keys.
+            more: such names that aren't keys, as the user writes them.
+
+        Raises:
+            ValueError: the message names the package.
+        """
+        keys = (f"{loss.name}_{option}" for option in loss.options)
+        taken = [*more, *(key for key in keys if key in of_host)]
+        if taken:
+            what = self.asks.split()[0].rstrip(":")
+            raise InvalidValue(
+                f"{what} must be a loss whose names {self.host} doesn't use, got {loss.name!r}: "
+                f"the package {loss.package} brings {', '.join(taken)}, which {self.host} already "
+                "has. The package has to rename it."
+            )
 
     def check_owners(self, given: Mapping[str, Any], name: str | None, now: str) -> None:
         """Refuse keys without the loss that they belong to.
@@ -203,6 +227,12 @@ class Keys:
                 f"focalpo_gamma must be given with {self.asks.format(loss.name)}, got none: {why}. "
                 f"Set focalpo_gamma, {loss.options['gamma']} in the paper; 0 is DPO."
             )
+
+
+def value_of(args: Any) -> ValueOf:
+    """Returns the value of a key in a host's arguments, which may have only the keys that are
+    given."""
+    return lambda key: getattr(args, key, None)
 
 
 def loss_meant_by(name: str, of_host: Collection[str]) -> str | None:

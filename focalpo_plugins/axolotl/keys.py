@@ -9,6 +9,7 @@ from ..yaml_keys import ALLOW_CHANGED, ALLOW_DATA, BALANCED, FUSED, MARGIN, SHAR
 from . import MARGINS, RL_AS_WRITTEN
 
 KEYS = Keys(
+    host="Axolotl",
     common=(FUSED, SHARED, BALANCED, ALLOW_CHANGED, ALLOW_DATA, MARGIN),
     asks="rl: {}",
     on=": true",

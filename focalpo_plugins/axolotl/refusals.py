@@ -19,7 +19,7 @@ from ..errors import InvalidValue, conflict
 from ..guards.messages import did_you_mean, named
 from ..guards.sources import check_files
 from ..loss import check_beta, check_label_smoothing
-from ..registry import PairwiseLoss, get_loss, losses
+from ..registry import get_loss, losses
 from ..yaml_keys import BALANCED, FUSED, MARGIN, SHARED, as_number
 from . import MARGINS, RL_AS_WRITTEN, TRAINERS
 from .keys import KEYS, fused_key, margin
@@ -47,7 +47,8 @@ def check(cfg: Any) -> None:
         )
     if name is not None and name in losses():
         loss = get_loss(name)
-        _check_names(loss)
+        own = [f"rl: {name}"] if name in _OF_HOST else []
+        KEYS.check_names(loss, AxolotlInputConfig.model_fields, own)
         KEYS.check_common(cfg.get)
         _check_margin(cfg)
         KEYS.bind(loss, cfg.get)
@@ -65,20 +66,6 @@ def check_rl(name: Any) -> None:
     if name is not None and name not in known:
         near = did_you_mean(str(name), known)
         raise InvalidValue(f"rl must be one of {', '.join(known)}, got {name!r}{near}")
-
-
-def _check_names(loss: PairwiseLoss) -> None:
-    """Refuse a loss whose names this release of Axolotl already uses."""
-    taken = [f"{loss.name}_{option}" for option in loss.options]
-    taken = [key for key in taken if key in AxolotlInputConfig.model_fields]
-    if loss.name in _OF_HOST:
-        taken.insert(0, f"rl: {loss.name}")
-    if taken:
-        raise InvalidValue(
-            f"rl must be a loss whose names Axolotl doesn't use, got {loss.name!r}: the package "
-            f"{loss.package} brings {', '.join(taken)}, which Axolotl already has. The package has "
-            "to rename it."
-        )
 
 
 def _check_keys(cfg: Any, rl: Any) -> None:

@@ -19,12 +19,13 @@ from ..yaml_keys import (
     PRECOMPUTE_DIR,
     SHARED,
     Keys,
-    ValueOf,
+    value_of,
 )
 from . import MARGINS
 from .autoload import host_losses
 
 KEYS = Keys(
+    host="LLaMA-Factory",
     common=(SHARED, BALANCED, PRECOMPUTE, PRECOMPUTE_DIR, ALLOW_CHANGED, ALLOW_DATA, MARGIN),
     asks="pref_loss: {}",
     on=": true",
@@ -67,15 +68,10 @@ def parsed(parser: Any, parse: Callable[[Any], Any], args: Any, trains: bool) ->
     of_loss = next(each for each in found if isinstance(each, ours))
     if not trains:
         return found
-    name = refusals.check_name(of_loss, host_losses(parser))
+    name = refusals.check_name(of_loss, known, host_losses(parser))
     if name is not None:
         _take(of_loss, losses()[name], found)
     return found
-
-
-def value_of(args: Any) -> ValueOf:
-    """Returns the value of a key in ``args``."""
-    return lambda key: getattr(args, key, None)
 
 
 def asked_loss(args: Any, of_host: Sequence[str]) -> str | None:

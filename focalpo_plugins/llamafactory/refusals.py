@@ -9,9 +9,9 @@ from typing import Any
 from ..errors import InvalidValue, conflict
 from ..guards.messages import did_you_mean, named
 from ..loss import check_beta, check_label_smoothing
-from ..registry import PairwiseLoss
-from ..yaml_keys import MARGIN, loss_meant_by
-from .arguments import KEYS, asked_loss, is_marked, value_of
+from ..registry import PairwiseLoss, losses
+from ..yaml_keys import MARGIN, loss_meant_by, value_of
+from .arguments import KEYS, asked_loss, is_marked
 
 
 def check_keys(args: Any, known: Collection[str], of_host: Sequence[str]) -> None:
@@ -53,14 +53,21 @@ def _value(words: Sequence[str], key: str) -> str | None:
     return None
 
 
-def check_name(args: Any, of_host: Sequence[str]) -> str | None:
+def check_name(args: Any, known: Collection[str], of_host: Sequence[str]) -> str | None:
     """The name of our loss that is asked for; None if none is.
+
+    Args:
+        known: the host's keys.
+        of_host: the host's losses.
 
     Raises:
         ValueError: our keys are given without their loss, or our loss in another stage.
     """
     name = asked_loss(args, of_host)
-    KEYS.check_owners(KEYS.given(value_of(args)), name, f"with pref_loss: {args.pref_loss}")
+    if name is not None:
+        KEYS.check_names(losses()[name], known)
+    given = KEYS.given(value_of(args), known)
+    KEYS.check_owners(given, name, f"with pref_loss: {args.pref_loss}")
     if name is not None and args.stage != "dpo":
         raise InvalidValue(
             f"stage must be dpo with pref_loss: {name}, got {args.stage!r}: no other stage trains "

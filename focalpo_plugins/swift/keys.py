@@ -16,19 +16,15 @@ from ..yaml_keys import (
     SHARED,
     Asked,
     Keys,
-    ValueOf,
+    value_of,
 )
 
 KEYS = Keys(
+    host="ms-swift",
     common=(SHARED, BALANCED, PRECOMPUTE, PRECOMPUTE_DIR, ALLOW_CHANGED, ALLOW_DATA),
     asks="loss_type {} with rlhf_type dpo",
     on=" true",
 )
-
-
-def value_of(args: Any) -> ValueOf:
-    """Returns the value of a key in ``args``, which has only the keys that are given."""
-    return lambda key: getattr(args, key, None)
 
 
 def types_of(args: Any) -> list[str]:

@@ -9,9 +9,9 @@ from ..balanced import MEAN_OF_TOKENS
 from ..errors import InvalidValue, conflict
 from ..loss import check_beta, check_label_smoothing
 from ..registry import get_loss, losses
-from ..yaml_keys import BALANCED, SHARED, loss_meant_by
+from ..yaml_keys import BALANCED, SHARED, loss_meant_by, value_of
 from . import data
-from .keys import KEYS, asked_types, types_of, types_of_host, value_of
+from .keys import KEYS, asked_types, types_of, types_of_host
 
 _PARTS = "each rank has a part of a sequence, and a margin is of whole sequences"
 _ONE_ROW = (
@@ -55,19 +55,13 @@ def check(args: Any, of_host: Collection[str]) -> None:
     """
     _check_type(args)
     names = asked_types(args)
-    _check_given(args, names)
+    _check_given(args, names, of_host)
     if not names:
         return
     name, *more = names
     _check_beside(args, name, more)
     loss = get_loss(name)
-    taken = [key for option in loss.options if (key := f"{name}_{option}") in of_host]
-    if taken:
-        raise InvalidValue(
-            f"loss_type must be a loss whose keys ms-swift doesn't have itself, got {name!r} of "
-            f"the package {loss.package}, which brings {', '.join(taken)}. The package has to "
-            "rename them."
-        )
+    KEYS.check_names(loss, of_host)
     why = "without this package, ms-swift refuses the command for an unknown key, before it loads"
     KEYS.check_gamma(loss, value_of(args), why)
     KEYS.bind(loss, value_of(args))
@@ -97,9 +91,9 @@ def _check_type(args: Any) -> None:
             raise InvalidValue(f"unknown loss_type, got {name!r}; did you mean {near!r}?")
 
 
-def _check_given(args: Any, names: list[str]) -> None:
+def _check_given(args: Any, names: list[str], of_host: Collection[str]) -> None:
     """Refuse our keys without the loss that they belong to."""
-    given, known = KEYS.given(value_of(args)), KEYS.all()
+    given, known = KEYS.given(value_of(args), of_host), KEYS.all()
     now = f"with rlhf_type {args.rlhf_type} and loss_type {args.loss_type}"
     for key, value in given.items():
         owner = known[key].loss
