@@ -24,7 +24,7 @@ FLAGS = {
 
 class OpenRLHF:
     trainer, packages = "PairwiseDPOTrainer", ("openrlhf", "deepspeed")
-    said = "beta=0.1 label_smoothing=0.0"
+    said, tokens = "beta=0.1 label_smoothing=0.0", 883
     loads_the_model = True
     # bf16 rounds differently in another layout.
     near, spread, two_ranks_gradient = 0.1, 0.1, 1.0

@@ -67,6 +67,7 @@ class Host(Protocol):
     trainer: str  # the name of its class
     packages: tuple[str, ...]  # whose versions the start-up line has
     said: str  # what that line has of the host's own values
+    tokens: int  # that its tokenizer has
     near: float  # the rounding between two layouts of a batch
     two_ranks_gradient: float  # of two ranks, relative to one rank that accumulates the same pairs
     apart: dict[str, Any]  # options by which margins aren't 0
@@ -108,7 +109,7 @@ class TrainerHost:
 
     near = 1e-4
     loads_the_model = True
-    said = "beta=0.1"
+    said, tokens = "beta=0.1", 883
     # transformers 5.5 divides accumulated gradients twice, also under DPO.
     two_ranks_gradient = 2.0 if version("transformers").startswith("5.5.") else 1.0
     names = {
@@ -505,7 +506,7 @@ class AnotherReference:
 
     @pytest.mark.releases
     def test_a_token_without_an_embedding(self, host: Host, tiny: Path, tmp_path: Path):
-        """The reference has only the first 100 of the tokenizer's 883 tokens."""
+        """The reference has only the first 100 of the tokenizer's tokens."""
         from transformers import AutoModelForCausalLM
 
         cut = AutoModelForCausalLM.from_pretrained(tiny / "model")
@@ -517,7 +518,7 @@ class AnotherReference:
         message = (
             "the reference must have an embedding for each token of the data, got 100 embeddings"
         )
-        stopped(run, message, "the tokenizer has 883 tokens")
+        stopped(run, message, f"the tokenizer has {host.tokens} tokens")
 
 
 class PrecomputedReference:
