@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from importlib.machinery import ModuleSpec
 from types import FrameType, ModuleType
 from typing import Any
@@ -67,6 +68,18 @@ def command_of(namespace: dict[str, Any]) -> str | None:
             if name == module or path.endswith(f"{os.sep}{module.replace('.', os.sep)}.py"):
                 return module
     return None
+
+
+def may_ask(words: Iterable[Any]) -> bool:
+    """Whether the words of a YAML or of a command line may ask for a loss that isn't the host's.
+
+    Our other modules are imported only then: a broken one must not stop a run that doesn't use our
+    losses.
+    """
+    from importlib.metadata import entry_points
+
+    named = any("focal" in str(word).lower() for word in words)
+    return named or bool(entry_points(group="focalpo_plugins"))
 
 
 def _running(frame: FrameType | None) -> str | None:

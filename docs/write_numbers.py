@@ -20,31 +20,26 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import picture_of_steps
 import torch
 
 import focalpo_plugins
-from focalpo_plugins import (
-    axolotl,
-    diagnostics,
-    focalpo_loss,
-    focalpo_weight,
-    llamafactory,
-    reversal_margin,
-    swift,
-)
+from focalpo_plugins import diagnostics, focalpo_loss, focalpo_weight, reversal_margin
+from focalpo_plugins.axolotl import MARGINS
+from focalpo_plugins.axolotl.keys import KEYS as AXOLOTL
+from focalpo_plugins.llamafactory.arguments import KEYS as LLAMA_FACTORY
 from focalpo_plugins.openrlhf import flags
-from focalpo_plugins.options import OF_ANY_LOSS, of_margins
 from focalpo_plugins.registry import get_loss
+from focalpo_plugins.swift.keys import KEYS as SWIFT
+from focalpo_plugins.yaml_keys import Keys
 
 ROOT = Path(__file__).resolve().parents[1]
 NOXFILE = ast.parse((ROOT / "noxfile.py").read_text())
 MARKED = re.compile(r"(<!--= (.*?) -->)(.*?)(<!-- end -->)", re.S)
 GAMMA = get_loss("focalpo").options["gamma"]
 # The hosts whose keys are in a YAML.
-ADAPTERS: dict[str, Any] = {"axolotl": axolotl, "llamafactory": llamafactory, "swift": swift}
+OF_YAMLS: dict[str, Keys] = {"axolotl": AXOLOTL, "llamafactory": LLAMA_FACTORY, "swift": SWIFT}
 # Of options that aren't off by default, nor among a loss's own.
 OTHER_DEFAULTS = {"margin": "dpo", "precompute_dir": "output_dir"}
 # The sections that explain an option.
@@ -122,17 +117,13 @@ def option(name: str, spelled: str, default: str, text: str) -> list[str]:
 
 def keys(host: str) -> str:
     """The table of a host's YAML keys: those of the loss, and those that every loss has there."""
-    loss, adapter = get_loss("focalpo"), ADAPTERS[host]
-    values = (value for value in vars(adapter).values() if isinstance(value, str))
-    of_all = [value.removeprefix("focalpo_") for value in values if value.startswith("focalpo_")]
-    names = [*loss.options, *(name for name in of_all if name in OF_ANY_LOSS)]
-    given = {**dict.fromkeys(names, False), **loss.options, **OTHER_DEFAULTS}
-    if adapter is not axolotl:
-        given["gamma"] = "none, mandatory"
-    texts = {**OF_ANY_LOSS, **loss.help}
-    if "margin" in names:
-        texts["margin"] = of_margins(adapter.MARGINS)
-    rows = [option(name, f"focalpo_{name}", str(given[name]), texts[name]) for name in names]
+    defaults = {**get_loss("focalpo").options, **OTHER_DEFAULTS}
+    if host != "axolotl":
+        defaults["gamma"] = "none, mandatory"
+    rows = []
+    for spelled, key in OF_YAMLS[host].all().items():
+        name = spelled.removeprefix("focalpo_")
+        rows.append(option(name, spelled, str(defaults.get(name, False)), key.help))
     return table(("key", "default", "what it does"), rows)
 
 
@@ -226,7 +217,7 @@ def active() -> str:
         "trl": constant("TRL_OF_AXOLOTL")[0],
         "torch": constant("TORCH")[0],
     }
-    trainer = axolotl.MARGINS["dpo"][1].rpartition(".")[2]
+    trainer = MARGINS["dpo"][1].rpartition(".")[2]
     words = [get_loss("focalpo").bind().describe(), "beta=0.1", f"trainer={trainer}"]
     words += [f"{name}={version}" for name, version in found.items()]
     return f"    focalpo_plugins: active. {' '.join(words)}"

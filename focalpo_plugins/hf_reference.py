@@ -22,12 +22,10 @@ from .hf_models import gathered
 from .hf_trainer import RANKS
 from .reference import Pairs, ReferenceLogps, describe_model, emptied
 from .reference import precompute as precompute_with
+from .yaml_keys import PRECOMPUTE, PRECOMPUTE_DIR
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-#: The key that asks for it, and that of the folder of its file.
-KEY, FOLDER_KEY = "focalpo_precompute_ref", "focalpo_precompute_dir"
 
 # A batch as the host collates it: chosen sequences first, then the rejected ones.
 _Batch = Mapping[str, Any]
@@ -57,7 +55,9 @@ class PrecomputedReference:
             "mixed_precision": trainer.accelerator.mixed_precision,
             "device": trainer.accelerator.device.type,
         }
-        self._logps: ReferenceLogps = precompute_with(source, RANKS, settings, place, FOLDER_KEY)
+        self._logps: ReferenceLogps = precompute_with(
+            source, RANKS, settings, place, PRECOMPUTE_DIR
+        )
 
     def __call__(self, batch: _Batch) -> tuple[Tensor, Tensor]:
         """Both sides ``(B,)``; NaN for a pair that wasn't in the data of the trainer."""
@@ -71,19 +71,21 @@ class PrecomputedReference:
 
 def _check(trainer: Any, source: _Source, folder: Path) -> None:
     """Refuse runs without a whole reference before training, and a folder that isn't writable."""
-    fix = f"Set {KEY} to false"
+    fix = f"Set {PRECOMPUTE} to false"
     if trainer.is_fsdp_enabled:
         raise conflict(
-            KEY, "fsdp", True, "each rank holds only a part of the reference's weights", fix
+            PRECOMPUTE, "fsdp", True, "each rank holds only a part of the reference's weights", fix
         )
     if trainer.is_deepspeed_enabled and trainer.ref_model is None:
         why = "the reference is the policy, which DeepSpeed prepares when training begins"
-        raise conflict(KEY, "adapters under DeepSpeed", True, why, fix)
+        raise conflict(PRECOMPUTE, "adapters under DeepSpeed", True, why, fix)
     if getattr(trainer.args, "sync_ref_model", False):
-        raise conflict(KEY, "sync_ref_model", True, "the reference follows the policy", fix)
+        raise conflict(PRECOMPUTE, "sync_ref_model", True, "the reference follows the policy", fix)
     if not source.sets:
-        raise InvalidValue(f"{KEY} needs data that isn't streamed, got only streamed data. {fix}.")
-    check_folder(folder, FOLDER_KEY)
+        raise InvalidValue(
+            f"{PRECOMPUTE} needs data that isn't streamed, got only streamed data. {fix}."
+        )
+    check_folder(folder, PRECOMPUTE_DIR)
 
 
 class _Source:

@@ -15,6 +15,8 @@ import torch
 from .balanced import Geometry, steps_of_epoch
 from .registry import BoundLoss
 
+_IGNORED = -100  # the label of a token that isn't trained
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -27,6 +29,25 @@ class Tokens:
 
     ids: list[int]
     trained: list[bool]
+
+    @classmethod
+    def labelled(cls, ids: Iterable[int], labels: Iterable[int]) -> Tokens:
+        """The tokens of a sequence with a label for each, which is -100 if it isn't trained."""
+        return cls(list(ids), [label != _IGNORED for label in labels])
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens before the first one that is trained."""
+        return self.ids[: self._start]
+
+    @property
+    def answer(self) -> list[int]:
+        """The tokens after the prompt."""
+        return self.ids[self._start :]
+
+    @property
+    def _start(self) -> int:
+        return self.trained.index(True) if True in self.trained else len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -199,6 +220,29 @@ def sharding(deepspeed: Any, fsdp: Any) -> tuple[int | None, frozenset[str]]:
         what for what, key in keys.items() if (zero.get(key) or {}).get("device", "none") != "none"
     )
     return int(zero.get("stage", 0)), frozenset(offloaded)
+
+
+def precision(bf16: object, fp16: object) -> str:
+    """The ``precision`` of a :class:`Plan`, by whether each of the two is asked for."""
+    return "bf16" if bf16 else "fp16" if fp16 else "fp32"
+
+
+def adam_bytes(optimizer: object, weight: int, *, master: bool) -> float:
+    """The ``optimizer_bytes`` of a :class:`ModelState`.
+
+    Args:
+        optimizer: its name, as the host's users write it.
+        weight: the bytes of a trained weight.
+        master: whether DeepSpeed trains a copy in float32, as it does if weights are narrower.
+    """
+    moments = 2.0 if "8bit" in str(optimizer) else 2.0 * (4 if master else weight)
+    return 4 * master + moments
+
+
+def run_steps(args: Any, epoch_steps: float) -> int:
+    """Optimizer steps of a run with transformers' arguments."""
+    of_epochs = math.ceil(args.num_train_epochs * epoch_steps)
+    return int(args.max_steps) if args.max_steps > 0 else of_epochs
 
 
 def epoch_steps(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import hookspecs
 from .errors import InvalidValue
-from .guards.messages import did_you_mean, named, one_line
+from .guards.messages import did_you_mean, one_line
 from .hookspecs import Register
 from .loss import check_gamma, focalpo_loss, focalpo_weight, gamma_at, reversal_margin
 from .options import OF_ANY_LOSS, OF_FOCALPO
@@ -104,35 +104,6 @@ def add(package: str, plugin: Any) -> None:
         manager.unregister(name=package)
         raise
     _losses.update(own)
-
-
-def bind_keys(loss: PairwiseLoss, value_of: Callable[[str], Any], on: str) -> BoundLoss:
-    """The loss with the options that a host's keys give; option ``o`` has the key ``NAME_o``.
-
-    Args:
-        value_of: the value of a key; None if it isn't given.
-        on: how the host's users write that a key is true, for messages.
-
-    Raises:
-        ValueError: an option's value is out of range; the message names its key.
-    """
-    given = {}
-    for option, default in loss.options.items():
-        value = value_of(f"{loss.name}_{option}")
-        if value is not None:
-            # A default of None doesn't tell the option's type.
-            number = default is None or isinstance(default, float)
-            given[option] = as_number(value) if number else value
-    with named(f"{loss.name}_", loss.options, on):
-        return loss.bind(**given)
-
-
-def as_number(value: Any) -> Any:
-    """``value`` as a float if it can be read as one: YAML reads ``5e-2`` as a string."""
-    try:
-        return value if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        return value
 
 
 class _FocalPO:

@@ -43,7 +43,7 @@ OF_HOST = {
 }
 CORE = {
     "errors", "loss", "hookspecs", "options", "pairwise_loss", "registry", "diagnostics", "plan",
-    "guards", "compute", "balanced", "releases", "run",
+    "guards", "compute", "balanced", "releases", "run", "yaml_keys",
 }  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
@@ -55,6 +55,7 @@ ARROWS: dict[str, set[str]] = {
     "options": {"loss"},
     "pairwise_loss": {"errors", "loss", "guards"},
     "registry": {"errors", "loss", "hookspecs", "options", "pairwise_loss", "guards"},
+    "yaml_keys": {"errors", "guards", "options", "registry"},
     "reference_file": {"errors", "guards"},
     "reference": {"errors", "guards", "reference_file"},
     "diagnostics": {"registry"},
@@ -68,21 +69,22 @@ ARROWS: dict[str, set[str]] = {
     "hf_trainer": {
         "errors", "guards", "registry", "run", "balanced", "hf_batches", "hf_sequences"
     },
-    "hf_reference": {"errors", "guards", "reference", "hf_models", "hf_trainer"},
+    "hf_reference": {"errors", "guards", "reference", "hf_models", "hf_trainer", "yaml_keys"},
     "trl": {
         "errors", "loss", "options", "registry", "run", "balanced", "hf_trainer", "hf_batches",
-        "hf_models", "hf_sequences", "guards", "compute", "sharing", "plan", "releases"
+        "hf_models", "hf_sequences", "hf_reference", "guards", "compute", "sharing", "plan",
+        "releases", "yaml_keys"
     },
     "axolotl": {
-        "errors", "loss", "options", "registry", "balanced", "plan", "guards", "compute", "trl"
+        "errors", "loss", "registry", "balanced", "plan", "guards", "compute", "trl", "yaml_keys"
     },
     "llamafactory": {
-        "errors", "loss", "options", "registry", "run", "plan", "hf_batches", "hf_models",
-        "hf_sequences", "hf_reference", "guards", "trl"
+        "errors", "loss", "registry", "run", "plan", "hf_models", "hf_sequences", "guards", "trl",
+        "yaml_keys"
     },
     "swift": {
-        "errors", "loss", "options", "registry", "run", "plan", "balanced", "guards", "hf_trainer",
-        "hf_batches", "hf_reference", "trl"
+        "errors", "loss", "registry", "run", "plan", "balanced", "guards", "hf_batches", "trl",
+        "yaml_keys"
     },
     "openrlhf": {
         "errors", "loss", "options", "registry", "run", "plan", "balanced", "guards", "sharing",

@@ -24,12 +24,9 @@ from harness import EXAMPLES, run_python
 
 import focalpo_plugins
 from focalpo_plugins import (
-    axolotl,
     focalpo_loss,
     focalpo_weight,
-    llamafactory,
     releases,
-    swift,
 )
 from focalpo_plugins.cli.arguments import parser_of
 from focalpo_plugins.diagnostics import margin_sums, means, of_ranks
@@ -199,12 +196,7 @@ def test_the_startup_line():
 
 def test_keys_and_flags():
     """Every key and flag is there, and no other."""
-    options = get_loss("focalpo").options
-    hosts = (axolotl, llamafactory, swift)
-    constants = {value for host in hosts for value in vars(host).values() if isinstance(value, str)}
-    constants.discard("focalpo_rl")  # no user writes it
-    keys = {f"focalpo_{option}" for option in options}
-    keys |= {value for value in constants if re.fullmatch(r"focalpo_\w+", value)}
+    keys = {key for of_host in write_numbers.OF_YAMLS.values() for key in of_host.all()}
     functions = {name for name in focalpo_plugins.__all__ if name.startswith("focalpo_")}
     named = {*re.findall(r"\bfocalpo_\w+", ALL)} - {"focalpo_plugins", *functions}
     # The names of files, such as `llama3_focalpo_lora.yml`, begin with something else.
@@ -230,6 +222,8 @@ def test_the_messages_of_the_page_on_stopped_runs():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
+    # What it puts together of two texts.
+    written += [f"belongs to {of_host.asks}" for of_host in write_numbers.OF_YAMLS.values()]
     head = "| the message contains |"
     _, *tables = DOCS["stopped"].split(head)
     rows = [row for each in tables for row in table(f"\n{head}{each}", head.strip("| "))]

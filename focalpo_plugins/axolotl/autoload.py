@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from _focalpo_plugins_autoload import may_ask
+
 
 def patch(config_module: ModuleType) -> None:
     """Wrap ``axolotl.utils.config.validate_config`` in every module that has imported it.
@@ -33,7 +35,7 @@ def patch(config_module: ModuleType) -> None:
 def _rewritten(cfg: Any) -> Any:
     """A copy that Axolotl can train, if the config asks for one of our losses; else the config."""
     try:
-        if not may_ask(cfg):
+        if not (names_us(cfg) or may_ask(cfg)):
             return cfg
         from .rewriting import rewritten
     except Exception:
@@ -41,17 +43,6 @@ def _rewritten(cfg: Any) -> Any:
             raise
         return cfg
     return rewritten(cfg)
-
-
-def may_ask(cfg: Mapping[str, Any]) -> bool:
-    """Whether a config may ask for one of our losses.
-
-    Our other modules are imported only then: a broken one must not stop a run that doesn't use our
-    losses.
-    """
-    from importlib.metadata import entry_points
-
-    return names_us(cfg) or bool(entry_points(group="focalpo_plugins"))
 
 
 def names_us(cfg: Mapping[str, Any]) -> bool:

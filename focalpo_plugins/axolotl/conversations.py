@@ -9,7 +9,7 @@ from typing import Any
 
 from ..guards import pairs, texts
 from ..guards.faults import Fault
-from . import MARGIN
+from ..yaml_keys import MARGIN
 from .sources import TEMPLATE, Source, listed
 
 # Why an answer is trained as other text, and what to do.

@@ -18,10 +18,12 @@ import yaml
 from ..errors import InvalidValue
 from ..guards import hub
 from ..guards.messages import explained
+from ..guards.pairs import none_fits
 from ..guards.sources import described
-from ..plan import ModelState, Plan, sharding
+from ..plan import ModelState, Plan, adam_bytes, sharding
 from ..registry import losses
-from . import FUSED, PLUGIN, RL_AS_WRITTEN, SHARED
+from ..yaml_keys import BALANCED, FUSED, SHARED
+from . import PLUGIN, RL_AS_WRITTEN
 from .conversations import text_faults
 from .data import explain, remote_names
 from .sources import listed
@@ -129,7 +131,7 @@ def _without_data(cfg: Any, gpus: int, notes: list[str]) -> Plan:
         state=state,
         warnings=[*warnings, *filter(None, [ignored(cfg)])],
         notes=notes,
-        balanced_batches=bool(cfg.get("focalpo_balanced_batches")),
+        balanced_batches=bool(cfg.get(BALANCED)),
         shared_prompts=bool(cfg.get(SHARED)),
         fused=state.logits_at_once is not None,
     )
@@ -148,10 +150,7 @@ def _with_data(bare: Plan, cfg: Any) -> Plan:
     data = load_preference_datasets(cfg=cfg)
     rows = _rows(cfg, tokenizer, data)
     if len(data.train_dataset) == 0:
-        raise InvalidValue(
-            f"datasets must hold a pair that fits into sequence_len, got {rows} pairs, none of "
-            f"which fits into {cfg.sequence_len}. Raise sequence_len."
-        )
+        raise none_fits("datasets", rows, "sequence_len", cfg.sequence_len)
     trainer = _trainer(cfg, data, tokenizer)
     found = [*text_faults(cfg, tokenizer), *text_faults(cfg, tokenizer, evaluation=True)]
     plan = with_data(replace(bare, warnings=[*bare.warnings, *map(str, found)]), trainer)
@@ -254,7 +253,7 @@ def _state(cfg: Any) -> ModelState:
 
     weight_bytes = adapter_bytes = 4 if cfg.torch_dtype == torch.float32 else 2
     zero_stage, offloaded = sharding(cfg.deepspeed, cfg.fsdp or cfg.fsdp_config)
-    master = 4 if cfg.deepspeed and weight_bytes == 2 else 0
+    master = bool(cfg.deepspeed) and weight_bytes == 2
     lora, model_config = None, load_model_config(cfg)
     if cfg.adapter:
         lora = _lora(cfg, model_config)
@@ -262,7 +261,6 @@ def _state(cfg: Any) -> ModelState:
         quantised = cfg.load_in_4bit or cfg.load_in_8bit
         if cfg.peft_autocast_adapter_dtype is not False and not (quantised or cfg.deepspeed):
             adapter_bytes = 4
-    states = 2.0 if "8bit" in str(cfg.optimizer) else 2.0 * (4 if master else adapter_bytes)
     fused = fused_key(cfg) if cfg.get(RL_AS_WRITTEN) is not None else None
     if fused is not None:
         check_config(model_config, fused)
@@ -271,7 +269,7 @@ def _state(cfg: Any) -> ModelState:
         lora=lora,
         weight_bytes=weight_bytes,
         four_bit=bool(cfg.load_in_4bit),
-        optimizer_bytes=master + states,
+        optimizer_bytes=adam_bytes(cfg.optimizer, adapter_bytes, master=master),
         zero_stage=zero_stage,
         # With adapters there is no second model: TRL switches them off to get the reference.
         reference=not cfg.adapter and not cfg.precompute_ref_log_probs and cfg.rl != "orpo",

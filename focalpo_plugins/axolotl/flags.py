@@ -18,9 +18,11 @@ from typing import Any, get_args
 import click
 import yaml
 
+from _focalpo_plugins_autoload import may_ask
+
 from ..errors import FocalPOError, InvalidValue
 from . import RL_AS_WRITTEN, TRAINERS
-from .autoload import may_ask
+from .autoload import names_us
 
 _KINDS = {int: int, float: float, str: str}
 
@@ -83,7 +85,7 @@ def _check_config(given: Mapping[str, Any]) -> None:
         return
     try:
         cfg = _loaded(given)
-        if may_ask(cfg):
+        if names_us(cfg) or may_ask(cfg):
             from .refusals import check
 
             check(cfg)

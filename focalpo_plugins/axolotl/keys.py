@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..registry import BoundLoss, PairwiseLoss, bind_keys, get_loss
-from . import FUSED, MARGIN, RL_AS_WRITTEN
+from ..registry import BoundLoss, get_loss
+from ..yaml_keys import ALLOW_CHANGED, ALLOW_DATA, BALANCED, FUSED, MARGIN, SHARED, Keys
+from . import MARGINS, RL_AS_WRITTEN
+
+KEYS = Keys(
+    host="Axolotl",
+    common=(FUSED, SHARED, BALANCED, ALLOW_CHANGED, ALLOW_DATA, MARGIN),
+    asks="rl: {}",
+    on=": true",
+    margins=MARGINS,
+)
 
 
 def requested_loss(cfg: Any) -> BoundLoss | None:
-    """Our loss that a rewritten config asks for; None if it asks for none."""
-    name = cfg.get(RL_AS_WRITTEN)
-    return None if name is None else bind(cfg, get_loss(name))
-
-
-def bind(cfg: Any, loss: PairwiseLoss) -> BoundLoss:
-    """The loss with the options that the config gives.
+    """Our loss that a rewritten config asks for; None if it asks for none.
 
     Raises:
         ValueError: an option's value is out of range.
     """
-    return bind_keys(loss, cfg.get, ": true")
+    name = cfg.get(RL_AS_WRITTEN)
+    return None if name is None else KEYS.bind(get_loss(name), cfg.get)
 
 
 def margin(cfg: Any) -> str:

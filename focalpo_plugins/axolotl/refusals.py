@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from axolotl.utils.schemas.config import AxolotlInputConfig
@@ -17,22 +16,14 @@ from axolotl.utils.schemas.enums import RLType
 
 from ..balanced import MEAN_OF_TOKENS
 from ..errors import InvalidValue, conflict
-from ..guards.jsonl import check_file
 from ..guards.messages import did_you_mean, named
+from ..guards.sources import check_files
 from ..loss import check_beta, check_label_smoothing
-from ..registry import PairwiseLoss, as_number, get_loss, losses
-from . import (
-    BALANCED,
-    COMMON_KEYS,
-    FUSED,
-    MARGIN,
-    MARGINS,
-    RL_AS_WRITTEN,
-    SHARED,
-    SWITCHES,
-    TRAINERS,
-)
-from .keys import bind, fused_key, margin
+from ..registry import get_loss, losses
+from ..yaml_keys import BALANCED, FUSED, MARGIN, SHARED, as_number
+from . import MARGINS, RL_AS_WRITTEN, TRAINERS
+from .keys import KEYS, fused_key, margin
+from .sources import listed
 
 _OF_HOST = tuple(rl.value for rl in RLType)
 
@@ -56,15 +47,17 @@ def check(cfg: Any) -> None:
         )
     if name is not None and name in losses():
         loss = get_loss(name)
-        _check_names(loss)
+        own = [f"rl: {name}"] if name in _OF_HOST else []
+        KEYS.check_names(loss, AxolotlInputConfig.model_fields, own)
+        KEYS.check_common(cfg.get)
         _check_margin(cfg)
-        bind(cfg, loss)
+        KEYS.bind(loss, cfg.get)
         _check_terms(cfg)
         _check_switches(cfg)
         _check_balanced(cfg)
         _check_sampling(cfg)
         _check_ranks(cfg)
-        _check_files(cfg)
+        check_files(listed(cfg))
 
 
 def check_rl(name: Any) -> None:
@@ -75,30 +68,11 @@ def check_rl(name: Any) -> None:
         raise InvalidValue(f"rl must be one of {', '.join(known)}, got {name!r}{near}")
 
 
-def _check_names(loss: PairwiseLoss) -> None:
-    """Refuse a loss whose names this release of Axolotl already uses."""
-    taken = [f"{loss.name}_{option}" for option in loss.options]
-    taken = [key for key in taken if key in AxolotlInputConfig.model_fields]
-    if loss.name in _OF_HOST:
-        taken.insert(0, f"rl: {loss.name}")
-    if taken:
-        raise InvalidValue(
-            f"rl must be a loss whose names Axolotl doesn't use, got {loss.name!r}: the package "
-            f"{loss.package} brings {', '.join(taken)}, which Axolotl already has. The package has "
-            "to rename it."
-        )
-
-
 def _check_keys(cfg: Any, rl: Any) -> None:
     """Refuse our keys if they are misspelt or belong to another loss than the config trains."""
-    of_loss = {
-        f"{loss.name}_{option}": loss.name for loss in losses().values() for option in loss.options
-    }
-    of_any = rl if rl in losses() else "focalpo"
-    of_loss |= dict.fromkeys(COMMON_KEYS, of_any)
-    for key in cfg:
-        if key in AxolotlInputConfig.model_fields:
-            continue
+    ours, name = KEYS.all(), rl if rl in losses() else None
+    of_user = [key for key in cfg if key not in AxolotlInputConfig.model_fields]
+    for key in of_user:
         # Without the `no` and dashes of a command-line option that Axolotl's parser didn't see.
         word = re.sub(r"\W", "_", str(key).lower()).removeprefix("no").strip("_")
         if key == RL_AS_WRITTEN and cfg.get("trainer_cls") in TRAINERS:
@@ -107,14 +81,11 @@ def _check_keys(cfg: Any, rl: Any) -> None:
                 f"rl: {rl}: this config was loaded before, as rl: {cfg[key]}. Load the config as "
                 "it was written."
             )
-        if key not in of_loss and f"{word}_".startswith(("focalpo_", f"{of_any}_")):
-            near = did_you_mean(word, of_loss)
+        if key not in ours and f"{word}_".startswith(("focalpo_", f"{name or 'focalpo'}_")):
+            near = did_you_mean(word, ours)
             raise InvalidValue(f"unknown key {key}, got {cfg[key]!r}{near}")
-        if key in of_loss and cfg[key] is not None and of_loss[key] != rl:
-            raise InvalidValue(
-                f"{key} belongs to rl: {of_loss[key]}, got {cfg[key]!r} under rl: {rl}. Set "
-                f"rl: {of_loss[key]}, or remove {key}."
-            )
+    given = {key: cfg[key] for key in of_user if key in ours and cfg[key] is not None}
+    KEYS.check_owners(given, name, f"under rl: {rl}")
 
 
 # Axolotl's keys that are part of one margin, and do nothing or something else with the others.
@@ -127,13 +98,8 @@ _OF_REFERENCE = ("precompute_ref_log_probs", "rl_adapter_ref_model")
 
 
 def _check_margin(cfg: Any) -> None:
-    """Refuse an unknown margin, and keys that contradict the chosen one."""
+    """Refuse keys that contradict the chosen margin."""
     chosen = margin(cfg)
-    if cfg.get(MARGIN) not in (None, *MARGINS):
-        raise InvalidValue(
-            f"{MARGIN} must be one of {', '.join(MARGINS)}, got {cfg[MARGIN]!r}"
-            f"{did_you_mean(str(cfg[MARGIN]), MARGINS)}"
-        )
     if not isinstance(cfg.get("trl") or {}, dict):
         raise InvalidValue(f"trl must be a mapping such as {{beta: 0.1}}, got {cfg['trl']!r}.")
     for key, margins in _OF_MARGIN.items():
@@ -228,9 +194,6 @@ _WHY_CONFLICT = {
 
 
 def _check_switches(cfg: Any) -> None:
-    for key in SWITCHES:
-        if cfg.get(key) not in (None, True, False):
-            raise InvalidValue(f"{key} must be true or false, got {cfg[key]!r}.")
     if cfg.get("dpo_use_liger_kernel") and find_spec("liger_kernel") is None:
         raise InvalidValue(
             "dpo_use_liger_kernel needs the package liger-kernel, which is not installed. Install "
@@ -282,15 +245,6 @@ def _check_ranks(cfg: Any) -> None:
                 "rank only a part of each sequence, but a margin needs whole sequences. Remove it; "
                 f"{FUSED} and ZeRO-3 also save memory."
             )
-
-
-def _check_files(cfg: Any) -> None:
-    """Refuse local files of pairs that can't be read."""
-    for key in ("datasets", "test_datasets"):
-        listed = cfg.get(key)
-        for number, dataset in enumerate(listed if isinstance(listed, list) else []):
-            if isinstance(dataset, dict) and isinstance(dataset.get("path"), str):
-                check_file(Path(dataset["path"]), f"{key}[{number}].path")
 
 
 def check_adapter(cfg: Any) -> None:

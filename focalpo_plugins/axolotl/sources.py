@@ -17,7 +17,7 @@ from ..guards.rows import (
     Description,
 )
 from ..guards.sources import Advice
-from . import MARGIN
+from ..yaml_keys import MARGIN
 
 TEMPLATE = "chat_template.default"
 _TYPES = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,9 @@ from ..guards.faults import Fault
 from ..registry import BoundLoss
 from ..trl.pairwise import TRL
 from ..trl.trainer import PairwiseLossMixin
-from . import ALLOW_CHANGED, ALLOW_DATA, BALANCED, SHARED
+from ..yaml_keys import ALLOW_CHANGED, ALLOW_DATA
 from .conversations import text_faults
-from .keys import fused_key, requested_loss
+from .keys import KEYS, fused_key, requested_loss
 from .plugin import config_of
 
 
@@ -47,6 +47,7 @@ class OfConfig:
     """Takes the loss and its settings from the config that Axolotl builds the trainer for."""
 
     _marker: str | None
+    _switch_on: Callable[[Collection[str]], None]
     tag_names: list[str]
     _host_saves = True
     _keys: Mapping[str, str] = {}  # the config's names of TRL's arguments, if they differ
@@ -76,10 +77,7 @@ class OfConfig:
             keys=keys,
         )
         self._read(cfg, kwargs)
-        self._shared_key = SHARED if cfg.get(SHARED) else None
-        self._balanced_key = BALANCED if cfg.get(BALANCED) else None
-        self._allow_changed = bool(cfg.get(ALLOW_CHANGED))
-        self._allow_data = bool(cfg.get(ALLOW_DATA))
+        self._switch_on(KEYS.asked(loss, cfg.get).on)
         super().__init__(*args, **kwargs)
         self.set_loss(loss)
 

@@ -114,6 +114,20 @@ def sampled(dataset: Any) -> Iterator[tuple[int, Any]]:
         yield row, dataset[row]
 
 
+def none_fits(data: str, pairs: int, key: str, limit: object) -> InvalidValue:
+    """The error for data of which the host drops every pair as too long.
+
+    Args:
+        data: the key or flag of the data.
+        pairs: how many there were.
+        key: the key or flag for the length that is allowed, ``limit``.
+    """
+    return InvalidValue(
+        f"{data} must hold a pair that fits into {key}, got {pairs} pairs, none of which fits into "
+        f"{limit}. Raise {key}."
+    )
+
+
 def find(
     pairs: Iterable[Pair], tokenizer: Any, cutting: Cutting, evaluation: bool = False
 ) -> list[Fault]:

@@ -101,6 +101,21 @@ class Source(ABC):
         return iter(self.rows)
 
 
+def check_files(sources: Iterable[Source]) -> None:
+    """Refuse local files of pairs that can't be read.
+
+    Raises:
+        ValueError: the message names key and file, and the line of a broken one.
+    """
+    for source in sources:
+        jsonl.check_file(source.file, source.key)
+
+
+def wrong_in(sources: Iterable[Source]) -> str | None:
+    """Why the host can't read the rows of the sources; None if nothing was found."""
+    return "; ".join(filter(None, (source.wrong() for source in sources))) or None
+
+
 def described(sources: Iterable[Source]) -> list[str]:
     """A line for each source: its rows, their format, and what reads it."""
     lines = []

@@ -4,38 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, field, fields, make_dataclass
+from functools import partial
 from typing import Any, Literal
 
-from ..guards import hub, last_line
-from ..options import OF_ANY_LOSS, of_margins
-from ..registry import BoundLoss, PairwiseLoss, bind_keys, losses
-from . import COMMON_KEYS, MARGIN, MARGINS, PRECOMPUTE, PRECOMPUTE_DIR
+from ..guards import last_line
+from ..registry import PairwiseLoss, losses
+from ..yaml_keys import (
+    ALLOW_CHANGED,
+    ALLOW_DATA,
+    BALANCED,
+    MARGIN,
+    PRECOMPUTE,
+    PRECOMPUTE_DIR,
+    SHARED,
+    Keys,
+    value_of,
+)
+from . import MARGINS
 from .autoload import host_losses
+
+KEYS = Keys(
+    host="LLaMA-Factory",
+    common=(SHARED, BALANCED, PRECOMPUTE, PRECOMPUTE_DIR, ALLOW_CHANGED, ALLOW_DATA, MARGIN),
+    asks="pref_loss: {}",
+    on=": true",
+    margins=MARGINS,
+)
 
 # The lists of classes that LLaMA-Factory parses.
 _LISTS = ("_TRAIN_ARGS", "_TRAIN_MCA_ARGS", "_INFER_ARGS", "_EVAL_ARGS")
 _PLAIN = (bool, int, float, str)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the arguments of a run ask for.
-
-    Attributes:
-        loss: the loss with its options.
-        margin: a key of :data:`~.MARGINS`.
-        on: the switches that are true, by key.
-        data_args: LLaMA-Factory's own arguments of the data.
-        reference_folder: the folder of the precomputed reference's file, empty for the output
-            folder; None if the reference isn't precomputed.
-    """
-
-    loss: BoundLoss
-    margin: str
-    on: frozenset[str]
-    data_args: Any
-    reference_folder: str | None = None
 
 
 def parsed(parser: Any, parse: Callable[[Any], Any], args: Any, trains: bool) -> Any:
@@ -49,7 +48,8 @@ def parsed(parser: Any, parse: Callable[[Any], Any], args: Any, trains: bool) ->
 
     Returns:
         The function's result.  If one of our losses is asked for, its ``FinetuningArguments`` have
-        an attribute ``focalpo``, an :class:`Asked`.
+        the attributes ``focalpo``, an :class:`~focalpo_plugins.yaml_keys.Asked`, and
+        ``focalpo_data_args``, LLaMA-Factory's own arguments of the data.
 
     Raises:
         ValueError: the arguments ask for something that can't be trained; the message names the
@@ -68,21 +68,10 @@ def parsed(parser: Any, parse: Callable[[Any], Any], args: Any, trains: bool) ->
     of_loss = next(each for each in found if isinstance(each, ours))
     if not trains:
         return found
-    name = refusals.check_name(of_loss, host_losses(parser))
+    name = refusals.check_name(of_loss, known, host_losses(parser))
     if name is not None:
         _take(of_loss, losses()[name], found)
     return found
-
-
-def keys_of(loss: PairwiseLoss) -> dict[str, str]:
-    """The key of each of the loss's options."""
-    return {f"{loss.name}_{option}": option for option in loss.options}
-
-
-def given(args: Any, keys: Sequence[str]) -> dict[str, Any]:
-    """Which of the keys the arguments give, with their values."""
-    values = {key: getattr(args, key, None) for key in keys}
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def asked_loss(args: Any, of_host: Sequence[str]) -> str | None:
@@ -93,9 +82,15 @@ def asked_loss(args: Any, of_host: Sequence[str]) -> str | None:
     name = args.pref_loss
     if name not in losses():
         return None
-    if name in of_host and not given(args, [*keys_of(losses()[name]), MARGIN]):
+    if name in of_host and not is_marked(args, losses()[name]):
         return None
     return str(name)
+
+
+def is_marked(args: Any, loss: PairwiseLoss) -> bool:
+    """Whether a key tells that this package's loss is meant: one of its own, or the margin's."""
+    own = [MARGIN, *(f"{loss.name}_{option}" for option in loss.options)]
+    return any(value_of(args)(key) is not None for key in own)
 
 
 def _take(args: Any, loss: PairwiseLoss, beside: Sequence[Any]) -> None:
@@ -107,19 +102,11 @@ def _take(args: Any, loss: PairwiseLoss, beside: Sequence[Any]) -> None:
     from . import data, refusals, trainer
 
     refusals.check(args, loss)
-    on = frozenset(key for key in COMMON_KEYS if getattr(args, key) is True)
     data_args = next(each for each in beside if hasattr(each, "cutoff_len"))
-    margin = getattr(args, MARGIN) or "dpo"
-    folder = (getattr(args, PRECOMPUTE_DIR) or "") if PRECOMPUTE in on else None
-    bound = bind_keys(loss, lambda key: getattr(args, key, None), ": true")
-    args.focalpo = Asked(bound, margin, on, data_args, folder)
     model_args = next(each for each in beside if hasattr(each, "model_name_or_path"))
-
-    def reason(error: BaseException) -> str | None:
-        names = data.remote_names(model_args, data_args)
-        return data.explain(data_args, error) or hub.explain(error, names)
-
-    last_line.install(reason)
+    given = value_of(args)
+    args.focalpo, args.focalpo_data_args = KEYS.asked(KEYS.bind(loss, given), given), data_args
+    last_line.install(partial(data.reason, model_args, data_args))
     data.check_files(data_args)
     trainer.install()
 
@@ -131,21 +118,14 @@ def _with_our_keys(host: Any, known: set[str], of_host: Sequence[str]) -> type:
         known: the host's keys; a loss of another package that needs one of these is refused when it
             is asked for.
     """
-    keys: dict[str, tuple[Any, str]] = {}
-    for loss in losses().values():
-        for key, option in keys_of(loss).items():
-            kind = type(loss.options[option])
-            keys[key] = (kind if kind in _PLAIN else str, loss.help.get(option, ""))
-    for key in COMMON_KEYS:
-        of_margin = Literal[tuple(MARGINS)]  # type: ignore[valid-type]
-        what = of_margins(MARGINS) if key == MARGIN else OF_ANY_LOSS[key.removeprefix("focalpo_")]
-        of_key: Any = {MARGIN: of_margin, PRECOMPUTE_DIR: str}.get(key, bool)
-        keys[key] = (of_key, what)
     declared: list[Any] = []
-    for key, (kind, what) in keys.items():
-        if key not in known:
-            help_of_key = {"help": f"{what or 'Option of a loss'}."}
-            declared.append((key, kind | None, field(default=None, metadata=help_of_key)))
+    for name, key in KEYS.all().items():
+        kind: Any = key.kind if key.kind in _PLAIN else str
+        if name == MARGIN:
+            kind = Literal[tuple(MARGINS)]
+        if name not in known:
+            help_of_key = {"help": f"{key.help}."}
+            declared.append((name, kind | None, field(default=None, metadata=help_of_key)))
     of_host_field = host.__dataclass_fields__["pref_loss"]
     assert of_host_field.default is not MISSING
     names = tuple(dict.fromkeys((*of_host, *losses())))

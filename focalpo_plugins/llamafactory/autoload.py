@@ -7,6 +7,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
+from _focalpo_plugins_autoload import may_ask
+
 _PARSERS = ("_parse_train_args", "_parse_train_mca_args", "_parse_infer_args", "_parse_eval_args")
 
 
@@ -35,19 +37,11 @@ def _wrapped(parser: Any, parse: Callable[[Any], Any], trains: bool) -> Callable
 
 
 def _may_ask(parser: Any, args: Any) -> bool:
-    """Whether the arguments may ask for one of our losses.
-
-    Our other modules are imported only then: a broken one must not stop a run that doesn't use our
-    losses.
-    """
-    from importlib.metadata import entry_points
-
-    words = [*args, *args.values()] if isinstance(args, dict) else args
-    if any("focalpo" in str(word) or word in ("-h", "--help") for word in words):
-        return True
-    if entry_points(group="focalpo_plugins"):
-        return True
-    return isinstance(args, dict) and args.get("pref_loss") not in (None, *host_losses(parser))
+    """Whether the arguments may ask for one of our losses, or for the help that lists our keys."""
+    if isinstance(args, dict):
+        named = args.get("pref_loss") not in (None, *host_losses(parser))
+        return named or may_ask([*args, *args.values()])
+    return not {"-h", "--help"}.isdisjoint(args) or may_ask(args)
 
 
 def host_losses(parser: Any) -> tuple[str, ...]:

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..guards import pairs, sources
+from ..guards import hub, pairs, sources
 from ..guards.faults import Catalogue, Fault
-from ..guards.jsonl import broken_file, check_file
+from ..guards.jsonl import broken_file
 from ..guards.messages import modules_of
 from ..guards.rows import ONE_MESSAGE, STRINGS, Description
 from ..guards.sources import Advice
 
-#: The columns of a prepared data set with the token ids.
-SIDES = ("chosen_input_ids", "rejected_input_ids")
 _FORMATS = {ONE_MESSAGE: ("sharegpt", "messages"), STRINGS: ("alpaca", "prompt")}
 # What dataset_info.json has to say of messages with role and content.
 _TAGS = {
@@ -131,8 +129,7 @@ def check_files(data_args: Any) -> None:
     found = []
     with suppress(ValueError):  # an entry that isn't there: the host reports it
         found = list(listed(data_args))
-    for source in found:
-        check_file(source.file, source.key)
+    sources.check_files(found)
 
 
 def explain(data_args: Any, error: BaseException) -> str | None:
@@ -145,27 +142,20 @@ def explain(data_args: Any, error: BaseException) -> str | None:
     broken = broken_file(error)
     if broken is not None:
         return broken
-    return "; ".join(filter(None, (source.wrong() for source in listed(data_args)))) or None
+    return sources.wrong_in(listed(data_args))
 
 
-def remote_names(model_args: Any, data_args: Any) -> dict[str, str]:
+def reason(model_args: Any, data_args: Any, error: BaseException) -> str | None:
+    """Why a run of these arguments stopped; None if nothing was found."""
+    return explain(data_args, error) or hub.explain(error, _remote_names(model_args, data_args))
+
+
+def _remote_names(model_args: Any, data_args: Any) -> dict[str, str]:
     """The names of models and data that may come from a hub, by key."""
     models = {"model_name_or_path": str(model_args.model_name_or_path)}
     with suppress(ValueError):  # an entry that isn't there: the host reports it
         return sources.remote_names(models, listed(data_args))
     return models
-
-
-def answers(dataset: Any) -> Iterator[pairs.Pair]:
-    """Number, prompt and answers of each row that is checked, told apart by the masked labels."""
-    from llamafactory.extras.constants import IGNORE_INDEX
-
-    from ..trl.data import sampled_columns
-
-    columns = (SIDES[0], "chosen_labels", SIDES[1])
-    for row, chosen, labels, rejected in sampled_columns(dataset, columns):
-        start = next((at for at, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
-        yield row, chosen[:start], chosen[start:], rejected[start:]
 
 
 def cut_prompts(

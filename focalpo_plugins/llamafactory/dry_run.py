@@ -7,7 +7,6 @@ loaded.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
@@ -15,12 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InvalidValue
-from ..guards import hub, sources
+from ..guards import sources
 from ..guards.messages import explained
-from ..hf_batches import order_of
-from ..plan import ModelState, Pair, Plan, Tokens, epoch_steps, sharding, windows
-from . import BALANCED, SHARED
-from .data import SIDES, answers, cut_prompts, explain, listed, remote_names
+from ..plan import ModelState, Plan, precision, sharding
+from ..trl.data import SEQUENCES, labelled_answers, labelled_pairs
+from ..trl.dry_run import with_steps
+from ..yaml_keys import BALANCED, SHARED
+from .data import cut_prompts, listed, reason
 
 _NO_LIMIT = 10**9  # tokens
 # Keys that change how a run computes, not what: left out, as any machine must read the file.
@@ -62,13 +62,12 @@ def plan(config: Path, gpus: int, scratch: Path, shape: Path | None = None) -> P
     written: Any = OmegaConf.to_container(OmegaConf.load(config))
     run: _Run | None = None
 
-    def reason(error: Exception) -> str | None:
+    def reason_of(error: Exception) -> str | None:
         if run is None:
             return None
-        names = remote_names(run.model, run.data)
-        return explain(run.data, error) or hub.explain(error, names)
+        return reason(run.model, run.data, error)
 
-    with explained(reason):
+    with explained(reason_of):
         run = _read(written, scratch, shape)
         bare = _without_data(run, gpus)
         return bare if shape is not None else _with_data(bare, run)
@@ -137,35 +136,21 @@ def _with_data(bare: Plan, run: _Run) -> Plan:
     if not given:
         run.data.tokenized_path = None  # where LLaMA-Factory would keep what it tokenizes
     dataset = _tokenized(run, run.data, template, module)
-    limit, args = run.data.cutoff_len, run.training
-    at_limit = any(limit in map(len, sides) for sides in _sides(dataset))
+    limit = run.data.cutoff_len
+    at_limit = any(limit in lengths for lengths in _lengths(dataset))
     whole = dataset
     if at_limit and not given:
         uncut = copy.copy(run.data)
         uncut.cutoff_len = _NO_LIMIT
         whole = _tokenized(run, uncut, template, module)
-    found = cut_prompts(answers(dataset), tokenizer, template, limit, evaluation=False)
-    of_epoch = epoch_steps(
-        len(dataset),
-        bare.micro_batch,
-        bare.accumulation,
-        bare.data_ranks,
-        drop_last=args.dataloader_drop_last,
-    )
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * of_epoch)
-    order, unknown = order_of(_trainer(run, dataset, tokenizer).get_train_dataloader())
+    found = cut_prompts(labelled_answers(dataset), tokenizer, template, limit, evaluation=False)
     return replace(
-        bare,
+        with_steps(bare, _trainer(run, dataset, tokenizer)),
         warnings=[*bare.warnings, *map(str, found)],
-        notes=[*bare.notes, *unknown],
         tokenizer=tokenizer,
         rows=len(dataset) if given else _rows(run, len(dataset)),
-        kept=len(dataset),
-        pairs=_pairs(dataset, whole),
+        pairs=labelled_pairs(zip(dataset, _lengths(whole), strict=True)),
         formats=() if given else sources.described(listed(run.data)),
-        epoch_steps=of_epoch,
-        steps=steps,
-        windows=windows(order, bare.geometry, args.dataloader_drop_last, steps),
     )
 
 
@@ -212,21 +197,10 @@ def _rows(run: _Run, kept: int) -> int:
     return len(split_dataset(merged, None, run.data, seed=run.training.seed)[0]["train"])
 
 
-def _sides(dataset: Any) -> Iterator[tuple[list[int], list[int]]]:
-    return ((row[SIDES[0]], row[SIDES[1]]) for row in dataset.select_columns([*SIDES]))
-
-
-def _pairs(dataset: Any, whole: Any) -> Iterator[Pair]:
-    """The pairs of a data set; ``whole`` has the same ones before they are cut."""
-    from llamafactory.extras.constants import IGNORE_INDEX
-
-    for row, before in zip(dataset, _sides(whole), strict=True):
-        sides = [
-            Tokens(row[f"{side}_input_ids"], [of != IGNORE_INDEX for of in row[f"{side}_labels"]])
-            for side in ("chosen", "rejected")
-        ]
-        cut = any(len(side.ids) < len(ids) for side, ids in zip(sides, before, strict=True))
-        yield Pair(sides[0], sides[1], truncated=cut)
+def _lengths(dataset: Any) -> Iterator[list[int]]:
+    """The lengths of each pair's sequences."""
+    for row in dataset.select_columns([*SEQUENCES]):
+        yield [len(row[name]) for name in SEQUENCES]
 
 
 def _state(run: _Run) -> ModelState:
@@ -234,13 +208,13 @@ def _state(run: _Run) -> ModelState:
 
     args, off = run.finetuning, run.off
     asked = getattr(args, "focalpo", None)
-    precision = _precision(off)
+    wide = _precision(off) == "fp32"
     zero_stage, offloaded = sharding(
         off.get("deepspeed"), off.get("fsdp") or off.get("fsdp_config")
     )
     full, pure = args.finetuning_type == "full", bool(off.get("pure_bf16"))
     optimizer_bytes = 8.0
-    if full and precision != "fp32":
+    if full and not wide:
         # What is trained is held in float32: 4 bytes more of each weight and gradient, or of
         # ZeRO-3's own copy.
         optimizer_bytes = 4.0 if pure else 12.0
@@ -249,7 +223,7 @@ def _state(run: _Run) -> ModelState:
     return ModelState(
         config=load_config(run.model),
         lora=_lora(args) if args.finetuning_type == "lora" else None,
-        weight_bytes=4 if precision == "fp32" else 2,
+        weight_bytes=4 if wide else 2,
         four_bit=run.model.quantization_bit == 4,
         optimizer_bytes=optimizer_bytes,
         zero_stage=zero_stage,
@@ -261,9 +235,7 @@ def _state(run: _Run) -> ModelState:
 
 
 def _precision(off: dict[str, Any]) -> str:
-    if off.get("bf16") or off.get("pure_bf16"):
-        return "bf16"
-    return "fp16" if off.get("fp16") else "fp32"
+    return precision(off.get("bf16") or off.get("pure_bf16"), off.get("fp16"))
 
 
 def _lora(args: Any) -> Any:

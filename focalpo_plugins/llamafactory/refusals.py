@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -11,10 +10,8 @@ from ..errors import InvalidValue, conflict
 from ..guards.messages import did_you_mean, named
 from ..loss import check_beta, check_label_smoothing
 from ..registry import PairwiseLoss, losses
-from . import COMMON_KEYS, MARGIN, MARGINS, PRECOMPUTE, PRECOMPUTE_DIR, SWITCHES
-from .arguments import asked_loss, given, keys_of
-
-_LIKE_OURS = 0.75  # similarity from which a name counts as one of ours, misspelt
+from ..yaml_keys import MARGIN, loss_meant_by, value_of
+from .arguments import KEYS, asked_loss, is_marked
 
 
 def check_keys(args: Any, known: Collection[str], of_host: Sequence[str]) -> None:
@@ -30,29 +27,21 @@ def check_keys(args: Any, known: Collection[str], of_host: Sequence[str]) -> Non
     """
     is_dict = isinstance(args, dict)
     words = [*args] if is_dict else [word for word in args if word.startswith("-")]
-    ours = {key for loss in losses().values() for key in keys_of(loss)} | {*COMMON_KEYS}
+    ours = KEYS.all()
     for word in map(str, words):
         key = word.partition("=")[0].lstrip("-").replace("-", "_")
         written = key if is_dict else word.partition("=")[0]
         if key in known or key in ours and (not is_dict or word in ours):
             continue
-        completed = not is_dict and _begins_one(key, ours) and not _begins_one(key, known)
-        near = completed or difflib.get_close_matches(key, ours, 1, 0.85)
-        if near or f"{key}_".startswith("focalpo_"):
+        if KEYS.misspelt(key, known):
             got = f", got {args[word]!r}" if is_dict else ""
             raise InvalidValue(f"unknown key {written}{got}{did_you_mean(key, ours)}")
     name = args.get("pref_loss") if is_dict else _value(args, "pref_loss")
-    if isinstance(name, str) and name not in (*of_host, *losses()):
-        plain = name.lower().replace("_", "").replace("-", "")
-        near = difflib.get_close_matches(plain, losses(), 1, _LIKE_OURS)
-        if near:
-            raise InvalidValue(
-                f"pref_loss must be a loss by its name, got {name!r}; did you mean {near[0]!r}?"
-            )
-
-
-def _begins_one(word: str, keys: Collection[str]) -> bool:
-    return any(key.startswith(word) for key in keys)
+    near = loss_meant_by(name, of_host) if isinstance(name, str) else None
+    if near is not None:
+        raise InvalidValue(
+            f"pref_loss must be a loss by its name, got {name!r}; did you mean {near!r}?"
+        )
 
 
 def _value(words: Sequence[str], key: str) -> str | None:
@@ -64,21 +53,21 @@ def _value(words: Sequence[str], key: str) -> str | None:
     return None
 
 
-def check_name(args: Any, of_host: Sequence[str]) -> str | None:
+def check_name(args: Any, known: Collection[str], of_host: Sequence[str]) -> str | None:
     """The name of our loss that is asked for; None if none is.
+
+    Args:
+        known: the host's keys.
+        of_host: the host's losses.
 
     Raises:
         ValueError: our keys are given without their loss, or our loss in another stage.
     """
     name = asked_loss(args, of_host)
-    of_loss = {key: loss.name for loss in losses().values() for key in keys_of(loss)}
-    of_loss |= dict.fromkeys(COMMON_KEYS, name or "focalpo")
-    for key, value in given(args, [*of_loss]).items():
-        if of_loss[key] != name:
-            raise InvalidValue(
-                f"{key} belongs to pref_loss: {of_loss[key]}, got {value!r} with pref_loss: "
-                f"{args.pref_loss}. Set pref_loss: {of_loss[key]}, or remove {key}."
-            )
+    if name is not None:
+        KEYS.check_names(losses()[name], known)
+    given = KEYS.given(value_of(args), known)
+    KEYS.check_owners(given, name, f"with pref_loss: {args.pref_loss}")
     if name is not None and args.stage != "dpo":
         raise InvalidValue(
             f"stage must be dpo with pref_loss: {name}, got {args.stage!r}: no other stage trains "
@@ -94,24 +83,7 @@ def check(args: Any, loss: PairwiseLoss) -> None:
         ValueError: the message names the key.
     """
     _check_marked(args, loss)
-    margin = getattr(args, MARGIN) or "dpo"
-    if margin not in MARGINS:
-        raise InvalidValue(
-            f"{MARGIN} must be one of {', '.join(MARGINS)}, got {margin!r}"
-            f"{did_you_mean(str(margin), MARGINS)}"
-        )
-    for key in SWITCHES:
-        if getattr(args, key) not in (None, True, False):
-            raise InvalidValue(f"{key} must be true or false, got {getattr(args, key)!r}.")
-    folder = getattr(args, PRECOMPUTE_DIR)
-    if folder is not None and not getattr(args, PRECOMPUTE):
-        raise InvalidValue(
-            f"{PRECOMPUTE_DIR} needs {PRECOMPUTE}: true, got only {folder!r}. Set {PRECOMPUTE} "
-            f"too, or remove {PRECOMPUTE_DIR}."
-        )
-    if getattr(args, PRECOMPUTE) and margin != "dpo":
-        why = "that margin has no reference"
-        raise conflict(PRECOMPUTE, MARGIN, margin, why, f"Remove {PRECOMPUTE}")
+    KEYS.check_common(value_of(args))
     with named("pref_"):
         check_beta(args.pref_beta)
     with named("dpo_"):
@@ -130,17 +102,13 @@ def _check_marked(args: Any, loss: PairwiseLoss) -> None:
 
     LLaMA-Factory takes any ``pref_loss`` of a YAML, and trains DPO.  An unknown key stops it.
     """
-    name = loss.name
-    if name == "focalpo":
-        if args.focalpo_gamma is None:
-            raise InvalidValue(
-                "focalpo_gamma must be given with pref_loss: focalpo, got none: without this "
-                "package, LLaMA-Factory trains DPO from such a file, and an unknown key stops it. "
-                f"Set focalpo_gamma, {loss.options['gamma']} in the paper; 0 is DPO."
-            )
-    elif not given(args, [*keys_of(loss), MARGIN]):
-        keys = [*keys_of(loss), f"{MARGIN}: dpo"]
+    why = (
+        "without this package, LLaMA-Factory trains DPO from such a file, and an unknown key stops "
+        "it"
+    )
+    KEYS.check_gamma(loss, value_of(args), why)
+    if not is_marked(args, loss):
+        keys = [*(f"{loss.name}_{option}" for option in loss.options), f"{MARGIN}: dpo"]
         raise InvalidValue(
-            f"pref_loss: {name} needs one of {', '.join(keys)}, got none: without this package, "
-            "LLaMA-Factory trains DPO from such a file, and an unknown key stops it."
+            f"pref_loss: {loss.name} needs one of {', '.join(keys)}, got none: {why}."
         )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from llamafactory.train.dpo import trainer as host_module
@@ -14,17 +13,13 @@ from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from ..guards import pairs
 from ..guards.faults import Fault
 from ..hf_models import same_weights
-from ..hf_reference import PrecomputedReference
 from ..hf_sequences import PairSequences
 from ..run import Host
-from ..trl.data import sequences_of
-from ..trl.exchange import calls_logsigmoid, loss_exchanged
-from ..trl.pairwise import PairwiseBase
-from ..trl.parts import check_balanced_parts, check_shared_parts, embeddings_of
-from ..trl.shared_step import SharedStepMixin
-from . import ALLOW_CHANGED, ALLOW_DATA, BALANCED, MARGIN, SHARED
-from .arguments import Asked
-from .data import SIDES, answers, cut_prompts
+from ..trl.batch_loss import HostDPOMixin
+from ..trl.data import SEQUENCES, labelled_answers, largest_id, sequences_of
+from ..trl.exchange import smoothing_of_both
+from ..yaml_keys import ALLOW_CHANGED, ALLOW_DATA, MARGIN, Asked
+from .data import cut_prompts
 
 #: How messages name LLaMA-Factory and its settings.
 LLAMA_FACTORY = Host(
@@ -57,66 +52,37 @@ def _built(*args: Any, **kwargs: Any) -> Any:
     return (LlamaFactoryPairwiseTrainer if asks else CustomDPOTrainer)(*args, **kwargs)
 
 
-class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, CustomDPOTrainer):
+class LlamaFactoryPairwiseTrainer(HostDPOMixin, CustomDPOTrainer):
     """Trains the loss that LLaMA-Factory's arguments ask for."""
 
     _host = LLAMA_FACTORY
-    _own_loss = "DPO"
     _host_saves = True
 
     def __init__(
         self, model: Any, ref_model: Any, finetuning_args: Any, processor: Any, **kwargs: Any
     ) -> None:
         self._asked: Asked = finetuning_args.focalpo
-        asked, args = self._asked, kwargs["args"]
-        self._check_method()
+        self._cutoff_len: int = finetuning_args.focalpo_data_args.cutoff_len
+        asked, method = self._asked, _METHODS[self._asked.margin]
+        self._check_method(_owner(method), method, asked.loss.name)
         # Only the image processor shows that the model takes images; the tokenizer doesn't.
-        given = {"model": model, "processing_class": processor or kwargs["tokenizer"]}
-        if SHARED in asked.on:
-            self._shared_key = SHARED
-            check_shared_parts(given, args, SHARED)
-        if BALANCED in asked.on:
-            self._balanced_key = BALANCED
-            check_balanced_parts(given, args, BALANCED)
-        self._allow_changed = ALLOW_CHANGED in asked.on
-        self._allow_data = ALLOW_DATA in asked.on
+        processing = processor or kwargs["tokenizer"]
+        given = {"model": model, "ref_model": ref_model, "processing_class": processing}
+        self._prepare(asked, given, kwargs["args"])
         of_reference = asked.margin == "dpo" and finetuning_args.ld_alpha is None
         self._starts_as_reference = of_reference and same_weights(model, ref_model)
-        self._embeddings = {"policy": embeddings_of(model)}
-        if ref_model is not None:
-            self._embeddings["reference"] = embeddings_of(ref_model)
         super().__init__(model, ref_model, finetuning_args, processor, **kwargs)
         if asked.margin != "dpo":
             self.loss_type = asked.margin  # which divides the log-probabilities by the lengths
-        self._check_data(kwargs["tokenizer"])
-        self.set_loss(asked.loss)
-        if asked.reference_folder is not None:
-            shared = self._shared_key is not None
-            self._precomputed = PrecomputedReference(
-                self, self._of_reference, asked.reference_folder, shared
-            )
+        self._check_sets(kwargs["tokenizer"], self.train_dataset, self.eval_dataset)
+        self._begin(asked)
 
-    def _check_method(self) -> None:
-        """Refuse a release of the host that computes its loss elsewhere."""
-        method = _METHODS[self._asked.margin]
-        if not calls_logsigmoid(_owner(method), method):
-            why = f"its {method} does not call F.logsigmoid"
-            raise self._host.moved(why, self._asked.loss.name)
-
-    def _check_data(self, tokenizer: Any) -> None:
-        """Refuse training data with a fault in most pairs, and warn of such evaluation data."""
-        evaluated = self.eval_dataset
-        named = evaluated if isinstance(evaluated, dict) else {"": evaluated}
-        sets = [(self.train_dataset, False), *((each, True) for each in named.values())]
-        for dataset, evaluation in sets:
-            if dataset is not None:
-                self._check_embeddings(dataset, tokenizer, SIDES)
-                faults = functools.partial(self._pair_faults, dataset, tokenizer, evaluation)
-                self._check_faults(faults)
+    def _largest_id(self, dataset: Any) -> int:
+        return largest_id(dataset, SEQUENCES)
 
     def _pair_faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> list[Fault]:
-        limit = self._asked.data_args.cutoff_len
-        found = list(answers(dataset))
+        limit = self._cutoff_len
+        found = list(labelled_answers(dataset))
         cutting = pairs.Cutting(self._host.key("max_length"), limit)
         collator: Any = self.data_collator
         return [
@@ -133,7 +99,7 @@ class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, CustomDPOTraine
             "simpo_gamma": self.simpo_gamma if margin == "simpo" else None,
             "pref_ftx": self.ftx_gamma,
             "ld_alpha": self.ld_alpha,
-            "max_length": self._asked.data_args.cutoff_len,
+            "max_length": self._cutoff_len,
         }
 
     def _said_of_host(self) -> str:
@@ -147,17 +113,10 @@ class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, CustomDPOTraine
         return f"beta={self.beta}{words}{self._said_of_batches()}"
 
     def _sequences(self) -> PairSequences | None:
-        return sequences_of(self.train_dataset, None, *SIDES)
+        return sequences_of(self.train_dataset, None, *SEQUENCES)
 
-    def get_batch_loss_metrics(self, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        self._batch = dict(batch)  # the host takes the labels out of its own
-        with self._running().one_step(), self._prompts_shared(len(batch["input_ids"]) // 2):
-            return super().get_batch_loss_metrics(model, batch, *args, **kwargs)
-
-    def _of_reference(self, batch: Any) -> Any:
-        """The reference's log-probabilities of both sides, by the host's own forward pass."""
-        with self._prompts_shared(len(batch["input_ids"]) // 2):
-            return super().compute_reference_log_probs(self.model, batch)
+    def _host_reference(self, batch: Any) -> Any:
+        return super().compute_reference_log_probs(self.model, batch)
 
     def compute_reference_log_probs(self, model: Any, batch: Any) -> Any:
         if self._precomputed is not None:
@@ -182,26 +141,21 @@ class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, CustomDPOTraine
         return output
 
     def dpo_loss(self, *args: Any, **kwargs: Any) -> Any:
-        # The second log-sigmoid, of -z, is multiplied by the label smoothing.
-        with self._exchanged([0.0, 0.0 if self.label_smoothing else None]):
+        with self._exchanged_in("dpo_loss", smoothing_of_both(self.label_smoothing)):
             return super().dpo_loss(*args, **kwargs)
 
     def simpo_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with self._exchanged([0.0]):
+        with self._exchanged_in("simpo_loss", [0.0]):
             return super().simpo_loss(*args, **kwargs)
 
     def odds_ratio_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with self._exchanged([0.0]):
+        with self._exchanged_in("odds_ratio_loss", [0.0]):
             return super().odds_ratio_loss(*args, **kwargs)
 
-    @contextmanager
-    def _exchanged(self, smoothing: list[float | None]) -> Iterator[None]:
-        """Inside, the host's log-sigmoid is our loss; its margins are counted after that."""
-        loss, margin = self._running().loss, self._asked.margin
-        asked = f"pref_loss: {loss.name}"
-        with loss_exchanged(loss, smoothing, asked, _owner(_METHODS[margin])) as margins:
-            yield
-        self._count(margins[0])
+    def _exchanged_in(
+        self, method: str, smoothing: list[float | None]
+    ) -> AbstractContextManager[None]:
+        return self._exchanged(smoothing, f"pref_loss: {self._asked.loss.name}", _owner(method))
 
 
 def _owner(method: str) -> type:

@@ -186,7 +186,7 @@ def explain(args: Any, error: BaseException) -> str | None:
     """
     if not any(module.startswith("openrlhf.datasets") for module, _ in modules_of(error)):
         return None
-    return "; ".join(filter(None, (source.wrong() for source in listed(args)))) or None
+    return sources.wrong_in(listed(args))
 
 
 def remote_names(args: Any) -> dict[str, str]:

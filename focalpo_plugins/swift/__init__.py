@@ -1,18 +1,1 @@
 """ms-swift: ``swift rlhf --rlhf_type dpo --loss_type focalpo --focalpo_gamma 0.05``."""
-
-from __future__ import annotations
-
-#: The key that asks for shared prompts, for any of our losses.
-SHARED = "focalpo_shared_prompts"
-#: The key that asks for balanced batches, for any of our losses.
-BALANCED = "focalpo_balanced_batches"
-#: The key that asks for a precomputed reference, for any of our losses.
-PRECOMPUTE = "focalpo_precompute_ref"
-#: The key of the folder of its file.
-PRECOMPUTE_DIR = "focalpo_precompute_dir"
-#: The key that lets a run resume a checkpoint of another loss.
-ALLOW_CHANGED = "focalpo_allow_changed"
-#: The key that lets a run train on data of which more than half has a fault.
-ALLOW_DATA = "focalpo_allow_data"
-#: The keys that all our losses share and that are true or false.
-SWITCHES = (SHARED, BALANCED, PRECOMPUTE, ALLOW_CHANGED, ALLOW_DATA)

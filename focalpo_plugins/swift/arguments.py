@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import field, fields, make_dataclass
 from typing import Any
 
 from ..errors import InvalidValue
 from ..guards.messages import did_you_mean
-from ..registry import losses
-from .keys import keys
+from .keys import KEYS
 from .refusals import check
-
-_NEAR = 0.8  # similarity from which a key counts as one of ours, misspelt
 
 
 def extended(host: Any) -> type:
@@ -23,7 +19,7 @@ def extended(host: Any) -> type:
     as it does without this package.
     """
     taken = {each.name for each in fields(host)}
-    ours = {name: key for name, key in keys().items() if name not in taken}
+    ours = {name: key for name, key in KEYS.all().items() if name not in taken}
 
     def __post_init__(self: Any) -> None:
         check(self, taken)
@@ -43,7 +39,7 @@ def extended(host: Any) -> type:
             # argparse needs the types themselves, and reads help as a format.
             (
                 name,
-                key.kind | None,
+                (key.kind or str) | None,
                 field(default=None, repr=False, metadata={"help": key.help.replace("%", "%%")}),
             )
             for name, key in ours.items()
@@ -62,8 +58,7 @@ def extended(host: Any) -> type:
 def check_words(words: Sequence[str], arguments: type) -> None:
     """Refuse one of our keys that is misspelt or abbreviated on the command line.
 
-    argparse expands an abbreviation to the one key that begins with it, which may be another one
-    once more losses are installed.  ms-swift's own abbreviations still work.
+    ms-swift's own abbreviations still work.
 
     Args:
         words: the words of the command line.
@@ -72,17 +67,13 @@ def check_words(words: Sequence[str], arguments: type) -> None:
     Raises:
         ValueError: the message names the key.
     """
-    ours = set(keys())
+    ours = KEYS.all()
     known = {each.name for each in fields(arguments)}  # type: ignore[arg-type]
     for word in words:
         name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if not word.startswith("--") or name in known or not name:
+        if not word.startswith("--") or name in known:
             continue
-        of_loss = name.startswith("focalpo") or any(name.startswith(f"{of}_") for of in losses())
-        abbreviates = any(key.startswith(name) for key in ours)
-        of_host = any(key.startswith(name) for key in known - ours)
-        near = difflib.get_close_matches(name.lower(), ours, n=1, cutoff=_NEAR)
-        if (of_loss or abbreviates or near) and not of_host:
+        if KEYS.misspelt(name, known - ours.keys()):
             raise InvalidValue(
                 f"unknown key {name}, got {word!r}{did_you_mean(name, ours)} Write keys of "
                 "focalpo_plugins in full."

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+from _focalpo_plugins_autoload import may_ask
 
 
 def patch(module: ModuleType) -> None:
@@ -32,7 +34,7 @@ def _extend_command(module: ModuleType) -> None:
     @functools.wraps(parse)
     def checked(self: Any, args: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args
-        if not isinstance(args, self.args_class) and _may_ask(words):
+        if not isinstance(args, self.args_class) and may_ask(words):
             from ..guards import last_line
             from .arguments import check_words
 
@@ -43,18 +45,6 @@ def _extend_command(module: ModuleType) -> None:
     host._parse_args = checked
     for name in ("_get_dataset", "_encode_dataset"):
         setattr(host, name, _explained(getattr(host, name)))
-
-
-def _may_ask(words: Sequence[str]) -> bool:
-    """Whether a command line may ask for one of our losses, or tries to.
-
-    Our other modules are imported only then: a broken one must not stop a run that doesn't use our
-    losses.
-    """
-    from importlib.metadata import entry_points
-
-    named = any("focal" in word.lower() for word in words)
-    return named or bool(entry_points(group="focalpo_plugins"))
 
 
 def _explained(read: Callable[..., Any]) -> Callable[..., Any]:

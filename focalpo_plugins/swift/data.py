@@ -12,8 +12,8 @@ from accelerate import PartialState
 
 from ..errors import InvalidValue
 from ..guards import hub, sources
-from ..guards.jsonl import check_file
 from ..guards.messages import explained, say
+from ..guards.pairs import none_fits
 from ..guards.rows import CONVERSATIONS, PROMPT_BESIDE, STRINGS, Description
 from ..guards.sources import Advice
 
@@ -73,8 +73,7 @@ def check_files(args: Any) -> None:
     Raises:
         ValueError: the message names key and file, and the line of a broken one.
     """
-    for source in listed(args):
-        check_file(source.file, source.key)
+    sources.check_files(listed(args))
     for key in _KEYS:
         for name in _named(args, key):
             if Path(name).suffix in _FILES and _path(name) is None:
@@ -112,7 +111,7 @@ def _mapped(columns: Any) -> Mapping[str, str]:
 
 def explain(args: Any) -> str | None:
     """Why ms-swift can't read the data; None if nothing is found."""
-    return "; ".join(filter(None, (source.wrong() for source in listed(args)))) or None
+    return sources.wrong_in(listed(args))
 
 
 def reading(args: Any, read: Callable[[], Any], given: Any) -> Any:
@@ -136,11 +135,10 @@ def reading(args: Any, read: Callable[[], Any], given: Any) -> Any:
         return found
     key = f"max_length={args.max_length}"
     if not left:
-        raise InvalidValue(
-            explain(args)
-            or f"dataset must hold a pair that fits into max_length, got {before} pairs, and none "
-            f"fits into {args.max_length}. Raise max_length."
-        )
+        wrong = explain(args)
+        if wrong is not None:
+            raise InvalidValue(wrong)
+        raise none_fits("dataset", before, "max_length", args.max_length)
     if PartialState().is_main_process:
         say(
             f"warning: {before - left} of {before} pairs are left out: they are longer than {key}, "

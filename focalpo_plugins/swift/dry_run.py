@@ -20,14 +20,16 @@ import torch
 
 from ..errors import InvalidValue
 from ..guards.messages import explained
+from ..guards.pairs import none_fits
 from ..guards.sources import described
-from ..plan import ModelState, Pair, Plan, Tokens, windows
+from ..plan import ModelState, Pair, Plan, adam_bytes, precision, run_steps, sharding, windows
 from ..trl.parts import config_of
+from ..yaml_keys import BALANCED, SHARED
 from .arguments import check_words
 from .conversations import text_faults
 from .data import explain, listed
 from .keys import asked_types, requested, types_of
-from .pairs import EncodedPairs, Side
+from .pairs import EncodedPairs
 
 # What a machine without a GPU can build; the plan says what was asked for.
 _OF_THIS_MACHINE = {
@@ -149,11 +151,11 @@ def _without_data(
         accumulation=accumulation or max(1, math.ceil(_BATCH / batch / gpus)),
         ranks=gpus,
         data_ranks=max(1, gpus // (args.sequence_parallel_size or 1)),
-        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        precision=precision(args.bf16, args.fp16),
         state=_state(args, deepspeed),
         notes=notes,
-        balanced_batches=asked is not None and asked.balanced,
-        shared_prompts=asked is not None and asked.shared,
+        balanced_batches=asked is not None and BALANCED in asked.on,
+        shared_prompts=asked is not None and SHARED in asked.on,
     )
 
 
@@ -167,26 +169,23 @@ def _terms(args: Any, types: Sequence[str]) -> list[tuple[str, float]] | None:
 
 
 def _state(args: Any, deepspeed: dict[str, Any]) -> ModelState:
-    zero = deepspeed.get("zero_optimization", {})
-    offloaded = set()
-    for part, what in (("optimizer", "optimizer"), ("param", "weights")):
-        if zero.get(f"offload_{part}", {}).get("device", "none") != "none":
-            offloaded |= {what, "reference"} if part == "param" else {what}
+    zero_stage, offloaded = sharding(deepspeed, args.fsdp)
+    if "weights" in offloaded:
+        offloaded |= {"reference"}
     lora, asked = _lora(args), requested(args)
     weight_bytes = 4 if args.torch_dtype == torch.float32 else 2
     adapter_bytes = 4 if lora is not None and not deepspeed else weight_bytes
-    master = 4 if deepspeed and weight_bytes == 2 else 0
-    states = 2.0 if "8bit" in str(args.optim) else 2.0 * (4 if master else adapter_bytes)
+    master = bool(deepspeed) and weight_bytes == 2
     return ModelState(
         config=config_of(args.model_info.model_dir),
         lora=lora,
         weight_bytes=weight_bytes,
         four_bit=args.quant_bits == 4,
-        optimizer_bytes=master + states,
-        zero_stage=None if args.fsdp else int(zero.get("stage", 0)),
+        optimizer_bytes=adam_bytes(args.optim, adapter_bytes, master=master),
+        zero_stage=zero_stage,
         reference=args.tuner_type == "full",
         reference_freed=asked is not None and asked.reference_folder is not None,
-        offloaded=frozenset(offloaded),
+        offloaded=offloaded,
         adapter_bytes=adapter_bytes,
     )
 
@@ -221,18 +220,14 @@ def _with_data(bare: Plan, args: Any) -> Plan:
     written = run._get_dataset()
     train, held_out = run._post_process_datasets(list(run._encode_dataset(*written)))
     if train is None or len(train) == 0:
-        raise InvalidValue(
-            f"dataset must hold a pair that fits into max_length, got {len(written[0] or ())} "
-            f"pairs, and none fits into {args.max_length}. Raise max_length."
-        )
+        raise none_fits("dataset", len(written[0] or ()), "max_length", args.max_length)
     found = EncodedPairs(train, run.template)
     faults = text_faults(found, run.template)
     if held_out is not None:
         faults += text_faults(EncodedPairs(held_out, run.template), run.template, evaluation=True)
     order = _order(train, args.training_args, bare)
     epoch_steps = max(1, math.ceil(len(order) / bare.accumulation))
-    of_run = math.ceil(args.num_train_epochs * epoch_steps)
-    steps = args.max_steps if args.max_steps > 0 else of_run
+    steps = run_steps(args, epoch_steps)
     return replace(
         bare,
         warnings=[*bare.warnings, *map(str, faults)],
@@ -282,9 +277,4 @@ def _pairs(found: EncodedPairs) -> Iterator[Pair]:
                 ]
             finally:
                 template.max_length = limit
-        chosen, rejected = map(_tokens, both)
-        yield Pair(chosen, rejected, truncated)
-
-
-def _tokens(side: Side) -> Tokens:
-    return Tokens(side.ids, side.trained)
+        yield Pair(*both, truncated)

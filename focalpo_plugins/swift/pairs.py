@@ -4,43 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from os.path import commonprefix
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm.auto import tqdm
 
 from ..balanced import Cost
 from ..guards import pairs
+from ..plan import Tokens
 
 _SHOWN_AFTER = 2.0  # seconds until the progress bar
-_IGNORED = -100  # the label of a token that isn't trained
 
 
-class Side(NamedTuple):
-    """One sequence of a pair.
-
-    Attributes:
-        ids: its token ids.
-        trained: for each token, whether its log-probability goes into the loss.
-    """
-
-    ids: list[int]
-    trained: list[bool]
-
-    @property
-    def start(self) -> int:
-        """The number of tokens before the first one that is trained."""
-        return self.trained.index(True) if True in self.trained else len(self.ids)
-
-
-def sides(encoded: Mapping[str, Any]) -> tuple[Side, Side]:
+def sides(encoded: Mapping[str, Any]) -> tuple[Tokens, Tokens]:
     """The chosen and the rejected sequence of a row as the template returns it."""
-    found = []
-    for side in ("chosen", "rejected"):
-        labels = encoded[f"{side}_labels"]
-        found.append(
-            Side(list(encoded[f"{side}_input_ids"]), [each != _IGNORED for each in labels])
-        )
-    return found[0], found[1]
+    chosen, rejected = (
+        Tokens.labelled(encoded[f"{side}_input_ids"], encoded[f"{side}_labels"])
+        for side in ("chosen", "rejected")
+    )
+    return chosen, rejected
 
 
 class EncodedPairs:
@@ -60,14 +41,14 @@ class EncodedPairs:
     def is_stream(self) -> bool:
         return not hasattr(self.rows, "__len__")
 
-    def of(self, row: int) -> tuple[Side, Side]:
+    def of(self, row: int) -> tuple[Tokens, Tokens]:
         return self._sides(self.rows[row])
 
-    def _sides(self, row: Mapping[str, Any]) -> tuple[Side, Side]:
+    def _sides(self, row: Mapping[str, Any]) -> tuple[Tokens, Tokens]:
         encoded = "chosen_input_ids" in row  # rows of a stream are
         return sides(row if encoded else self.template.encode(dict(row), return_length=True))
 
-    def sampled(self) -> Iterator[tuple[int, Mapping[str, Any], Side, Side]]:
+    def sampled(self) -> Iterator[tuple[int, Mapping[str, Any], Tokens, Tokens]]:
         """Number, content and sequences of each row that is checked.
 
         A row that can't be encoded is left out: ms-swift trains another one in its place.
@@ -82,8 +63,7 @@ class EncodedPairs:
     def tokenized(self) -> Iterator[pairs.Pair]:
         """Row, prompt, chosen and rejected answer of the pairs to check."""
         for number, _, chosen, rejected in self.sampled():
-            answers = [side.ids[side.start :] for side in (chosen, rejected)]
-            yield number, chosen.ids[: chosen.start], answers[0], answers[1]
+            yield number, chosen.prompt, chosen.answer, rejected.answer
 
     def largest_id(self) -> int:
         """The largest token id in the pairs to check; -1 if there are none."""

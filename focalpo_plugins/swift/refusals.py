@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -10,10 +9,9 @@ from ..balanced import MEAN_OF_TOKENS
 from ..errors import InvalidValue, conflict
 from ..loss import check_beta, check_label_smoothing
 from ..registry import get_loss, losses
-from . import BALANCED, SHARED, data
-from .keys import asked_types, bind, given_keys, keys, types_of, types_of_host
-
-_NEAR = 0.7  # similarity from which a name counts as one of ours, misspelt
+from ..yaml_keys import BALANCED, SHARED, loss_meant_by, value_of
+from . import data
+from .keys import KEYS, asked_types, types_of, types_of_host
 
 _PARTS = "each rank has a part of a sequence, and a margin is of whole sequences"
 _ONE_ROW = (
@@ -57,31 +55,17 @@ def check(args: Any, of_host: Collection[str]) -> None:
     """
     _check_type(args)
     names = asked_types(args)
-    _check_given(args, names)
+    _check_given(args, names, of_host)
     if not names:
         return
     name, *more = names
     _check_beside(args, name, more)
     loss = get_loss(name)
-    taken = [key for option in loss.options if (key := f"{name}_{option}") in of_host]
-    if taken:
-        raise InvalidValue(
-            f"loss_type must be a loss whose keys ms-swift doesn't have itself, got {name!r} of "
-            f"the package {loss.package}, which brings {', '.join(taken)}. The package has to "
-            "rename them."
-        )
-    if name == "focalpo" and args.focalpo_gamma is None:
-        raise InvalidValue(
-            "focalpo_gamma must be given with loss_type focalpo, got nothing: so that ms-swift "
-            "refuses the command if this package isn't installed. The paper uses 0.05; 0 is DPO."
-        )
-    bind(args, loss)
-    folder = args.focalpo_precompute_dir
-    if folder is not None and not args.focalpo_precompute_ref:
-        raise InvalidValue(
-            f"focalpo_precompute_dir needs focalpo_precompute_ref true, got only {folder!r}. Set "
-            "focalpo_precompute_ref too, or remove focalpo_precompute_dir."
-        )
+    KEYS.check_names(loss, of_host)
+    why = "without this package, ms-swift refuses the command for an unknown key, before it loads"
+    KEYS.check_gamma(loss, value_of(args), why)
+    KEYS.bind(loss, value_of(args))
+    KEYS.check_common(value_of(args))
     if args.beta is not None:
         check_beta(args.beta)
     check_label_smoothing(args.label_smoothing)
@@ -102,32 +86,24 @@ def _check_type(args: Any) -> None:
     if args.rlhf_type != "dpo":
         return
     for name in types_of(args):
-        near = difflib.get_close_matches(name.lower(), ours, n=1, cutoff=_NEAR)
-        if name not in ours and near and name not in types_of_host():
-            raise InvalidValue(f"unknown loss_type, got {name!r}; did you mean {near[0]!r}?")
+        near = loss_meant_by(name, types_of_host())
+        if near is not None:
+            raise InvalidValue(f"unknown loss_type, got {name!r}; did you mean {near!r}?")
 
 
-def _check_given(args: Any, names: list[str]) -> None:
+def _check_given(args: Any, names: list[str], of_host: Collection[str]) -> None:
     """Refuse our keys without the loss that they belong to."""
-    given, known = given_keys(args), keys()
+    given, known = KEYS.given(value_of(args), of_host), KEYS.all()
+    now = f"with rlhf_type {args.rlhf_type} and loss_type {args.loss_type}"
     for key, value in given.items():
-        loss = known[key].loss
-        if loss is None and names:
-            continue
-        owner = loss or "focalpo"
-        if args.rlhf_type == "dpo" and owner in names:
-            continue
-        got = f"{value!r} with rlhf_type {args.rlhf_type} and loss_type {args.loss_type}"
-        if owner in types_of(args) and args.rlhf_type == "dpo":
+        owner = known[key].loss
+        if owner in types_of(args) and owner not in names and args.rlhf_type == "dpo":
             raise InvalidValue(
-                f"{key} belongs to a loss that has the name of one of ms-swift's own, got {got}: "
-                f"ms-swift would train its own {owner}. The package {get_loss(owner).package} has "
-                "to rename its loss."
+                f"{key} belongs to a loss that has the name of one of ms-swift's own, got "
+                f"{value!r} {now}: ms-swift would train its own {owner}. The package "
+                f"{get_loss(owner).package} has to rename its loss."
             )
-        raise InvalidValue(
-            f"{key} belongs to loss_type {owner} with rlhf_type dpo, got {got}. Set these, or "
-            f"remove {key}."
-        )
+    KEYS.check_owners(given, names[0] if names and args.rlhf_type == "dpo" else None, now)
 
 
 def _check_beside(args: Any, name: str, more: list[str]) -> None:
@@ -162,6 +138,6 @@ def check_model(args: Any, multimodal: bool) -> None:
         ValueError: the message names the switch.
     """
     for key in (SHARED, BALANCED):
-        if multimodal and getattr(args, key):
+        if multimodal and getattr(args, key, None):
             why = "a pair's images are not among its tokens"
             raise conflict(key, "a multimodal model", args.model, why, f"Set {key} to false")

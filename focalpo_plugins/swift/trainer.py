@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
-import torch.nn.functional as F
 from swift.rlhf_trainers import DPOTrainer
 
-from ..errors import RunError
-from ..guards import embeddings, pairs
+from ..guards import pairs
 from ..guards.faults import Fault
-from ..guards.ranks import together
 from ..hf_batches import check_batches
-from ..hf_reference import PrecomputedReference
-from ..hf_trainer import RANKS
 from ..run import Host
-from ..trl.exchange import loss_exchanged
-from ..trl.pairwise import PairwiseBase
-from ..trl.parts import embeddings_of
-from ..trl.shared_step import SharedStepMixin
-from . import ALLOW_CHANGED, ALLOW_DATA, BALANCED, SHARED
+from ..trl.batch_loss import HostDPOMixin
+from ..trl.exchange import smoothing_of_both
+from ..yaml_keys import ALLOW_CHANGED, ALLOW_DATA, Asked
 from .batches import balance
 from .conversations import text_faults
-from .keys import Asked
 from .pairs import EncodedPairs
 from .refusals import check_model
 
@@ -40,7 +32,7 @@ SWIFT = Host(
 _SIGNATURE = inspect.signature(DPOTrainer.dpo_loss)
 
 
-class SwiftPairwiseTrainer(PairwiseBase, SharedStepMixin, DPOTrainer):
+class SwiftPairwiseTrainer(HostDPOMixin, DPOTrainer):
     """Built in place of ms-swift's trainer for arguments that ask for one of our losses.
 
     Args:
@@ -49,32 +41,20 @@ class SwiftPairwiseTrainer(PairwiseBase, SharedStepMixin, DPOTrainer):
     """
 
     _host = SWIFT
-    _own_loss = "DPO"
     _balance = staticmethod(balance)
 
     def __init__(self, *args: Any, asked: Asked, arguments: Any, **kwargs: Any) -> None:
-        _check_host(asked.loss.name)
-        self._arguments = arguments
-        self._allow_changed, self._allow_data = asked.allow_changed, asked.allow_data
-        self._balanced_key = BALANCED if asked.balanced else None
-        self._shared_key = SHARED if asked.shared else None
-        given = {**kwargs, "processing_class": kwargs["template"].tokenizer}
+        self._check_method(DPOTrainer, "dpo_loss", asked.loss.name)
+        self._arguments, self._template = arguments, kwargs["template"]
+        tokenizer = self._template.tokenizer
+        given = {**kwargs, "processing_class": tokenizer}
         check_batches(given["args"])
         check_model(arguments, given["model"].model_meta.is_multimodal)
-        self._ask(given, given["args"])
+        self._prepare(asked, given, given["args"])
         self._starts_as_reference = _starts_as_reference(arguments)
-        models = {"policy": given["model"], "reference": given.get("ref_model")}
-        self._embeddings = {
-            name: embeddings_of(model) for name, model in models.items() if model is not None
-        }
-        self._check_data(given, given["template"])
+        self._check_sets(tokenizer, given.get("train_dataset"), given.get("eval_dataset"))
         super().__init__(*args, **kwargs)
-        self.set_loss(asked.loss)
-        if asked.reference_folder is not None:
-            shared = self._shared_key is not None
-            self._precomputed = PrecomputedReference(
-                self, self._of_reference, asked.reference_folder, shared
-            )
+        self._begin(asked)
 
     def _in_loss(self) -> dict[str, Any]:
         args: Any = self.args
@@ -104,15 +84,8 @@ class SwiftPairwiseTrainer(PairwiseBase, SharedStepMixin, DPOTrainer):
     def _sequences(self) -> Any:
         return None if self._encoded.is_stream else self._encoded
 
-    def get_batch_loss_metrics(self, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        self._batch = batch
-        with self._running().one_step(), self._prompts_shared(len(batch["input_ids"]) // 2):
-            return super().get_batch_loss_metrics(model, batch, *args, **kwargs)
-
-    def _of_reference(self, batch: Any) -> Any:
-        """The reference's log-probabilities of both sides, by the host's own forward pass."""
-        with self._prompts_shared(len(batch["input_ids"]) // 2):
-            return super().compute_ref_log_probs(batch)
+    def _host_reference(self, batch: Any) -> Any:
+        return super().compute_ref_log_probs(batch)
 
     def compute_ref_log_probs(self, batch: Any) -> Any:
         if self._precomputed is not None:
@@ -120,49 +93,22 @@ class SwiftPairwiseTrainer(PairwiseBase, SharedStepMixin, DPOTrainer):
         return super().compute_ref_log_probs(batch)
 
     def dpo_loss(self, *args: Any, **kwargs: Any) -> Any:
-        run, given = self._running(), _SIGNATURE.bind(self, *args, **kwargs).arguments
-        if given.get("loss_type") != run.asked.name:
+        loss, given = self._running().asked.name, _SIGNATURE.bind(self, *args, **kwargs).arguments
+        if given.get("loss_type") != loss:
             return super().dpo_loss(*args, **kwargs)
         given = {**given, "loss_type": "sigmoid"}
         del given["self"]
-        # ms-swift computes both log-sigmoids, and multiplies the second by label_smoothing.
-        smoothing = [0.0, 0.0 if self.label_smoothing else None]
-        try:
-            with loss_exchanged(run.loss, smoothing, run.asked.name, DPOTrainer) as margins:
-                result = super().dpo_loss(**given)
-        except RunError as error:
-            raise self._host.moved(str(error), run.asked.name) from None
-        self._count(margins[0])
-        return result
+        with self._exchanged(smoothing_of_both(self.label_smoothing), loss, DPOTrainer):
+            return super().dpo_loss(**given)
 
-    def _check_data(self, given: dict[str, Any], template: Any) -> None:
-        """Refuse data with a fault in most pairs, on all ranks together."""
-        for name in ("train_dataset", "eval_dataset"):
-            if given.get(name) is not None:
-                found = EncodedPairs(given[name], template)
-                together(RANKS, partial(self._check_ids, found, template.tokenizer))
-                self._check_faults(partial(self._faults_of, found, template, name))
+    def _largest_id(self, dataset: Any) -> int:
+        return EncodedPairs(dataset, self._template).largest_id()
 
-    def _check_ids(self, found: EncodedPairs, tokenizer: Any) -> None:
-        embeddings.check(self._embeddings, tokenizer, found.largest_id, say=RANKS.rank == 0)
-
-    def _faults_of(self, found: EncodedPairs, template: Any, name: str) -> list[Fault]:
-        evaluation = name == "eval_dataset"
-        cutting = pairs.Cutting("max_length", template.max_length)
-        faults = pairs.find(found.tokenized(), template.tokenizer, cutting, evaluation)
-        return [*faults, *text_faults(found, template, evaluation)]
-
-
-def _check_host(loss: str) -> None:
-    """Refuse a release of ms-swift that computes its loss elsewhere.
-
-    Raises:
-        RuntimeError: its method calls no log-sigmoid that could be exchanged.
-    """
-    module = inspect.getmodule(DPOTrainer)
-    found = "logsigmoid" in DPOTrainer.dpo_loss.__code__.co_names
-    if not found or getattr(module, "F", None) is not F:
-        raise SWIFT.moved("its DPOTrainer.dpo_loss calls no F.logsigmoid", loss)
+    def _pair_faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> list[Fault]:
+        found = EncodedPairs(dataset, self._template)
+        cutting = pairs.Cutting("max_length", self._template.max_length)
+        faults = pairs.find(found.tokenized(), tokenizer, cutting, evaluation)
+        return [*faults, *text_faults(found, self._template, evaluation)]
 
 
 def _starts_as_reference(arguments: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -14,7 +14,12 @@ from ..errors import InvalidValue
 from ..guards import pairs
 from ..guards.rows import empty_cell
 from ..hf_sequences import PairSequences
+from ..plan import Pair, Tokens
 from ..run import Host
+
+_SIDES = ("chosen", "rejected")
+#: The columns of both sequences' token ids, if a host tokenizes both with the prompt.
+SEQUENCES = tuple(f"{side}_input_ids" for side in _SIDES)
 
 
 def check_data(given: Mapping[str, Any], host: Host) -> None:
@@ -40,12 +45,41 @@ def check_data(given: Mapping[str, Any], host: Host) -> None:
                 raise InvalidValue(wrong)
 
 
+def sets_of(trained: Any, evaluated: Any) -> Iterator[tuple[Any, bool]]:
+    """The data sets that there are, each with whether it is evaluated."""
+    named = evaluated if isinstance(evaluated, Mapping) else {"": evaluated}
+    for dataset, evaluation in ((trained, False), *((each, True) for each in named.values())):
+        if dataset is not None:
+            yield dataset, evaluation
+
+
 def sampled_columns(dataset: Any, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """Number and cells of each row that :func:`~.guards.pairs.sampled` picks."""
     if isinstance(dataset, Dataset):
         dataset = dataset.select_columns(list(columns))
     for number, row in pairs.sampled(dataset):
         yield number, *(row[column] for column in columns)
+
+
+def labelled_answers(dataset: Any) -> Iterator[pairs.Pair]:
+    """Number, prompt and answers of each row that is checked, told apart by the labels."""
+    names = [f"{side}_{part}" for side in _SIDES for part in ("input_ids", "labels")]
+    for number, *cells in sampled_columns(dataset, names):
+        chosen, rejected = Tokens.labelled(*cells[:2]), Tokens.labelled(*cells[2:])
+        yield number, chosen.prompt, chosen.answer, rejected.answer
+
+
+def labelled_pairs(rows: Iterable[tuple[Mapping[str, Any], Sequence[int]]]) -> Iterator[Pair]:
+    """The pairs of tokenized rows.
+
+    Args:
+        rows: each row, and the lengths of its two sequences before they were cut.
+    """
+    for row, whole in rows:
+        chosen, rejected = (
+            Tokens.labelled(row[f"{side}_input_ids"], row[f"{side}_labels"]) for side in _SIDES
+        )
+        yield Pair(chosen, rejected, [len(chosen.ids), len(rejected.ids)] != [*whole])
 
 
 def sequences_of(

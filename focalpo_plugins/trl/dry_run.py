@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
@@ -11,7 +10,19 @@ from typing import Any
 from ..balanced import Geometry
 from ..compute.fused_loss import LOGITS_AT_ONCE
 from ..hf_batches import order_of
-from ..plan import ModelState, Pair, Plan, Tokens, epoch_steps, sharding, windows
+from ..plan import (
+    ModelState,
+    Pair,
+    Plan,
+    Tokens,
+    adam_bytes,
+    epoch_steps,
+    precision,
+    run_steps,
+    sharding,
+    windows,
+)
+from .data import SEQUENCES, labelled_pairs
 
 _NO_LIMIT = 10**9  # tokens
 
@@ -37,7 +48,7 @@ def plan(trainer: Any, gpus: int) -> Plan:
         accumulation=args.gradient_accumulation_steps,
         ranks=gpus,
         data_ranks=gpus,
-        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        precision=precision(args.bf16, args.fp16),
         state=state,
         balanced_batches=trainer._balanced_key is not None,
         shared_prompts=trainer._sharing is not None,
@@ -49,34 +60,45 @@ def plan(trainer: Any, gpus: int) -> Plan:
 
 def with_data(bare: Plan, trainer: Any) -> Plan:
     """The plan with what a trainer has made of its data, and what it says when it starts."""
-    dataset, args, geometry = trainer.train_dataset, trainer.args, _geometry(bare, trainer.args)
-    of_epoch = epoch_steps(
-        len(dataset),
-        geometry.each,
-        geometry.accumulation,
-        geometry.ranks,
-        args.dataloader_drop_last,
-    )
-    of_run = math.ceil(args.num_train_epochs * of_epoch)
-    steps = args.max_steps if args.max_steps > 0 else of_run
     of_dpo = bare.margin == "dpo"
-    order, unknown = order_of(trainer.get_train_dataloader())
     ours = getattr(trainer, "pairwise_loss", None)
     return replace(
-        bare,
+        with_steps(bare, trainer),
         loss=ours,
         beta=trainer.beta,
         label_smoothing=getattr(trainer, "label_smoothing", 0.0),
         max_length=getattr(trainer.data_collator if of_dpo else trainer, "max_length", None),
+        warnings=[*bare.warnings, *([] if ours is None else trainer._notes())],
+        pairs=(
+            _pairs(trainer.train_dataset, trainer.data_collator)
+            if of_dpo
+            else _pairs_of_cpo(trainer)
+        ),
+    )
+
+
+def with_steps(bare: Plan, trainer: Any) -> Plan:
+    """The plan with the steps of a trainer's run, and the pairs of each as the trainer draws them.
+
+    Args:
+        trainer: a ``transformers.Trainer``, built with the run's data.
+    """
+    pairs, args, geometry = len(trainer.train_dataset), trainer.args, _geometry(bare, trainer.args)
+    drop_last = args.dataloader_drop_last
+    of_epoch = epoch_steps(
+        pairs, geometry.each, geometry.accumulation, geometry.ranks, drop_last=drop_last
+    )
+    steps = run_steps(args, of_epoch)
+    order, unknown = order_of(trainer.get_train_dataloader())
+    return replace(
+        bare,
         micro_batch=geometry.each,
         accumulation=geometry.accumulation,
-        warnings=[*bare.warnings, *([] if ours is None else trainer._notes())],
         notes=[*bare.notes, *unknown],
-        kept=len(dataset),
-        pairs=_pairs(dataset, trainer.data_collator) if of_dpo else _pairs_of_cpo(trainer),
+        kept=pairs,
         epoch_steps=of_epoch,
         steps=steps,
-        windows=windows(order, geometry, args.dataloader_drop_last, steps),
+        windows=windows(order, geometry, drop_last, steps),
     )
 
 
@@ -108,20 +130,11 @@ def _pairs(dataset: Any, collator: Any) -> Iterator[Pair]:
 
 def _pairs_of_cpo(trainer: Any) -> Iterator[Pair]:
     """Pairs of a trainer without a reference, whose rows TRL has already tokenized and cut."""
-    names = [
-        f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "labels")
-    ]
     limit, trainer.max_length = trainer.max_length, _NO_LIMIT
     try:
         for row in trainer.train_dataset:
             whole = trainer.tokenize_row(row)
-            ids, labels, other_ids, other_labels = map(row.get, names)
-            sides = [
-                Tokens(list(side), [label != -100 for label in trained])
-                for side, trained in ((ids, labels), (other_ids, other_labels))
-            ]
-            cut = any(len(row[name]) < len(whole[name]) for name in (names[0], names[2]))
-            yield Pair(sides[0], sides[1], truncated=cut)
+            yield from labelled_pairs([(row, [len(whole[name]) for name in SEQUENCES])])
     finally:
         trainer.max_length = limit
 
@@ -147,18 +160,17 @@ def _state(trainer: Any) -> ModelState:
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     of_deepspeed = None if plugin is None else plugin.deepspeed_config
     zero_stage, offloaded = sharding(of_deepspeed, trainer.is_fsdp_enabled)
-    master = 4 if zero_stage and weight_bytes == 2 else 0
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    each = 4 if master else trained[0].dtype.itemsize
+    master = bool(zero_stage) and weight_bytes == 2
+    optimizer, trained_bytes = getattr(args.optim, "value", args.optim), trained[0].dtype.itemsize
     return ModelState(
         config=model.config,
         lora=next(iter(adapters.values()), None),
         weight_bytes=weight_bytes,
         four_bit=bool(getattr(model, "is_loaded_in_4bit", False)),
-        optimizer_bytes=master + (2.0 if "8bit" in optimizer else 2.0 * each),
+        optimizer_bytes=adam_bytes(optimizer, trained_bytes, master=master),
         zero_stage=zero_stage,
         offloaded=offloaded,
         reference=getattr(trainer, "ref_model", None) is not None,
         logits_at_once=LOGITS_AT_ONCE if getattr(trainer, "_fused", False) else None,
-        adapter_bytes=trained[0].dtype.itemsize if adapters else None,
+        adapter_bytes=trained_bytes if adapters else None,
     )

@@ -102,6 +102,14 @@ def smoothing_of(types: Sequence[str], label_smoothing: float) -> list[float]:
     ]
 
 
+def smoothing_of_both(label_smoothing: float) -> list[float | None]:
+    """The same if the host computes the log-sigmoids of ``z`` and of ``-z``.
+
+    It multiplies the second one by the label smoothing, even if that is 0.
+    """
+    return [0.0, 0.0 if label_smoothing else None]
+
+
 @contextmanager
 def loss_exchanged(
     loss: BoundLoss, smoothing: Sequence[float | None], asked: str, trainer: type = DPOTrainer

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..guards import embeddings
@@ -11,7 +13,8 @@ from ..guards.ranks import together
 from ..hf_trainer import RANKS, PairwiseTrainerMixin
 from ..registry import BoundLoss
 from ..run import Host
-from .data import largest_id
+from .data import sets_of
+from .exchange import loss_exchanged
 
 #: How messages name TRL and its settings.
 TRL = Host(
@@ -57,15 +60,41 @@ class PairwiseBase(PairwiseTrainerMixin):
         self._name, self._paper = ("FocalPO", _PAPER) if is_focalpo else (loss.name, {})
         self._tag_names: list[str] = [*self._tag_names, loss.name]
 
-    def _check_embeddings(self, dataset: Any, tokenizer: Any, columns: Sequence[str]) -> None:
+    @contextmanager
+    def _exchanged(
+        self, smoothing: Sequence[float | None], asked: str, trainer: type
+    ) -> Iterator[None]:
+        """Inside, the host's log-sigmoids are our loss; its margins are counted after that.
+
+        The arguments are those of :func:`~focalpo_plugins.trl.exchange.loss_exchanged`.
+        """
+        with loss_exchanged(self._running().loss, smoothing, asked, trainer) as margins:
+            yield
+        self._count(margins[0])
+
+    def _check_sets(self, tokenizer: Any, trained: Any, evaluated: Any) -> None:
+        """Refuse training data with a fault in most pairs, and warn of such evaluation data.
+
+        Args:
+            trained: the tokenized training data.
+            evaluated: the tokenized evaluation data; several by name, or None.
+        """
+        for dataset, evaluation in sets_of(trained, evaluated):
+            self._check_embeddings(tokenizer, partial(self._largest_id, dataset))
+            self._check_faults(partial(self._pair_faults, dataset, tokenizer, evaluation))
+
+    def _largest_id(self, dataset: Any) -> int:
+        """The largest token id of the tokenized data."""
+        raise NotImplementedError
+
+    def _pair_faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> Iterable[Fault]:
+        """The faults of the tokenized pairs; each rank checks the same rows."""
+        raise NotImplementedError
+
+    def _check_embeddings(self, tokenizer: Any, largest_id: Callable[[], int]) -> None:
         """Refuse tokenized data with a token for which a model has no embedding."""
-        known = self._embeddings
-
-        def check() -> None:
-            is_first = RANKS.rank == 0
-            embeddings.check(known, tokenizer, lambda: largest_id(dataset, columns), say=is_first)
-
-        together(RANKS, check)
+        known, is_first = self._embeddings, RANKS.rank == 0
+        together(RANKS, lambda: embeddings.check(known, tokenizer, largest_id, say=is_first))
 
     def _check_faults(self, faults: Callable[[], Iterable[Fault]]) -> None:
         """Refuse data for what ``faults`` finds, on all ranks together, and warn about the rest."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,16 +29,24 @@ from torch import Tensor
 from ..balanced import MEAN_OF_TOKENS
 from ..errors import InvalidType, InvalidValue, conflict
 from ..guards import pairs
+from ..guards.faults import Fault
 from ..hf_batches import check_batches
 from ..hf_sequences import PairSequences
 from ..loss import check_beta, check_label_smoothing
 from .arguments import by_name, check_parallelism
+from .batch_loss import BatchLossMixin
 from .config import PairwiseFields
-from .data import check_data, sampled_columns, sequences_of, unpadded
-from .exchange import check_host, loss_exchanged
-from .pairwise import PairwiseBase
+from .data import (
+    SEQUENCES,
+    check_data,
+    labelled_answers,
+    largest_id,
+    sampled_columns,
+    sequences_of,
+    unpadded,
+)
+from .exchange import check_host, smoothing_of_both
 from .parts import embeddings_of
-from .shared_step import SharedStepMixin
 
 with warnings.catch_warnings():
     # TRL warns that this part of it may change: check_host checks the installed one.
@@ -48,15 +56,13 @@ with warnings.catch_warnings():
 
 #: The margin of each of CPO's loss types.
 MARGIN_OF = {"sigmoid": "cpo", "simpo": "simpo"}
-_IGNORED = -100
-_COLUMNS = ("chosen_input_ids", "rejected_input_ids")
 # The same for a model whose encoder gets the prompt, and whose decoder gets the answers.
 _OF_DECODER = ("prompt_input_ids", "chosen_labels", "rejected_labels")
 # What the start-up line shows of the host's values.
 _SAID = ("margin", "beta", "simpo_gamma", "cpo_alpha", "label_smoothing", "alpha")
 
 
-class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
+class ReferenceFreeMixin(BatchLossMixin):
     """The part that the trainers for CPO and ORPO share."""
 
     _trainer: ClassVar[type]  # TRL's trainer
@@ -80,12 +86,7 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
         check_data(given, self._host)
         self._embeddings = {"policy": embeddings_of(given.get("model"))}
         super().__init__(*args, **kwargs)
-        for evaluation, dataset in enumerate((self.train_dataset, self.eval_dataset)):
-            sets = dataset.values() if isinstance(dataset, dict) else [dataset]
-            for each in sets:
-                if each is not None:
-                    self._check_embeddings(each, self.processing_class, _COLUMNS)
-                    self._check_pairs(each, bool(evaluation))
+        self._check_sets(self.processing_class, self.train_dataset, self.eval_dataset)
 
     def _check_config(self, config: Any) -> None:
         """Raise ``ValueError`` if TRL's arguments can't be combined with a pairwise loss."""
@@ -111,8 +112,10 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
             "max_completion_length": of_decoder,
         }
 
-    def _check_pairs(self, dataset: Any, evaluation: bool) -> None:
-        """Refuse useless pairs of token ids; each rank checks the same rows."""
+    def _largest_id(self, dataset: Any) -> int:
+        return largest_id(dataset, SEQUENCES)
+
+    def _pair_faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> Iterator[Fault]:
         # TRL cuts what an encoder and what a decoder gets each to a limit of its own.
         decoder: bool = self.is_encoder_decoder  # type: ignore[attr-defined]
         cutting = pairs.Cutting(
@@ -120,22 +123,13 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
             None if decoder else self.args.max_length,  # type: ignore[attr-defined]
             marker=self._marker,
         )
-        rows = sampled_columns(dataset, _OF_DECODER) if decoder else _answers(dataset)
-        tokenizer = self.processing_class
-        self._check_faults(lambda: pairs.find(rows, tokenizer, cutting, evaluation))
-        self._check_faults(lambda: self._faults(dataset, tokenizer, evaluation))
-
-    def _exchanged_loss(
-        self, smoothing: Sequence[float | None], asked: str, logps: Sequence[Any]
-    ) -> Any:
-        with loss_exchanged(self._running().loss, smoothing, asked, self._trainer) as margins:
-            result = getattr(super(), self._method)(*logps)
-        self._count(margins[0])
-        return result
+        rows = sampled_columns(dataset, _OF_DECODER) if decoder else labelled_answers(dataset)
+        yield from pairs.find(rows, tokenizer, cutting, evaluation)
+        yield from self._faults(dataset, tokenizer, evaluation)
 
     def _sequences(self) -> PairSequences | None:
         # An encoder's data have other columns.
-        return sequences_of(self.train_dataset, None, *_COLUMNS)
+        return sequences_of(self.train_dataset, None, *SEQUENCES)
 
     def _pairs_of_step(self) -> list[tuple[list[int], list[int]]]:
         chosen, rejected = (
@@ -145,14 +139,11 @@ class ReferenceFreeMixin(PairwiseBase, SharedStepMixin):
         return list(zip(chosen, rejected, strict=True))
 
     def _places(self) -> int:
-        sides = [self._batch[name] for name in _COLUMNS]
+        sides = [self._batch[name] for name in SEQUENCES]
         return sum(map(len, sides)) * max(int(ids.shape[1]) for ids in sides)
 
-    def get_batch_loss_metrics(self, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        host: Any = super()
-        self._batch = batch
-        with self._running().one_step(), self._prompts_shared(len(batch["chosen_labels"])):
-            return host.get_batch_loss_metrics(model, batch, *args, **kwargs)
+    def _pairs_in(self, batch: Mapping[str, Any]) -> int:
+        return len(batch["chosen_labels"])
 
 
 class CPOLossMixin(ReferenceFreeMixin):
@@ -198,12 +189,11 @@ class CPOLossMixin(ReferenceFreeMixin):
         ]
 
     def cpo_loss(self, *logps: Tensor) -> Any:
-        """TRL's own loss, which calls one log-sigmoid of ``z`` and one of ``-z``.
-
-        It multiplies the second one by the label smoothing, even if that is 0.
-        """
-        smoothing = [0.0, 0.0 if self.label_smoothing else None]
-        return self._exchanged_loss(smoothing, f"loss_type {self.loss_type!r}", logps)
+        """TRL's own loss, which calls one log-sigmoid of ``z`` and one of ``-z``."""
+        host: Any = super()
+        smoothing = smoothing_of_both(self.label_smoothing)
+        with self._exchanged(smoothing, f"loss_type {self.loss_type!r}", CPOTrainer):
+            return host.cpo_loss(*logps)
 
 
 class ORPOLossMixin(ReferenceFreeMixin):
@@ -223,7 +213,9 @@ class ORPOLossMixin(ReferenceFreeMixin):
 
     def odds_ratio_loss(self, *logps: Tensor) -> Any:
         """TRL's own loss, which calls one log-sigmoid of the log odds ratio."""
-        return self._exchanged_loss([0.0], "ORPO", logps)
+        host: Any = super()
+        with self._exchanged([0.0], "ORPO", ORPOTrainer):
+            return host.odds_ratio_loss(*logps)
 
 
 @dataclass
@@ -290,17 +282,3 @@ class FocalORPOTrainer(_OfConfig, ORPOLossMixin, ORPOTrainer):
 
     _config = FocalORPOConfig
     __signature__ = inspect.signature(ORPOTrainer)
-
-
-def _answers(dataset: Any) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
-    """Row, and token ids of prompt, chosen and rejected answer, of the pairs TRL has tokenized."""
-    names = [
-        f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "labels")
-    ]
-    for row, chosen, chosen_labels, rejected, rejected_labels in sampled_columns(dataset, names):
-        start = next((i for i, label in enumerate(chosen_labels) if label != _IGNORED), len(chosen))
-        of_chosen, of_rejected = (
-            [token for token, label in zip(*side, strict=True) if label != _IGNORED]
-            for side in ((chosen, chosen_labels), (rejected, rejected_labels))
-        )
-        yield row, chosen[:start], of_chosen, of_rejected

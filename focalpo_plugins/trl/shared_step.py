@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from ..balanced import Cost
 from ..guards.ranks import together
 from ..hf_trainer import RANKS
 from ..sharing import SharedPrompts
+from ..yaml_keys import ALLOW_CHANGED, ALLOW_DATA, BALANCED, SHARED
 from .data import unpadded
 from .parts import check_balanced_parts, check_shared_parts
 
@@ -45,6 +46,12 @@ class SharedStepMixin(_Host):
         if self._balanced_key is not None:
             check_balanced_parts(built, self.args, self._balanced_key)
 
+    def _switch_on(self, keys: Collection[str]) -> None:
+        """Do what the keys ask for; before ``__init__``."""
+        self._shared_key = SHARED if SHARED in keys else None
+        self._balanced_key = BALANCED if BALANCED in keys else None
+        self._allow_changed, self._allow_data = ALLOW_CHANGED in keys, ALLOW_DATA in keys
+
     def _ask(self, given: Mapping[str, Any], config: Any) -> None:
         """Note which of the two a config asks for, and refuse what can't be combined with them.
 
@@ -52,12 +59,12 @@ class SharedStepMixin(_Host):
             given: the trainer's arguments by name.
             config: TRL's config, one of these arguments.
         """
-        if self._shared_key is None and getattr(config, "focalpo_shared_prompts", False):
-            self._shared_key = "focalpo_shared_prompts"
+        if self._shared_key is None and getattr(config, SHARED, False):
+            self._shared_key = SHARED
         if self._shared_key is not None:
             check_shared_parts(given, config, self._shared_key)
-        if self._balanced_key is None and getattr(config, "focalpo_balanced_batches", False):
-            self._balanced_key = "focalpo_balanced_batches"
+        if self._balanced_key is None and getattr(config, BALANCED, False):
+            self._balanced_key = BALANCED
         if self._balanced_key is not None:
             check_balanced_parts(given, config, self._balanced_key)
 

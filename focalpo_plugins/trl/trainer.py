@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from ..hf_sequences import PairSequences
 from .arguments import by_name, check_arguments
 from .config import FocalPOConfig
 from .conversations import rendered
-from .data import check_data, sampled_columns, sequences_of
-from .exchange import check_host, loss_exchanged, smoothing_of
+from .data import check_data, largest_id, sampled_columns, sequences_of
+from .exchange import check_host, smoothing_of
 from .fused_step import FusedStepMixin
 from .pairwise import PairwiseBase
 from .parts import check_fused_parts, embeddings_of
@@ -121,10 +122,8 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
     def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         smoothing = smoothing_of(self.loss_types, self.label_smoothing)
         asked = f"loss_type {list(self.loss_types)}"
-        with loss_exchanged(self._running().loss, smoothing, asked) as margins:
-            result = super()._compute_loss(*args, **kwargs)
-        self._count(margins[0])
-        return result
+        with self._exchanged(smoothing, asked, DPOTrainer):
+            return super()._compute_loss(*args, **kwargs)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, *more: Any, **named: Any
@@ -141,7 +140,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         with _counted_mismatches():
             prepared = super()._prepare_dataset(dataset, processing_class, args, *more, **named)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self._check_embeddings(prepared, tokenizer, _IDS)
+        self._check_embeddings(tokenizer, partial(largest_id, prepared, _IDS))
         shared = "prompt" not in first and isinstance(first.get("chosen"), str)
         evaluation, self._train_data_seen = self._train_data_seen, True
         cutting = pairs.Cutting(

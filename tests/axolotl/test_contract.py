@@ -15,6 +15,7 @@ KEYS = {"beta": "rl_beta", "loss": "rl", "steps": "max_steps", "save": "save_ste
 
 
 class AxolotlHost(TrainerHost):
+    trainer, packages = "AxolotlPairwiseTrainer", ("axolotl", "trl")
     keys, spread = KEYS, 1e-3
     apart: dict[str, Any] = {"rate": 1e-3}  # it has no other reference
     refused = {

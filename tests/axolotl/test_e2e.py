@@ -13,6 +13,7 @@ from typing import Any
 
 import forked
 import pytest
+from contract import FIRST
 from harness import (
     ON_CPU,
     PLUGIN,
@@ -26,8 +27,6 @@ from harness import (
 # One worker makes the runs that several tests share.
 shares_plain = pytest.mark.xdist_group("plain")
 
-FIRST = 2**-0.05 * math.log(2)  # 0.66953: every margin is 0 before the first step
-DIAGNOSTICS = ("p", "weight", "reversed")
 # These are equal up to rounding however a global batch is split; Adam makes rounding larger.
 SPLIT = ("loss", "grad_norm", "rewards/margins", "focalpo/p", "focalpo/weight", "focalpo/reversed")
 
@@ -52,47 +51,6 @@ def assert_same(
     assert len(a.steps(*names)) == len(b.steps(*names)) > 0
     for ours, theirs in zip(a.steps(*names), b.steps(*names), strict=True):
         assert ours == pytest.approx(theirs, rel=rel, abs=rel)
-
-
-@shares_plain
-@pytest.mark.releases
-def test_first_loss_and_startup_line(plain: Run):
-    assert plain.steps("loss")[0][0] == pytest.approx(FIRST, abs=1e-6)
-    lines = [line for line in plain.output.splitlines() if "focalpo_plugins: active" in line]
-    assert len(lines) == 1
-    for part in (
-        "loss=focalpo gamma=0.05 variant=correct z*=-20.00",
-        "beta=0.1",
-        "trainer=AxolotlPairwiseTrainer",
-        "focalpo_plugins=0.2.0",
-        "axolotl=",
-        "trl=",
-        "torch=",
-    ):
-        assert part in lines[0]
-
-
-@shares_plain
-@pytest.mark.releases
-def test_diagnostics_are_logged_in_train_and_eval(plain: Run):
-    """At the first step p is 1/2 and the weight 2^-0.05 (1 - 0.05 ln 2) = 0.93246."""
-    train = [entry for entry in plain.log if "loss" in entry]
-    evaluated = [entry for entry in plain.log if "eval_loss" in entry]
-    assert len(train) == 6
-    assert [entry["step"] for entry in evaluated] == [0, 3, 6]
-    for name in DIAGNOSTICS:
-        assert all(f"focalpo/{name}" in entry for entry in train)
-        assert all(f"eval_focalpo/{name}" in entry for entry in evaluated)
-    assert train[0]["focalpo/p"] == pytest.approx(0.5, abs=1e-6)
-    assert train[0]["focalpo/weight"] == pytest.approx(0.93246, abs=1e-5)
-    assert train[0]["focalpo/margin_incorrect"] == 0
-    assert 0 < evaluated[-1]["eval_focalpo/p"] < 1
-    # The host's mean margin is the mean of the two groups' margins, weighted by their pairs.
-    last = evaluated[-1]
-    accuracy, margin = last["eval_rewards/accuracies"], last["eval_rewards/margins"]
-    low, high = sorted((last["eval_focalpo/margin_incorrect"], last["eval_focalpo/margin_correct"]))
-    assert low <= margin <= high
-    assert 0 <= accuracy <= 1
 
 
 @shares_plain

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import tempfile
 from pathlib import Path
 
 import pytest
+from contract import FIRST
 from harness import ON_CPU, Axolotl, Run, at_once, environment, free_port, zero3_on_cpu
 
-FIRST = 2**-0.05 * math.log(2)
 # Ray on a machine of any size and with busy cores: it waits forever for a core that it doesn't
 # count, restarts a process that hasn't answered in time, and gives its workers a niceness of 15.
 RAY = {

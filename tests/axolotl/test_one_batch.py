@@ -7,7 +7,6 @@ import pytest
 import torch
 from datasets import Dataset
 
-from focalpo_plugins import focalpo_loss
 from focalpo_plugins.registry import get_loss
 
 
@@ -57,35 +56,17 @@ def inputs(rows: list[int]) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"gamma": 1.0, "variant": "incorrect"}, {"gamma": 0.5, "variant": "correct_exact"}],
-    ids=str,
-)
+@one_batch.LOSSES
 def test_losses_and_gradients(trainer, monkeypatch, options: dict, label_smoothing: float):
-    """The pairs padded together, and each pair by itself (the last one without any padding):
-    margins, losses and the gradients of the margins are the core's at the float64 margins, up to
-    the rounding of float32 log-probabilities."""
     trainer.set_loss(get_loss("focalpo").bind(**options))
     trainer.label_smoothing = label_smoothing
     seen: list[torch.Tensor] = []
     count = trainer._count
     monkeypatch.setattr(trainer, "_count", lambda z: (z.retain_grad(), seen.append(z), count(z)))
 
-    z = torch.tensor(one_batch.MARGINS, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(one_batch.truth(), z.detach(), rtol=0, atol=1e-9)
-    losses = focalpo_loss(z, **options, label_smoothing=label_smoothing)
-    (slopes,) = torch.autograd.grad(losses.sum(), z)
+    def step(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        loss = trainer.compute_loss(trainer.model, inputs(rows))
+        loss.backward()
+        return loss, seen[-1], seen[-1].grad
 
-    near = {"rtol": 0, "atol": 2e-5}
-    whole = trainer.compute_loss(trainer.model, inputs([0, 1, 2, 3]))
-    whole.backward()
-    torch.testing.assert_close(whole.double(), losses.mean(), **near)
-    torch.testing.assert_close(seen[0].double(), z, **near)
-    torch.testing.assert_close(seen[0].grad.double() * 4, slopes, **near)
-    for row in range(4):
-        one = trainer.compute_loss(trainer.model, inputs([row]))
-        one.backward()
-        torch.testing.assert_close(one.double(), losses[row], **near)
-        torch.testing.assert_close(seen[-1].grad.double(), slopes[row : row + 1], **near)
+    one_batch.check_losses_and_gradients(step, options, label_smoothing)

@@ -17,15 +17,15 @@ import yaml
 from formats import (
     PAIRS,
     ZEPHYR_TEMPLATE,
-    llama3_prompt,
     make_llama3,
     make_qwen3,
     make_zephyr,
     qwen3_prompt,
     rows,
-    zephyr_prompt,
 )
 from harness import EXAMPLES, ON_CPU, Axolotl, Run, loaded, zero3_on_cpu
+from paper_recipes import LORA_RANK, PAPER, SHAPES, OfPaper, check_sources, header, weights_of
+from paper_recipes import WRITE as OF_PAPER
 from transformers import AutoTokenizer
 
 YAMLS = [
@@ -39,22 +39,14 @@ RECIPES = {path.stem: path for path in sorted(set(YAMLS) - set(SWEEPS.values()))
 CONFIGS = {name: yaml.safe_load(path.read_text()) for name, path in RECIPES.items()}
 PAPERS = [name for name in RECIPES if not name.startswith("tiny")]
 
-# Transcribed from the paper: section 4 and appendix C for each model...
-PAPER: dict[str, dict[str, Any]] = {
-    "llama3": {
-        "base_model": "meta-llama/Meta-Llama-3-8B-Instruct",
-        "data": "princeton-nlp/llama3-ultrafeedback-armorm",
-    },
-    "mistral": {
-        "base_model": "HuggingFaceH4/mistral-7b-sft-beta",
-        "data": "trl-lib/ultrafeedback_binarized",
-    },
-    # These aren't the paper's: they are this package's choice.
-    "qwen3": {"base_model": "Qwen/Qwen3-8B", "data": "trl-lib/ultrafeedback_binarized"},
+# The last one is not the paper's but ours.
+MODELS = {
+    **PAPER,
+    "qwen3": OfPaper("Qwen/Qwen3-8B", "trl-lib/ultrafeedback_binarized", 5e-6, [], 2048),
 }
+# Transcribed from the paper, section 4 and appendix C, as PAPER is...
 GRID = [3e-7, 5e-7, 6e-7, 1e-6]
-# The rest is from the SimPO (Llama-3) and Zephyr (Mistral) repositories.
-LENGTH = {"llama3": 2048, "mistral": 1024, "qwen3": 2048}
+# ... and the rest from the SimPO (Llama-3) and Zephyr (Mistral) repositories.
 EVERYWHERE = {
     "num_epochs": 1,
     "lr_scheduler": "cosine",
@@ -68,7 +60,7 @@ EVERYWHERE = {
 FOCALPO = {"rl": "focalpo", "focalpo_gamma": 0.05, "focalpo_variant": "correct", "rl_beta": 0.01}
 INCORRECT = {**FOCALPO, "focalpo_gamma": 1.0, "focalpo_variant": "incorrect"}
 LORA = {
-    "lora_r": 128,
+    "lora_r": LORA_RANK,
     "lora_alpha": 128,
     "lora_dropout": 0.05,
     "lora_target_linear": True,
@@ -77,8 +69,8 @@ LORA = {
 }
 KTO = {"rl": "kto", "rl_beta": 0.1, "kto_desirable_weight": 1.0, "kto_undesirable_weight": 1.0}
 TABLE: dict[str, dict[str, Any]] = {
-    "llama3_focalpo": {**FOCALPO, "learning_rate": 6e-7},
-    "mistral_focalpo": {**FOCALPO, "learning_rate": 5e-7},
+    "llama3_focalpo": {**FOCALPO, "learning_rate": PAPER["llama3"].rate},
+    "mistral_focalpo": {**FOCALPO, "learning_rate": PAPER["mistral"].rate},
     "llama3_incorrect": {**INCORRECT, "learning_rate": 6e-7},
     "mistral_incorrect": {**INCORRECT, "learning_rate": 5e-7},
     "llama3_dpo": {"rl": "focalpo", "focalpo_gamma": 0.0, "rl_beta": 0.01, "learning_rate": 3e-7},
@@ -114,19 +106,11 @@ TABLE_1 = {
     "llama3_kto": (31.8, 33.1, 11.7),
     "llama3_dpo": (47.5, 48.2, 33.1),
     "llama3_simpo": (47.5, 53.7, 33.8),
-    "llama3_focalpo": (49.8, 54.7, 34.6),
     "mistral_orpo": (12.6, 14.7, 6.2),
     "mistral_kto": (12.3, 14.9, 8.8),
     "mistral_dpo": (18.6, 20.6, 16.4),
     "mistral_simpo": (21.4, 17.0, 13.3),
-    "mistral_focalpo": (20.4, 23.9, 17.1),
-}
-# What the config.json of each model has: layers; sizes of the hidden states, of the MLP's, and of all
-# keys; vocabulary. None ties its embeddings.
-SHAPES = {
-    "llama3": (32, 4096, 14336, 1024, 128_256),
-    "mistral": (32, 4096, 14336, 1024, 32_000),
-    "qwen3": (36, 4096, 12288, 1024, 151_936),
+    **{f"{model}_focalpo": paper.scores for model, paper in PAPER.items()},
 }
 # Every margin, or reward, is 0 before the first step: 2^-gamma ln 2; (1-p)^1 ln 2; 1 - p.
 FIRST_LOSS = {
@@ -146,14 +130,8 @@ def split_name(name: str) -> tuple[str, str]:
     return name.split("_")[0], name.split("_")[1]
 
 
-def header(name: str) -> str:
-    return "\n".join(
-        line.lstrip("# ") for line in RECIPES[name].read_text().split("\n\n")[0].splitlines()
-    )
-
-
 def words(name: str) -> str:
-    return " ".join(header(name).split())
+    return header(RECIPES[name])
 
 
 def commented(name: str) -> dict[str, Any]:
@@ -214,14 +192,14 @@ def test_offload_adds_only_the_offload():
 def test_values_are_the_papers(name: str):
     model, method = split_name(name)
     config = CONFIGS[name]
-    assert config["base_model"] == PAPER[model]["base_model"]
+    assert config["base_model"] == MODELS[model].model
     if method != "kto":
         for key, split in (("datasets", "train"), ("test_datasets", "test")):
-            assert [(d["path"], d["split"]) for d in config[key]] == [(PAPER[model]["data"], split)]
-    expected = {**EVERYWHERE, "sequence_len": LENGTH[model], **TABLE[name]}
+            assert [(d["path"], d["split"]) for d in config[key]] == [(MODELS[model].data, split)]
+    expected = {**EVERYWHERE, "sequence_len": MODELS[model].length, **TABLE[name]}
     if name.endswith("simpo"):  # Axolotl takes no ratio there
         del expected["warmup_ratio"]
-        assert config["warmup_steps"] == round(0.1 * PAIRS[PAPER[model]["data"]] / 128)
+        assert config["warmup_steps"] == round(0.1 * PAIRS[MODELS[model].data] / 128)
     for key, value in expected.items():
         got = float(config[key]) if key == "learning_rate" else config[key]
         assert got == value, key
@@ -241,7 +219,7 @@ def test_the_batch_is_128(name: str):
     gpus = 1 if "adapter" in config else 8
     assert config["micro_batch_size"] * config["gradient_accumulation_steps"] * gpus == 128
     assert (re.search(r"\b8 GPUs", words(name)) is not None) == (gpus == 8)
-    pairs = PAIRS[PAPER[split_name(name)[0]]["data"]]
+    pairs = PAIRS[MODELS[split_name(name)[0]].data]
     examples = pairs * (2 if split_name(name)[1] == "kto" else 1) * config["num_epochs"]
     assert f"{round(examples / 128)}" in re.findall(r"(\d+) steps", words(name))
     assert ("deepspeed" in config) == (gpus == 8)
@@ -256,19 +234,17 @@ def test_the_sizes_in_the_header(name: str):
     for 16,384) without the embeddings; an adapter in float32 with gradient and AdamW's two moments;
     a checkpoint without the gradients, and with the bf16 weights where all are trained."""
     config, text = CONFIGS[name], words(name)
-    layers, hidden, inner, keys, vocabulary = SHAPES[split_name(name)[0]]
-    embeddings = 2 * vocabulary * hidden
-    shapes = [(hidden, hidden)] * 2 + [(hidden, keys)] * 2 + [(hidden, inner)] * 3
-    linear = layers * sum(a * b for a, b in shapes)
+    layers, hidden, *_, vocabulary = SHAPES[split_name(name)[0]]
+    weights = weights_of(split_name(name)[0])
     sizes = {*re.findall(r"([\d.]+) GB", text)} - {"24", "40", "80"}  # of the GPUs
     if "adapter" not in config:
-        assert sizes == {f"{14 * (linear + embeddings) / 1e9:.0f}"}
+        assert sizes == {f"{14 * weights.all / 1e9:.0f}"}
         return
-    adapter = layers * config["lora_r"] * sum(a + b for a, b in shapes)
+    adapter = config["lora_r"] * weights.adapter_of_rank_1
     expected = {f"{16 * adapter / 1e9:.1f}", f"{12 * adapter / 1e9:.0f}"}
-    in_4_bits = linear * (1 / 2 + 1 / 64 + 4 / 16_384) + 2 * embeddings
+    in_4_bits = weights.linear * (1 / 2 + 1 / 64 + 4 / 16_384) + 2 * weights.embeddings
     if config["adapter"] == "lora":
-        expected.add(f"{2 * (linear + embeddings) / 1e9:.1f}")
+        expected.add(f"{2 * weights.all / 1e9:.1f}")
     if config["adapter"] == "qlora" or "load_in_4bit" in commented(name):
         expected.add(f"{in_4_bits / 1e9:.1f}")
     if "estimate" in text:
@@ -320,23 +296,14 @@ def test_what_is_left_of_a_long_pair():
         assert min(prompt, of_prompt) + max(chosen, rejected) > limit
         assert left[2:] == [min(answer, limit - of_prompt) for answer in (chosen, rejected)]
         model = "mistral" if limit == 1024 else "llama3"
-        assert LENGTH[model] == limit
+        assert MODELS[model].length == limit
         recipe = " ".join(RECIPES[f"{model}_focalpo"].read_text().replace("\n# ", " ").split())
         assert f" {left[2]} tokens" in recipe
 
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_every_value_has_its_source_beside_it(name: str):
-    top, *body = RECIPES[name].read_text().split("\n\n")
-    named = set(re.findall(r"\[(\w+)\]", top))
-    used = set()
-    for line in "\n".join(body).splitlines():
-        sources = re.findall(r"\[([\w, ]+)\]", line.partition("#")[2])
-        used |= {source for group in sources for source in group.split(", ")}
-        key = re.match(r"[ -]*(\w+): \S", line)
-        if key and not sources and key[1] not in NO_SOURCE:
-            pytest.fail(f"no source beside {line!r}")
-    assert used == named
+    check_sources(RECIPES[name], NO_SOURCE)
 
 
 VALIDATE = """
@@ -426,12 +393,7 @@ def pairs(tiny: Path) -> dict[str, list[dict]]:
 
 
 MAKE = {"llama3": make_llama3, "mistral": make_zephyr, "qwen3": make_qwen3}
-# How the prompt of one turn is written, and what ends an answer.
-WRITE = {
-    "llama3": (llama3_prompt, "<|eot_id|>"),
-    "mistral": (zephyr_prompt, "</s>"),
-    "qwen3": (qwen3_prompt, "<|im_end|>"),
-}
+WRITE = {**OF_PAPER, "qwen3": (qwen3_prompt, "<|im_end|>")}
 
 
 @pytest.fixture(scope="session")
@@ -446,7 +408,7 @@ def places(pairs: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
             data = folder / f"{model}_{split}.jsonl"
             data.write_text("".join(json.dumps(row) + "\n" for row in rows(some, model)))
             if f"{model}_kto" in RECIPES:
-                flags = ["--empty-system"] * ("--empty-system" in header(f"{model}_kto"))
+                flags = ["--empty-system"] * ("--empty-system" in header(RECIPES[f"{model}_kto"]))
                 out = folder / "kto" / data.name
                 words = [folder / model, data, *flags, "--out", out]
                 loaded(EXAMPLES / "make_kto_data.py").main([*map(str, words)])
@@ -641,7 +603,7 @@ def test_the_templates_that_recipes_bring(places: Path, turns: int):
 @pytest.mark.parametrize("name", ["llama3_focalpo", "qwen3_focalpo_lora"])
 def test_it_goes_on_from_its_checkpoint(trained: dict[str, Run], places: Path, name: str):
     """With the flag that the header names, under ZeRO-3 and with an adapter; TensorBoard follows."""
-    assert "--auto-resume-from-checkpoints" in header(name)
+    assert "--auto-resume-from-checkpoints" in words(name)
     folder = places / f"resumed_{name}"
     shutil.copytree(trained[name].folder, folder)
     config = places / f"resumed_{name}.yml"

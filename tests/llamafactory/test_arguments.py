@@ -45,7 +45,7 @@ def test_the_loss_and_its_options(given):
     assert args.focalpo.loss.options["gamma_end"] == 0.0
     assert args.focalpo.loss.options["variant"] == "incorrect"
     assert (args.pref_loss, args.use_ref_model) == ("focalpo", True)
-    assert args.focalpo.data_args.cutoff_len == 2048
+    assert args.focalpo_data_args.cutoff_len == 2048
 
 
 def test_words_of_a_command_line(given):
@@ -187,6 +187,13 @@ class TestOfAnotherPackage:
             finetuning(given(pref_loss="squared", focalpo_gamma=None))
         args = given(pref_loss="squared", focalpo_gamma=None, focalpo_margin="dpo")
         assert finetuning(args).focalpo.loss.name == "squared"
+
+    def test_a_key_that_the_host_has(self, given, add_loss):
+        """It stays the host's, unless that loss is asked for."""
+        add_loss("ref", squared, options={"model": 1.0})
+        assert finetuning(given(ref_model="a/model")).ref_model == "a/model"
+        with pytest.raises(InvalidValue, match="brings ref_model, which LLaMA-Factory already has"):
+            finetuning(given(pref_loss="ref", focalpo_gamma=None, focalpo_margin="dpo"))
 
     def test_a_name_that_the_host_has(self, given, add_loss):
         """Its key tells that the package's loss is meant; without one the run is the host's own."""

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract import Contract, Result, TrainerHost
-from harness import SUPPORT, environment
-from llamafactory_run import LlamaFactory
+from contract import AnotherReference, Contract, PrecomputedReference, Result, TrainerHost
+from harness import SUPPORT, environment, zero3_on_cpu
+from llamafactory_run import LORA, LlamaFactory
 
 KEYS = {"beta": "pref_beta", "loss": "pref_loss", "steps": "max_steps", "save": "save_steps",
         "evaluate": "eval_steps", "rate": "learning_rate", "model": "model_name_or_path",
@@ -18,6 +18,8 @@ KEYS = {"beta": "pref_beta", "loss": "pref_loss", "steps": "max_steps", "save": 
 
 
 class LlamaFactoryHost(TrainerHost):
+    trainer, packages = "LlamaFactoryPairwiseTrainer", ("llamafactory", "trl")
+    tokens = 884  # its template adds one
     keys, spread = KEYS, 0.1
     apart: dict[str, Any] = {"rate": 1e-12, "beta": 1.0, "reference": "another"}
     refused = {
@@ -51,12 +53,13 @@ class LlamaFactoryHost(TrainerHost):
         resume: Path | None = None,
         fault: str | None = None,
     ) -> Result:
-        host = LlamaFactory(self.tiny, self.new("llamafactory"))
+        host, options = LlamaFactory(self.tiny, self.new("llamafactory")), dict(options)
+        lora, zero_3 = (options.pop(name, False) for name in ("lora", "zero_3"))
         changes = {self.key(name): value for name, value in {"loss": "focalpo", **options}.items()}
         changes = {k: str(v) if isinstance(v, Path) else v for k, v in changes.items()}
         if changes["pref_loss"] == "dpo":
             changes |= {"pref_loss": "sigmoid", "focalpo_gamma": None}
-        if "ref_model" in changes:
+        if changes.get("ref_model") == "another":
             changes["ref_model"] = str(self.another)
         changes["dataset"] = host.data("train", pairs or self.few / "train.jsonl")
         for steps, strategy in (("save_steps", "save_strategy"), ("eval_steps", "eval_strategy")):
@@ -65,6 +68,8 @@ class LlamaFactoryHost(TrainerHost):
         if "eval_steps" in changes:
             held_out = host.data("held_out", self.few / "test.jsonl")
             changes |= {"eval_dataset": held_out, "per_device_eval_batch_size": 4}
+        changes |= LORA if lora else {}
+        changes |= {"deepspeed": zero3_on_cpu(host.folder)} if zero_3 else {}
         changes["gradient_accumulation_steps"] = 2 // ranks
         changes["resume_from_checkpoint"] = resume and str(resume)
         how: dict[str, Any] = {"ranks": ranks}
@@ -95,7 +100,7 @@ class LlamaFactoryHost(TrainerHost):
 
 
 @pytest.mark.xdist_group("contract of LLaMA-Factory")
-class TestLlamaFactory(Contract):
+class TestLlamaFactory(Contract, AnotherReference, PrecomputedReference):
     RESUMED_ON = 1  # transformers can't load an optimizer on two CPU ranks
 
     @pytest.fixture(scope="class")

@@ -46,19 +46,6 @@ def test_a_line_without_a_column(train: Callable, rows: list[dict], tmp_path: Pa
     assert said in refused(run), run.output
 
 
-def test_a_token_without_an_embedding(train: Callable, tiny: Path, tmp_path: Path):
-    """The reference has only the first 100 of the tokenizer's 883 tokens."""
-    from transformers import AutoModelForCausalLM
-
-    cut = AutoModelForCausalLM.from_pretrained(tiny / "model")
-    cut.resize_token_embeddings(100)
-    cut.save_pretrained(tmp_path)
-    run = train(*OURS, "--ref.model_name_or_path", str(tmp_path))
-    refused(run)
-    message = "the reference must have an embedding for each token of the data, got 100 embeddings"
-    assert message in run.output and "the tokenizer has 883 tokens" in run.output
-
-
 def test_two_bos_by_the_chat_template(train: Callable):
     message = refused(train(*OURS, "--data.tokenizer_chat_template", DOUBLED))
     assert "of 40 pairs have two BOS at their start: the chat template and the " in message

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract import Contract, Result
+from contract import AnotherReference, Contract, Result
 from harness import SUPPORT
 from openrlhf_flags import of_host
 
@@ -23,6 +23,8 @@ FLAGS = {
 
 
 class OpenRLHF:
+    trainer, packages = "PairwiseDPOTrainer", ("openrlhf", "deepspeed")
+    said, tokens = "beta=0.1 label_smoothing=0.0", 883
     loads_the_model = True
     # bf16 rounds differently in another layout.
     near, spread, two_ranks_gradient = 0.1, 0.1, 1.0
@@ -74,7 +76,7 @@ class OpenRLHF:
     ) -> Result:
         folder = self.new("run")
         asked = {"loss": "focalpo", **options}
-        if asked.get("reference"):
+        if asked.get("reference") == "another":
             asked["reference"] = self.another
         epochs = asked.pop("steps") // (2 if pairs else 5)
         flags = ["--loss", asked.pop("loss"), "--train.max_epochs", str(epochs)]
@@ -117,7 +119,7 @@ class OpenRLHF:
 
 
 @pytest.mark.xdist_group("contract")
-class TestOpenRLHF(Contract):
+class TestOpenRLHF(Contract, AnotherReference):
     OF_ALL_PAIRS = ()  # its mean loss is the first rank's, its rewards are the last micro-step's
 
     @pytest.fixture(scope="class")

@@ -8,7 +8,6 @@ import one_batch
 import pytest
 import torch
 
-from focalpo_plugins import focalpo_loss
 from focalpo_plugins.openrlhf import PairwiseDPOLoss
 
 pytestmark = pytest.mark.xdist_group("in one process")
@@ -38,14 +37,8 @@ def log_probs(forward_only, actors: list, rows: list[int]) -> list[torch.Tensor]
     return found
 
 
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"gamma": 1.0, "variant": "incorrect"}, {"gamma": 0.5, "variant": "correct_exact"}],
-    ids=str,
-)
+@one_batch.LOSSES
 def test_losses_and_gradients(forward_only, actors, options: dict, label_smoothing: float):
-    """As in Axolotl's test of the same name: padded together, and each pair by itself."""
     seen: list[torch.Tensor] = []
 
     class Watched(PairwiseDPOLoss):
@@ -55,26 +48,12 @@ def test_losses_and_gradients(forward_only, actors, options: dict, label_smoothi
 
     loss_fn = Watched(one_batch.BETA, label_smoothing, **options)
 
-    def slopes_of(logps: list[torch.Tensor]) -> torch.Tensor:
+    def step(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The gradient of the margins: beta times the chosen log-probability is part of them."""
+        logps = log_probs(forward_only, actors, rows)
+        loss = loss_fn(*logps)[0]
+        loss.backward()
         torch.testing.assert_close(logps[0].grad, -logps[1].grad, rtol=0, atol=0)
-        return logps[0].grad.double() / one_batch.BETA
+        return loss, seen[-1], logps[0].grad.double() / one_batch.BETA
 
-    z = torch.tensor(one_batch.MARGINS, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(one_batch.truth(), z.detach(), rtol=0, atol=1e-9)
-    losses = focalpo_loss(z, **options, label_smoothing=label_smoothing)
-    (slopes,) = torch.autograd.grad(losses.sum(), z)
-
-    near = {"rtol": 0, "atol": 2e-5}
-    logps = log_probs(forward_only, actors, [0, 1, 2, 3])
-    whole = loss_fn(*logps)[0]
-    whole.backward()
-    torch.testing.assert_close(whole.double(), losses.mean(), **near)
-    torch.testing.assert_close(seen[0].double(), z, **near)
-    torch.testing.assert_close(slopes_of(logps) * 4, slopes, **near)
-    for row in range(4):
-        logps = log_probs(forward_only, actors, [row])
-        one = loss_fn(*logps)[0]
-        one.backward()
-        torch.testing.assert_close(one.double(), losses[row], **near)
-        torch.testing.assert_close(slopes_of(logps), slopes[row : row + 1], **near)
+    one_batch.check_losses_and_gradients(step, options, label_smoothing)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -63,6 +64,10 @@ class Result:
 
 
 class Host(Protocol):
+    trainer: str  # the name of its class
+    packages: tuple[str, ...]  # whose versions the start-up line has
+    said: str  # what that line has of the host's own values
+    tokens: int  # that its tokenizer has
     near: float  # the rounding between two layouts of a batch
     two_ranks_gradient: float  # of two ranks, relative to one rank that accumulates the same pairs
     apart: dict[str, Any]  # options by which margins aren't 0
@@ -88,7 +93,7 @@ class Host(Protocol):
         Args:
             options: ``loss`` (this package's or "dpo", the host's own), its options, ``beta``,
                 ``steps``, ``save`` and ``evaluate`` (every so many steps), ``rate``, ``model``,
-                ``reference`` ("another": the policy's norm, times 1.1).
+                ``reference`` (a folder; "another": the policy's norm, times 1.1).
             resume: the checkpoint to resume from; the run goes on in its folder's copy.
             fault: "read-only", of the folder for checkpoints; "no network".
         """
@@ -104,6 +109,7 @@ class TrainerHost:
 
     near = 1e-4
     loads_the_model = True
+    said, tokens = "beta=0.1", 883
     # transformers 5.5 divides accumulated gradients twice, also under DPO.
     two_ranks_gradient = 2.0 if version("transformers").startswith("5.5.") else 1.0
     names = {
@@ -225,13 +231,16 @@ class Contract:
         assert len(whole.said(agrees)) == 1
 
     @pytest.mark.releases
-    def test_says_once_that_it_is_active(self, whole: Result):
+    def test_says_once_that_it_is_active(self, host: Host, whole: Result):
         """Whatever the ranks; the weight of a pair turns negative below z* = log(p / (1 - p)) with
         p = e^-20."""
         (line,) = whole.said("active.")
-        for part in ("loss=focalpo gamma=0.05 variant=correct z*=-20.00", "beta=0.1 ", "trainer=",
-                     "focalpo_plugins=", "torch="):  # fmt: skip
-            assert part in line
+        packages = ("focalpo_plugins", *host.packages, "torch")
+        versions = " ".join(f"{package}={version(package)}" for package in packages)
+        assert line == (
+            "active. loss=focalpo gamma=0.05 variant=correct z*=-20.00 loss_at_margin_0=0.6695 "
+            f"{host.said} trainer={host.trainer} {versions}"
+        )
 
     @pytest.mark.releases
     def test_gamma_zero_is_the_hosts_own(self, host: Host):
@@ -259,11 +268,21 @@ class Contract:
             assert {f"focalpo/{name}" for name in ("p", "weight", "reversed")} <= {*entry}
             assert {"focalpo/margin_correct", "focalpo/margin_incorrect"} & {*entry}
             assert not any(name.startswith("focalpo/gamma") for name in entry)
-        first = whole.steps[0]
-        assert first["focalpo/p"] == pytest.approx(0.5, abs=1e-6)
-        assert first["focalpo/weight"] == pytest.approx(0.93246, abs=1e-5)
-        assert first["focalpo/margin_incorrect"] == 0
-        assert 0 < whole.evaluations[-1]["focalpo/p"] < 1
+        first, last = (
+            {name.removeprefix("focalpo/"): value for name, value in entry.items()}
+            for entry in (whole.steps[0], whole.evaluations[-1])
+        )
+        of_first = {name for name in whole.steps[0] if name.startswith("focalpo/")}
+        # No pair is ranked right yet.
+        assert of_first == {f"focalpo/{n}" for n in ("p", "weight", "reversed", "margin_incorrect")}
+        assert first["p"] == pytest.approx(0.5, abs=1e-6)
+        assert first["weight"] == pytest.approx(0.93246, abs=1e-5)
+        assert first["margin_incorrect"] == first["reversed"] == 0
+        assert 0 < last["p"] < 1
+        if host.names["margin"] in last:
+            groups = [last[f"margin_{which}"] for which in ("incorrect", "correct")]
+            assert min(groups) <= last[host.names["margin"]] <= max(groups)
+            assert 0 <= last[host.names["accuracy"]] <= 1
 
     @pytest.mark.releases
     def test_each_pair_is_counted_once(self, host: Host, whole: Result):
@@ -480,6 +499,66 @@ class Contract:
         a_few = pairs(lambda rows: lines([*map(alike, rows[:FEW]), *rows[FEW:]]))
         run = trained(host.run({"steps": 2}, pairs=a_few))
         assert len(run.said("warning: 4 of 16 pairs have identical answers")) == 1
+
+
+class AnotherReference:
+    """Beside the contract, what is promised in a host whose command names a reference."""
+
+    @pytest.mark.releases
+    def test_a_token_without_an_embedding(self, host: Host, tiny: Path, tmp_path: Path):
+        """The reference has only the first 100 of the tokenizer's tokens."""
+        from transformers import AutoModelForCausalLM
+
+        cut = AutoModelForCausalLM.from_pretrained(tiny / "model")
+        cut.resize_token_embeddings(100)
+        cut.save_pretrained(tmp_path)
+        for file in (tiny / "model").glob("token*"):
+            shutil.copy(file, tmp_path)
+        run = host.run({"steps": 5, "reference": tmp_path})
+        message = (
+            "the reference must have an embedding for each token of the data, got 100 embeddings"
+        )
+        stopped(run, message, f"the tokenizer has {host.tokens} tokens")
+
+
+class PrecomputedReference:
+    """Beside the contract, what is promised in a host that is a ``transformers.Trainer`` without a
+    precomputed reference of its own; its ``run`` has the options ``lora`` and ``zero_3``."""
+
+    PRECOMPUTED = {"gamma": 0.5, "rate": 1e-3}
+
+    @pytest.mark.releases
+    @pytest.mark.parametrize("case", [{}, {"lora": True}, {"shared_prompts": True}], ids=str)
+    def test_a_precomputed_reference(self, host: Host, tmp_path: Path, case: dict[str, Any]):
+        """The same run up to rounding, as a pair is padded otherwise; the second run reads the
+        file.  Every margin is 0 at first, also of an adapter."""
+        options = {**self.PRECOMPUTED, "steps": 5, **case}
+        plain = trained(host.run(options)).each("loss")
+        assert plain[0] == pytest.approx(2**-0.5 * DPO, abs=1e-5)
+        options |= {"precompute_ref": True, "precompute_dir": tmp_path}
+        for how in ("computed and kept in", "read from"):
+            run = trained(host.run(options))
+            (line,) = run.said("reference log-probs of")
+            assert how in line and str(tmp_path) in line
+            assert run.each("loss") == pytest.approx(plain, abs=2e-5)
+        assert max(plain) - min(plain) > 1e-3
+
+    @pytest.mark.releases
+    def test_a_precomputed_reference_under_zero_3(self, host: Host, tmp_path: Path):
+        """On two ranks, which share the pairs: the losses of the plain run.  Resumed after two of
+        four steps, the run reads the file and has the losses of one that wasn't stopped."""
+        options = {**self.PRECOMPUTED, "steps": 4, "zero_3": True}
+        plain = trained(host.run(options, ranks=2)).each("loss")
+        options |= {"precompute_ref": True, "precompute_dir": tmp_path, "save": 2}
+        computed = trained(host.run(options, ranks=2))
+        resumed = trained(host.run(options, ranks=2, resume=host.checkpoint(computed, 2)))
+        for run, how in ((computed, "computed and kept in"), (resumed, "read from")):
+            (line,) = run.said("reference log-probs of 40 pairs")
+            assert how in line and str(tmp_path) in line
+        losses = computed.each("loss")
+        assert losses == pytest.approx(plain, abs=2e-5)
+        assert resumed.each("loss")[-2:] == losses[-2:] and losses[2] != losses[1]
+        assert max(plain) - min(plain) > 1e-3
 
 
 def trained(run: Result) -> Result:

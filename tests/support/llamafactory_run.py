@@ -19,6 +19,9 @@ _SHAREGPT = {
 }  # fmt: skip
 
 
+LORA = {"finetuning_type": "lora", "lora_rank": 8, "lora_target": "all"}
+
+
 def as_sharegpt(line: str) -> str:
     """A row of whole conversations with the prompt in a column of its own, as a user of this host
     has it; a row that can't be that stays what it is."""

@@ -7,8 +7,14 @@ each sequence by itself and without padding; ``truth`` computes them again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from focalpo_plugins import focalpo_loss
 
 BETA = 0.5
 PAD = 0
@@ -124,3 +130,41 @@ def truth() -> torch.Tensor:
             for prompt, chosen, rejected in sequences()
         ]
     )
+
+
+#: The losses that each host computes on the batch.
+LOSSES = pytest.mark.parametrize(
+    "options, label_smoothing",
+    [
+        (options, label_smoothing)
+        for options in (
+            {},
+            {"gamma": 1.0, "variant": "incorrect"},
+            {"gamma": 0.5, "variant": "correct_exact"},
+        )
+        for label_smoothing in (0.0, 0.1)
+    ],
+    ids=str,
+)
+# Of these rows in one batch: the mean loss, the margins, and the gradients of the margins.
+Step: TypeAlias = Callable[[list[int]], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def check_losses_and_gradients(step: Step, options: dict[str, Any], label_smoothing: float) -> None:
+    """The pairs padded together, and each pair by itself (the last one without any padding):
+    margins, losses and the gradients of the margins are the core's at the float64 margins, up to
+    the rounding of float32 log-probabilities."""
+    z = torch.tensor(MARGINS, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(truth(), z.detach(), rtol=0, atol=1e-9)
+    losses = focalpo_loss(z, **options, label_smoothing=label_smoothing)
+    (slopes,) = torch.autograd.grad(losses.sum(), z)
+
+    near = {"rtol": 0, "atol": 2e-5}
+    whole, margins, of_margins = step([0, 1, 2, 3])
+    torch.testing.assert_close(whole.double(), losses.mean(), **near)
+    torch.testing.assert_close(margins.double(), z, **near)
+    torch.testing.assert_close(of_margins.double() * 4, slopes, **near)
+    for row in range(4):
+        one, _, of_margin = step([row])
+        torch.testing.assert_close(one.double(), losses[row], **near)
+        torch.testing.assert_close(of_margin.double(), slopes[row : row + 1], **near)

@@ -43,6 +43,16 @@ TINY: dict[str, Any] = {
 }
 
 
+LORA = {"tuner_type": "lora", "lora_rank": 4, "target_modules": "all-linear"}
+# On two ranks, without a GPU.
+ZERO_3: dict[str, Any] = {
+    "deepspeed": "zero3",
+    "external_plugins": SUPPORT / "swift_gloo.py",
+    "use_cpu": None,
+    "gradient_accumulation_steps": 1,
+}
+
+
 def words(given: Mapping[str, Any]) -> list[str]:
     """The command line with these keys; None leaves one out."""
     line = []

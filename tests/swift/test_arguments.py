@@ -11,7 +11,7 @@ import pytest
 from swift.arguments import RLHFArguments
 from swift.pipelines.train.rlhf import SwiftRLHF
 
-from focalpo_plugins.swift import SWITCHES, arguments, keys, megatron
+from focalpo_plugins.swift import arguments, keys, megatron
 
 HOST = RLHFArguments.__mro__[1]
 ASKED = {"rlhf_type": "dpo", "loss_type": "focalpo", "focalpo_gamma": 0.05}
@@ -134,11 +134,11 @@ def test_a_loss_of_another_package(add_loss: Callable):
     add_loss("mine", my_loss, options={"power": 2.0})
     extended = arguments.extended(HOST)
     assert "mine_power" in {each.name for each in fields(extended)}
-    given = {**dict.fromkeys(SWITCHES), "focalpo_shared_prompts": True, "mine_power": 3.0}
+    given = {"focalpo_shared_prompts": True, "mine_power": 3.0}
     asked = type("Args", (), {"rlhf_type": "dpo", "loss_type": "mine", **given})
     found = keys.requested(asked)
     assert (found.loss.name, found.loss.options["power"]) == ("mine", 3.0)
-    assert found.shared and not found.balanced
+    assert found.on == {"focalpo_shared_prompts"}
     for given, words in (
         ({"loss_type": "mine", "focalpo_gamma": 0.1}, "focalpo_gamma belongs to loss_type focalpo"),
         ({"loss_type": "sigmoid", "mine_power": 3.0}, "mine_power belongs to loss_type mine"),

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract import Contract, Result, TrainerHost
-from swift_command import train
+from contract import AnotherReference, Contract, PrecomputedReference, Result, TrainerHost
+from harness import ON_CPU
+from swift_command import LORA, ZERO_3, train
 
 KEYS = {"beta": "beta", "loss": "loss_type", "steps": "max_steps", "save": "save_steps",
         "evaluate": "eval_steps", "rate": "learning_rate", "model": "model"}  # fmt: skip
 
 
 class SwiftHost(TrainerHost):
+    trainer, packages = "SwiftPairwiseTrainer", ("ms-swift", "trl")
     keys, spread = KEYS, 0.05
     out = "out"
     apart: dict[str, Any] = {"rate": 1e-12, "beta": 1.0, "reference": "another"}
@@ -57,14 +59,18 @@ class SwiftHost(TrainerHost):
             "gradient_accumulation_steps": 2 if ranks == 1 else 1,
             "output_dir": folder / "out",
         }
-        if options.pop("reference", None):
-            given["ref_model"] = self.another
+        given |= LORA if options.pop("lora", False) else {}
+        zero_3 = options.pop("zero_3", False)
+        given |= ZERO_3 if zero_3 else {}
+        reference = options.pop("reference", None)
+        if reference is not None:
+            given["ref_model"] = self.another if reference == "another" else reference
         if "evaluate" in options:
             given |= {"val_dataset": self.few / "test.jsonl", "eval_strategy": "steps"}
         if resume is not None:
             given["resume_from_checkpoint"] = resume
         given |= {self.key(name): value for name, value in options.items()}
-        code, output = train(folder, given, ranks, fault)
+        code, output = train(folder, given, ranks, fault, **(ON_CPU if zero_3 else {}))
         return Result.of_history(code, output, folder, _history(folder / "out", output))
 
 
@@ -79,7 +85,7 @@ def _history(folder: Path, output: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.xdist_group("contract of ms-swift")
-class TestSwift(Contract):
+class TestSwift(Contract, AnotherReference, PrecomputedReference):
     RESUMED_ON = 1  # transformers can't load an optimizer on two CPU ranks
 
     @pytest.fixture(scope="class")

@@ -44,7 +44,7 @@ LORA = {"tuner_type": "lora", "lora_rank": LORA_RANK, "lora_alpha": 128, "lora_d
         "target_modules": "all-linear"}  # fmt: skip
 # What names a place or a format.
 NO_SOURCE = {"rlhf_type", "loss_type", "tuner_type", "model_type", "use_hf", "external_plugins",
-             "template", "split_dataset_ratio", "truncation_strategy", "columns"}  # fmt: skip
+             "template", "split_dataset_ratio", "truncation_strategy", "columns", "chosen", "rejected"}  # fmt: skip
 
 
 def test_the_recipes():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,17 +12,14 @@ from typing import Any
 import pytest
 import yaml
 from contract import FIRST
-from forked import SUPPORT, environment
+from forked import environment
 from harness import ON_CPU
 from safetensors.torch import load_file
-from swift_command import TINY, train
+from swift_command import LORA, TINY, ZERO_3, train
 
 FOCALPO = {"loss_type": "focalpo", "focalpo_gamma": 0.05}
 ZERO = {"loss_type": "focalpo", "focalpo_gamma": 0.0}
 SAVED = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}
-LORA = {"tuner_type": "lora", "lora_rank": 4, "target_modules": "all-linear"}
-ZERO_3 = {"deepspeed": "zero3", "external_plugins": SUPPORT / "swift_gloo.py", "use_cpu": None,
-          "gradient_accumulation_steps": 1}  # fmt: skip
 # Of each step: its speed depends on the machine.
 OF_MACHINE = ("time", "speed", "memory", "total_flos", "runtime", "per_second", "model_checkpoint")
 
@@ -164,23 +160,6 @@ def test_four_bits(run: Callable[..., Ran]):
 
 
 @pytest.mark.releases
-def test_a_token_without_an_embedding(tiny: Path, few: Path, tmp_path: Path):
-    """The reference has the first 100 of the tokenizer's 883 tokens."""
-    from transformers import AutoModelForCausalLM
-
-    cut = AutoModelForCausalLM.from_pretrained(tiny / "model")
-    cut.resize_token_embeddings(100)
-    cut.save_pretrained(tmp_path / "cut")
-    for file in (tiny / "model").glob("token*"):
-        shutil.copy(file, tmp_path / "cut")
-    given = {"model": tiny / "model", "ref_model": tmp_path / "cut", "dataset": few / "train.jsonl"}
-    code, output = train(tmp_path, {**FOCALPO, **given})
-    message = "the reference must have an embedding for each token of the data, got 100 embeddings"
-    assert code != 0 and message in output, output[-3000:]
-    assert "the tokenizer has 883 tokens" in output
-
-
-@pytest.mark.releases
 def test_zero_3(run: Callable[..., Ran]):
     """On two ranks, with DeepSpeed's weights in parts: the losses of one rank, plain and with both
     switches, which exchange a step's pairs."""
@@ -277,40 +256,3 @@ def swift(*argv: str, folder: Path, **variables: str) -> subprocess.CompletedPro
         text=True,
         timeout=600,  # seconds
     )
-
-
-PRECOMPUTED = {"full": {}, "lora": LORA, "shared": {"focalpo_shared_prompts": "true"}}
-
-
-@pytest.mark.releases
-@pytest.mark.parametrize("case", PRECOMPUTED)
-def test_a_precomputed_reference(run: Callable[..., Ran], tmp_path: Path, case: str):
-    """The same run up to rounding, as a pair is padded otherwise; the second run reads the file."""
-    options = {**FOCALPO, "focalpo_gamma": 0.5, "max_steps": 4, "learning_rate": 1e-3}
-    options |= PRECOMPUTED[case]
-    plain = run(**options)
-    precompute = {"focalpo_precompute_ref": "true", "focalpo_precompute_dir": tmp_path}
-    for how in ("computed and kept in", "read from"):
-        found = run(**options, **precompute)
-        (line,) = found.said("reference log-probs of")
-        assert how in line and str(tmp_path) in line
-        assert found.losses == pytest.approx(plain.losses, abs=2e-5)
-    assert max(plain.losses) - min(plain.losses) > 1e-3
-
-
-@pytest.mark.releases
-def test_a_precomputed_reference_under_zero_3(run: Callable[..., Ran], tmp_path: Path):
-    """On two ranks, which share the pairs: the losses of the plain run.  Resumed after two of four
-    steps, the run reads the file and has the losses of one that wasn't stopped."""
-    options = {**ZERO_3, **FOCALPO, "focalpo_gamma": 0.5, "max_steps": 4}
-    plain = run(ranks=2, how=ON_CPU, **options)
-    options |= {"focalpo_precompute_ref": "true", "focalpo_precompute_dir": tmp_path}
-    computed = run(ranks=2, how=ON_CPU, **options, save_strategy="steps", save_steps=2)
-    stopped = computed.folder / "out" / "checkpoint-2"
-    resumed = run(ranks=2, how=ON_CPU, **options, resume_from_checkpoint=stopped)
-    for ran, how in ((computed, "computed and kept in"), (resumed, "read from")):
-        (line,) = ran.said("reference log-probs of 40 pairs")
-        assert how in line and str(tmp_path) in line
-    assert max(plain.losses) - min(plain.losses) > 1e-3
-    assert computed.losses == pytest.approx(plain.losses, abs=2e-5)
-    assert resumed.losses[-2:] == pytest.approx(computed.losses[-2:], abs=1e-6)

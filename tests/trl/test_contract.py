@@ -19,6 +19,7 @@ KEYS = {"beta": "beta", "steps": "max_steps", "rate": "learning_rate", "save": "
 
 
 class TRL(TrainerHost):
+    trainer, packages = "FocalPOTrainer", ("trl",)
     keys, spread, loads_the_model = KEYS, 0.1, False
     out = "out"
     apart: dict[str, Any] = {"rate": 1e-12, "beta": 1.0, "reference": "another"}
