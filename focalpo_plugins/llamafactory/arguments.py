@@ -91,11 +91,11 @@ def asked_loss(args: Any, of_host: Sequence[str]) -> str | None:
     If another package's loss has the name of one of the host's, its keys tell which one is meant.
     """
     name = args.pref_loss
-    if name not in losses():
+    if not isinstance(name, str) or name not in losses():
         return None
     if name in of_host and not given(args, [*keys_of(losses()[name]), MARGIN]):
         return None
-    return str(name)
+    return name
 
 
 def _take(args: Any, loss: PairwiseLoss, beside: Sequence[Any]) -> None:
@@ -156,7 +156,7 @@ def _with_our_keys(host: Any, known: set[str], of_host: Sequence[str]) -> type:
         """Check the other arguments as with the host's own loss of the same margin."""
         written = self.pref_loss
         if asked_loss(self, of_host) is not None:
-            self.pref_loss = MARGINS.get(getattr(self, MARGIN) or "dpo", MARGINS["dpo"])
+            self.pref_loss = MARGINS.get(str(getattr(self, MARGIN)), MARGINS["dpo"])
         host.__post_init__(self)
         self.pref_loss = written
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InvalidValue
-from ..guards import hub, sources
+from ..guards import hub, pairs, sources
+from ..guards.faults import Policy
 from ..guards.messages import explained
 from ..hf_batches import order_of
 from ..plan import ModelState, Pair, Plan, Tokens, epoch_steps, sharding, windows
-from . import BALANCED, SHARED
+from . import ALLOW_DATA, BALANCED, SHARED
 from .data import SIDES, answers, cut_prompts, explain, listed, remote_names
 
 _NO_LIMIT = 10**9  # tokens
@@ -144,7 +145,7 @@ def _with_data(bare: Plan, run: _Run) -> Plan:
         uncut = copy.copy(run.data)
         uncut.cutoff_len = _NO_LIMIT
         whole = _tokenized(run, uncut, template, module)
-    found = cut_prompts(answers(dataset), tokenizer, template, limit, evaluation=False)
+    found = _faults(run, dataset, tokenizer, template)
     of_epoch = epoch_steps(
         len(dataset),
         bare.micro_batch,
@@ -156,7 +157,7 @@ def _with_data(bare: Plan, run: _Run) -> Plan:
     order, unknown = order_of(_trainer(run, dataset, tokenizer).get_train_dataloader())
     return replace(
         bare,
-        warnings=[*bare.warnings, *map(str, found)],
+        warnings=[*bare.warnings, *found],
         notes=[*bare.notes, *unknown],
         tokenizer=tokenizer,
         rows=len(dataset) if given else _rows(run, len(dataset)),
@@ -167,6 +168,17 @@ def _with_data(bare: Plan, run: _Run) -> Plan:
         steps=steps,
         windows=windows(order, bare.geometry, args.dataloader_drop_last, steps),
     )
+
+
+def _faults(run: _Run, dataset: Any, tokenizer: Any, template: Any) -> list[str]:
+    """Warnings about the rows, a sentence each; the command counts the faults of their answers."""
+    limit, asked = run.data.cutoff_len, getattr(run.finetuning, "focalpo", None)
+    found = cut_prompts(answers(dataset), tokenizer, template, limit, evaluation=False)
+    if asked is None:
+        return [*map(str, found)]
+    policy = Policy(f"{ALLOW_DATA}: true", ALLOW_DATA in asked.on, say=False)
+    of_pairs = pairs.find(answers(dataset), tokenizer, pairs.Cutting("cutoff_len", limit))
+    return policy.foretell([*(fault for fault in of_pairs if fault.refused), *found])
 
 
 def _is_tokenized(data: Any) -> bool:
@@ -192,6 +204,7 @@ def _trainer(run: _Run, dataset: Any, tokenizer: Any) -> Any:
         processor=None,
         tokenizer=tokenizer,
         train_dataset=dataset,
+        eval_dataset=dataset,  # transformers wants one if the run evaluates
     )
 
 

@@ -29,17 +29,12 @@ def check_keys(args: Any, known: Collection[str], of_host: Sequence[str]) -> Non
         of_host: the host's losses.
     """
     is_dict = isinstance(args, dict)
-    words = [*args] if is_dict else [word for word in args if word.startswith("-")]
     ours = {key for loss in losses().values() for key in keys_of(loss)} | {*COMMON_KEYS}
-    for word in map(str, words):
-        key = word.partition("=")[0].lstrip("-").replace("-", "_")
-        written = key if is_dict else word.partition("=")[0]
-        if key in known or key in ours and (not is_dict or word in ours):
-            continue
-        completed = not is_dict and _begins_one(key, ours) and not _begins_one(key, known)
-        near = completed or difflib.get_close_matches(key, ours, 1, 0.85)
-        if near or f"{key}_".startswith("focalpo_"):
+    for word in args:
+        written = str(word) if is_dict else word.partition("=")[0]
+        if _is_wrong(written, ours, known, not is_dict):
             got = f", got {args[word]!r}" if is_dict else ""
+            key = written.lstrip("-").replace("-", "_").lower()
             raise InvalidValue(f"unknown key {written}{got}{did_you_mean(key, ours)}")
     name = args.get("pref_loss") if is_dict else _value(args, "pref_loss")
     if isinstance(name, str) and name not in (*of_host, *losses()):
@@ -49,6 +44,23 @@ def check_keys(args: Any, known: Collection[str], of_host: Sequence[str]) -> Non
             raise InvalidValue(
                 f"pref_loss must be a loss by its name, got {name!r}; did you mean {near[0]!r}?"
             )
+
+
+def _is_wrong(written: str, ours: Collection[str], known: Collection[str], flag: bool) -> bool:
+    """Whether what stands before a value is meant as one of our keys, and isn't one.
+
+    Args:
+        flag: whether it is from a command line, where a key follows two dashes.
+    """
+    key = written.lstrip("-").replace("-", "_")
+    if key in known or (written.startswith("--") and key in ours if flag else written in ours):
+        return False
+    if flag and not written.startswith("-"):  # else a value
+        return key in ours
+    key = key.lower()
+    completed = flag and _begins_one(key, ours) and not _begins_one(key, known)
+    near = completed or difflib.get_close_matches(key, ours, 1, 0.85)
+    return bool(near) or f"{key}_".startswith("focalpo_")
 
 
 def _begins_one(word: str, keys: Collection[str]) -> bool:
@@ -94,14 +106,14 @@ def check(args: Any, loss: PairwiseLoss) -> None:
         ValueError: the message names the key.
     """
     _check_marked(args, loss)
-    margin = getattr(args, MARGIN) or "dpo"
-    if margin not in MARGINS:
+    margin = "dpo" if getattr(args, MARGIN) is None else getattr(args, MARGIN)
+    if margin not in [*MARGINS]:  # it may be a list
         raise InvalidValue(
             f"{MARGIN} must be one of {', '.join(MARGINS)}, got {margin!r}"
             f"{did_you_mean(str(margin), MARGINS)}"
         )
     for key in SWITCHES:
-        if getattr(args, key) not in (None, True, False):
+        if not isinstance(getattr(args, key), bool | None):
             raise InvalidValue(f"{key} must be true or false, got {getattr(args, key)!r}.")
     folder = getattr(args, PRECOMPUTE_DIR)
     if folder is not None and not getattr(args, PRECOMPUTE):

@@ -133,6 +133,7 @@ class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, CustomDPOTraine
             "simpo_gamma": self.simpo_gamma if margin == "simpo" else None,
             "pref_ftx": self.ftx_gamma,
             "ld_alpha": self.ld_alpha,
+            "template": self._asked.data_args.template,
             "max_length": self._asked.data_args.cutoff_len,
         }
 

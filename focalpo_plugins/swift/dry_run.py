@@ -19,10 +19,13 @@ from typing import Any
 import torch
 
 from ..errors import InvalidValue
+from ..guards import pairs
+from ..guards.faults import Policy
 from ..guards.messages import explained
 from ..guards.sources import described
 from ..plan import ModelState, Pair, Plan, Tokens, windows
 from ..trl.parts import config_of
+from . import ALLOW_DATA
 from .arguments import check_words
 from .conversations import text_faults
 from .data import explain, listed
@@ -226,16 +229,17 @@ def _with_data(bare: Plan, args: Any) -> Plan:
             f"pairs, and none fits into {args.max_length}. Raise max_length."
         )
     found = EncodedPairs(train, run.template)
-    faults = text_faults(found, run.template)
+    warnings = _faults(found, args)
     if held_out is not None:
-        faults += text_faults(EncodedPairs(held_out, run.template), run.template, evaluation=True)
+        of_held_out = EncodedPairs(held_out, run.template)
+        warnings += map(str, text_faults(of_held_out, run.template, evaluation=True))
     order = _order(train, args.training_args, bare)
     epoch_steps = max(1, math.ceil(len(order) / bare.accumulation))
     of_run = math.ceil(args.num_train_epochs * epoch_steps)
     steps = args.max_steps if args.max_steps > 0 else of_run
     return replace(
         bare,
-        warnings=[*bare.warnings, *map(str, faults)],
+        warnings=[*bare.warnings, *warnings],
         tokenizer=run.template.tokenizer,
         rows=len(written[0]),
         kept=len(train),
@@ -245,6 +249,17 @@ def _with_data(bare: Plan, args: Any) -> Plan:
         steps=steps,
         windows=windows(order, bare.geometry, args.dataloader_drop_last, steps, completed=False),
     )
+
+
+def _faults(found: EncodedPairs, args: Any) -> list[str]:
+    """Warnings about the rows, a sentence each; the command counts the faults of their answers."""
+    faults, asked, template = text_faults(found, found.template), requested(args), found.template
+    if asked is None:
+        return [*map(str, faults)]
+    policy = Policy(f"{ALLOW_DATA} true", asked.allow_data, say=False)
+    cutting = pairs.Cutting("max_length", template.max_length)
+    of_pairs = pairs.find(found.tokenized(), template.tokenizer, cutting)
+    return policy.foretell([*(fault for fault in of_pairs if fault.refused), *faults])
 
 
 def _order(train: Any, args: Any, bare: Plan) -> Any:

@@ -10,7 +10,7 @@ from ..balanced import MEAN_OF_TOKENS
 from ..errors import InvalidValue, conflict
 from ..loss import check_beta, check_label_smoothing
 from ..registry import get_loss, losses
-from . import BALANCED, SHARED, data
+from . import BALANCED, SHARED, SWITCHES, data
 from .keys import asked_types, bind, given_keys, keys, types_of, types_of_host
 
 _NEAR = 0.7  # how alike a misspelt name of a loss is to its name
@@ -76,6 +76,9 @@ def check(args: Any, of_host: Collection[str]) -> None:
             "refuses the command where this package isn't installed. The paper uses 0.05; 0 is DPO."
         )
     bind(args, loss)
+    for key in SWITCHES:
+        if not isinstance(getattr(args, key), bool | None):
+            raise InvalidValue(f"{key} must be true or false, got {getattr(args, key)!r}.")
     folder = args.focalpo_precompute_dir
     if folder is not None and not args.focalpo_precompute_ref:
         raise InvalidValue(

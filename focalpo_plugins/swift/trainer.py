@@ -61,7 +61,8 @@ class SwiftPairwiseTrainer(PairwiseBase, SharedStepMixin, DPOTrainer):
         check_batches(given["args"])
         check_model(arguments, given["model"].model_meta.is_multimodal)
         self._ask(given, given["args"])
-        self._starts_as_reference = _starts_as_reference(arguments)
+        free = getattr(given["args"], "reference_free", None)
+        self._starts_as_reference = not free and _starts_as_reference(arguments)
         models = {"policy": given["model"], "reference": given.get("ref_model")}
         self._embeddings = {
             name: embeddings_of(model) for name, model in models.items() if model is not None
@@ -77,7 +78,7 @@ class SwiftPairwiseTrainer(PairwiseBase, SharedStepMixin, DPOTrainer):
 
     def _in_loss(self) -> dict[str, Any]:
         args: Any = self.args
-        written = self._arguments
+        written, divergence = self._arguments, self.f_divergence_type
         return {
             "margin": "dpo",
             "beta": self.beta,
@@ -86,6 +87,9 @@ class SwiftPairwiseTrainer(PairwiseBase, SharedStepMixin, DPOTrainer):
             "loss_weights": written.loss_weights,
             "rpo_alpha": args.rpo_alpha,
             "ld_alpha": args.ld_alpha,
+            # A script can set these two in the trainer's own arguments.
+            "f_divergence_type": str(getattr(divergence, "value", divergence)),
+            "reference_free": self.reference_free,
             "router_aux_loss_coef": self.aux_loss_coef if self.aux_loss_enabled else None,
             "template": written.template,
             "loss_scale": written.loss_scale,

@@ -98,7 +98,28 @@ def test_pairs_that_are_cut(checked):
     code, found, _ = checked(cutoff_len=24)
     assert code == 0
     assert found["counts"]["truncated"] == 40
-    assert any("a prompt whose end is cut off to fit cutoff_len=24" in w for w in found["warnings"])
+    words = (
+        "a run refuses these data: 40 of 40 pairs have a prompt whose end is cut off to fit cutoff_"
+    )
+    assert any(warning.startswith(words) for warning in found["warnings"])
+    _, allowed, _ = checked(cutoff_len=24, focalpo_allow_data=True)
+    assert not any("a run refuses" in warning for warning in allowed["warnings"])
+
+
+def test_pairs_that_a_run_refuses(checked, llamafactory: LlamaFactory, few: Path):
+    """Also with evaluations, for which transformers wants evaluation data, though they are not read
+    here."""
+    held_out = llamafactory.data("held_out", few / "test.jsonl")
+    alike = [json.loads(line) for line in (few / "train.jsonl").read_text().splitlines()]
+    lines = [json.dumps({"chosen": row["chosen"], "rejected": row["chosen"]}) for row in alike]
+    (llamafactory.folder / "alike.jsonl").write_text("\n".join(lines))
+    llamafactory.data("alike", llamafactory.folder / "alike.jsonl")
+    evaluates = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": held_out}
+    code, found, errors = checked(dataset="alike", **evaluates)
+    assert code == 0, errors
+    assert found["rows"] == 40
+    words = "a run refuses these data: 40 of 40 pairs have identical answers"
+    assert any(warning.startswith(words) for warning in found["warnings"])
 
 
 def test_the_hosts_own_losses(checked):

@@ -178,6 +178,14 @@ def test_zero_3(llamafactory: LlamaFactory, tmp_path: Path):
     assert losses(sharded)[0] == pytest.approx(FIRST, abs=1e-5)
 
 
+def test_resuming_with_another_template(llamafactory: LlamaFactory):
+    run = llamafactory.train(max_steps=1, save_strategy="steps", save_steps=1)
+    changes = {"template": "default", "resume_from_checkpoint": str(run.folder / "checkpoint-1")}
+    run = llamafactory(llamafactory.config(**changes))
+    assert run.code != 0
+    assert "template was 'llama3', got 'default': resuming would change" in run.output
+
+
 def test_streamed_data_are_not_balanced(llamafactory: LlamaFactory):
     config = llamafactory.config(
         streaming=True, dataloader_num_workers=1, focalpo_balanced_batches=True
@@ -246,6 +254,11 @@ REFUSED_PRECOMPUTE = {
     "no reference": (
         {"focalpo_margin": "simpo"},
         "can't be combined with focalpo_margin, got 'simpo'",
+    ),
+    "no training": (
+        {"do_train": False, "do_eval": True, "max_steps": None, "eval_dataset": "train"},
+        "focalpo_precompute_ref can't be combined with a run that doesn't train, got True: the "
+        "reference is the policy itself",
     ),
     "another folder's key": (
         {"focalpo_precompute_ref": None, "focalpo_precompute_dir": "x"},
