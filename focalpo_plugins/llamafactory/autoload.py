@@ -25,7 +25,7 @@ def _wrapped(parser: Any, parse: Callable[[Any], Any], trains: bool) -> Callable
     @functools.wraps(parse)
     def with_our_losses(args: Any = None) -> Any:
         args = parser.read_args(args)
-        if not _may_ask(parser, args):
+        if not _may_ask(parser, args, trains):
             return parse(args)
         from .arguments import parsed
 
@@ -34,7 +34,7 @@ def _wrapped(parser: Any, parse: Callable[[Any], Any], trains: bool) -> Callable
     return with_our_losses
 
 
-def _may_ask(parser: Any, args: Any) -> bool:
+def _may_ask(parser: Any, args: Any, trains: bool) -> bool:
     """Whether the arguments may ask for one of our losses.
 
     Our other modules are imported only then: a broken one must not stop a run that doesn't use our
@@ -43,7 +43,8 @@ def _may_ask(parser: Any, args: Any) -> bool:
     from importlib.metadata import entry_points
 
     words = [*args, *args.values()] if isinstance(args, dict) else args
-    if any("focalpo" in str(word) or word in ("-h", "--help") for word in words):
+    helps = ("-h", "--help") if trains else ()
+    if any("focalpo" in str(word) or word in helps for word in words):
         return True
     if entry_points(group="focalpo_plugins"):
         return True
