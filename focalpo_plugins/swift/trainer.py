@@ -107,6 +107,11 @@ class SwiftPairwiseTrainer(PairwiseBase, SharedStepMixin, DPOTrainer):
     def _sequences(self) -> Any:
         return None if self._encoded.is_stream else self._encoded
 
+    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        if self._balanced_key is not None and not self._encoded.is_stream:
+            self._encoded.read_tokens(self._cost(), RANKS)
+        return super().get_train_dataloader(*args, **kwargs)
+
     def get_batch_loss_metrics(self, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         self._batch = batch
         with self._running().one_step(), self._prompts_shared(len(batch["input_ids"]) // 2):
