@@ -29,6 +29,8 @@ class Asked:
         data_args: LLaMA-Factory's own arguments of the data.
         reference_folder: the folder of the precomputed reference's file, empty for the output
             folder; None if the reference isn't precomputed.
+        continues: whether trained adapters are trained on, whose reference is the model without
+            them.
     """
 
     loss: BoundLoss
@@ -36,6 +38,7 @@ class Asked:
     on: frozenset[str]
     data_args: Any
     reference_folder: str | None = None
+    continues: bool = False
 
 
 def parsed(parser: Any, parse: Callable[[Any], Any], args: Any, trains: bool) -> Any:
@@ -112,8 +115,9 @@ def _take(args: Any, loss: PairwiseLoss, beside: Sequence[Any]) -> None:
     margin = getattr(args, MARGIN) or "dpo"
     folder = (getattr(args, PRECOMPUTE_DIR) or "") if PRECOMPUTE in on else None
     bound = bind_keys(loss, lambda key: getattr(args, key, None), ": true")
-    args.focalpo = Asked(bound, margin, on, data_args, folder)
     model_args = next(each for each in beside if hasattr(each, "model_name_or_path"))
+    continues = _continues(model_args, args)
+    args.focalpo = Asked(bound, margin, on, data_args, folder, continues)
 
     def reason(error: BaseException) -> str | None:
         names = data.remote_names(model_args, data_args)
@@ -122,6 +126,16 @@ def _take(args: Any, loss: PairwiseLoss, beside: Sequence[Any]) -> None:
     last_line.install(reason)
     data.check_files(data_args)
     trainer.install()
+
+
+def _continues(model_args: Any, args: Any) -> bool:
+    """Whether LLaMA-Factory trains given adapters on; if not, it merges them."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if not model_args.adapter_name_or_path or args.ref_model is not None:
+        return False
+    merged = model_args.quantization_bit is None and not is_deepspeed_zero3_enabled()
+    return not (args.create_new_adapter and merged)
 
 
 def _with_our_keys(host: Any, known: set[str], of_host: Sequence[str]) -> type:

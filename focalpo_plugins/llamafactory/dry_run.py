@@ -105,6 +105,7 @@ def _without_data(run: _Run, gpus: int) -> Plan:
     margin = asked.margin if asked else own if own in ("simpo", "orpo") else "dpo"
     # What is logged also has the term of pref_ftx, and LD-DPO's margins aren't 0 at first.
     plain = not run.finetuning.pref_ftx and run.finetuning.ld_alpha is None
+    plain = plain and not (asked and asked.continues)
     return Plan(
         host=f"LLaMA-Factory {version('llamafactory')} with TRL {version('trl')}",
         loss=asked and asked.loss,

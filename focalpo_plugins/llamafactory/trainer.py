@@ -81,6 +81,7 @@ class LlamaFactoryPairwiseTrainer(PairwiseBase, SharedStepMixin, CustomDPOTraine
         self._allow_changed = ALLOW_CHANGED in asked.on
         self._allow_data = ALLOW_DATA in asked.on
         of_reference = asked.margin == "dpo" and finetuning_args.ld_alpha is None
+        of_reference = of_reference and not asked.continues
         self._starts_as_reference = of_reference and same_weights(model, ref_model)
         self._embeddings = {"policy": embeddings_of(model)}
         if ref_model is not None:

@@ -162,7 +162,11 @@ def _without_data(
 
 def _terms(args: Any, types: Sequence[str]) -> list[tuple[str, float]] | None:
     """The losses that ms-swift adds up, with their weights; None if it adds more."""
-    if args.rpo_alpha is not None or args.ref_adapters or args.ref_model not in (None, args.model):
+    if args.rpo_alpha is not None or args.ref_model not in (None, args.model):
+        return None
+    if args.ld_alpha is not None:  # the margins aren't 0 at first
+        return None
+    if list(args.adapters or ()) != list(args.ref_adapters or ()):
         return None
     ours = asked_types(args)
     names = ["sigmoid" if name in ours else name for name in types]

@@ -93,6 +93,14 @@ def test_data_that_are_tokenized(checked, llamafactory: LlamaFactory):
     assert again["tokens_per_step"] == found["tokens_per_step"]
 
 
+def test_an_adapter_that_is_trained_on(checked):
+    """Its margins aren't 0 at first; a new adapter's are, over a model into which it is merged."""
+    lora = {"finetuning_type": "lora", "adapter_name_or_path": "an/adapter"}
+    assert checked(**lora)[1]["first_loss"] is None
+    found = checked(**lora, create_new_adapter=True)[1]
+    assert found["first_loss"] == pytest.approx(0.66953, abs=1e-5)
+
+
 def test_pairs_that_are_cut(checked):
     """Every sequence has more than 24 tokens, and the prompt's end is lost."""
     code, found, _ = checked(cutoff_len=24)

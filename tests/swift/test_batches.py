@@ -116,7 +116,7 @@ def test_each_rank_reads_a_part_of_the_lengths():
     parts = {rank: whole[rank::3] for rank in range(3)}
     for rank in range(3):
 
-        def gather(thing: Any) -> list[Any]:
+        def gather(thing: Any, rank: int = rank) -> list[Any]:
             if thing is None:  # no error
                 return [None] * 3
             assert thing == parts[rank]

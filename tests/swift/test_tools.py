@@ -160,6 +160,13 @@ def test_prompts_that_ms_swift_would_not_read(check: Callable[..., tuple], tmp_p
     assert code == 1 and "a run refuses these data: 16 of 16 rows have no prompt" in out
 
 
+def test_ld_dpo_has_no_first_loss_to_expect(check: Callable[..., tuple]):
+    """It weighs the policy's tokens only, so the margins aren't 0."""
+    code, out, err = check("--json", ld_alpha=0.5)
+    assert code == 0, err
+    assert json.loads(out)["first_loss"] is None
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -211,6 +218,11 @@ def test_report_and_score(focalpo: ManyFocalpo, tiny: Path, few: Path, tmp_path:
     code, shown, err = focalpo("report", out, "--out", tmp_path / "report", "--format", "csv")
     assert code == 0, err
     assert "0.6695" in shown and "eval" in shown
+    # Trained on, with the model without them as the reference: the margins aren't 0.
+    again = words({**TINY, **given, "adapters": out / "checkpoint-3", "eval_strategy": "no"})
+    code, shown, err = focalpo("check", "--json", "--", "swift", "rlhf", *again)
+    assert code == 0, err
+    assert json.loads(shown)["first_loss"] is None
     # In a process of its own: ms-swift takes the constructor off TRL's trainer where it is imported.
     done = harness.focalpo(
         "score", out / "checkpoint-3", few / "test.jsonl", "--ref", tiny / "model",
