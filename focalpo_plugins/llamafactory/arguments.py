@@ -130,7 +130,7 @@ def _take(args: Any, loss: PairwiseLoss, beside: Sequence[Any]) -> None:
 
 def _continues(model_args: Any, args: Any) -> bool:
     """Whether LLaMA-Factory trains given adapters on; if not, it merges them."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
+    from llamafactory.hparams.parser import is_deepspeed_zero3_enabled
 
     if not model_args.adapter_name_or_path or args.ref_model is not None:
         return False
