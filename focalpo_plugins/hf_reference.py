@@ -79,6 +79,11 @@ def _check(trainer: Any, source: _Source, folder: Path) -> None:
     if trainer.is_deepspeed_enabled and trainer.ref_model is None:
         why = "the reference is the policy, which DeepSpeed prepares when training begins"
         raise conflict(PRECOMPUTE, "adapters under DeepSpeed", True, why, fix)
+    if trainer.ref_model is not None and source.model is trainer.accelerator.unwrap_model(
+        trainer.model
+    ):  # LLaMA-Factory does so without training
+        why = "the reference is the policy itself, and would be freed with it"
+        raise conflict(PRECOMPUTE, "a run that doesn't train", True, why, fix)
     if getattr(trainer.args, "sync_ref_model", False):
         raise conflict(PRECOMPUTE, "sync_ref_model", True, "the reference follows the policy", fix)
     if not source.sets:

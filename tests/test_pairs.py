@@ -50,6 +50,7 @@ BAD: dict[str, tuple[Pair, str, dict[str, Any]]] = {
     "the end of a turn": (([BOS, 5], [7, EOS], [TURN, SPACE, EOS]), EMPTY, {}),
     "many spaces": (([BOS, 5], [*[SPACE] * 7, EOS], [7, EOS]), EMPTY, {}),
     "no room": (([BOS, *[5] * 9], [7], [8]), LEFT, {}),
+    "no room, and cut before": (([BOS, *[5] * 9], [], []), LEFT, {}),
     "room for a space": (([BOS, *[5] * 8], [SPACE, 7], [SPACE, 8]), LEFT, {}),
     "two BOS": (([BOS, BOS, 5], [7], [8]), DOUBLED, {}),
     "two BOS, no prompt": (([], [BOS, BOS, 5, 7], [BOS, BOS, 5, 8]), DOUBLED, {}),

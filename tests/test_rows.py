@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from row_formats import BAD, FORMATS, GOOD, USER
 
-from focalpo_plugins.guards.rows import describe
+from focalpo_plugins.guards.rows import describe, not_text
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -79,3 +79,24 @@ def test_a_row_that_differs():
 
 def test_no_rows():
     assert describe([]) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "row 1 (the first is 0) has a message with the content None in the column 'chosen'"),
+        (5, "row 1 (the first is 0) has a message with the content 5 in the column 'chosen'"),
+        ([{"type": "text", "text": "a"}], None),
+        ("", None),
+    ],
+)
+def test_content_that_is_not_text(content: object, words: str | None):
+    """In an answer of a row after the first; parts of a content are the host's business."""
+    whole = {"chosen": [USER, GOOD], "rejected": BAD}
+    found = not_text([whole, {**whole, "chosen": [{**GOOD, "content": content}]}], whole)
+    assert found is None if words is None else found.startswith(words)
+
+
+def test_a_call_of_a_tool_has_no_content():
+    call = {"role": "assistant", "content": None, "tool_calls": []}
+    assert not_text([{"chosen": [call]}], ["chosen"]) is None

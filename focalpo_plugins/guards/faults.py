@@ -56,6 +56,16 @@ class Policy:
             if self.say:
                 say(f"warning: {fault}")
 
+    def foretell(self, faults: Iterable[Fault]) -> list[str]:
+        """What is said of the faults before a run, a sentence each."""
+        end = f". To train anyway, set {self.allow}. The first is "
+        return [
+            f"a run refuses these data: {fault.words}{end}{fault.first}"
+            if fault.refused and not self.allowed
+            else str(fault)
+            for fault in faults
+        ]
+
 
 @dataclass(frozen=True)
 class Catalogue:

@@ -48,7 +48,7 @@ def explained(explain: Callable[[Exception], str | None]) -> Iterator[None]:
         reason = None
         with suppress(Exception):  # then the host's own error says more
             reason = explain(error)
-        if reason is None:
+        if reason is None or reason in str(error):  # an explained error may pass here again
             raise
         raise InvalidValue(f"{one_line(error).rstrip('.')}. {reason}") from error
 

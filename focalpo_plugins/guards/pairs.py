@@ -179,11 +179,15 @@ def _faults(
     """The names of a pair's faults, once its answers are cut."""
     left = [cut(prompt, answer, cutting.limit, cutting.keep_end) for answer in answers]
     found = faults_of_answers(left[0], left[1], is_blank)
-    if "empty" in found and not any(all(map(is_blank, answer)) for answer in answers):
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    blanks = [answer for answer in answers if all(map(is_blank, answer))]
+    # If the host has already cut them, they have exactly this length, and no end.
+    if "empty" in found and all(
+        len(prompt) + len(each) == cutting.limit and eos not in each for each in blanks
+    ):
         found = ["cut"]
     if found == ["empty"] and cutting.shared:
         found = ["shared"]
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos not in (None, eos) and [*prompt, *answers[0]][:2] == [bos, bos]:
         found.append("doubled")
     if any(_strayed(prompt, answer, tokenizer, cutting.marker) for answer in answers):

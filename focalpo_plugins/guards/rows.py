@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -98,6 +98,27 @@ def empty_cell(dataset: Any, columns: Iterable[str], name: str, path: str = "") 
         f"{f' of {path!r}' * bool(path)} with an empty cell in the column {column!r}. Fill it, or "
         f"remove the row.{csv}"
     )
+
+
+def not_text(rows: Iterable[Mapping[str, Any]], columns: Collection[str]) -> str | None:
+    """The first row with a message whose content is neither text nor parts, in words.
+
+    Args:
+        columns: the columns that may hold messages.
+    """
+    for number, row in enumerate(islice(rows, _CHECKED)):
+        for column in columns:
+            cell = row.get(column)
+            for message in cell if isinstance(cell, list) else [cell]:
+                if not isinstance(message, Mapping) or "tool_calls" in message:
+                    continue
+                content = message.get("content", "")
+                if not isinstance(content, str | list):
+                    return (
+                        f"row {number} (the first is 0) has a message with the content {content!r} "
+                        f"in the column {column!r}. Write it as text, or remove the row"
+                    )
+    return None
 
 
 def _format(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import jsonl
-from .rows import Description, describe, empty_cell
+from .rows import Description, describe, empty_cell, not_text
 
 
 class Advice(NamedTuple):
@@ -84,6 +84,9 @@ class Source(ABC):
         words, taken = self.advice(rows)
         if not taken:
             return f"{start}: these are {rows.format}: {words}."
+        other = not_text(self._written(), self.columns.values())
+        if other is not None:
+            return f"{self.key} {self.path!r}: {other}."
         if rows.odd is None:
             return None
         return self.empty_cell() or f"{start}, which fits, but {rows.odd}. Fix or remove that row."

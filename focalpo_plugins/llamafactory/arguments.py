@@ -48,8 +48,10 @@ def parsed(parser: Any, parse: Callable[[Any], Any], args: Any, trains: bool) ->
 
     Returns:
         The function's result.  If one of our losses is asked for, its ``FinetuningArguments`` have
-        the attributes ``focalpo``, an :class:`~focalpo_plugins.yaml_keys.Asked`, and
-        ``focalpo_data_args``, LLaMA-Factory's own arguments of the data.
+        the attributes ``focalpo``, an :class:`~focalpo_plugins.yaml_keys.Asked`;
+        ``focalpo_data_args``, LLaMA-Factory's own arguments of the data; and
+        ``focalpo_continues``, whether trained adapters are trained on, whose reference is the model
+        without them.
 
     Raises:
         ValueError: the arguments ask for something that can't be trained; the message names the
@@ -80,11 +82,11 @@ def asked_loss(args: Any, of_host: Sequence[str]) -> str | None:
     If another package's loss has the name of one of the host's, its keys tell which one is meant.
     """
     name = args.pref_loss
-    if name not in losses():
+    if not isinstance(name, str) or name not in losses():
         return None
     if name in of_host and not is_marked(args, losses()[name]):
         return None
-    return str(name)
+    return name
 
 
 def is_marked(args: Any, loss: PairwiseLoss) -> bool:
@@ -106,9 +108,20 @@ def _take(args: Any, loss: PairwiseLoss, beside: Sequence[Any]) -> None:
     model_args = next(each for each in beside if hasattr(each, "model_name_or_path"))
     given = value_of(args)
     args.focalpo, args.focalpo_data_args = KEYS.asked(KEYS.bind(loss, given), given), data_args
+    args.focalpo_continues = _continues(model_args, args)
     last_line.install(partial(data.reason, model_args, data_args))
     data.check_files(data_args)
     trainer.install()
+
+
+def _continues(model_args: Any, args: Any) -> bool:
+    """Whether LLaMA-Factory trains given adapters on; if not, it merges them."""
+    from llamafactory.hparams.parser import is_deepspeed_zero3_enabled
+
+    if not model_args.adapter_name_or_path or args.ref_model is not None:
+        return False
+    merged = model_args.quantization_bit is None and not is_deepspeed_zero3_enabled()
+    return not (args.create_new_adapter and merged)
 
 
 def _with_our_keys(host: Any, known: set[str], of_host: Sequence[str]) -> type:
@@ -136,7 +149,7 @@ def _with_our_keys(host: Any, known: set[str], of_host: Sequence[str]) -> type:
         """Check the other arguments as with the host's own loss of the same margin."""
         written = self.pref_loss
         if asked_loss(self, of_host) is not None:
-            self.pref_loss = MARGINS.get(getattr(self, MARGIN) or "dpo", MARGINS["dpo"])
+            self.pref_loss = MARGINS.get(str(getattr(self, MARGIN)), MARGINS["dpo"])
         host.__post_init__(self)
         self.pref_loss = written
 

@@ -27,7 +27,7 @@ def _wrapped(parser: Any, parse: Callable[[Any], Any], trains: bool) -> Callable
     @functools.wraps(parse)
     def with_our_losses(args: Any = None) -> Any:
         args = parser.read_args(args)
-        if not _may_ask(parser, args):
+        if not _may_ask(parser, args, trains):
             return parse(args)
         from .arguments import parsed
 
@@ -36,12 +36,12 @@ def _wrapped(parser: Any, parse: Callable[[Any], Any], trains: bool) -> Callable
     return with_our_losses
 
 
-def _may_ask(parser: Any, args: Any) -> bool:
+def _may_ask(parser: Any, args: Any, trains: bool) -> bool:
     """Whether the arguments may ask for one of our losses, or for the help that lists our keys."""
     if isinstance(args, dict):
         named = args.get("pref_loss") not in (None, *host_losses(parser))
         return named or may_ask([*args, *args.values()])
-    return not {"-h", "--help"}.isdisjoint(args) or may_ask(args)
+    return trains and not {"-h", "--help"}.isdisjoint(args) or may_ask(args)
 
 
 def host_losses(parser: Any) -> tuple[str, ...]:

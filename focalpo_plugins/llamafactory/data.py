@@ -80,6 +80,31 @@ class Source(sources.Source):
             words += f", and in tags {tags}"
         return Advice(words, taken)
 
+    def wrong(self) -> str | None:
+        return super().wrong() or self._turns()
+
+    def _turns(self) -> str | None:
+        """The first row that LLaMA-Factory leaves out for the order of its turns, in words."""
+        if self.attr.formatting == "alpaca" or not self.attr.ranking:
+            return None
+        asking = {"user", self.attr.observation_tag}
+        answering = {"assistant", self.attr.function_tag}
+        for number, row in enumerate(self._written()):
+            turns = row.get(self.columns["prompt"])
+            if not isinstance(turns, list):
+                return None
+            roles = [turn.get("role") for turn in turns]
+            order = roles[1:] if roles[:1] == ["system"] else roles
+            fits = all(role in (answering if at % 2 else asking) for at, role in enumerate(order))
+            if not fits or len(order) % 2 == 0:
+                return (
+                    f"{self.key} {self.path!r}: row {number} (the first is 0) has the turns "
+                    f"{', '.join(map(str, roles)) or 'none'} before its answers. LLaMA-Factory "
+                    "leaves a row out unless user and assistant take turns, and the user is the "
+                    "last one."
+                )
+        return None
+
     def _tagged(self) -> bool:
         """Whether the first answer has the keys that the entry's tags name."""
         answer = next(super()._written())[self.columns["chosen"]]

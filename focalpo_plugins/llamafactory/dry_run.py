@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InvalidValue
-from ..guards import sources
+from ..guards import pairs, sources
+from ..guards.faults import Policy
 from ..guards.messages import explained
 from ..plan import ModelState, Plan, precision, sharding
 from ..trl.data import SEQUENCES, labelled_answers, labelled_pairs
 from ..trl.dry_run import with_steps
-from ..yaml_keys import BALANCED, SHARED
+from ..yaml_keys import ALLOW_DATA, BALANCED, SHARED
 from .data import cut_prompts, listed, reason
 
 _NO_LIMIT = 10**9  # tokens
@@ -103,6 +104,7 @@ def _without_data(run: _Run, gpus: int) -> Plan:
     margin = asked.margin if asked else own if own in ("simpo", "orpo") else "dpo"
     # The logged loss includes pref_ftx's term, and LD-DPO's margins don't start at 0.
     plain = not run.finetuning.pref_ftx and run.finetuning.ld_alpha is None
+    plain = plain and not (asked and run.finetuning.focalpo_continues)
     return Plan(
         host=f"LLaMA-Factory {version('llamafactory')} with TRL {version('trl')}",
         loss=asked and asked.loss,
@@ -143,15 +145,26 @@ def _with_data(bare: Plan, run: _Run) -> Plan:
         uncut = copy.copy(run.data)
         uncut.cutoff_len = _NO_LIMIT
         whole = _tokenized(run, uncut, template, module)
-    found = cut_prompts(labelled_answers(dataset), tokenizer, template, limit, evaluation=False)
     return replace(
         with_steps(bare, _trainer(run, dataset, tokenizer)),
-        warnings=[*bare.warnings, *map(str, found)],
+        warnings=[*bare.warnings, *_faults(run, dataset, tokenizer, template)],
         tokenizer=tokenizer,
         rows=len(dataset) if given else _rows(run, len(dataset)),
         pairs=labelled_pairs(zip(dataset, _lengths(whole), strict=True)),
         formats=() if given else sources.described(listed(run.data)),
     )
+
+
+def _faults(run: _Run, dataset: Any, tokenizer: Any, template: Any) -> list[str]:
+    """Warnings about the rows, a sentence each; the command counts the faults of their answers."""
+    limit, asked = run.data.cutoff_len, getattr(run.finetuning, "focalpo", None)
+    found = cut_prompts(labelled_answers(dataset), tokenizer, template, limit, evaluation=False)
+    if asked is None:
+        return [*map(str, found)]
+    policy = Policy(f"{ALLOW_DATA}: true", ALLOW_DATA in asked.on, say=False)
+    cutting = pairs.Cutting("cutoff_len", limit)
+    of_pairs = pairs.find(labelled_answers(dataset), tokenizer, cutting)
+    return policy.foretell([*(fault for fault in of_pairs if fault.refused), *found])
 
 
 def _is_tokenized(data: Any) -> bool:
@@ -177,6 +190,7 @@ def _trainer(run: _Run, dataset: Any, tokenizer: Any) -> Any:
         processor=None,
         tokenizer=tokenizer,
         train_dataset=dataset,
+        eval_dataset=dataset,  # transformers wants one if the run evaluates
     )
 
 

@@ -26,15 +26,12 @@ def check_keys(args: Any, known: Collection[str], of_host: Sequence[str]) -> Non
         of_host: the host's losses.
     """
     is_dict = isinstance(args, dict)
-    words = [*args] if is_dict else [word for word in args if word.startswith("-")]
     ours = KEYS.all()
-    for word in map(str, words):
-        key = word.partition("=")[0].lstrip("-").replace("-", "_")
-        written = key if is_dict else word.partition("=")[0]
-        if key in known or key in ours and (not is_dict or word in ours):
-            continue
-        if KEYS.misspelt(key, known):
+    for word in args:
+        written = str(word) if is_dict else word.partition("=")[0]
+        if _is_wrong(written, ours, known, not is_dict):
             got = f", got {args[word]!r}" if is_dict else ""
+            key = written.lstrip("-").replace("-", "_").lower()
             raise InvalidValue(f"unknown key {written}{got}{did_you_mean(key, ours)}")
     name = args.get("pref_loss") if is_dict else _value(args, "pref_loss")
     near = loss_meant_by(name, of_host) if isinstance(name, str) else None
@@ -42,6 +39,20 @@ def check_keys(args: Any, known: Collection[str], of_host: Sequence[str]) -> Non
         raise InvalidValue(
             f"pref_loss must be a loss by its name, got {name!r}; did you mean {near!r}?"
         )
+
+
+def _is_wrong(written: str, ours: Collection[str], known: Collection[str], flag: bool) -> bool:
+    """Whether a word before a value is meant as one of our keys, and isn't one.
+
+    Args:
+        flag: whether it is from a command line, where a key follows two dashes.
+    """
+    key = written.lstrip("-").replace("-", "_")
+    if key in known or (written.startswith("--") and key in ours if flag else written in ours):
+        return False
+    if flag and not written.startswith("-"):  # else a value
+        return key in ours
+    return KEYS.misspelt(key.lower(), known)
 
 
 def _value(words: Sequence[str], key: str) -> str | None:

@@ -62,7 +62,7 @@ class LlamaFactoryPairwiseTrainer(HostDPOMixin, CustomDPOTrainer):
         self, model: Any, ref_model: Any, finetuning_args: Any, processor: Any, **kwargs: Any
     ) -> None:
         self._asked: Asked = finetuning_args.focalpo
-        self._cutoff_len: int = finetuning_args.focalpo_data_args.cutoff_len
+        self._data_args = finetuning_args.focalpo_data_args
         asked, method = self._asked, _METHODS[self._asked.margin]
         self._check_method(_owner(method), method, asked.loss.name)
         # Only the image processor shows that the model takes images; the tokenizer doesn't.
@@ -70,6 +70,7 @@ class LlamaFactoryPairwiseTrainer(HostDPOMixin, CustomDPOTrainer):
         given = {"model": model, "ref_model": ref_model, "processing_class": processing}
         self._prepare(asked, given, kwargs["args"])
         of_reference = asked.margin == "dpo" and finetuning_args.ld_alpha is None
+        of_reference = of_reference and not finetuning_args.focalpo_continues
         self._starts_as_reference = of_reference and same_weights(model, ref_model)
         super().__init__(model, ref_model, finetuning_args, processor, **kwargs)
         if asked.margin != "dpo":
@@ -81,7 +82,7 @@ class LlamaFactoryPairwiseTrainer(HostDPOMixin, CustomDPOTrainer):
         return largest_id(dataset, SEQUENCES)
 
     def _pair_faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> list[Fault]:
-        limit = self._cutoff_len
+        limit = self._data_args.cutoff_len
         found = list(labelled_answers(dataset))
         cutting = pairs.Cutting(self._host.key("max_length"), limit)
         collator: Any = self.data_collator
@@ -99,7 +100,8 @@ class LlamaFactoryPairwiseTrainer(HostDPOMixin, CustomDPOTrainer):
             "simpo_gamma": self.simpo_gamma if margin == "simpo" else None,
             "pref_ftx": self.ftx_gamma,
             "ld_alpha": self.ld_alpha,
-            "max_length": self._cutoff_len,
+            "template": self._data_args.template,
+            "max_length": self._data_args.cutoff_len,
         }
 
     def _said_of_host(self) -> str:

@@ -13,6 +13,8 @@ _SHOWN = 80  # characters
 _WHY = {
     "asked": "no prompt: ms-swift puts an empty user turn before their answers. Put the prompt "
     "into the columns of both answers as their first turns, or name its column in columns",
+    "rejected": "no rejected answer: ms-swift trains the chosen one in its place. Fill the empty "
+    "cells, or remove the rows",
     "sides": "sides whose earlier turns differ: ms-swift trains each answer after the turns of its "
     "own side, so the two answers have different prompts. Give both sides the same turns before "
     "the last one if that isn't meant",
@@ -33,7 +35,12 @@ def text_faults(found: EncodedPairs, template: Any, evaluation: bool = False) ->
     for number, row, _, rejected in found.sampled():
         checked += 1
         shown = template.tokenizer.decode(rejected.ids)[:_SHOWN]
-        for name, has in (("asked", not _asks(row)), ("sides", _earlier_turns_differ(row))):
+        found_in_row = (
+            ("asked", not _asks(row)),
+            ("rejected", not _rejects(row)),
+            ("sides", _earlier_turns_differ(row)),
+        )
+        for name, has in found_in_row:
             if has:
                 places[name].append(f"row {number} of the tokenized data, rejected: {shown!r}")
     return _CATALOGUE.faults(places, checked, evaluation)
@@ -43,6 +50,13 @@ def _asks(row: Mapping[str, Any]) -> bool:
     """Whether a message before the answer says anything; a stream's rows don't tell."""
     turns = row.get("messages")
     return turns is None or any(turn.get("content") for turn in turns[:-1])
+
+
+def _rejects(row: Mapping[str, Any]) -> bool:
+    """Whether anything differs from the chosen side; a stream's rows don't tell."""
+    return "messages" not in row or any(
+        value for name, value in row.items() if name.startswith("rejected_")
+    )
 
 
 def _earlier_turns_differ(row: Mapping[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from ..errors import InvalidValue
 from ..guards import hub, sources
 from ..guards.messages import explained, say
 from ..guards.pairs import none_fits
-from ..guards.rows import CONVERSATIONS, PROMPT_BESIDE, STRINGS, Description
+from ..guards.rows import CONVERSATIONS, PROMPT_BESIDE, STRINGS, Description, not_text
 from ..guards.sources import Advice
 
 # By format, ms-swift's names of the columns.
@@ -59,7 +59,8 @@ class Source(sources.Source):
         names = {self.mapped.get(column, column) for column, cell in first.items() if cell}
         if "messages" in names:
             if names & {*_REJECTED}:
-                return None
+                other = not_text(self._written(), first)
+                return None if other is None else f"{self.key} {self.path!r}: {other}."
             return (
                 f"{self.key} {self.path!r}: its first row has no rejected answer, got the columns "
                 f"{', '.join(first)}. Give it a column rejected_messages or rejected_response."

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 
 from ..errors import InvalidValue
+from ..guards import pairs
+from ..guards.faults import Policy
 from ..guards.messages import explained
 from ..guards.pairs import none_fits
 from ..guards.sources import described
 from ..plan import ModelState, Pair, Plan, adam_bytes, precision, run_steps, sharding, windows
 from ..trl.parts import config_of
-from ..yaml_keys import BALANCED, SHARED
+from ..yaml_keys import ALLOW_DATA, BALANCED, SHARED
 from .arguments import check_words
 from .conversations import text_faults
 from .data import explain, listed
@@ -161,7 +163,11 @@ def _without_data(
 
 def _terms(args: Any, types: Sequence[str]) -> list[tuple[str, float]] | None:
     """The losses that ms-swift adds up, with their weights; None if it adds more."""
-    if args.rpo_alpha is not None or args.ref_adapters or args.ref_model not in (None, args.model):
+    if args.rpo_alpha is not None or args.ref_model not in (None, args.model):
+        return None
+    if args.ld_alpha is not None:  # the margins aren't 0 at first
+        return None
+    if list(args.adapters or ()) != list(args.ref_adapters or ()):
         return None
     ours = asked_types(args)
     names = ["sigmoid" if name in ours else name for name in types]
@@ -222,15 +228,16 @@ def _with_data(bare: Plan, args: Any) -> Plan:
     if train is None or len(train) == 0:
         raise none_fits("dataset", len(written[0] or ()), "max_length", args.max_length)
     found = EncodedPairs(train, run.template)
-    faults = text_faults(found, run.template)
+    warnings = _faults(found, args)
     if held_out is not None:
-        faults += text_faults(EncodedPairs(held_out, run.template), run.template, evaluation=True)
+        of_held_out = EncodedPairs(held_out, run.template)
+        warnings += map(str, text_faults(of_held_out, run.template, evaluation=True))
     order = _order(train, args.training_args, bare)
     epoch_steps = max(1, math.ceil(len(order) / bare.accumulation))
     steps = run_steps(args, epoch_steps)
     return replace(
         bare,
-        warnings=[*bare.warnings, *map(str, faults)],
+        warnings=[*bare.warnings, *warnings],
         tokenizer=run.template.tokenizer,
         rows=len(written[0]),
         kept=len(train),
@@ -240,6 +247,17 @@ def _with_data(bare: Plan, args: Any) -> Plan:
         steps=steps,
         windows=windows(order, bare.geometry, args.dataloader_drop_last, steps, completed=False),
     )
+
+
+def _faults(found: EncodedPairs, args: Any) -> list[str]:
+    """Warnings about the rows, a sentence each; the command counts the faults of their answers."""
+    faults, asked, template = text_faults(found, found.template), requested(args), found.template
+    if asked is None:
+        return [*map(str, faults)]
+    policy = Policy(f"{ALLOW_DATA} true", ALLOW_DATA in asked.on, say=False)
+    cutting = pairs.Cutting("max_length", template.max_length)
+    of_pairs = pairs.find(found.tokenized(), template.tokenizer, cutting)
+    return policy.foretell([*(fault for fault in of_pairs if fault.refused), *faults])
 
 
 def _order(train: Any, args: Any, bare: Plan) -> Any:

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from ..balanced import Cost
 from ..guards import pairs
+from ..guards.ranks import Ranks, together
 from ..plan import Tokens
 
 _SHOWN_AFTER = 2.0  # seconds until the progress bar
@@ -77,17 +78,34 @@ class EncodedPairs:
             say: whether a progress bar is shown if this takes long.
         """
         if cost not in self._tokens:  # a resumed run builds its loader twice
-            self._tokens[cost] = self._tokens_of_all(cost, say)
+            self._tokens[cost] = self._tokens_of(range(len(self.rows)), cost, say)
         return self._tokens[cost]
 
-    def _tokens_of_all(self, cost: Cost, say: bool) -> list[int]:
+    def read_tokens(self, cost: Cost, ranks: Ranks) -> None:
+        """Read what :meth:`tokens` returns, a part of the pairs on each rank: a template takes two
+        milliseconds for one.  Call it on all ranks.
+
+        Raises:
+            RuntimeError: a rank could not read its part.
+        """
+        if cost in self._tokens:
+            return
+        count, own = len(self.rows), list[int]()
+        part = range(ranks.rank, count, ranks.count)
+        together(ranks, lambda: own.extend(self._tokens_of(part, cost, ranks.rank == 0)))
+        found = [0] * count
+        for rank, of_rank in enumerate(ranks.gather(own)):
+            found[rank :: ranks.count] = of_rank
+        self._tokens[cost] = found
+
+    def _tokens_of(self, rows: range, cost: Cost, say: bool) -> list[int]:
         if cost == "padded" and "lengths" in getattr(self.rows, "column_names", ()):
-            return [max(both) for both in self.rows["lengths"]]
+            lengths = self.rows["lengths"]
+            return [max(lengths[row]) for row in rows]
         found = []
         shown = tqdm(
-            range(len(self.rows)), desc="lengths of the pairs", unit="pair", disable=not say,
-            delay=_SHOWN_AFTER,
-        )  # fmt: skip
+            rows, desc="lengths of the pairs", unit="pair", disable=not say, delay=_SHOWN_AFTER
+        )
         for row in shown:
             try:
                 chosen, rejected = (side.ids for side in self.of(row))

@@ -11,6 +11,7 @@ from swift.rlhf_trainers import DPOTrainer
 from ..guards import pairs
 from ..guards.faults import Fault
 from ..hf_batches import check_batches
+from ..hf_trainer import RANKS
 from ..run import Host
 from ..trl.batch_loss import HostDPOMixin
 from ..trl.exchange import smoothing_of_both
@@ -51,14 +52,15 @@ class SwiftPairwiseTrainer(HostDPOMixin, DPOTrainer):
         check_batches(given["args"])
         check_model(arguments, given["model"].model_meta.is_multimodal)
         self._prepare(asked, given, given["args"])
-        self._starts_as_reference = _starts_as_reference(arguments)
+        free = getattr(given["args"], "reference_free", None)
+        self._starts_as_reference = not free and _starts_as_reference(arguments)
         self._check_sets(tokenizer, given.get("train_dataset"), given.get("eval_dataset"))
         super().__init__(*args, **kwargs)
         self._begin(asked)
 
     def _in_loss(self) -> dict[str, Any]:
         args: Any = self.args
-        written = self._arguments
+        written, divergence = self._arguments, self.f_divergence_type
         return {
             "margin": "dpo",
             "beta": self.beta,
@@ -67,6 +69,9 @@ class SwiftPairwiseTrainer(HostDPOMixin, DPOTrainer):
             "loss_weights": written.loss_weights,
             "rpo_alpha": args.rpo_alpha,
             "ld_alpha": args.ld_alpha,
+            # A script can set these two in the trainer's own arguments.
+            "f_divergence_type": str(getattr(divergence, "value", divergence)),
+            "reference_free": self.reference_free,
             "router_aux_loss_coef": self.aux_loss_coef if self.aux_loss_enabled else None,
             "template": written.template,
             "loss_scale": written.loss_scale,
@@ -83,6 +88,11 @@ class SwiftPairwiseTrainer(HostDPOMixin, DPOTrainer):
 
     def _sequences(self) -> Any:
         return None if self._encoded.is_stream else self._encoded
+
+    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        if self._balanced_key is not None and not self._encoded.is_stream:
+            self._encoded.read_tokens(self._cost(), RANKS)
+        return super().get_train_dataloader(*args, **kwargs)
 
     def _host_reference(self, batch: Any) -> Any:
         return super().compute_ref_log_probs(batch)

@@ -93,7 +93,9 @@ def test_gamma_is_mandatory(given):
     [
         ("focalpo_gama", "unknown key focalpo_gama, got 1; did you mean 'focalpo_gamma'?"),
         ("focal_gamma", "unknown key focal_gamma, got 1; did you mean 'focalpo_gamma'?"),
-        ("focalpo-gamma", "unknown key focalpo_gamma, got 1; did you mean 'focalpo_gamma'?"),
+        ("focalpo-gamma", "unknown key focalpo-gamma, got 1; did you mean 'focalpo_gamma'?"),
+        ("--focalpo_gamma", "unknown key --focalpo_gamma, got 1; did you mean 'focalpo_gamma'?"),
+        ("FOCALPO_GAMMA", "unknown key FOCALPO_GAMMA, got 1; did you mean 'focalpo_gamma'?"),
         ("focalpo_fused", "unknown key focalpo_fused, got 1"),
     ],
 )
@@ -103,6 +105,15 @@ def test_an_unknown_key(given, monkeypatch, key: str, message: str):
     with pytest.raises(InvalidValue) as error:
         finetuning({**given(), key: 1})
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("more", [["focalpo_gamma_end=0.3"], ["-focalpo_gamma_end", "0.3"]])
+def test_a_flag_without_its_two_dashes(given, monkeypatch, more: list[str]):
+    """The host would drop it; a value that holds one of our names is none."""
+    monkeypatch.setenv("ALLOW_EXTRA_ARGS", "1")
+    with pytest.raises(InvalidValue, match="unknown key -?focalpo_gamma_end; did you mean"):
+        finetuning([*as_words(given()), *more])
+    assert finetuning(as_words(given(run_name="focalpo_gamma/lr=1"))).pref_loss == "focalpo"
 
 
 def test_an_abbreviated_flag(given):
@@ -139,7 +150,14 @@ def test_an_abbreviated_flag_of_another_package(given, add_loss):
             {"focalpo_margin": "simpi"},
             "focalpo_margin must be one of dpo, simpo, orpo, got 'simpi'",
         ),
+        (
+            {"focalpo_margin": ["dpo"]},
+            "focalpo_margin must be one of dpo, simpo, orpo, got ['dpo']",
+        ),
+        ({"focalpo_margin": ""}, "focalpo_margin must be one of dpo, simpo, orpo, got ''"),
+        ({"pref_loss": ["focalpo"]}, "got 0.05 with pref_loss: ['focalpo']"),
         ({"focalpo_shared_prompts": "maybe"}, "focalpo_shared_prompts must be true or false"),
+        ({"focalpo_shared_prompts": 1}, "focalpo_shared_prompts must be true or false, got 1."),
         ({"pref_beta": 0}, "pref_beta must be"),
         ({"dpo_label_smoothing": 0.7}, "dpo_label_smoothing must be"),
     ],

@@ -93,12 +93,41 @@ def test_data_that_are_tokenized(checked, llamafactory: LlamaFactory):
     assert again["tokens_per_step"] == found["tokens_per_step"]
 
 
+def test_an_adapter_that_is_trained_on(checked):
+    """Its margins aren't 0 at first; a new adapter's are, over a model into which it is merged."""
+    lora = {"finetuning_type": "lora", "adapter_name_or_path": "an/adapter"}
+    assert checked(**lora)[1]["first_loss"] is None
+    found = checked(**lora, create_new_adapter=True)[1]
+    assert found["first_loss"] == pytest.approx(0.66953, abs=1e-5)
+
+
 def test_pairs_that_are_cut(checked):
     """Every sequence has more than 24 tokens, and the prompt's end is lost."""
     code, found, _ = checked(cutoff_len=24)
     assert code == 0
     assert found["counts"]["truncated"] == 40
-    assert any("a prompt whose end is cut off to fit cutoff_len=24" in w for w in found["warnings"])
+    words = (
+        "a run refuses these data: 40 of 40 pairs have a prompt whose end is cut off to fit cutoff_"
+    )
+    assert any(warning.startswith(words) for warning in found["warnings"])
+    _, allowed, _ = checked(cutoff_len=24, focalpo_allow_data=True)
+    assert not any("a run refuses" in warning for warning in allowed["warnings"])
+
+
+def test_pairs_that_a_run_refuses(checked, llamafactory: LlamaFactory, few: Path):
+    """Also with evaluations, for which transformers wants evaluation data, though they are not read
+    here."""
+    held_out = llamafactory.data("held_out", few / "test.jsonl")
+    alike = [json.loads(line) for line in (few / "train.jsonl").read_text().splitlines()]
+    lines = [json.dumps({"chosen": row["chosen"], "rejected": row["chosen"]}) for row in alike]
+    (llamafactory.folder / "alike.jsonl").write_text("\n".join(lines))
+    llamafactory.data("alike", llamafactory.folder / "alike.jsonl")
+    evaluates = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": held_out}
+    code, found, errors = checked(dataset="alike", **evaluates)
+    assert code == 0, errors
+    assert found["rows"] == 40
+    words = "a run refuses these data: 40 of 40 pairs have identical answers"
+    assert any(warning.startswith(words) for warning in found["warnings"])
 
 
 def test_the_hosts_own_losses(checked):

@@ -73,6 +73,9 @@ def test_what_it_reads(check, row: dict[str, Any], entry: dict[str, Any]):
         (MESSAGES, {**OF_MESSAGES, "columns": {"messages": "prompt", **SIDES}}, "in columns messages: messages"),
         (STRINGS, OF_MESSAGES, "these are strings: set ranking: true and formatting: alpaca, in columns prompt: prompt"),
         (LISTS, OF_MESSAGES, "write the prompt's messages into one column"),
+        ({**MESSAGES, "messages": [USER, MESSAGES["rejected"]]}, OF_MESSAGES, "row 0 (the first is 0) has the turns user, assistant before its answers"),
+        ({**MESSAGES, "messages": []}, OF_MESSAGES, "has the turns none before its answers"),
+        ({**MESSAGES, "chosen": {"role": "assistant", "content": None}}, OF_MESSAGES, "row 0 (the first is 0) has a message with the content None in the column 'chosen'"),
     ],
 )  # fmt: skip
 def test_what_it_does_not_read(check, row: dict[str, Any], entry: dict[str, Any], advice: str):

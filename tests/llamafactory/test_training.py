@@ -83,6 +83,18 @@ def in_folder(host: LlamaFactory, changes: dict[str, Any]) -> dict[str, Any]:
     return {**changes, "output_dir": str(host.folder / changes["output_dir"])}
 
 
+@pytest.mark.releases
+def test_adapters_that_are_trained_on(llamafactory: LlamaFactory):
+    """Their reference is the model without them, so the margins aren't 0 at first, and nothing is
+    wrong with that."""
+    run = llamafactory.train(**LORA)
+    more = {"adapter_name_or_path": str(run.folder), "output_dir": str(llamafactory.folder / "2")}
+    further = llamafactory.train(finetuning_type="lora", max_steps=1, **more)
+    assert losses(run)[0] == pytest.approx(FIRST, abs=1e-5)
+    assert losses(further)[0] != pytest.approx(FIRST, abs=1e-5)
+    assert "first step" in run.output and "first step" not in further.output
+
+
 def test_the_file_is_refused_without_this_package(llamafactory: LlamaFactory):
     """By the host itself, whose loss would be DPO's."""
     run = llamafactory(llamafactory.config(), FOCALPO_AUTOLOAD="0")
@@ -175,6 +187,14 @@ def test_zero_3(llamafactory: LlamaFactory, tmp_path: Path):
     assert losses(sharded)[0] == pytest.approx(FIRST, abs=1e-5)
 
 
+def test_resuming_with_another_template(llamafactory: LlamaFactory):
+    run = llamafactory.train(max_steps=1, save_strategy="steps", save_steps=1)
+    changes = {"template": "default", "resume_from_checkpoint": str(run.folder / "checkpoint-1")}
+    run = llamafactory(llamafactory.config(**changes))
+    assert run.code != 0
+    assert "template was 'llama3', got 'default': resuming would change" in run.output
+
+
 def test_streamed_data_are_not_balanced(llamafactory: LlamaFactory):
     config = llamafactory.config(
         streaming=True, dataloader_num_workers=1, focalpo_balanced_batches=True
@@ -214,6 +234,11 @@ REFUSED_PRECOMPUTE = {
     "no reference": (
         {"focalpo_margin": "simpo"},
         "can't be combined with focalpo_margin, got 'simpo'",
+    ),
+    "no training": (
+        {"do_train": False, "do_eval": True, "max_steps": None, "eval_dataset": "train"},
+        "focalpo_precompute_ref can't be combined with a run that doesn't train, got True: the "
+        "reference is the policy itself",
     ),
     "another folder's key": (
         {"focalpo_precompute_ref": None, "focalpo_precompute_dir": "x"},

@@ -43,6 +43,10 @@ def test_the_class_keeps_its_name():
         ({**ASKED, "focalpo_gamma": None}, "focalpo_gamma must be given with loss_type focalpo"),
         ({**ASKED, "focalpo_gamma": -1.0}, "focalpo_gamma must be a finite number of at least 0"),
         ({**ASKED, "focalpo_variant": "wrong"}, "focalpo_variant must be one of correct"),
+        (
+            {**ASKED, "focalpo_shared_prompts": "false"},
+            "focalpo_shared_prompts must be true or false, got 'false'",
+        ),
         ({**ASKED, "beta": 0.0}, "beta must be a finite number above 0, got 0.0"),
         ({**ASKED, "label_smoothing": 0.5}, "label_smoothing must be at least 0 and below 0.5"),
         ({**ASKED, "rlhf_type": "kto"}, "focalpo_gamma belongs to loss_type focalpo with rlhf_type"),

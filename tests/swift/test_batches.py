@@ -11,6 +11,7 @@ from swift.dataloader import BatchSamplerShard
 
 from focalpo_plugins.balanced import Dealt
 from focalpo_plugins.swift.batches import BalancedShard, balance
+from focalpo_plugins.swift.pairs import EncodedPairs
 
 TOKENS = [(37 * row) % 101 + 10 for row in range(64)]
 
@@ -85,3 +86,44 @@ def test_a_resumed_loader():
 def test_other_batches_are_refused():
     with pytest.raises(ValueError, match="can't be combined with a batch sampler, got 'list'"):
         balance(SimpleNamespace(batch_sampler=[]), TOKENS, 2, "padded", "focalpo_balanced_batches")
+
+
+class Rows(list):
+    """Rows that are encoded, and which of them were read."""
+
+    def __init__(self) -> None:
+        lengths = [(3 + row % 5, 2 + row % 3) for row in range(11)]
+        names = ("chosen", "rejected")
+        super().__init__(
+            {
+                f"{name}_{what}": [1] * length
+                for name, length in zip(names, both, strict=True)
+                for what in ("input_ids", "labels")
+            }
+            for both in lengths
+        )
+        self.read: list[int] = []
+
+    def __getitem__(self, row: int) -> Any:
+        self.read.append(row)
+        return super().__getitem__(row)
+
+
+def test_each_rank_reads_a_part_of_the_lengths():
+    """Of 11 pairs three ranks read 4, 4 and 3; all of them then know all, and read nothing again."""
+    whole = EncodedPairs(Rows(), None).tokens("padded")
+    assert whole == [max(3 + row % 5, 2 + row % 3) for row in range(11)]
+    parts = {rank: whole[rank::3] for rank in range(3)}
+    for rank in range(3):
+
+        def gather(thing: Any, rank: int = rank) -> list[Any]:
+            if thing is None:  # no error
+                return [None] * 3
+            assert thing == parts[rank]
+            return [*parts.values()]
+
+        rows = Rows()
+        found = EncodedPairs(rows, None)
+        found.read_tokens("padded", SimpleNamespace(rank=rank, count=3, gather=gather))
+        assert found.tokens("padded") == whole
+        assert rows.read == list(range(rank, 11, 3))

@@ -157,7 +157,44 @@ def test_prompts_that_ms_swift_would_not_read(check: Callable[..., tuple], tmp_p
     row = {"prompt": "Q", "chosen": [turn], "rejected": [{**turn, "content": "bad"}]}
     (tmp_path / "bare.jsonl").write_text((json.dumps(row) + "\n") * 16)
     code, out, _ = check("--strict", dataset=str(tmp_path / "bare.jsonl"))
-    assert code == 1 and "16 of 16 rows have no prompt" in out
+    assert code == 1 and "a run refuses these data: 16 of 16 rows have no prompt" in out
+
+
+def test_ld_dpo_has_no_first_loss_to_expect(check: Callable[..., tuple]):
+    """It weighs the policy's tokens only, so the margins aren't 0."""
+    code, out, err = check("--json", ld_alpha=0.5)
+    assert code == 0, err
+    assert json.loads(out)["first_loss"] is None
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "has a message with the content None in the column 'chosen'"),
+        (5, "has a message with the content 5 in the column 'chosen'"),
+    ],
+)
+def test_content_that_is_not_text(check: Callable[..., tuple], few: Path, tmp_path: Path,
+                                  content: Any, message: str):  # fmt: skip
+    """ms-swift leaves such rows out, and fails with no word about them if none is left."""
+    rows = [json.loads(line) for line in (few / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["chosen"][-1]["content"] = content
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, _, err = check(dataset=str(tmp_path / "rows.jsonl"))
+    assert code == 2
+    assert err.strip().splitlines()[-1].count(message) == 1, err[-3000:]
+
+
+def test_rows_without_a_rejected_answer(check: Callable[..., tuple], few: Path, tmp_path: Path):
+    """Twenty of 40, in which ms-swift trains the chosen answer as both."""
+    rows = [json.loads(line) for line in (few / "train.jsonl").read_text().splitlines()]
+    for row in rows[::2]:
+        row["rejected"] = None
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, out, err = check(dataset=str(tmp_path / "rows.jsonl"))
+    assert code == 0, err
+    assert "20 of 40 rows have no rejected answer: ms-swift trains the chosen one" in out
 
 
 def test_the_memory_alone(tmp_path: Path):
@@ -181,6 +218,11 @@ def test_report_and_score(focalpo: ManyFocalpo, tiny: Path, few: Path, tmp_path:
     code, shown, err = focalpo("report", out, "--out", tmp_path / "report", "--format", "csv")
     assert code == 0, err
     assert "0.6695" in shown and "eval" in shown
+    # Trained on, with the model without them as the reference: the margins aren't 0.
+    again = words({**TINY, **given, "adapters": out / "checkpoint-3", "eval_strategy": "no"})
+    code, shown, err = focalpo("check", "--json", "--", "swift", "rlhf", *again)
+    assert code == 0, err
+    assert json.loads(shown)["first_loss"] is None
     # In a process of its own: ms-swift takes the constructor off TRL's trainer where it is imported.
     done = harness.focalpo(
         "score", out / "checkpoint-3", few / "test.jsonl", "--ref", tiny / "model",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import yaml
 from contract import FIRST
@@ -228,6 +229,40 @@ def test_another_package_and_python(tiny: Path, few: Path, tmp_path: Path):
     ran = Ran(tmp_path, done.returncode, done.stdout)
     assert ran.losses[0] == pytest.approx(1, abs=1e-5)
     assert "loss=steep power=3.0" in ran.said("active.")[0]
+
+
+RESUMED = """
+from swift import RLHFArguments, rlhf_main
+
+given = {given}
+rlhf_main(RLHFArguments(**given))
+for name, value in (("f_divergence_type", "js_divergence"), ("reference_free", True)):
+    args = RLHFArguments(**given, resume_from_checkpoint={checkpoint!r})
+    setattr(args.training_args, name, value)
+    try:
+        rlhf_main(args)
+    except ValueError as error:
+        print("refused:", error)
+"""
+
+
+def test_resuming_with_what_only_a_script_can_set(tiny: Path, few: Path, tmp_path: Path):
+    """ms-swift has no keys for these two, which change the margin."""
+    given = {**TINY, **FOCALPO, "report_to": ["none"], "model": str(tiny / "model"), "max_steps": 1,
+             "dataset": [str(few / "train.jsonl")], "save_strategy": "steps", "save_steps": 1,
+             "output_dir": str(tmp_path / "out")}  # fmt: skip
+    checkpoint = str(tmp_path / "out" / "checkpoint-1")
+    (tmp_path / "script.py").write_text(RESUMED.format(given=given, checkpoint=checkpoint))
+    code, output, _ = run_forked(tmp_path / "script.py", tmp_path)
+    assert code == 0, output[-4000:]
+    first, second = (line for line in output.splitlines() if line.startswith("refused:"))
+    assert "f_divergence_type was 'reverse_kl', got 'js_divergence': resuming would" in first
+    assert "reference_free was False, got True: resuming would" in second
+
+
+def run_forked(script: Path, folder: Path) -> tuple[int, str, str]:
+    cache = {"MODELSCOPE_CACHE": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "hf")}
+    return forked.run(str(script), [], folder, merged=True, **cache)
 
 
 def test_megatron_is_refused_on_its_command_line(tmp_path: Path):

@@ -30,8 +30,8 @@ def warnings(
     if plan.loss is None:
         found.append(
             f"the loss is the host's own, {plan.host_loss}: no loss of focalpo_plugins is asked "
-            "for (rl: focalpo in Axolotl, --loss focalpo in OpenRLHF, --loss_type focalpo in "
-            "ms-swift)."
+            "for (rl: focalpo in Axolotl, --loss focalpo in OpenRLHF, pref_loss: focalpo in "
+            "LLaMA-Factory, --loss_type focalpo in ms-swift)."
         )
     if plan.precision == "fp16":
         found.append(
@@ -66,7 +66,10 @@ def _of_data(plan: Plan, counts: Counts) -> list[str]:
         )
     dropped = plan.rows - plan.kept
     if dropped > _MUCH_CUT * plan.rows:
-        found.append(f"{share(dropped, plan.rows)} of the pairs are dropped as too long.")
+        found.append(
+            f"{share(dropped, plan.rows)} of the pairs are dropped by the host: they are too long, "
+            "or it can't read them."
+        )
     return found
 
 
