@@ -312,6 +312,15 @@ def openrlhf_releases(session: nox.Session, release: str, deepspeed: str) -> Non
 
 
 @nox.session(tags=["compat"])
+@nox.parametrize("release", [end("0.9.4")])
+def llamafactory_releases(session: nox.Session, release: str) -> None:
+    """The contract in another release of LLaMA-Factory."""
+    with environment(session):
+        install_llamafactory(session, f"llamafactory=={release}")
+        test(session, OF_LLAMA_FACTORY[:1], "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
+
+
+@nox.session(tags=["compat"])
 @nox.parametrize("release", [end("4.5.3")])
 def swift_releases(session: nox.Session, release: str) -> None:
     """The same tests in other releases of ms-swift."""
