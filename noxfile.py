@@ -312,11 +312,11 @@ def openrlhf_releases(session: nox.Session, release: str, deepspeed: str) -> Non
 
 
 @nox.session(tags=["compat"])
-@nox.parametrize("release", [end("0.9.4")])
-def llamafactory_releases(session: nox.Session, release: str) -> None:
+@nox.parametrize("release, deepspeed", [end("0.9.4", "0.16.9")])
+def llamafactory_releases(session: nox.Session, release: str, deepspeed: str) -> None:
     """The contract in another release of LLaMA-Factory."""
     with environment(session):
-        install_llamafactory(session, f"llamafactory=={release}")
+        install_llamafactory(session, f"llamafactory=={release}", f"deepspeed=={deepspeed}")
         test(session, OF_LLAMA_FACTORY[:1], "-m", EVERY_RELEASE, *THREE_AT_A_TIME)
 
 
@@ -481,14 +481,18 @@ def install_openrlhf(
         beside_the_host(session)
 
 
-def install_llamafactory(session: nox.Session, llamafactory: str = LLAMA_FACTORY) -> None:
+def install_llamafactory(
+    session: nox.Session,
+    llamafactory: str = LLAMA_FACTORY,
+    deepspeed: str = DEEPSPEED_OF_LLAMA_FACTORY,
+) -> None:
     """Without what its web page and images need: torchvision would bring another torch."""
     session.install(TORCH, llamafactory, "--no-deps")
     web = ("fastapi", "gradio", "modelscope", "sse-starlette", "uvicorn")
     left_out = re.compile(rf"({'|'.join(('torchaudio', 'torchvision', *web))})\b")
     needed = [each for each in requirements(session, "llamafactory") if not left_out.match(each)]
     session.install(TORCH, *needed, "bitsandbytes", "setuptools", "wheel", "ninja")
-    session.install(DEEPSPEED_OF_LLAMA_FACTORY, "--no-build-isolation", env={"DS_BUILD_OPS": "0"})
+    session.install(deepspeed, "--no-build-isolation", env={"DS_BUILD_OPS": "0"})
     # Whatever it reads, it imports torchaudio, which it needs for sound.
     place = str(session.run("python", "-c", "import torch; print(torch.__file__)", silent=True))
     (Path(place.strip()).parents[1] / "torchaudio.py").touch()
