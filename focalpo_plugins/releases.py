@@ -7,7 +7,7 @@ from importlib.metadata import metadata
 #: By package, the oldest and the newest release that the tests run in.
 TESTED = {
     "axolotl": "0.16.1 to 0.21.0",
-    "llamafactory": "0.9.5",
+    "llamafactory": "0.9.4 to 0.9.5",
     "ms-swift": "4.5.3 to 4.6.0",
     "openrlhf": "0.9.10 to 0.11.2",
     "trl": "0.29.0 to 1.16.0",

@@ -83,8 +83,8 @@ ARROWS: dict[str, set[str]] = {
         "yaml_keys"
     },
     "swift": {
-        "errors", "loss", "registry", "run", "plan", "balanced", "guards", "hf_batches", "trl",
-        "yaml_keys"
+        "errors", "loss", "registry", "run", "plan", "balanced", "guards", "hf_trainer",
+        "hf_batches", "trl", "yaml_keys"
     },
     "openrlhf": {
         "errors", "loss", "options", "registry", "run", "plan", "balanced", "guards", "sharing",

@@ -421,7 +421,8 @@ def test_what_is_installed_is_what_the_tests_run_with():
 def test_the_table_of_releases():
     """It has the releases that nox runs the tests in, and no other except the refused one."""
     sessions = (
-        "trl_releases", "axolotl_releases", "openrlhf_releases", "swift_releases", "old_torch"
+        "trl_releases", "axolotl_releases", "openrlhf_releases", "llamafactory_releases",
+        "swift_releases", "old_torch",
     )  # fmt: skip
     ran = {release for name in sessions for release in write_numbers.session(name)}
     ran |= {*write_numbers.session("core_pythons")}
@@ -449,20 +450,23 @@ def test_the_releases_in_messages(monkeypatch: pytest.MonkeyPatch):
     """They are the releases that nox runs the tests in; the pages are named once setup.cfg names
     them."""
     swift = [*write_numbers.session("swift_releases"), *write_numbers.constant("SWIFT")]
-    (llamafactory,) = write_numbers.constant("LLAMA_FACTORY")
+    llamafactory = [
+        *write_numbers.session("llamafactory_releases"),
+        *write_numbers.constant("LLAMA_FACTORY"),
+    ]
     assert {
         **{host.lower(): write_numbers.releases(host) for host in ("Axolotl", "OpenRLHF", "TRL")},
-        "llamafactory": llamafactory,
+        "llamafactory": f"{llamafactory[0]} to {llamafactory[-1]}",
         "ms-swift": f"{swift[0]} to {swift[-1]}",
     } == releases.TESTED
     paper = "Project-URL: Paper, https://arxiv.org/abs/2501.06645\n"
     assert metadata("focalpo_plugins").get_all("Project-URL") == [paper.partition(": ")[2].strip()]
-    assert releases.install("llamafactory") == f"Install llamafactory {llamafactory}."
+    supported = releases.TESTED["llamafactory"]
+    assert releases.install("llamafactory") == f"Install llamafactory {supported}."
     pages = "Project-URL: Documentation, https://pages.example/focalpo\n"
     monkeypatch.setattr(releases, "metadata", lambda name: message_from_string(paper + pages))
     assert releases.install("llamafactory") == (
-        f"Install llamafactory {llamafactory}, or see https://pages.example/focalpo for newer "
-        "releases."
+        f"Install llamafactory {supported}, or see https://pages.example/focalpo for newer releases."
     )
 
 
