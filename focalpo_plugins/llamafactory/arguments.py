@@ -109,7 +109,7 @@ def _take(args: Any, loss: PairwiseLoss, beside: Sequence[Any]) -> None:
     given = value_of(args)
     args.focalpo, args.focalpo_data_args = KEYS.asked(KEYS.bind(loss, given), given), data_args
     args.focalpo_continues = _continues(model_args, args)
-    last_line.install(partial(data.reason, model_args, data_args))
+    last_line.install(partial(data.reason, model_args, data_args, args))
     data.check_files(data_args)
     trainer.install()
 

@@ -170,14 +170,22 @@ def explain(data_args: Any, error: BaseException) -> str | None:
     return sources.wrong_in(listed(data_args))
 
 
-def reason(model_args: Any, data_args: Any, error: BaseException) -> str | None:
+def reason(
+    model_args: Any, data_args: Any, finetuning_args: Any, error: BaseException
+) -> str | None:
     """Why a run of these arguments stopped; None if nothing was found."""
-    return explain(data_args, error) or hub.explain(error, _remote_names(model_args, data_args))
+    names = _remote_names(model_args, data_args, finetuning_args)
+    return explain(data_args, error) or hub.explain(error, names)
 
 
-def _remote_names(model_args: Any, data_args: Any) -> dict[str, str]:
+def _remote_names(model_args: Any, data_args: Any, finetuning_args: Any) -> dict[str, str]:
     """The names of models and data that may come from a hub, by key."""
     models = {"model_name_or_path": str(model_args.model_name_or_path)}
+    if finetuning_args.ref_model is not None:
+        models["ref_model"] = str(finetuning_args.ref_model)
+    for adapter in model_args.adapter_name_or_path or ():  # of several the last one that is missing
+        if not Path(adapter).exists():
+            models["adapter_name_or_path"] = str(adapter)
     with suppress(ValueError):  # an entry that isn't there: the host reports it
         return sources.remote_names(models, listed(data_args))
     return models

@@ -66,7 +66,7 @@ def plan(config: Path, gpus: int, scratch: Path, shape: Path | None = None) -> P
     def reason_of(error: Exception) -> str | None:
         if run is None:
             return None
-        return reason(run.model, run.data, error)
+        return reason(run.model, run.data, run.finetuning, error)
 
     with explained(reason_of):
         run = _read(written, scratch, shape)

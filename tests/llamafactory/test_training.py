@@ -84,6 +84,17 @@ def in_folder(host: LlamaFactory, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.releases
+@pytest.mark.parametrize("key", ["ref_model", "adapter_name_or_path"])
+def test_another_model_that_is_not_there(llamafactory: LlamaFactory, tmp_path: Path, key: str):
+    """The last line has the path, and the name that is near."""
+    (tmp_path / "model").mkdir()
+    run = llamafactory(llamafactory.config(**LORA, **{key: str(tmp_path / "modle")}, max_steps=1))
+    assert run.code != 0
+    words = f"There is no such file or folder: {key} '{tmp_path}/modle' ('model' is beside it)"
+    assert words in run.output.strip().splitlines()[-1]
+
+
+@pytest.mark.releases
 def test_adapters_that_are_trained_on(llamafactory: LlamaFactory):
     """Their reference is the model without them, so the margins aren't 0 at first, and nothing is
     wrong with that."""
