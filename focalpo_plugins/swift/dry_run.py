@@ -73,6 +73,7 @@ def _arguments(
     from swift.utils import parse_args
 
     parse_yaml_args(words)
+    os.environ.pop("SWIFT_CONFIG_FILE", None)  # by which a later run would copy the file
     check_words(words, RLHFArguments)
     words = list(chain.from_iterable(map(_in_one_form, words)))
     deepspeed = _take(words, "deepspeed")

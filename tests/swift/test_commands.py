@@ -50,6 +50,7 @@ def test_a_command(
         return
     monkeypatch.chdir(reader.folder)
     argv = words[2:]
+    monkeypatch.setenv("SWIFT_CONFIG_FILE", "")  # it is set here, and must not stay
     parse_yaml_args(argv)
     output = reader.run(script(), [*argv, *as_flags(SHORT)], **command.variables)
     assert "active. loss=focalpo gamma=0.05" in output and "'loss': '0.6695'" in output
