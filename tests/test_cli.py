@@ -34,7 +34,7 @@ def rows(file: Path) -> list[dict[str, str]]:
 
 def test_a_scratch_folder_names_no_model():
     """Its path becomes the model's, and Axolotl refuses gradient checkpointing for one with "mpt" in
-    it, as in /tmp/tmpt0x1y2z3: one name in 37 of those that tempfile draws."""
+    it, as in tmpt0x1y2z3: one name in 37 of those that tempfile draws."""
     with scratch_folder() as folder:
         assert re.fullmatch("focalpo-[0-9a-f]{16}", folder.name)
         (folder / "model").mkdir()
