@@ -48,23 +48,25 @@ class Policy:
             ValueError: more than half of the training data's rows have the same fault.
         """
         for fault in faults:
-            if fault.refused and not self.allowed:
-                raise InvalidValue(
-                    f"training data refused: {fault.words}. To train anyway, set {self.allow}. The "
-                    f"first is {fault.first}"
-                )
+            if self._refuses(fault):
+                raise InvalidValue(f"training data refused: {self._refusal(fault)}")
             if self.say:
                 say(f"warning: {fault}")
 
     def foretell(self, faults: Iterable[Fault]) -> list[str]:
         """What is said of the faults before a run, a sentence each."""
-        end = f". To train anyway, set {self.allow}. The first is "
         return [
-            f"a run refuses these data: {fault.words}{end}{fault.first}"
-            if fault.refused and not self.allowed
+            f"a run refuses these data: {self._refusal(fault)}"
+            if self._refuses(fault)
             else str(fault)
             for fault in faults
         ]
+
+    def _refuses(self, fault: Fault) -> bool:
+        return fault.refused and not self.allowed
+
+    def _refusal(self, fault: Fault) -> str:
+        return f"{fault.words}. To train anyway, set {self.allow}. The first is {fault.first}"
 
 
 @dataclass(frozen=True)

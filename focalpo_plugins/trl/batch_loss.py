@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RunError
 from ..hf_reference import PrecomputedReference
@@ -36,6 +36,11 @@ class HostDPOMixin(BatchLossMixin):
 
     _own_loss = "DPO"
 
+    if TYPE_CHECKING:
+
+        def _host_reference(self, batch: Any) -> Any:
+            """The reference's log-probabilities of both sides, by the host's own forward pass."""
+
     def _prepare(self, asked: Asked, given: Mapping[str, Any], args: Any) -> None:
         """Note what is asked for, and refuse what can't be combined with it; before ``__init__``.
 
@@ -63,10 +68,6 @@ class HostDPOMixin(BatchLossMixin):
     def _logps_of_reference(self, batch: Any) -> Any:
         with self._prompts_shared(self._pairs_in(batch)):
             return self._host_reference(batch)
-
-    def _host_reference(self, batch: Any) -> Any:
-        """The reference's log-probabilities of both sides, by the host's own forward pass."""
-        raise NotImplementedError
 
     def _check_method(self, trainer: type, method: str, loss: str) -> None:
         """Raise ``RuntimeError`` if the host's method computes no loss that can be exchanged."""

@@ -54,6 +54,12 @@ class PairwiseBase(PairwiseTrainerMixin):
     if TYPE_CHECKING:
         _tag_names: list[str]
 
+        def _largest_id(self, dataset: Any) -> int:
+            """The largest token id of the tokenized data."""
+
+        def _pair_faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> Iterable[Fault]:
+            """The faults of the tokenized pairs; each rank checks the same rows."""
+
     def set_loss(self, loss: BoundLoss) -> None:
         super().set_loss(loss)
         is_focalpo = loss.name == "focalpo"
@@ -82,14 +88,6 @@ class PairwiseBase(PairwiseTrainerMixin):
         for dataset, evaluation in sets_of(trained, evaluated):
             self._check_embeddings(tokenizer, partial(self._largest_id, dataset))
             self._check_faults(partial(self._pair_faults, dataset, tokenizer, evaluation))
-
-    def _largest_id(self, dataset: Any) -> int:
-        """The largest token id of the tokenized data."""
-        raise NotImplementedError
-
-    def _pair_faults(self, dataset: Any, tokenizer: Any, evaluation: bool) -> Iterable[Fault]:
-        """The faults of the tokenized pairs; each rank checks the same rows."""
-        raise NotImplementedError
 
     def _check_embeddings(self, tokenizer: Any, largest_id: Callable[[], int]) -> None:
         """Refuse tokenized data with a token for which a model has no embedding."""

@@ -10,7 +10,7 @@ import pytest
 from llamafactory_run import LlamaFactory
 from page_commands import Command, Reader, commands_of, each
 
-# Of the tiny run's file, and of the page's.
+# The tiny run's file and the page's are both trained with these.
 SHORT = ("max_steps=1", "eval_on_start=false", "save_strategy=steps", "save_steps=1")
 
 
