@@ -139,8 +139,13 @@ def test(session: nox.Session, paths: list[str], *options: str) -> None:
     others = [word for word in session.posargs if word not in named]
     tests = [str(Path(path).resolve()) for path in named or paths]
     config = str(Path("setup.cfg").resolve())
-    with session.chdir(session.create_tmp()):
-        session.run("pytest", "-c", config, *tests, *options, *others)
+    folder = Path(session.create_tmp()).resolve()
+    # What the tests write, gigabytes, is kept here; but multiprocessing's sockets take at most 107
+    # characters of path, and a session's name with its parameters can be half of them.
+    del session.env["TMPDIR"]
+    into = ("--basetemp", str(folder / "pytest"))
+    with session.chdir(folder):
+        session.run("pytest", "-c", config, *into, *tests, *options, *others)
 
 
 @nox.session
