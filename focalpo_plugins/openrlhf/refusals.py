@@ -8,7 +8,7 @@ from typing import Any
 from ..balanced import check_loss
 from ..errors import InvalidValue, conflict
 from ..guards.messages import named
-from ..loss import check_beta, check_label_smoothing
+from ..loss import check_beta, check_label_smoothing, check_weight
 from ..registry import BoundLoss, PairwiseLoss
 from ..releases import install
 from . import data
@@ -60,6 +60,9 @@ def _check_host_flags(values: dict[str, Any], name: str) -> None:
     for option, check in (("beta", check_beta), ("label_smoothing", check_label_smoothing)):
         with named(f"--{flags[option].removesuffix(option)}"):
             check(values[flags[option]])
+    for of in ("nll", "aux"):
+        flag = installed_flag(f"model.{of}_loss_coef", values)
+        check_weight(f"--{flag}", values[flag])
     if values[flags["ipo_enable"]]:
         raise InvalidValue(
             f"--{flags['ipo_enable']} must be left out with --loss {name}, got both: IPO is "

@@ -165,6 +165,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"dpo_label_smoothing": 0.5},
         "dpo_label_smoothing must be at least 0 and below 0.5, got 0.5",
     ),
+    "a weight below 0": (
+        {"dpo_loss_type": ["sigmoid", "sft"], "dpo_loss_weights": [1.0, -0.5]},
+        "dpo_loss_weights must be a finite number of at least 0, got -0.5",
+    ),
+    "no weight": (
+        {"focalpo_margin": "simpo", "simpo_gamma": 0.3, "cpo_alpha": float("nan")},
+        "cpo_alpha must be a finite number of at least 0, got nan: it is the weight of",
+    ),
     "the user's trainer": (
         {"trainer_cls": "trl.DPOTrainer"},
         "trainer_cls must be unset, got 'trl.DPOTrainer' under rl: focalpo",

@@ -160,6 +160,8 @@ def test_an_abbreviated_flag_of_another_package(given, add_loss):
         ({"focalpo_shared_prompts": 1}, "focalpo_shared_prompts must be true or false, got 1."),
         ({"pref_beta": 0}, "pref_beta must be"),
         ({"dpo_label_smoothing": 0.7}, "dpo_label_smoothing must be"),
+        ({"pref_ftx": -0.1}, "pref_ftx must be a finite number of at least 0, got -0.1: it is"),
+        ({"pref_ftx": float("nan")}, "pref_ftx must be a finite number of at least 0, got nan"),
     ],
 )
 def test_what_is_refused(given, changes: dict[str, Any], message: str):

@@ -70,6 +70,14 @@ REFUSED = [
         [*OURS, "--model.label_smoothing", "-0.1"],
         "--model.label_smoothing must be at least 0 and below 0.5, got -0.1",
     ),
+    (
+        [*OURS, "--model.nll_loss_coef", "nan"],
+        "--model.nll_loss_coef must be a finite number of at least 0, got nan: it is the weight of",
+    ),
+    (
+        [*OURS, "--model.aux_loss_coef", "-0.1"],
+        "--model.aux_loss_coef must be a finite number of at least 0, got -0.1",
+    ),
     # The reference's log-probabilities: these flags belong to each loss, but aren't its options.
     (
         ["--loss", "dpo", "--focalpo.precompute_ref"],

@@ -49,6 +49,11 @@ def test_the_class_keeps_its_name():
         ),
         ({**ASKED, "beta": 0.0}, "beta must be a finite number above 0, got 0.0"),
         ({**ASKED, "label_smoothing": 0.5}, "label_smoothing must be at least 0 and below 0.5"),
+        ({**ASKED, "rpo_alpha": float("nan")}, "rpo_alpha must be a finite number of at least 0, got"),
+        (
+            {**ASKED, "loss_type": ["focalpo", "sft"], "loss_weights": [1.0, -0.5]},
+            "loss_weights must be a finite number of at least 0, got -0.5: it is the weight of",
+        ),
         ({**ASKED, "rlhf_type": "kto"}, "focalpo_gamma belongs to loss_type focalpo with rlhf_type"),
         (
             {"loss_type": "sigmoid", "focalpo_gamma": 0.1},

@@ -31,7 +31,7 @@ def test_what_it_prints(tokenizer, tmp_path: Path, capsys):
     assert "loss     focalpo gamma=0.05 variant=correct, beta=0.1" in said
     assert "predicted first loss 0.6695 (DPO: 0.6931)" in said  # 2^-.05 ln 2
     assert "of the 8 trained on: truncated 0 %, identical 0 %, empty 0 %" in said
-    assert "4 pairs x 1 accumulated x 1 rank (--gpus) = 4 pairs a step" in said
+    assert "4 pairs x 1 accumulated x 1 rank (gpus) = 4 pairs a step" in said
     assert "2 steps an epoch, 3 steps in the run" in said
     assert "critical path a step: plain 1.00 (" in said
     parameters = sum(each.numel() for each in model(0).parameters())
@@ -75,7 +75,7 @@ def test_adapters(tokenizer, tmp_path: Path, capsys):
     trained = sum(each.numel() for each in host.model.parameters() if each.requires_grad)
     said = capsys.readouterr().out
     assert f", {trained:,} trained, " in said and "reference 0.0 MiB" in said
-    assert "4 pairs x 1 accumulated x 8 ranks (--gpus) = 32 pairs a step" in said
+    assert "4 pairs x 1 accumulated x 8 ranks (gpus) = 32 pairs a step" in said
 
 
 @pytest.mark.parametrize(

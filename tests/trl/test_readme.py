@@ -49,7 +49,7 @@ def test_the_snippet(tokenizer, tmp_path, monkeypatch, capsys, page):
     for snippet in others:
         exec(snippet, {"trainer": trainer(FocalPOTrainer, tokenizer, tmp_path)})
         said = capsys.readouterr().out
-        assert " x 8 ranks (--gpus)" in said and said.endswith("0 warnings, no errors\n")
+        assert " x 8 ranks (gpus)" in said and said.endswith("0 warnings, no errors\n")
 
 
 @pytest.mark.parametrize(

@@ -322,6 +322,7 @@ def test_no_loss_yet(tmp_path: Path):
         ({"loss_type": "ipo"}, "^loss_type must be one of sigmoid, simpo, got 'ipo'"),
         ({"beta": -1.0}, "^beta must be a finite number above 0, got -1.0"),
         ({"label_smoothing": 0.5}, "^label_smoothing must be at least 0 and below 0.5, got 0.5"),
+        ({"cpo_alpha": float("nan")}, "^cpo_alpha must be a finite number of at least 0, got nan"),
         ({"focalpo_gamma": 2.0}, "^focalpo_gamma must be below 1/ln 2"),
         ({"focalpo_gamma_end": -1.0}, "^focalpo_gamma_end must be a finite number of at least 0"),
     ],

@@ -60,6 +60,10 @@ OURS_IS_FUSED = hasattr(DPOTrainer, "_compute_loss_liger") and not hasattr(
         ),
         ({"focalpo_pairwise_loss": "focal"}, "focalpo_pairwise_loss must be one of focalpo"),
         ({"label_smoothing": 0.5}, "label_smoothing must be at least 0 and below 0.5, got 0.5"),
+        (
+            {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, -0.5]},
+            "loss_weights must be a finite number of at least 0, got -0.5: it is the weight of",
+        ),
     ],
     ids=str,
 )

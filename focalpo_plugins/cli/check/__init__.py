@@ -23,7 +23,7 @@ from .. import CommandError
 from .batches import FourWays, four_ways
 from .counts import Counts, count
 from .memory import GIB, Room, estimate
-from .printing import as_json, print_text
+from .printing import OF_COMMAND, OF_FUNCTION, Names, as_json, print_text
 from .shapes import SHAPES
 from .warnings import warnings
 
@@ -65,12 +65,12 @@ def run(args: Namespace) -> int:
                 raise
             raise CommandError(f"{name}: {one_line(error)}") from None
         memory = estimate(plan, _tokens_of_logits(plan, ways))
-    room = _gpu_memory(args.gpu_memory)
+    room = _gpu_memory(args.gpu_memory, OF_COMMAND)
     found = warnings(plan, counts, memory, room)
     if args.json:
         print(json.dumps(as_json(name, plan, counts, shown, ways, memory, found), indent=2))
     else:
-        print_text(name, plan, counts, shown, ways, memory, room, args.pair)
+        print_text(name, plan, counts, shown, ways, memory, room, args.pair, OF_COMMAND)
         _print_warnings(found)
     return 1 if found and args.strict else 0
 
@@ -113,7 +113,7 @@ def check(
         )
     if not 0 <= pair < len(data):
         raise InvalidValue(f"pair must be from 0 to {len(data) - 1}, got {pair}.")
-    room = _gpu_memory(gpu_memory, "gpu_memory")
+    room = _gpu_memory(gpu_memory, OF_FUNCTION)
     from ...trl.dry_run import plan as plan_of
 
     plan = plan_of(trainer, RANKS.count if gpus is None else gpus)
@@ -121,7 +121,8 @@ def check(
     memory = estimate(plan, _tokens_of_logits(plan, ways))
     found = warnings(plan, counts, memory, room)
     if RANKS.rank == 0:
-        print_text(type(trainer).__name__, plan, counts, shown, ways, memory, room, pair)
+        name = type(trainer).__name__
+        print_text(name, plan, counts, shown, ways, memory, room, pair, OF_FUNCTION)
         _print_warnings(found)
     return found
 
@@ -139,12 +140,14 @@ def _print_warnings(found: Sequence[str]) -> None:
     print(f"{len(found)} warning{'s' * (len(found) != 1)}, no errors")
 
 
-def _gpu_memory(given: float | None, name: str = "--gpu-memory") -> Room | None:
+def _gpu_memory(given: float | None, names: Names) -> Room | None:
     """The memory of the GPU that the run is meant for; None if it isn't known."""
     if given is not None:
         if not 0 < given < math.inf:
-            raise InvalidValue(f"{name} must be a number of GiB above 0, got {given:g}.")
-        return Room(given * GIB, f"{name} {given:g}")
+            raise InvalidValue(
+                f"{names.gpu_memory} must be a number of GiB above 0, got {given:g}."
+            )
+        return Room(given * GIB, f"{names.gpu_memory} {given:g}")
     import torch
 
     if not torch.cuda.is_available():

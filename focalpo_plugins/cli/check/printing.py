@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...plan import Pair, Plan, Tokens
 from .batches import FourWays, Way
@@ -14,6 +14,16 @@ from .memory import FORMULA, GIB, LEFT_OUT, Estimate, Room
 
 _SHOWN = 80  # tokens of a prompt
 
+
+class Names(NamedTuple):
+    """What the user calls the number of ranks, and the memory of a GPU in GiB."""
+
+    gpus: str
+    gpu_memory: str
+
+
+OF_COMMAND = Names("--gpus", "--gpu-memory")
+OF_FUNCTION = Names("gpus", "gpu_memory")
 
 # A line's title, empty if it continues the line above; and its text.
 _Lines = Iterator[tuple[str, str]]
@@ -28,10 +38,12 @@ def print_text(
     memory: Estimate | None,
     room: Room | None,
     number: int,
+    names: Names,
 ) -> None:
     """Print the answer; if ``counts`` and ``shown`` are None, print only what needs no data."""
     lines = [*_of_run(name, plan), *_of_loss(plan), *_of_data(plan, counts)]
-    lines += [*_of_batch(plan, counts), *_of_ways(ways), *_of_memory(plan, ways, memory, room)]
+    lines += [*_of_batch(plan, counts, names), *_of_ways(ways)]
+    lines += _of_memory(plan, ways, memory, room, names)
     for title, text in lines:
         print(f"{title:<9}{text}")
     if shown is None:
@@ -100,9 +112,9 @@ def _of_data(plan: Plan, counts: Counts | None) -> _Lines:
         yield "", f"{title} {token!r}, times in the tokens {what}: {times}"
 
 
-def _of_batch(plan: Plan, counts: Counts | None) -> _Lines:
+def _of_batch(plan: Plan, counts: Counts | None, names: Names) -> _Lines:
     ranks = f"{plan.data_ranks} rank{'s' * (plan.data_ranks != 1)}"
-    among = "--gpus" if plan.data_ranks == plan.ranks else f"of --gpus {plan.ranks}"
+    among = names.gpus if plan.data_ranks == plan.ranks else f"of {names.gpus} {plan.ranks}"
     yield (
         "batch",
         f"{_pairs(plan.micro_batch)} x {plan.accumulation} accumulated x {ranks} ({among}) = "
@@ -139,7 +151,7 @@ def _pairs(number: int) -> str:
 
 
 def _of_memory(
-    plan: Plan, ways: FourWays | None, memory: Estimate | None, room: Room | None
+    plan: Plan, ways: FourWays | None, memory: Estimate | None, room: Room | None, names: Names
 ) -> _Lines:
     if memory is None:
         yield "memory", "not estimated under FSDP"
@@ -170,7 +182,7 @@ def _of_memory(
         )
     least = f"a rank needs more than {_size(memory.least)}"
     if room is None:
-        yield "", f"{least}; --gpu-memory GIB says whether that fits"
+        yield "", f"{least}; {names.gpu_memory}, in GiB, says whether that fits"
     elif memory.least > room.size:
         yield "", f"does not fit: {least}, and {room.said} has {_size(room.size)}"
     else:
