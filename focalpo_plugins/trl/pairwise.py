@@ -86,13 +86,18 @@ class PairwiseBase(PairwiseTrainerMixin):
             evaluated: the tokenized evaluation data; several by name, or None.
         """
         for dataset, evaluation in sets_of(trained, evaluated):
-            self._check_embeddings(tokenizer, partial(self._largest_id, dataset))
+            self._check_embeddings(tokenizer, partial(self._largest_id, dataset), evaluation)
             self._check_faults(partial(self._pair_faults, dataset, tokenizer, evaluation))
 
-    def _check_embeddings(self, tokenizer: Any, largest_id: Callable[[], int]) -> None:
-        """Refuse tokenized data with a token for which a model has no embedding."""
-        known, is_first = self._embeddings, RANKS.rank == 0
-        together(RANKS, lambda: embeddings.check(known, tokenizer, largest_id, say=is_first))
+    def _check_embeddings(
+        self, tokenizer: Any, largest_id: Callable[[], int], evaluation: bool
+    ) -> None:
+        """Refuse tokenized data with a token for which a model has no embedding.
+
+        The models and the tokenizer are those of the training data: they are warned of once.
+        """
+        known, says = self._embeddings, RANKS.rank == 0 and not evaluation
+        together(RANKS, lambda: embeddings.check(known, tokenizer, largest_id, say=says))
 
     def _check_faults(self, faults: Callable[[], Iterable[Fault]]) -> None:
         """Refuse data for what ``faults`` finds, on all ranks together, and warn about the rest."""

@@ -140,9 +140,9 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
         with _counted_mismatches():
             prepared = super()._prepare_dataset(dataset, processing_class, args, *more, **named)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self._check_embeddings(tokenizer, partial(largest_id, prepared, _IDS))
-        shared = "prompt" not in first and isinstance(first.get("chosen"), str)
         evaluation, self._train_data_seen = self._train_data_seen, True
+        self._check_embeddings(tokenizer, partial(largest_id, prepared, _IDS), evaluation)
+        shared = "prompt" not in first and isinstance(first.get("chosen"), str)
         cutting = pairs.Cutting(
             self._host.key("max_length"),
             # TRL's collator cuts to this length; before 1.0 its step did.

@@ -247,7 +247,7 @@ def test_a_token_without_an_embedding(tokenizer, saved: str, tmp_path: Path, giv
 
 
 def test_a_token_without_an_embedding_that_no_pair_has(tokenizer, saved, tmp_path, capsys):
-    """It trains, with one warning, or without one if both models were resized."""
+    """It trains, with one warning for all data, or without one if both models were resized."""
     for resized in (False, True):
         policy, reference = (AutoModelForCausalLM.from_pretrained(saved) for _ in range(2))
         policy.resize_token_embeddings(44)
@@ -255,7 +255,7 @@ def test_a_token_without_an_embedding_that_no_pair_has(tokenizer, saved, tmp_pat
             reference.resize_token_embeddings(44)
         tiny_trl.trainer(
             FocalPOTrainer, with_a_token_more(tokenizer), tmp_path, policy=policy,
-            reference=reference, **SGD,
+            reference=reference, eval_dataset=Dataset.from_list(tiny_trl.PAIRS), **SGD,
         ).train()  # fmt: skip
         line = "warning: the reference has 43 embeddings, but the tokenizer has 44 tokens. No "
         assert capsys.readouterr().err.count(line) == (not resized)
