@@ -71,10 +71,12 @@ class Source(sources.Source):
             )
         formatting, column = _FORMATS[rows.format]
         taken = self.attr.formatting in (formatting, "openai" * (formatting == "sharegpt"))
-        taken = taken and bool(self.attr.ranking) and getattr(self.attr, column) == rows.prompt
-        words = (
-            f"set ranking: true and formatting: {formatting}, in columns {column}: {rows.prompt}"
-        )
+        # LLaMA-Factory takes no column that the entry doesn't name, once it names one.
+        named = {column: rows.prompt, **{of: self.columns[of] for of in ("chosen", "rejected")}}
+        fits = all(getattr(self.attr, name) == value for name, value in named.items())
+        taken = taken and bool(self.attr.ranking) and fits
+        columns = ", ".join(f"{name}: {value}" for name, value in named.items())
+        words = f"set ranking: true and formatting: {formatting}, in columns {columns}"
         if rows.format == ONE_MESSAGE and not self._tagged():
             taken, tags = False, ", ".join(f"{tag}: {name}" for tag, name in _TAGS.items())
             words += f", and in tags {tags}"

@@ -69,9 +69,10 @@ def test_what_it_reads(check, row: dict[str, Any], entry: dict[str, Any]):
 @pytest.mark.parametrize(
     "row, entry, advice",
     [
-        (MESSAGES, {**OF_MESSAGES, "tags": {}}, "in columns messages: messages, and in tags role_tag: role, content_tag: content, user_tag: user"),
+        (MESSAGES, {**OF_MESSAGES, "tags": {}}, "in columns messages: messages, chosen: chosen, rejected: rejected, and in tags role_tag: role, content_tag: content, user_tag: user"),
         (MESSAGES, {**OF_MESSAGES, "columns": {"messages": "prompt", **SIDES}}, "in columns messages: messages"),
-        (STRINGS, OF_MESSAGES, "these are strings: set ranking: true and formatting: alpaca, in columns prompt: prompt"),
+        (STRINGS, OF_MESSAGES, "these are strings: set ranking: true and formatting: alpaca, in columns prompt: prompt, chosen: chosen, rejected: rejected"),
+        (STRINGS, {**OF_STRINGS, "columns": {"prompt": "prompt"}}, "in columns prompt: prompt, chosen: chosen, rejected: rejected"),
         (LISTS, OF_MESSAGES, "write the prompt's messages into one column"),
         ({**MESSAGES, "messages": [USER, MESSAGES["rejected"]]}, OF_MESSAGES, "row 0 (the first is 0) has the turns user, assistant before its answers"),
         ({**MESSAGES, "messages": []}, OF_MESSAGES, "has the turns none before its answers"),
