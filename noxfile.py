@@ -142,7 +142,7 @@ def test(session: nox.Session, paths: list[str], *options: str) -> None:
     folder = Path(session.create_tmp()).resolve()
     # What the tests write, gigabytes, is kept here; but multiprocessing's sockets take at most 107
     # characters of path, and a session's name with its parameters can be half of them.
-    del session.env["TMPDIR"]
+    session.env.pop("TMPDIR", None)
     into = ("--basetemp", str(folder / "pytest"))
     with session.chdir(folder):
         session.run("pytest", "-c", config, *into, *tests, *options, *others)

@@ -11,6 +11,8 @@ from measure import DEVICE, Result, compare, in_turns, seconds
 from torch import Tensor
 
 from focalpo_plugins import focalpo_loss
+from focalpo_plugins.diagnostics import margin_sums
+from focalpo_plugins.registry import get_loss
 
 GAMMA = 0.05
 PAIRS = (2, 8, 32, 128, 10_000, 1_000_000)
@@ -45,8 +47,25 @@ def saved_bytes(loss: Callable[[Tensor], Tensor], z: Tensor) -> int:
     return sum(kept.values())
 
 
+def of_micro_batch(rounds: int) -> Result:
+    """The loss of 16 pairs, and the sums that are logged of them."""
+    z, loss = torch.randn(16, device=DEVICE, requires_grad=True), get_loss("focalpo").bind()
+
+    def ours() -> None:
+        forward_and_backward(focalpo_loss, z)
+        margin_sums(z.detach(), loss)
+
+    works = [ours, functools.partial(forward_and_backward, dpo, z)]
+    times = in_turns(*(functools.partial(seconds, work, 2000) for work in works), rounds)
+    both = [[1e6 * s for s in side] for side in times]
+    return compare(
+        "loss", "with what is logged, 16 pairs", "time", "us", *both, against="-logsigmoid"
+    )
+
+
 def measure(rounds: int) -> Iterator[Result]:
     torch.manual_seed(0)
+    yield of_micro_batch(rounds)
     for dtype in (torch.float32, torch.bfloat16):
         for pairs in PAIRS:
             z = torch.randn(pairs, device=DEVICE, dtype=dtype, requires_grad=True)

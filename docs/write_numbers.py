@@ -146,15 +146,6 @@ def logged() -> str:
     return table(("name", "what it is"), rows)
 
 
-# What two pages show.
-
-
-def host_errors() -> str:
-    """The hosts' own errors of data, from the page on data."""
-    head = ("the host says", "the cause", "what to do")
-    return table(head, cells((ROOT / "docs" / "data.md").read_text(), head[0]))
-
-
 # Releases, as noxfile.py has them.
 
 
@@ -306,7 +297,7 @@ def standard_error(percent: str, questions: str) -> str:
 WRITERS: dict[str, Callable[..., str]] = {
     each.__name__: each
     for each in (
-        first_loss, weight, reversal, peak, keys, command_line, logged, host_errors, refused,
+        first_loss, weight, reversal, peak, keys, command_line, logged, refused,
         releases, active, scores, leads, shared, steps, picture, seeds,
         standard_error,
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .loss import SCHEDULES, VARIANTS
+from .loss import VARIANTS
 
 #: FocalPO's own options.
 OF_FOCALPO = {
     "gamma": "Focusing parameter; 0 is DPO",
     "gamma_end": "Focusing parameter at the last step; gamma moves to it over the run",
-    "gamma_schedule": f"How gamma moves: {', '.join(SCHEDULES)}; linear by default",
+    "gamma_schedule": "How gamma moves to gamma_end: linear or cosine; linear if it isn't given",
     "variant": f"Modulating factor: {', '.join(VARIANTS)}",
     "allow_reversed": "Accept a gamma that makes training run backwards",
 }
