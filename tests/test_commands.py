@@ -86,8 +86,8 @@ def test_files_after_the_dashes_replace_the_sessions_own(monkeypatch: pytest.Mon
         session = Session(*given)
         functions["test"](session, ["tests/eval"], "-n", "3")
         words = [word.removeprefix(f"{ROOT}/") for word in session.ran]
-        assert words[:3] == ["pytest", "-c", "setup.cfg"]
-        assert words[3:] == expected
+        assert words[:4] == ["pytest", "-c", "setup.cfg", "--basetemp"]
+        assert words[5:] == expected
 
 
 @pytest.fixture(scope="module")
