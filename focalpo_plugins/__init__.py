@@ -16,9 +16,10 @@
 ``VARIANTS``, ``SCHEDULES``         the names of the factors, and of the schedules of gamma
 ==================================  ==============================================================
 
-See ``help(focalpo_plugins.focalpo_loss)`` and so on for details. Axolotl trains the loss with
-``rl: focalpo`` and OpenRLHF with ``--loss focalpo``; neither needs an import from here. The names
-load on first use, so importing this package imports neither torch nor a host.
+See ``help(focalpo_plugins.focalpo_loss)`` and so on for details. Axolotl (``rl: focalpo``),
+OpenRLHF (``--loss focalpo``), LLaMA-Factory (``pref_loss: focalpo``) and ms-swift (``--loss_type
+focalpo``) need no import from here. The names load on first use, so importing this package imports
+neither torch nor a host.
 """
 
 from __future__ import annotations

@@ -216,9 +216,9 @@ class PairwiseTrainerMixin(_Trainer):
             check_folder(Path(output_dir), "output_dir")
         if self._run is None or not resume_from_checkpoint:
             return
-        folder = resume_from_checkpoint
+        folder: Any = resume_from_checkpoint
         if folder is True:
-            folder = get_last_checkpoint(output_dir)
+            folder = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         # The host reports these two only on the rank without the folder: the others would wait.
         if folder is None:
             raise InvalidValue(
@@ -312,7 +312,10 @@ class PairwiseTrainerMixin(_Trainer):
 
 
 def _held_out(history: list[dict[str, float]]) -> dict[str, float | list[float]]:
-    """The last logged values of the last evaluation set; of its loss, all logged values."""
+    """The last logged values of the last evaluation set; of its loss, all logged values.
+
+    Hosts log other losses beside a set's own (``eval_nll_loss``), which alone has a run time.
+    """
     found: dict[str, float | list[float]] = {}
     for what, name in (
         ("loss", "loss"),
@@ -322,7 +325,8 @@ def _held_out(history: list[dict[str, float]]) -> dict[str, float | list[float]]
         values: dict[str, list[float]] = {}
         for entry in history:
             for key, value in entry.items():
-                if key.startswith("eval_") and key.endswith(name):
+                of_set = what != "loss" or f"{key.removesuffix(name)}runtime" in entry
+                if key.startswith("eval_") and key.endswith(name) and of_set:
                     values.setdefault(key, []).append(value)
         if values:
             of_last = list(values.values())[-1]

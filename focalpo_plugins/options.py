@@ -1,4 +1,4 @@
-"""What each option of this package does, for Axolotl's schema, TRL's config and ``--help``."""
+"""What each option of this package does, for the hosts' schemas and ``--help``."""
 
 from __future__ import annotations
 

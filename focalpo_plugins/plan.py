@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .balanced import Geometry, steps_of_epoch
+from .errors import InvalidValue
 from .registry import BoundLoss
 
 _IGNORED = -100  # the label of a token that isn't trained
@@ -86,8 +87,8 @@ class ModelState:
         weight_bytes: bytes of a weight as it is loaded, 2 or 4.
         four_bit: whether the frozen weights are held in 4 bits.
         optimizer_bytes: bytes of the optimizer's state for a trained weight, master copy included.
-        zero_stage: DeepSpeed's stage, 0 without sharding; None if it isn't known how the state is
-            sharded (FSDP): then nothing is estimated.
+        zero_stage: DeepSpeed's stage, 0 without sharding; None under FSDP, whose sharding isn't
+            known: then nothing is estimated.
         reference: whether a second copy of the model is held as reference.
         offloaded: which of ``optimizer``, ``weights``, ``reference`` are held in the CPU's memory.
         logits_at_once: the largest number of logits that a fused loss holds; None if all logits of
@@ -95,6 +96,7 @@ class ModelState:
         reference_freed: whether the reference is held before the first step only.
         adapter_bytes: bytes of an adapter's weight; None if it is ``weight_bytes``.
         in_float32: parts of the names of modules that are held in float32, in the reference too.
+        unknown: the user's setting for which nothing is estimated; empty without one.
     """
 
     config: Any
@@ -109,6 +111,7 @@ class ModelState:
     reference_freed: bool = False
     adapter_bytes: int | None = None
     in_float32: tuple[str, ...] = ()
+    unknown: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ class Plan:
         host: the host's name and release.
         loss: the loss of this package that the host will train; None for the host's own.
         host_loss: the host's loss, trained if ``loss`` is None.
+        beta: the factor of the margin.
+        label_smoothing: as in :func:`~focalpo_plugins.focalpo_loss`.
         margin: the margin of the loss, ``dpo`` or one without a reference.
         terms: the host's names of the losses that are added up, each with its weight; ``loss``
             replaces ``sigmoid``. None if the logged loss has another part or factor, or if the
@@ -130,7 +135,9 @@ class Plan:
         data_ranks: number of ranks that get pairs of their own; fewer than ``ranks`` if sequences
             or layers are split over ranks.
         precision: ``bf16``, ``fp16`` or ``fp32``.
-        warnings: warnings about the host itself, a sentence each.
+        state: what the memory depends on.
+        warnings: what the adapter warns of, a sentence each.
+        notes: remarks that are printed below the run's name.
         tokenizer: None if no data was read; then what follows is empty.
         rows: number of pairs in the data files.
         kept: number of pairs that are trained on; the host drops the others.
@@ -237,6 +244,14 @@ def adam_bytes(optimizer: object, weight: int, *, master: bool) -> float:
     """
     moments = 2.0 if "8bit" in str(optimizer) else 2.0 * (4 if master else weight)
     return 4 * master + moments
+
+
+def streamed() -> InvalidValue:
+    """The error for data that can't be counted."""
+    return InvalidValue(
+        "streaming must be false for focalpo check, got true: streamed data can't be counted. Set "
+        "it to false for the check."
+    )
 
 
 def run_steps(args: Any, epoch_steps: float) -> int:

@@ -163,7 +163,7 @@ def _add_installed() -> list[tuple[str, str]]:
 
 def _check(loss: PairwiseLoss, others: Mapping[str, PairwiseLoss]) -> None:
     """Refuse a loss whose names break a rule of :class:`Register`."""
-    _check_word("name", "an identifier in lower case", loss.name, RESERVED_NAMES)
+    _check_word("name", "an identifier in lower case", loss.name, RESERVED_NAMES, "a-z")
     if loss.name in others:
         raise InvalidValue(
             f"name must be new, got {loss.name!r}: the package {others[loss.name].package} has "
@@ -191,8 +191,9 @@ def _check(loss: PairwiseLoss, others: Mapping[str, PairwiseLoss]) -> None:
             )
 
 
-def _check_word(what: str, kind: str, word: object, reserved: Collection[str]) -> None:
-    letters = "a-z" if kind.endswith("lower case") else "a-zA-Z"
+def _check_word(
+    what: str, kind: str, word: object, reserved: Collection[str], letters: str = "a-zA-Z"
+) -> None:
     pattern = f"[{letters}][{letters}0-9]*(_[{letters}0-9]+)*"
     if not isinstance(word, str) or not re.fullmatch(pattern, word):
         raise InvalidValue(

@@ -416,7 +416,7 @@ class Run:
             f"{self.asked.name}: reward margins are not finite, {when}: {bad}. The host's "
             "log-probabilities of the policy or of the reference are NaN or infinite there. Check "
             "those pairs and the weights; lower the learning rate, or train in bf16 or fp32 if it "
-            "is fp16. The last checkpoint was saved before this."
+            "is fp16. Checkpoints that were saved before are unharmed."
         )
 
 

@@ -107,7 +107,7 @@ class Keys:
         return found
 
     def given(self, value_of: ValueOf, of_host: Collection[str]) -> dict[str, Any]:
-        """The keys that have a value, with their values, but those that the host has itself."""
+        """The keys that have a value, with their values, except those that the host has itself."""
         values = {key: value_of(key) for key in self.all() if key not in of_host}
         return {key: value for key, value in values.items() if value is not None}
 
@@ -133,7 +133,8 @@ class Keys:
         return Asked(loss, on, value_of(MARGIN) or "dpo", folder)
 
     def misspelt(self, word: str, of_host: Collection[str]) -> bool:
-        """Whether a word that is no key is meant to be one of these, and not one of the host's.
+        """Whether an unknown key is probably one of these, misspelt or abbreviated, and doesn't
+        abbreviate one of the host's.
 
         A parser may complete an abbreviation to the one key that begins with it, which may be a
         different key once another loss is installed.
@@ -204,6 +205,8 @@ class Keys:
             if key not in _TEXTS and not isinstance(value_of(key), bool | None):
                 raise InvalidValue(f"{key} must be true or false, got {value_of(key)!r}.")
         folder, precompute = value_of(PRECOMPUTE_DIR), value_of(PRECOMPUTE)
+        if not isinstance(folder, str | None):
+            raise InvalidValue(f"{PRECOMPUTE_DIR} must be a folder's path, got {folder!r}.")
         if folder is not None and not precompute:
             raise InvalidValue(
                 f"{PRECOMPUTE_DIR} needs {PRECOMPUTE}{self.on}, got only {folder!r}. Set "
@@ -214,7 +217,8 @@ class Keys:
             raise conflict(PRECOMPUTE, MARGIN, margin, why, f"Remove {PRECOMPUTE}")
 
     def check_gamma(self, loss: PairwiseLoss, value_of: ValueOf, why: str) -> None:
-        """Refuse FocalPO without the key that a host without this package refuses.
+        """Refuse FocalPO without ``focalpo_gamma``: a host without this package stops at that
+        key, and doesn't train its own loss.
 
         Args:
             why: what happens otherwise, without a full stop.

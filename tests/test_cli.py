@@ -94,6 +94,8 @@ ERRORS = [
     (["report", "EMPTY"], "RUN must hold trainer_state.json, checkpoint-*/trainer_state.json or"),
     (["report", "FILE"], "must be a trainer_state.json with log_history and global_step, and is not."),
     (["report", "NOLOSS"], "RUN must be the log of a training run, got"),
+    (["check", "no.yml", "--gpu-memory", "0"], "--gpu-memory must be a number of GiB above 0, got 0."),
+    (["check", "--", "llamafactory-cli", "train", "x.yml"], "with its keys, got 'llamafactory-cli'. Give"),
 ]  # fmt: skip
 
 
@@ -711,7 +713,9 @@ def test_a_file_that_is_not_of_the_command_is_never_touched(reports, tmp_path, w
         code, _, errors = reports(*command)
         assert code == 2
         assert errors.count("\n") == 1
-        assert f"got {str(out)!r} with another {name}, which is left as it is. Move" in errors
+        assert (
+            f"--out {str(out)!r} holds a {name} that this command did not write; nothing" in errors
+        )
         assert (out / name).read_bytes() == b"step,dpo\n1,2\n"
         (out / name).write_bytes(before[out / name])
         assert {path: path.read_bytes() for path in out.iterdir()} == before
@@ -728,7 +732,7 @@ def test_a_picture_of_someone_else_is_not_ours(reports, tmp_path: Path):
         write_state(tmp_path / kind, trl_log(4, weight=True))
         words = ["report", tmp_path / kind, "--format", kind, "--out", tmp_path]
         code, _, errors = reports(*words)
-        assert (code, "which is left as it is" in errors) == (2, True)
+        assert (code, "that this command did not write" in errors) == (2, True)
         assert picture.read_bytes() == content
 
 
@@ -743,7 +747,7 @@ def test_report_of_a_folder_that_was_used_before(reports, tmp_path: Path):
     assert code == 0, errors
     (row,) = rows(tmp_path / "report.csv")
     assert (row["step"], row["loss"]) == ("30", "1.0")
-    assert f"older than checkpoint-30, left out: {old / 'trainer_state.json'}" in said
+    assert f"left out, from an older run than checkpoint-30: {old / 'trainer_state.json'}" in said
 
     part = tmp_path / "run" / "checkpoint-20"
     write_state(part, [{"step": s, "loss": 1.0, "grad": math.nan} for s in range(1, 21)])

@@ -60,7 +60,7 @@ ARROWS: dict[str, set[str]] = {
     "reference": {"errors", "guards", "reference_file"},
     "diagnostics": {"registry"},
     "balanced": {"errors", "registry"},
-    "plan": {"balanced", "registry"},
+    "plan": {"errors", "balanced", "registry"},
     "releases": set(),
     "run": {"errors", "guards", "diagnostics", "registry", "releases", "balanced"},
     "hf_sequences": {"balanced"},

@@ -52,9 +52,8 @@ class Output:
         for file, start in {**(others or {}), **starts}.items():
             if not _is_ours(self.folder / file, start.encode()):
                 raise CommandError(
-                    "--out must be a folder whose files of these names are from this command, got "
-                    f"{str(self.folder)!r} with another {file}, which is left as it is. Move that "
-                    "file, or give another --out."
+                    f"--out {str(self.folder)!r} holds a {file} that this command did not write; "
+                    "nothing was changed. Move that file, or give another --out."
                 )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -44,10 +44,10 @@ def explain(error: BaseException, names: Mapping[str, str]) -> str | None:
     listed = ", ".join(f"{key} {name!r}{_near(name)}" for key, name in missing.items())
     gated = any("meta-llama/" in name for name in missing.values())
     return (
-        f"Not found on this machine, so looked up on the Hugging Face hub: {listed}. Config, "
-        "tokenizer and data come from there. Check the names and the connection; log in with `hf "
-        f"auth login`{' once you have access to Llama 3, which is gated' * gated}; or name local "
-        "folders. `focalpo check --model-config` estimates the memory without them."
+        f"Not found on this machine, so looked up on a hub: {listed}. Config, tokenizer and data "
+        "come from there. Check the names and the connection; on the Hugging Face hub, log in with "
+        f"`hf auth login`{' once you have access to Llama 3, which is gated' * gated}; or name "
+        "local folders. `focalpo check --model-config` estimates the memory without them."
     )
 
 

@@ -63,14 +63,15 @@ def parsed(parser: Any, parse: Callable[[Any], Any], args: Any, trains: bool) ->
     host = parser.FinetuningArguments
     classes = [each for name in _LISTS for each in getattr(parser, name, ())]
     known = {each.name for of in classes for each in fields(of)}
-    refusals.check_keys(args, known, host_losses(parser))
-    ours = _with_our_keys(host, known, host_losses(parser))
+    of_host = host_losses(parser)
+    refusals.check_keys(args, known, of_host)
+    ours = _with_our_keys(host, known, of_host)
     with _in_place_of(parser, host, ours):
         found = parse(args)
     of_loss = next(each for each in found if isinstance(each, ours))
     if not trains:
         return found
-    name = refusals.check_name(of_loss, known, host_losses(parser))
+    name = refusals.check_name(of_loss, known, of_host)
     if name is not None:
         _take(of_loss, losses()[name], found)
     return found
@@ -120,8 +121,13 @@ def _continues(model_args: Any, args: Any) -> bool:
 
     if not model_args.adapter_name_or_path or args.ref_model is not None:
         return False
-    merged = model_args.quantization_bit is None and not is_deepspeed_zero3_enabled()
-    return not (args.create_new_adapter and merged)
+    never_merged = (
+        model_args.quantization_bit is not None,
+        model_args.use_unsloth,
+        model_args.use_kt,
+        is_deepspeed_zero3_enabled(),
+    )
+    return any(never_merged) or not args.create_new_adapter
 
 
 def _with_our_keys(host: Any, known: set[str], of_host: Sequence[str]) -> type:

@@ -185,7 +185,7 @@ def _remote_names(model_args: Any, data_args: Any, finetuning_args: Any) -> dict
     models = {"model_name_or_path": str(model_args.model_name_or_path)}
     if finetuning_args.ref_model is not None:
         models["ref_model"] = str(finetuning_args.ref_model)
-    for adapter in model_args.adapter_name_or_path or ():  # of several the last one that is missing
+    for adapter in model_args.adapter_name_or_path or ():  # if several are missing, the last
         if not Path(adapter).exists():
             models["adapter_name_or_path"] = str(adapter)
     with suppress(ValueError):  # an entry that isn't there: the host reports it

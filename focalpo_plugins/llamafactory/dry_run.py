@@ -7,6 +7,7 @@ loaded.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
@@ -17,7 +18,7 @@ from ..errors import InvalidValue
 from ..guards import pairs, sources
 from ..guards.faults import Policy
 from ..guards.messages import explained
-from ..plan import ModelState, Plan, precision, sharding
+from ..plan import ModelState, Plan, adam_bytes, precision, sharding, streamed
 from ..trl.data import SEQUENCES, labelled_answers, labelled_pairs
 from ..trl.dry_run import with_steps
 from ..yaml_keys import ALLOW_DATA, BALANCED, SHARED
@@ -95,7 +96,7 @@ def _without_data(run: _Run, gpus: int) -> Plan:
     """The plan as far as it follows from the arguments."""
     asked = getattr(run.finetuning, "focalpo", None)
     own, warnings = run.finetuning.pref_loss, []
-    if asked is None and own in _TRAINED_AS_DPO:
+    if asked is None and own in _TRAINED_AS_DPO and _drops_names():
         warnings.append(
             f"pref_loss: {own} trains plain DPO in LLaMA-Factory {version('llamafactory')} with "
             f"TRL {version('trl')}: the loss's name is not passed on."
@@ -126,8 +127,17 @@ def _without_data(run: _Run, gpus: int) -> Plan:
     )
 
 
+def _drops_names() -> bool:
+    """Whether the loss's name doesn't reach TRL's method: LLaMA-Factory gives it no argument."""
+    from llamafactory.train.dpo.trainer import CustomDPOTrainer
+
+    return "loss_type" in inspect.signature(CustomDPOTrainer.dpo_loss).parameters
+
+
 def _with_data(bare: Plan, run: _Run) -> Plan:
     """The plan with what LLaMA-Factory makes of the data."""
+    if run.data.streaming:
+        raise streamed()
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.model import load_tokenizer
 
@@ -205,8 +215,6 @@ def _rows(run: _Run, kept: int) -> int:
     from llamafactory.data.data_utils import split_dataset
     from llamafactory.data.loader import _get_merged_dataset
 
-    if run.data.streaming:
-        return kept
     merged = _get_merged_dataset(run.data.dataset, run.model, run.data, run.training, "rm")
     return len(split_dataset(merged, None, run.data, seed=run.training.seed)[0]["train"])
 
@@ -227,13 +235,15 @@ def _state(run: _Run) -> ModelState:
         off.get("deepspeed"), off.get("fsdp") or off.get("fsdp_config")
     )
     full, pure = args.finetuning_type == "full", bool(off.get("pure_bf16"))
-    optimizer_bytes = 8.0
-    if full and not wide:
+    own = [key for key in _OF_OWN_OPTIMIZER if off.get(key)]
+    unknown = f"{own[0]}: true" if own else ""
+    if args.finetuning_type not in ("full", "lora"):
+        unknown = f"finetuning_type: {args.finetuning_type}"
+    optimizer_bytes = adam_bytes(off.get("optim"), 2 if full and pure else 4, master=False)
+    if full and not wide and not pure:
         # What is trained is held in float32: 4 bytes more of each weight and gradient, or of
         # ZeRO-3's own copy.
-        optimizer_bytes = 4.0 if pure else 12.0
-    if args.finetuning_type not in ("full", "lora") or any(off.get(k) for k in _OF_OWN_OPTIMIZER):
-        zero_stage = None
+        optimizer_bytes += 4
     return ModelState(
         config=load_config(run.model),
         lora=_lora(args) if args.finetuning_type == "lora" else None,
@@ -241,6 +251,7 @@ def _state(run: _Run) -> ModelState:
         four_bit=run.model.quantization_bit == 4,
         optimizer_bytes=optimizer_bytes,
         zero_stage=zero_stage,
+        unknown=unknown,
         reference=args.use_ref_model and (args.finetuning_type != "lora" or bool(args.ref_model)),
         reference_freed=asked is not None and asked.reference_folder is not None,
         offloaded=offloaded,

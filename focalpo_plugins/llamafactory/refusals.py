@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -42,7 +41,7 @@ def check_keys(args: Any, known: Collection[str], of_host: Sequence[str]) -> Non
 
 
 def _is_wrong(written: str, ours: Collection[str], known: Collection[str], flag: bool) -> bool:
-    """Whether a word before a value is meant as one of our keys, and isn't one.
+    """Whether a word is one of our keys, misspelt or in a form that the parser won't take.
 
     Args:
         flag: whether it is from a command line, where a key follows two dashes.
@@ -93,6 +92,8 @@ def check(args: Any, loss: PairwiseLoss) -> None:
     Raises:
         ValueError: the message names the key.
     """
+    from llamafactory.extras.misc import is_env_enabled
+
     _check_marked(args, loss)
     KEYS.check_common(value_of(args))
     with named("pref_"):
@@ -104,9 +105,9 @@ def check(args: Any, loss: PairwiseLoss) -> None:
     if args.pref_bco_weight:
         why = "its log-sigmoids are of each reward, not of the margin"
         raise conflict(asked, "pref_bco_weight", args.pref_bco_weight, why, "Remove it")
-    if args.use_mca or os.environ.get("USE_MCA", "0").lower() in ("true", "y", "1"):
+    if is_env_enabled("USE_MCA"):  # without it, LLaMA-Factory ignores the key use_mca
         why = "it has a trainer of its own, which would train DPO"
-        raise conflict(asked, "use_mca", True, why, "Unset USE_MCA")
+        raise conflict(asked, "USE_MCA", True, why, "Unset it")
 
 
 def _check_marked(args: Any, loss: PairwiseLoss) -> None:
@@ -115,8 +116,8 @@ def _check_marked(args: Any, loss: PairwiseLoss) -> None:
     LLaMA-Factory takes any ``pref_loss`` of a YAML, and trains DPO.  An unknown key stops it.
     """
     why = (
-        "without this package, LLaMA-Factory trains DPO from such a file, and an unknown key stops "
-        "it"
+        "if this package is missing, LLaMA-Factory trains DPO from such a file, unless an unknown "
+        "key stops it"
     )
     KEYS.check_gamma(loss, value_of(args), why)
     if not is_marked(args, loss):

@@ -19,6 +19,7 @@ from ..trl.batch_loss import HostDPOMixin
 from ..trl.data import SEQUENCES, labelled_answers, largest_id, sequences_of
 from ..trl.exchange import smoothing_of_both
 from ..yaml_keys import ALLOW_CHANGED, ALLOW_DATA, MARGIN, Asked
+from . import MARGINS
 from .data import cut_prompts
 
 #: How messages name LLaMA-Factory and its settings.
@@ -73,8 +74,8 @@ class LlamaFactoryPairwiseTrainer(HostDPOMixin, CustomDPOTrainer):
         of_reference = of_reference and not finetuning_args.focalpo_continues
         self._starts_as_reference = of_reference and same_weights(model, ref_model)
         super().__init__(model, ref_model, finetuning_args, processor, **kwargs)
-        if asked.margin != "dpo":
-            self.loss_type = asked.margin  # which divides the log-probabilities by the lengths
+        # Else it would be our loss's name.  SimPO's and ORPO's divide by the answers' lengths.
+        self.loss_type = MARGINS[asked.margin]
         self._check_sets(kwargs["tokenizer"], self.train_dataset, self.eval_dataset)
         self._begin(asked)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trl import DPOConfig
 
-from ..errors import InvalidValue
+from ..errors import InvalidType, InvalidValue
 from ..guards.messages import named
 from ..options import OF_ANY_LOSS, OF_FOCALPO
 from ..registry import BoundLoss, get_loss
+from .arguments import by_name
 
 if TYPE_CHECKING:
     # The class of super() in the fields' methods, by the order of the bases.
@@ -80,7 +81,7 @@ class PairwiseFields(_Host):
             for name, default in defaults.items():
                 if options[name] != default:
                     raise InvalidValue(
-                        f"{name} is an option of only focalpo, got {options[name]!r} with "
+                        f"{name} belongs to the loss focalpo, got {options[name]!r} with "
                         f"focalpo_pairwise_loss={loss.name!r}: remove it."
                     )
             return loss.bind()
@@ -100,3 +101,22 @@ class FocalPOConfig(PairwiseFields, DPOConfig):
     """
 
     focalpo_fused: bool = _field(False, OF_ANY_LOSS["fused"])
+
+
+class OfConfig:
+    """A trainer that takes its loss and its settings from a config of this package."""
+
+    _config: ClassVar[Any]  # its class
+
+    def __init__(self, *given: Any, **kwargs: Any) -> None:
+        args = by_name(self._trainer, given, kwargs).get("args")  # type: ignore[attr-defined]
+        if not isinstance(args, self._config):
+            needed = self._config.__name__
+            raise InvalidType(
+                f"args must be a {needed}, got {type(args).__name__}: {needed} accepts the same "
+                "arguments, plus those that begin with focalpo_."
+            )
+        self._allow_changed = args.focalpo_allow_changed
+        self._allow_data = args.focalpo_allow_data
+        super().__init__(*given, **kwargs)
+        self.set_loss(args.pairwise_loss())  # type: ignore[attr-defined]

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from ..balanced import MEAN_OF_TOKENS
-from ..errors import InvalidType, InvalidValue, conflict
+from ..errors import InvalidValue, conflict
 from ..guards import pairs
 from ..guards.faults import Fault
 from ..hf_batches import check_batches
@@ -35,7 +35,7 @@ from ..hf_sequences import PairSequences
 from ..loss import check_beta, check_label_smoothing, check_weight
 from .arguments import by_name, check_parallelism
 from .batch_loss import BatchLossMixin
-from .config import PairwiseFields
+from .config import OfConfig, PairwiseFields
 from .data import (
     SEQUENCES,
     check_data,
@@ -239,25 +239,7 @@ class FocalORPOConfig(PairwiseFields, ORPOConfig):
     """
 
 
-class _OfConfig:
-    """Takes the loss and its settings from a config of this package."""
-
-    _config: ClassVar[Any]  # a class
-
-    def __init__(self, model: Any = None, args: Any = None, *more: Any, **kwargs: Any) -> None:
-        if not isinstance(args, self._config):
-            needed = self._config.__name__
-            raise InvalidType(
-                f"args must be a {needed}, got {type(args).__name__}: {needed} accepts the same "
-                "arguments, plus those that begin with focalpo_."
-            )
-        self._allow_data = args.focalpo_allow_data
-        super().__init__(model, args, *more, **kwargs)  # type: ignore[call-arg]
-        self._allow_changed = args.focalpo_allow_changed
-        self.set_loss(args.pairwise_loss())  # type: ignore[attr-defined]
-
-
-class FocalCPOTrainer(_OfConfig, CPOLossMixin, CPOTrainer):
+class FocalCPOTrainer(OfConfig, CPOLossMixin, CPOTrainer):
     """TRL's ``CPOTrainer`` with FocalPO's loss of CPO's or SimPO's margin; takes a
     :class:`FocalCPOConfig` as ``args``.
 
@@ -271,7 +253,7 @@ class FocalCPOTrainer(_OfConfig, CPOLossMixin, CPOTrainer):
     __signature__ = inspect.signature(CPOTrainer)
 
 
-class FocalORPOTrainer(_OfConfig, ORPOLossMixin, ORPOTrainer):
+class FocalORPOTrainer(OfConfig, ORPOLossMixin, ORPOTrainer):
     """TRL's ``ORPOTrainer`` with FocalPO's loss of the log odds ratio; takes a
     :class:`FocalORPOConfig` as ``args``.
 

@@ -16,14 +16,14 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from trl import DPOTrainer
 
-from ..errors import InvalidType, InvalidValue, RunError
+from ..errors import InvalidValue, RunError
 from ..guards import pairs, texts
 from ..guards.faults import Fault
 from ..guards.messages import say
 from ..hf_models import same_weights
 from ..hf_sequences import PairSequences
 from .arguments import by_name, check_arguments
-from .config import FocalPOConfig
+from .config import FocalPOConfig, OfConfig
 from .conversations import rendered
 from .data import check_data, largest_id, sampled_columns, sequences_of
 from .exchange import check_host, smoothing_of
@@ -43,7 +43,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
     called.
     """
 
-    _own_loss = "DPO"
+    _own_loss, _trainer = "DPO", DPOTrainer
     _train_data_seen = False
     _fused_by_trl = ""  # the key that asked for the fused path of a TRL that has its own
     # Whether a given reference is kept for data that `evaluate()` may get later.
@@ -53,7 +53,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_host()
-        given = by_name(DPOTrainer, args, kwargs)
+        given = by_name(self._trainer, args, kwargs)
         config = given.get("args")
         if config is not None:
             asked = self._fused_key or ("focalpo_fused" * getattr(config, "focalpo_fused", False))
@@ -210,7 +210,7 @@ class PairwiseLossMixin(PairwiseBase, FusedStepMixin):
             return super().evaluate(eval_dataset, *args, **kwargs)
 
 
-class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
+class FocalPOTrainer(OfConfig, PairwiseLossMixin, DPOTrainer):
     """TRL's ``DPOTrainer`` with FocalPO's loss; takes a :class:`FocalPOConfig` as ``args``.
 
     Raises:
@@ -218,6 +218,8 @@ class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
         ValueError: the config asks for something that the loss can't be combined with.
         RuntimeError: the installed TRL computes its loss elsewhere.
     """
+
+    _config = FocalPOConfig
 
     def __init__(
         self,
@@ -230,15 +232,7 @@ class FocalPOTrainer(PairwiseLossMixin, DPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
             args = FocalPOConfig(f"{Path(name).name}-FocalPO")
-        if not isinstance(args, FocalPOConfig):
-            raise InvalidType(
-                f"args must be a FocalPOConfig, got {type(args).__name__}: FocalPOConfig accepts "
-                "the same arguments, plus focalpo_gamma and focalpo_variant."
-            )
-        self._allow_data = args.focalpo_allow_data
         super().__init__(model, ref_model, args, *more, **kwargs)
-        self._allow_changed = args.focalpo_allow_changed
-        self.set_loss(args.pairwise_loss())
 
     __init__.__signature__ = inspect.signature(DPOTrainer.__init__)  # type: ignore[attr-defined]
 

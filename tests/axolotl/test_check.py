@@ -632,7 +632,7 @@ def test_the_first_loss_of_other_losses(answers: dict[str, Answer]):
     assert "predicted first loss 1.0000 (DPO: 0.6931)" in answers["ipo, without data"][1]
     assert read(answers["hinge"])["first_loss"] == 1
     assert read(answers["of two"])["first_loss"] == pytest.approx(0.5 * math.log(2) + 1)
-    assert "the first loss can't be predicted: it isn't only the loss" in answers["apo"][1]
+    assert "the first loss can't be predicted: terms are added" in answers["apo"][1]
     assert read(answers["with sft"])["first_loss"] is None
 
 

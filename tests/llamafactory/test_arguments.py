@@ -158,6 +158,10 @@ def test_an_abbreviated_flag_of_another_package(given, add_loss):
         ({"pref_loss": ["focalpo"]}, "got 0.05 with pref_loss: ['focalpo']"),
         ({"focalpo_shared_prompts": "maybe"}, "focalpo_shared_prompts must be true or false"),
         ({"focalpo_shared_prompts": 1}, "focalpo_shared_prompts must be true or false, got 1."),
+        (
+            {"focalpo_precompute_ref": True, "focalpo_precompute_dir": 2024},
+            "focalpo_precompute_dir must be a folder's path, got 2024.",
+        ),
         ({"pref_beta": 0}, "pref_beta must be"),
         ({"dpo_label_smoothing": 0.7}, "dpo_label_smoothing must be"),
         ({"pref_ftx": -0.1}, "pref_ftx must be a finite number of at least 0, got -0.1: it is"),
@@ -174,8 +178,10 @@ def test_the_other_trainer_is_refused(given, monkeypatch):
     """What starts it is this variable; the class of arguments that it needs isn't installed here."""
     monkeypatch.setenv("USE_MCA", "1")
     monkeypatch.setattr(parser, "_TRAIN_MCA_ARGS", list(parser._TRAIN_ARGS))
-    with pytest.raises(InvalidValue, match="can't be combined with use_mca, got True"):
+    with pytest.raises(InvalidValue, match="can't be combined with USE_MCA, got True: .* Unset it"):
         finetuning(given())
+    monkeypatch.delenv("USE_MCA")
+    assert finetuning(given(use_mca=True)).use_mca is False  # the key alone does nothing there
 
 
 def test_margins_without_a_reference(given):

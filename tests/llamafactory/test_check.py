@@ -150,6 +150,11 @@ def test_the_hosts_own_losses(checked):
         ),
         ({"pref_los": "focalpo"}, "pref_los"),
         ({"dataset": "other"}, "Undefined dataset other"),
+        ({"streaming": True}, "streaming must be false for focalpo check, got true"),
+        (
+            {"finetuning_type": "lora", "lora_target": "q_projj"},
+            "Target modules {'q_projj'} not found",
+        ),
     ],
 )
 def test_what_stops_a_run_is_said(checked, changes: dict[str, Any], message: str):
@@ -166,6 +171,10 @@ def test_the_model_of_another_size(checked):
     assert found["memory_bytes"]["parameters"] == 8_030_261_248
     assert found["memory_bytes"]["trained"] == 41_943_040
     assert found["memory_bytes"]["reference"] == 0
+    full = checked("--model-config", "llama-3-8b", optim="adamw_8bit", bf16=True)[1]
+    # Two moments of a byte, and 4 bytes more for what is trained in float32.
+    assert full["memory_bytes"]["optimizer"] == 6 * 8_030_261_248
+    assert checked(finetuning_type="freeze")[1]["memory_bytes"] is None
 
 
 def test_the_report_of_a_run(llamafactory: LlamaFactory):

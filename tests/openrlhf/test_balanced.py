@@ -433,7 +433,11 @@ def command_line(**given: Any) -> Namespace:
 
     values: dict[str, Any] = dict.fromkeys(FLAT)
     values |= {"model.beta": 0.1, "model.label_smoothing": 0.0, "model.ipo_enable": False}
-    values |= {"model.aux_loss_coef": 0.0, "centred.balanced_batches": True}
+    values |= {
+        "model.aux_loss_coef": 0.0,
+        "model.nll_loss_coef": 0.0,
+        "centred.balanced_batches": True,
+    }
     return Namespace(**values | given)
 
 

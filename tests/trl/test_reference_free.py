@@ -389,6 +389,17 @@ def test_the_start_up_line_names_the_margin(tmp_path: Path, capsys):
     assert "first step" not in line
 
 
+def test_the_closing_line_has_the_loss_of_the_held_out_data(tmp_path: Path, capsys):
+    """Not the likelihood that TRL logs beside it."""
+    host = trainer(
+        FocalCPOTrainer, tmp_path, beta=0.3, held_out=PAIRS, eval_strategy="steps", eval_steps=3
+    )
+    host.train()
+    (found,) = (entry for entry in host.state.log_history if "eval_loss" in entry)
+    assert found["eval_nll_loss"] != found["eval_loss"]
+    assert f"; held out: loss {found['eval_loss']:.3f}, " in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_another_margin_is_refused(tmp_path: Path):
     host = trainer(FocalCPOTrainer, tmp_path, **SIMPO, save_strategy="steps", save_steps=1)
     host.train()

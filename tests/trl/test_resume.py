@@ -19,6 +19,14 @@ from focalpo_plugins import FocalPOTrainer
 pytestmark = pytest.mark.releases
 
 
+def test_resume_without_an_output_folder(tokenizer, tmp_path):
+    """As on a second node that doesn't share it."""
+    host = trainer(FocalPOTrainer, tokenizer, tmp_path / "none", save_strategy="no")
+    (tmp_path / "none").rmdir()
+    with pytest.raises(ValueError, match="needs a checkpoint in output_dir, got none in"):
+        host.train(resume_from_checkpoint=True)
+
+
 def test_resume_with_another_loss(tokenizer, tmp_path):
     """A checkpoint's trainer_state.json records what it was trained with."""
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}

@@ -641,7 +641,7 @@ def test_a_scores_file_of_the_user_is_never_touched(tmp_path: Path, content: str
 def test_other_files_of_the_user_are_never_touched(setting, ends):
     for case, file in (("own summary", "summary.json"), ("own histogram", "histogram.csv")):
         code, _, errors = ends[case]
-        assert (code, f"with another {file}, which is left as it is" in errors) == (2, True)
+        assert (code, f"holds a {file} that this command did not write" in errors) == (2, True)
         folder = setting["folder"] / case
         assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(file, "{}\n")]
 
@@ -714,7 +714,10 @@ def test_a_full_disk(setting, ends):
 def test_another_run_s_scores_are_not_gone_on_with(ends):
     code, _, errors = ends["other beta"]
     assert code == 2
-    assert "is of another run: beta was 0.2, got 0.5. Give another --out" in errors.splitlines()[-1]
+    assert (
+        "belongs to another run: beta was 0.2, got 0.5. Give another --out"
+        in errors.splitlines()[-1]
+    )
 
 
 def test_it_says_which_run_the_scores_are_of(tmp_path: Path):
@@ -726,12 +729,12 @@ def test_it_says_which_run_the_scores_are_of(tmp_path: Path):
     asked = {"focalpo_score": 1, "policy": "sha256:b", "data": "d"}
     for path, said in (
         ("outputs/b", "MODEL was 'outputs/a', got 'outputs/b'. "),
-        ("outputs/a", "the files of MODEL 'outputs/a' were others. "),
+        ("outputs/a", "the files of MODEL 'outputs/a' have changed. "),
     ):
         given = {"policy": ["MODEL", path], "data": ["DATA", "y.jsonl"]}
         with pytest.raises(CommandError) as error:
             read_scores(tmp_path / "scores.jsonl", {**asked, "given": given})
-        assert f"scores.jsonl is of another run: {said}Give another --out" in str(error.value)
+        assert f"scores.jsonl belongs to another run: {said}Give another --out" in str(error.value)
     assert read_scores(tmp_path / "scores.jsonl", {**asked, "policy": "sha256:a"}) == {}
 
 

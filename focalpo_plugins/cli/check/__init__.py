@@ -49,6 +49,7 @@ def run(args: Namespace) -> int:
             "give a YAML of Axolotl, LLaMA-Factory or ms-swift; or `--`, and after it the flags of "
             "openrlhf.cli.train_dpo, or `swift rlhf` with its keys."
         )
+    room = _gpu_memory(args.gpu_memory, OF_COMMAND)
     with _stdout_to_stderr(), scratch_folder() as scratch:
         shape = _shape(args.model_config, scratch)
         name = args.config or "the command line"
@@ -58,14 +59,13 @@ def run(args: Namespace) -> int:
             ways = None
             if shape is None:
                 counts, shown, ways = _read(plan, args.pair)
+            memory = estimate(plan, _tokens_of_logits(plan, ways))
         except CommandError:
             raise
         except Exception as error:  # every error of the host is an answer for the user
             if args.debug:
                 raise
             raise CommandError(f"{name}: {one_line(error)}") from None
-        memory = estimate(plan, _tokens_of_logits(plan, ways))
-    room = _gpu_memory(args.gpu_memory, OF_COMMAND)
     found = warnings(plan, counts, memory, room)
     if args.json:
         print(json.dumps(as_json(name, plan, counts, shown, ways, memory, found), indent=2))
@@ -207,7 +207,14 @@ def _host_of(config: Path) -> str:
 
 
 def _host_of_words(words: Sequence[str]) -> str:
-    return "swift" if [*words[:2]] == ["swift", "rlhf"] or words[:1] == ["rlhf"] else "openrlhf"
+    if [*words[:2]] == ["swift", "rlhf"] or words[:1] == ["rlhf"]:
+        return "swift"
+    if words and not words[0].startswith("-") and "openrlhf" not in " ".join(words):
+        raise CommandError(
+            "after `--` come the flags of openrlhf.cli.train_dpo, or `swift rlhf` with its keys, "
+            f"got {words[0]!r}. Give the YAML of another host instead."
+        )
+    return "openrlhf"
 
 
 def _with_bar(plan: Plan) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from typing import Any
 
 from ...guards.pairs import blank, faults_of_answers
@@ -83,11 +84,7 @@ def template_start(tokenizer: Any) -> int | None:
 
 def in_common(chosen: list[int], rejected: list[int]) -> int:
     """The number of tokens that both sequences begin with."""
-    both = zip(chosen, rejected, strict=False)
-    return next(
-        (place for place, (one, other) in enumerate(both) if one != other),
-        min(len(chosen), len(rejected)),
-    )
+    return len(commonprefix([chosen, rejected]))
 
 
 def _answer(side: Tokens) -> list[int]:

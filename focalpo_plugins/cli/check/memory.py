@@ -66,7 +66,7 @@ def estimate(plan: Plan, tokens: int) -> Estimate | None:
         tokens: the largest number of tokens of a micro-batch whose logits are computed.
     """
     state = plan.state
-    if state.zero_stage is None:
+    if state.zero_stage is None or state.unknown:
         return None
     total, trained, linear, wide = _count(plan)
     each, share = state.weight_bytes, [1, 1, 1]

@@ -72,7 +72,10 @@ def _of_loss(plan: Plan) -> _Lines:
     if plan.margin != "dpo":
         yield "", f"margin {plan.margin}, without a reference: the first loss can't be predicted"
     elif first is None:
-        yield "", "the first loss can't be predicted: it isn't only the loss of a margin of 0"
+        yield (
+            "",
+            "the first loss can't be predicted: terms are added, or the margins don't start at 0",
+        )
     else:
         yield "", f"predicted first loss {first:.4f} (DPO: 0.6931)"
     if star > -math.inf and plan.margin != "dpo":
@@ -154,7 +157,7 @@ def _of_memory(
     plan: Plan, ways: FourWays | None, memory: Estimate | None, room: Room | None, names: Names
 ) -> _Lines:
     if memory is None:
-        yield "memory", "not estimated under FSDP"
+        yield "memory", f"not estimated with {plan.state.unknown or 'FSDP'}"
         return
     state = plan.state
     sharding = f"ZeRO stage {state.zero_stage}" if state.zero_stage else "no sharding"

@@ -83,8 +83,8 @@ def _of_bos(plan: Plan, counts: Counts) -> list[str]:
     if counts.bos_in_answer:
         found.append(
             f"BOS in {share(counts.bos_in_answer, 2 * counts.pairs)} of the answers: the host "
-            "took more than the answer for it, as Axolotl's chat_template strategies do if an "
-            "answer is empty. Remove those pairs."
+            "took more than the answer for it, as Axolotl does if an answer is empty. Remove those "
+            "pairs."
         )
     bos = plan.tokenizer.bos_token_id
     adds_bos = bos is not None and plan.tokenizer("a")["input_ids"][:1] == [bos]
@@ -103,8 +103,9 @@ def _of_template(plan: Plan, counts: Counts) -> list[str]:
     if start is not None and not counts.starts_as_template:
         found.append(
             "none of the sequences begins as the tokenizer's chat template does, with "
-            f"{plan.tokenizer.decode([start])!r}. Take a type: chat_template.* in Axolotl, or "
-            "--data.apply_chat_template in OpenRLHF, unless the model is meant to see plain text."
+            f"{plan.tokenizer.decode([start])!r}. Take a type: chat_template.* in Axolotl, "
+            "--data.apply_chat_template in OpenRLHF, or the model's template in LLaMA-Factory and "
+            "ms-swift, unless the model is meant to see plain text."
         )
     if counts.uncut_without_eos:
         found.append(

@@ -76,8 +76,9 @@ def read_run(path: Path, name: str | None) -> Run:
     else:
         raise CommandError(
             f"RUN must hold trainer_state.json, checkpoint-*/trainer_state.json or TensorBoard "
-            f"event files, got {str(path)!r}: none of them is in it. Axolotl and TRL write the "
-            "first with every checkpoint, OpenRLHF the last with --logger.tensorboard_dir."
+            f"event files, got {str(path)!r}: none of them is in it. OpenRLHF writes event "
+            "files with --logger.tensorboard_dir, the other hosts trainer_state.json with every "
+            "checkpoint."
         )
     notes += found
     if not any("margin" in logged or "loss" in logged for logged in series.values()):

@@ -53,7 +53,7 @@ def _of_other_runs(
     others = [str(file) for each, file in states if not _begins_with(state, each)]
     if not others:
         return []
-    return [f"not of the same run, older than {source.parent.name}, left out: {', '.join(others)}"]
+    return [f"left out, from an older run than {source.parent.name}: {', '.join(others)}"]
 
 
 def _of_target(state: Mapping[str, Any]) -> list[str]:

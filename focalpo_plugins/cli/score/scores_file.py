@@ -67,7 +67,8 @@ def read_scores(scores: Path, header: dict[str, Any]) -> dict[int, dict[str, Any
         if differing:
             changes = ", ".join(_change(key, records[0], header) for key in differing)
             raise CommandError(
-                f"{scores} is of another run: {changes}. Give another --out, or remove that folder."
+                f"{scores} belongs to another run: {changes}. Give another --out, or remove that "
+                "folder."
             )
     if len(whole) < len(content):
         with writing(scores), scores.open("r+b") as file:
@@ -82,7 +83,7 @@ def _change(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
     word, given = now[NAMES][key]
     was = before.get(NAMES, {}).get(key, (word, None))[1]
     if was in (given, None):
-        return f"the files of {word} {given!r} were others"
+        return f"the files of {word} {given!r} have changed"
     return f"{word} was {was!r}, got {given!r}"
 
 
