@@ -19,6 +19,7 @@ from .errors import InvalidValue, conflict
 from .guards.folders import check_folder
 from .guards.ranks import together
 from .hf_models import gathered
+from .hf_sequences import sets_of
 from .hf_trainer import RANKS
 from .reference import Pairs, ReferenceLogps, describe_model, emptied
 from .reference import precompute as precompute_with
@@ -97,10 +98,8 @@ class _Source:
     """The pairs of a trainer's data sets, and its reference."""
 
     def __init__(self, trainer: Any, forward: _Forward) -> None:
-        evaluated = trainer.eval_dataset
-        named = evaluated if isinstance(evaluated, Mapping) else {"": evaluated}
-        data = [trainer.train_dataset, *named.values()]
-        self.sets = [each for each in data if each is not None and hasattr(each, "__len__")]
+        data = sets_of(trainer.train_dataset, trainer.eval_dataset)
+        self.sets = [each for each, _ in data if hasattr(each, "__len__")]
         self._data: ConcatDataset[Any] = ConcatDataset(self.sets or [[]])
         self._trainer, self._forward = trainer, forward
         self.pairs = len(self._data)

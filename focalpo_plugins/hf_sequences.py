@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,6 +18,14 @@ Numbers: TypeAlias = "NDArray[np.int64]"
 _ROWS = 10_000  # that are read at a time
 _SHOWN_AFTER = 2.0  # seconds until the progress bar
 _NO_LIMIT = np.iinfo(np.int64).max
+
+
+def sets_of(trained: Any, evaluated: Any) -> Iterator[tuple[Any, bool]]:
+    """The data sets that there are, each with whether it is evaluated."""
+    named = evaluated if isinstance(evaluated, Mapping) else {"": evaluated}
+    for dataset, evaluation in ((trained, False), *((each, True) for each in named.values())):
+        if dataset is not None:
+            yield dataset, evaluation
 
 
 @dataclass(frozen=True)

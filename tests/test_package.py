@@ -69,7 +69,7 @@ ARROWS: dict[str, set[str]] = {
     "hf_trainer": {
         "errors", "guards", "registry", "run", "balanced", "hf_batches", "hf_sequences"
     },
-    "hf_reference": {"errors", "guards", "reference", "hf_models", "hf_trainer", "yaml_keys"},
+    "hf_reference": {"errors", "guards", "reference", "hf_models", "hf_sequences", "hf_trainer", "yaml_keys"},
     "trl": {
         "errors", "loss", "options", "registry", "run", "balanced", "hf_trainer", "hf_batches",
         "hf_models", "hf_sequences", "hf_reference", "guards", "compute", "sharing", "plan",

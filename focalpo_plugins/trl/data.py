@@ -45,14 +45,6 @@ def check_data(given: Mapping[str, Any], host: Host) -> None:
                 raise InvalidValue(wrong)
 
 
-def sets_of(trained: Any, evaluated: Any) -> Iterator[tuple[Any, bool]]:
-    """The data sets that there are, each with whether it is evaluated."""
-    named = evaluated if isinstance(evaluated, Mapping) else {"": evaluated}
-    for dataset, evaluation in ((trained, False), *((each, True) for each in named.values())):
-        if dataset is not None:
-            yield dataset, evaluation
-
-
 def sampled_columns(dataset: Any, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """Number and cells of each row that :func:`~.guards.pairs.sampled` picks."""
     if isinstance(dataset, Dataset):

@@ -1,4 +1,7 @@
-"""What all TRL trainers with another pairwise loss share, for any margin."""
+"""What all trainers share that train another pairwise loss in place of TRL's, for any margin.
+
+Those of LLaMA-Factory and ms-swift are among them: both derive from TRL's.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from ..guards import embeddings
 from ..guards.faults import Fault, Policy
 from ..guards.ranks import together
+from ..hf_sequences import sets_of
 from ..hf_trainer import RANKS, PairwiseTrainerMixin
 from ..registry import BoundLoss
 from ..run import Host
-from .data import sets_of
 from .exchange import loss_exchanged
 
 #: How messages name TRL and its settings.

@@ -71,7 +71,7 @@ def check_shared_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
     Args:
         given: a trainer's arguments by name; only ``model``, ``peft_config`` and
             ``processing_class`` are read.
-        args: TRL's arguments.
+        args: the trainer's arguments.
         key: the key that asked for shared prompts.
 
     Raises:
@@ -93,7 +93,7 @@ def check_balanced_parts(given: Mapping[str, Any], args: Any, key: str) -> None:
 
     Args:
         given: a trainer's arguments by name; only ``model`` and ``processing_class`` are read.
-        args: TRL's arguments.
+        args: the trainer's arguments.
         key: the key that asked for balanced batches.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Shared prompts and balanced batches in a TRL trainer."""
+"""Shared prompts and balanced batches in a trainer of TRL, or in one that derives from TRL's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ else:
 
 
 class SharedStepMixin(_Host):
-    """The part of a TRL trainer of pairs that shares their prompts, and balances its batches."""
+    """The part of such a trainer that shares their prompts, and balances its batches."""
 
     ref_model: Any = None
     _shared_key: str | None = None  # the key that asked for shared prompts, for messages
