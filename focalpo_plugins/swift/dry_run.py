@@ -22,14 +22,13 @@ from ..errors import InvalidValue
 from ..guards import pairs
 from ..guards.faults import Policy
 from ..guards.messages import explained
-from ..guards.pairs import none_fits
 from ..guards.sources import described
 from ..plan import ModelState, Pair, Plan, adam_bytes, precision, run_steps, sharding, windows
 from ..trl.parts import config_of
 from ..yaml_keys import ALLOW_DATA, BALANCED, SHARED
 from .arguments import check_words
 from .conversations import text_faults
-from .data import explain, listed
+from .data import explain, listed, nothing_left
 from .keys import asked_types, requested, types_of
 from .pairs import EncodedPairs
 
@@ -58,7 +57,7 @@ def plan(words: Sequence[str], gpus: int, scratch: Path, shape: Path | None = No
             errors pass through unchanged.
     """
     args, deepspeed, accumulation = _arguments(list(words), scratch, shape)
-    with explained(lambda error: explain(args)):
+    with explained(lambda error: explain(args, error)):
         bare = _without_data(args, gpus, deepspeed, accumulation)
         return bare if shape is not None else _with_data(bare, args)
 
@@ -227,7 +226,7 @@ def _with_data(bare: Plan, args: Any) -> Plan:
     written = run._get_dataset()
     train, held_out = run._post_process_datasets(list(run._encode_dataset(*written)))
     if train is None or len(train) == 0:
-        raise none_fits("dataset", len(written[0] or ()), "max_length", args.max_length)
+        raise nothing_left(args, len(written[0] or ()))
     found = EncodedPairs(train, run.template)
     warnings = _faults(found, args)
     if held_out is not None:

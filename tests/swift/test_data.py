@@ -1,0 +1,110 @@
+"""Which rows, files and models ms-swift reads, and what is said of the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from swift.dataset import load_dataset
+
+from focalpo_plugins.guards import pairs
+from focalpo_plugins.swift import data
+from focalpo_plugins.swift.pairs import EncodedPairs
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder and the home, in which nothing is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def args_of(**given: Any) -> Any:
+    return SimpleNamespace(**{"columns": None, "max_length": 8, **given})
+
+
+def written(rows: list[dict[str, Any]], columns: dict[str, str] | None = None) -> Any:
+    """Arguments with these rows in a file of the current folder."""
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return args_of(dataset=["rows.jsonl"], columns=columns)
+
+
+def wrong(args: Any) -> str | None:
+    return next(data.listed(args)).wrong()
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize(
+    "row, columns",
+    [
+        ({"query": "Q", "response": "good", "rejected_response": "bad"}, None),
+        ({"instruction": "Q", "input": "", "output": "good", "rejected_response": "bad"}, None),
+        ({"Question": "Q", "Answer": "good", "rejected_response": "bad"}, None),
+        ({"q": "Q", "a": "good", "b": "bad"}, {"q": "query", "a": "answer", "b": "rejected_response"}),
+        (
+            {
+                "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "good"}],
+                "rejected_response": "bad",
+            },
+            None,
+        ),
+    ],
+)  # fmt: skip
+def test_columns_that_ms_swift_reads(folder: Path, row: dict[str, Any],
+                                     columns: dict[str, str] | None):  # fmt: skip
+    """They are not what is wrong if every pair is too long."""
+    args = written([row] * 4, columns)
+    read = load_dataset(["rows.jsonl"], columns=columns)[0]
+    assert [turn["content"] for turn in read[0]["messages"]] == ["Q", "good"]
+    assert (len(read), read[0]["rejected_response"]) == (4, "bad")
+    assert wrong(args) is None
+    with pytest.raises(
+        ValueError, match="dataset must hold a pair that fits into max_length, got 4"
+    ):
+        data.reading(args, lambda: ([], None), read)
+
+
+def test_columns_that_ms_swift_does_not_read(folder: Path):
+    """A text of the whole beside two answers is no third one."""
+    two = {"prompt": "Q", "chosen": "good", "rejected": "bad"}
+    for row, words in (
+        ({"query": "Q", "response": "good"}, "its first row has no rejected answer, got the columns"),
+        ({"query": "Q", "rejected_response": "bad"}, "it has no 'chosen' and no 'rejected'"),
+        (two, "these are strings: set columns to"),
+        ({**two, "text": "Q good"}, "these are strings: set columns to"),
+    ):  # fmt: skip
+        args = written([row])
+        assert words in str(wrong(args))
+        with pytest.raises(ValueError, match=words):
+            data.reading(args, lambda: ([], None), [{}])
+
+
+@pytest.mark.releases
+def test_only_errors_in_reading_are_explained(folder: Path):
+    args = written([{"prompt": "Q", "chosen": "good", "rejected": "bad"}])
+
+    def fails() -> Any:
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="^no memory$"):
+        data.reading(args, fails, None)
+    with pytest.raises(ValueError, match="these are strings: set columns to"):
+        data.reading(args, lambda: load_dataset([5]), None)
+    found = EncodedPairs([], None).tokenized()
+    cutting = pairs.Cutting("max_length", 8)
+    with pytest.raises(ValueError, match="it has no pair.*these are strings: set columns to"):
+        data.reading(args, lambda: pairs.find(found, Words(), cutting), None)
+
+
+class Words:
+    """A tokenizer for the template below."""
+
+    bos_token_id, eos_token_id, all_special_ids = None, 0, (0,)
+
+    def decode(self, ids: list[int]) -> str:
+        return str(ids)
