@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,18 @@ def check_files(args: Any) -> None:
                 hub.check_there(key, name)
     for key in ("model", "ref_model"):
         if getattr(args, key, None):
-            hub.check_there(key, str(getattr(args, key)))
+            _check_model(key, str(getattr(args, key)))
+
+
+def _check_model(key: str, name: str) -> None:
+    """Refuse a local model that isn't there.
+
+    ms-swift expands a ``~``, and reads ``MODEL:FOLDER`` as a folder inside a model.
+    """
+    name = os.path.expanduser(name)
+    model, inside = name.partition(":")[0], name.replace(":", "/", 1)
+    if not Path(name).exists():
+        hub.check_there(key, inside if hub.is_path(model) else model)
 
 
 def listed(args: Any) -> Iterator[Source]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from swift.dataset import load_dataset
+from swift.utils import safe_snapshot_download
 
 from focalpo_plugins.guards import pairs
 from focalpo_plugins.swift import data
@@ -99,6 +100,40 @@ def test_only_errors_in_reading_are_explained(folder: Path):
     cutting = pairs.Cutting("max_length", 8)
     with pytest.raises(ValueError, match="it has no pair.*these are strings: set columns to"):
         data.reading(args, lambda: pairs.find(found, Words(), cutting), None)
+
+
+@pytest.mark.releases
+def test_models_that_ms_swift_finds(folder: Path):
+    """A home's ``~``, and a folder in a model or in a repository, after a colon."""
+    (folder / "models" / "x" / "step:1").mkdir(parents=True)
+    there = [
+        "~/models/x",
+        f"{folder}/models/x",
+        "./models:x",
+        "~/models/x:step:1",
+        "models/x:step:1",
+    ]
+    for name in there:
+        assert Path(safe_snapshot_download(name)).is_dir()
+    for name in (*there, "owner/name", "owner/name:a/b"):
+        data.check_files(args_of(model=name, ref_model=name))
+
+
+@pytest.mark.parametrize(
+    "name, got",
+    [
+        ("~/models/lama", "{}/models/lama' ('llama' is beside it)"),
+        ("{}/models/llama:step", "{}/models/llama/step'"),
+        ("./models/x:step", "./models/x/step'"),
+    ],
+)
+def test_models_that_are_not_there(folder: Path, name: str, got: str):
+    (folder / "models" / "llama").mkdir(parents=True)
+    for key in ("model", "ref_model"):
+        with pytest.raises(ValueError) as caught:
+            data.check_files(args_of(**{key: name.format(folder)}))
+        words = f"{key} must be a file or folder that exists, or a name on a hub, got '"
+        assert str(caught.value).startswith(words + got.format(folder))
 
 
 class Words:
