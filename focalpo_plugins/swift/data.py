@@ -88,8 +88,10 @@ def check_files(args: Any) -> None:
     sources.check_files(listed(args))
     for key in _KEYS:
         for name in _named(args, key):
-            if Path(name).suffix in _FILES and _path(name) is None:
-                hub.check_there(key, name)
+            # Of https://..., ms-swift asks a hub for https, so the whole entry is checked too.
+            for written in (_read_from(name), name):
+                if Path(written).suffix in _FILES:
+                    hub.check_there(key, written)
     for key in ("model", "ref_model"):
         if getattr(args, key, None):
             _check_model(key, str(getattr(args, key)))
@@ -111,9 +113,9 @@ def listed(args: Any) -> Iterator[Source]:
     mapped = _mapped(args.columns)
     for key in _KEYS:
         for name in _named(args, key):
-            path = _path(name)
-            if path is not None:
-                yield Source(key, str(path), key == "val_dataset", {}, mapped)
+            path = _read_from(name)
+            if Path(path).is_file():
+                yield Source(key, path, key == "val_dataset", {}, mapped)
 
 
 def _named(args: Any, key: str) -> list[str]:
@@ -189,9 +191,8 @@ def _count(rows: Any) -> int:
     return len(rows) if hasattr(rows, "__len__") else 0
 
 
-def _path(name: str) -> Path | None:
-    """The file that an entry of ``dataset`` names; a number of rows may follow, after a ``#``."""
-    for written in (name, name.rpartition("#")[0]):
-        if written and Path(written).is_file():
-            return Path(written)
-    return None
+def _read_from(name: str) -> str:
+    """The file or name in an entry of ``dataset``; subsets and a number of rows may follow it."""
+    from swift.dataset import DatasetSyntax
+
+    return str(DatasetSyntax.parse(name).dataset)

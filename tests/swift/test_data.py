@@ -136,6 +136,26 @@ def test_models_that_are_not_there(folder: Path, name: str, got: str):
         assert str(caught.value).startswith(words + got.format(folder))
 
 
+@pytest.mark.releases
+@pytest.mark.parametrize("entry", ["rows.jsonl#2", "rows.jsonl:part#2", "ms::rows.jsonl#2"])
+def test_files_with_a_number_of_rows(folder: Path, entry: str):
+    """ms-swift would ask ModelScope for a file that isn't there, and for the start of an address."""
+    args = written([{"query": "Q", "response": "good", "rejected_response": "bad"}] * 4)
+    args.dataset = [entry, "owner/name", "hf::owner/name:part#500"]
+    data.check_files(args)
+    assert [source.path for source in data.listed(args)] == ["rows.jsonl"]
+    assert len(load_dataset([entry])[0]) == 2
+    beside = "'row.jsonl' ('rows.jsonl' is beside it)"
+    for name, got in (
+        (entry.replace("rows", "row"), beside),
+        ("https://host/rows.jsonl", "'https://host/rows.jsonl'"),
+    ):
+        args.dataset = [name]
+        with pytest.raises(ValueError) as caught:
+            data.check_files(args)
+        assert f"got {got}: nothing is there" in str(caught.value)
+
+
 class Words:
     """A tokenizer for the template below."""
 
