@@ -14,6 +14,7 @@ from ..guards.ranks import Ranks, together
 from ..plan import Tokens
 
 _SHOWN_AFTER = 2.0  # seconds until the progress bar
+_SEARCHED = 10_000  # rows
 
 
 def sides(encoded: Mapping[str, Any]) -> tuple[Tokens, Tokens]:
@@ -117,10 +118,13 @@ class EncodedPairs:
         return found
 
     def rows_of(self, found: Iterable[tuple[list[int], list[int]]]) -> list[int | None]:
-        """For each pair of sequences, the first row that has them; None if there is none."""
+        """For each pair of sequences, the first row that has them; None if it isn't found.
+
+        Only the first rows are searched: each takes milliseconds, and the other ranks wait.
+        """
         wanted = list(found)
         places: list[int | None] = [None] * len(wanted)
-        for row in range(len(self.rows)):
+        for row in range(min(len(self.rows), _SEARCHED)):
             if None not in places:
                 break
             try:
