@@ -29,7 +29,7 @@ from ..yaml_keys import ALLOW_DATA, BALANCED, SHARED
 from .arguments import check_words
 from .conversations import text_faults
 from .data import explain, listed, nothing_left
-from .keys import asked_types, requested, types_of
+from .keys import asked_types, requested, starts_as_reference, types_of
 from .pairs import EncodedPairs
 
 # What a machine without a GPU can build; the plan says what was asked for.
@@ -162,12 +162,11 @@ def _without_data(
 
 
 def _terms(args: Any, types: Sequence[str]) -> list[tuple[str, float]] | None:
-    """The losses that ms-swift adds up, with their weights; None if it adds more."""
-    if args.rpo_alpha is not None or args.ref_model not in (None, args.model):
-        return None
-    if args.ld_alpha is not None:  # the margins aren't 0 at first
-        return None
-    if list(args.adapters or ()) != list(args.ref_adapters or ()):
+    """The losses that ms-swift adds up, with their weights.
+
+    None if it adds more, or if the margins of the first step aren't 0.
+    """
+    if args.rpo_alpha is not None or not starts_as_reference(args):
         return None
     ours = asked_types(args)
     names = ["sigmoid" if name in ours else name for name in types]

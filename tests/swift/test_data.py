@@ -13,6 +13,8 @@ from swift.utils import safe_snapshot_download
 
 from focalpo_plugins.guards import pairs
 from focalpo_plugins.swift import data
+from focalpo_plugins.swift.dry_run import _terms
+from focalpo_plugins.swift.keys import starts_as_reference
 from focalpo_plugins.swift.pairs import EncodedPairs
 
 
@@ -163,3 +165,24 @@ class Words:
 
     def decode(self, ids: list[int]) -> str:
         return str(ids)
+
+
+@pytest.mark.parametrize(
+    "given, starts",
+    [
+        ({"tuner_type": "full", "ref_model": "x"}, True),
+        ({"tuner_type": "full", "ref_model": "y"}, False),
+        ({"tuner_type": "full", "ref_model": "x", "ld_alpha": 0.5}, False),
+        ({"tuner_type": "lora"}, True),
+        ({"tuner_type": "lora", "adapters": ["a"]}, False),
+        ({"tuner_type": "lora", "adapters": ["a"], "ref_adapters": ["a"]}, True),
+    ],
+)
+def test_the_plan_expects_a_first_loss_if_the_policy_starts_as_its_reference(
+    given: dict[str, Any], starts: bool
+):
+    empty = {"model": "x", "ref_model": None, "ld_alpha": None, "adapters": [], "ref_adapters": []}
+    args = args_of(**{**empty, "rpo_alpha": None, "loss_weights": None, **given})
+    args.loss_type = "focalpo"
+    assert starts_as_reference(args) is starts
+    assert _terms(args, ["focalpo"]) == ([("sigmoid", 1.0)] if starts else None)
