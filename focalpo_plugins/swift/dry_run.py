@@ -230,7 +230,7 @@ def _with_data(bare: Plan, args: Any) -> Plan:
     warnings = _faults(found, args)
     if held_out is not None:
         of_held_out = EncodedPairs(held_out, run.template)
-        warnings += map(str, text_faults(of_held_out, run.template, evaluation=True))
+        warnings += map(str, text_faults(of_held_out, evaluation=True))
     order = _order(train, args.training_args, bare)
     epoch_steps = max(1, math.ceil(len(order) / bare.accumulation))
     steps = run_steps(args, epoch_steps)
@@ -250,7 +250,7 @@ def _with_data(bare: Plan, args: Any) -> Plan:
 
 def _faults(found: EncodedPairs, args: Any) -> list[str]:
     """Warnings about the rows, a sentence each; the command counts the faults of their answers."""
-    faults, asked, template = text_faults(found, found.template), requested(args), found.template
+    faults, asked, template = text_faults(found), requested(args), found.template
     if asked is None:
         return [*map(str, faults)]
     policy = Policy(f"{ALLOW_DATA} true", ALLOW_DATA in asked.on, say=False)

@@ -50,26 +50,28 @@ class EncodedPairs:
         encoded = "chosen_input_ids" in row  # rows of a stream are
         return sides(row if encoded else self.template.encode(dict(row), return_length=True))
 
-    def sampled(self) -> Iterator[tuple[int, Mapping[str, Any], Tokens, Tokens]]:
-        """Number, content and sequences of each row that is checked.
+    def encoded(self, row: Mapping[str, Any]) -> tuple[Tokens, Tokens] | None:
+        """Both sequences of a row; None if ms-swift can't encode it, and trains another one."""
+        try:
+            return self._sides(row)
+        except Exception:
+            return None
 
-        A row that can't be encoded is left out: ms-swift trains another one in its place.
-        """
+    def _sampled(self) -> Iterator[tuple[int, Tokens, Tokens]]:
+        """Number and sequences of each row that is checked."""
         for number, row in pairs.sampled(self.rows):
-            try:
-                chosen, rejected = self._sides(row)
-            except Exception:
-                continue
-            yield number, row, chosen, rejected
+            both = self.encoded(row)
+            if both is not None:
+                yield number, *both
 
     def tokenized(self) -> Iterator[pairs.Pair]:
         """Row, prompt, chosen and rejected answer of the pairs to check."""
-        for number, _, chosen, rejected in self.sampled():
+        for number, chosen, rejected in self._sampled():
             yield number, chosen.prompt, chosen.answer, rejected.answer
 
     def largest_id(self) -> int:
         """The largest token id in the pairs to check; -1 if there are none."""
-        found = (max(side.ids, default=-1) for _, _, *both in self.sampled() for side in both)
+        found = (max(side.ids, default=-1) for _, *both in self._sampled() for side in both)
         return max(found, default=-1)
 
     def tokens(self, cost: Cost, *, say: bool = False) -> list[int]:

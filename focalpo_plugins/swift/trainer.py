@@ -119,4 +119,4 @@ class SwiftPairwiseTrainer(HostDPOMixin, DPOTrainer):
         found = EncodedPairs(dataset, self._template)
         cutting = pairs.Cutting("max_length", self._template.max_length)
         faults = pairs.find(found.tokenized(), tokenizer, cutting, evaluation)
-        return [*faults, *text_faults(found, self._template, evaluation)]
+        return [*faults, *text_faults(found, evaluation)]

@@ -13,6 +13,7 @@ from swift.utils import safe_snapshot_download
 
 from focalpo_plugins.guards import pairs
 from focalpo_plugins.swift import data
+from focalpo_plugins.swift.conversations import text_faults
 from focalpo_plugins.swift.dry_run import _terms
 from focalpo_plugins.swift.keys import starts_as_reference
 from focalpo_plugins.swift.pairs import EncodedPairs
@@ -165,6 +166,40 @@ class Words:
 
     def decode(self, ids: list[int]) -> str:
         return str(ids)
+
+
+class Template:
+    """Encodes words as their lengths, and notes the rows."""
+
+    def __init__(self) -> None:
+        self.encoded: list[dict[str, Any]] = []
+        self.tokenizer = Words()
+
+    def encode(self, row: dict[str, Any], **_: Any) -> dict[str, list[int]]:
+        self.encoded.append(row)
+        assert row["rejected_response"] != "too long"
+        ids = [*map(len, row["messages"][-1]["content"].split())]
+        names = (
+            f"{side}_{what}" for side in ("chosen", "rejected") for what in ("input_ids", "labels")
+        )
+        return dict.fromkeys(names, ids)
+
+
+def test_only_rows_with_a_fault_are_encoded_again():
+    """The tokens of all rows are checked elsewhere; a row that ms-swift can't encode has no fault."""
+
+    def row(asked: str, rejected: str | None) -> dict[str, Any]:
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "so it is"}]
+        return {"messages": turns, "rejected_response": rejected}
+
+    rows = [row("Q", "bad"), row("", "bad"), row("Q", None), row("", "too long"), row("Q", "bad")]
+    template = Template()
+    faults = {fault.words[:31]: fault.first for fault in text_faults(EncodedPairs(rows, template))}
+    assert faults == {
+        "1 of 4 rows have no prompt: ms-": "row 1 of the tokenized data, rejected: '[2, 2, 2]'",
+        "1 of 4 rows have no rejected an": "row 2 of the tokenized data, rejected: '[2, 2, 2]'",
+    }
+    assert template.encoded == rows[1:4]
 
 
 @pytest.mark.parametrize(
