@@ -38,7 +38,7 @@ def explain(error: BaseException, names: Mapping[str, str]) -> str | None:
     missing = {key: name for key, name in names.items() if not Path(name).exists()}
     if not reading or not missing or _of_disk(error):
         return None
-    paths = [f"{key} {name!r}{_near(name)}" for key, name in missing.items() if _is_path(name)]
+    paths = [f"{key} {name!r}{_near(name)}" for key, name in missing.items() if is_path(name)]
     if paths:
         return f"There is no such file or folder: {', '.join(paths)}. Correct the path."
     listed = ", ".join(f"{key} {name!r}{_near(name)}" for key, name in missing.items())
@@ -57,14 +57,14 @@ def check_there(key: str, name: str) -> None:
     Raises:
         ValueError: the message names key and path, and what has a similar name.
     """
-    if _is_path(name) and not Path(name).exists():
+    if is_path(name) and not Path(name).exists():
         raise InvalidValue(
             f"{key} must be a file or folder that exists, or a name on a hub, got {name!r}"
             f"{_near(name)}: nothing is there. Correct the path."
         )
 
 
-def _is_path(name: str) -> bool:
+def is_path(name: str) -> bool:
     """Whether this can't be the name of a model or of data on a hub, which is ``OWNER/NAME``."""
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(_DATA)
 

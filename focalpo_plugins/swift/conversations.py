@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..guards.faults import Catalogue, Fault
+from ..guards.pairs import sampled
 from .pairs import EncodedPairs
 
 _SHOWN = 80  # characters
@@ -22,41 +23,47 @@ _WHY = {
 _CATALOGUE = Catalogue("rows", _WHY, harmless=("sides",))
 
 
-def text_faults(found: EncodedPairs, template: Any, evaluation: bool = False) -> list[Fault]:
+def text_faults(found: EncodedPairs, evaluation: bool = False) -> list[Fault]:
     """The faults of rows that ms-swift encodes differently from two answers to one prompt.
 
     Args:
         found: the pairs.
-        template: ms-swift's template.
         evaluation: whether this is evaluation data, for which no run is refused.
     """
+    if found.is_stream:  # its rows are encoded, and hold no messages
+        return []
     places: dict[str, list[str]] = defaultdict(list)
     checked = 0
-    for number, row, _, rejected in found.sampled():
+    for number, row in sampled(found.rows):
+        names, shown = _faults_of(row), ""
+        if names:  # encoding takes two milliseconds, so the other rows aren't encoded here
+            both = found.encoded(row)
+            if both is None:
+                continue
+            shown = found.template.tokenizer.decode(both[1].ids)[:_SHOWN]
         checked += 1
-        shown = template.tokenizer.decode(rejected.ids)[:_SHOWN]
-        found_in_row = (
-            ("asked", not _asks(row)),
-            ("rejected", not _rejects(row)),
-            ("sides", _earlier_turns_differ(row)),
-        )
-        for name, has in found_in_row:
-            if has:
-                places[name].append(f"row {number} of the tokenized data, rejected: {shown!r}")
+        for name in names:
+            places[name].append(f"row {number} of the tokenized data, rejected: {shown!r}")
     return _CATALOGUE.faults(places, checked, evaluation)
 
 
+def _faults_of(row: Mapping[str, Any]) -> list[str]:
+    found = {
+        "asked": not _asks(row),
+        "rejected": not _rejects(row),
+        "sides": _earlier_turns_differ(row),
+    }
+    return [name for name, has in found.items() if has]
+
+
 def _asks(row: Mapping[str, Any]) -> bool:
-    """Whether a message before the answer says anything; a stream's rows don't tell."""
-    turns = row.get("messages")
-    return turns is None or any(turn.get("content") for turn in turns[:-1])
+    """Whether a message before the answer says anything."""
+    return any(turn.get("content") for turn in row["messages"][:-1])
 
 
 def _rejects(row: Mapping[str, Any]) -> bool:
-    """Whether anything differs from the chosen side; a stream's rows don't tell."""
-    return "messages" not in row or any(
-        value for name, value in row.items() if name.startswith("rejected_")
-    )
+    """Whether anything differs from the chosen side."""
+    return any(value for name, value in row.items() if name.startswith("rejected_"))
 
 
 def _earlier_turns_differ(row: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,8 @@ from typing import Any
 from accelerate import PartialState
 
 from ..errors import InvalidValue
-from ..guards import hub, sources
-from ..guards.messages import explained, say
-from ..guards.pairs import none_fits
+from ..guards import hub, pairs, sources
+from ..guards.messages import explained, modules_of, say
 from ..guards.rows import CONVERSATIONS, PROMPT_BESIDE, STRINGS, Description, not_text
 from ..guards.sources import Advice
 
@@ -25,7 +25,10 @@ _COLUMNS = {
 }
 _KEYS = ("dataset", "val_dataset")
 _FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
-_REJECTED = ("rejected_messages", "rejected_response")
+# If ms-swift encodes rows when they are trained, only our check finds that there is no pair.
+_READING = ("swift.dataset", pairs.__name__)
+_CHOSEN = {"messages", "response"}
+_REJECTED = {"rejected_messages", "rejected_response"}
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,24 @@ class Source(sources.Source):
 
     def wrong(self) -> str | None:
         first: Mapping[str, Any] = next(self._written(), {})
-        names = {self.mapped.get(column, column) for column, cell in first.items() if cell}
-        if "messages" in names:
-            if names & {*_REJECTED}:
-                other = not_text(self._written(), first)
-                return None if other is None else f"{self.key} {self.path!r}: {other}."
+        names = self._read_as(first)
+        if names & _CHOSEN and names & _REJECTED:
+            other = not_text(self._written(), first)
+            return None if other is None else f"{self.key} {self.path!r}: {other}."
+        if "messages" in names or ("response" in names and "rejected" not in first):
             return (
                 f"{self.key} {self.path!r}: its first row has no rejected answer, got the columns "
                 f"{', '.join(first)}. Give it a column rejected_messages or rejected_response."
             )
         return super().wrong()
+
+    def _read_as(self, row: Mapping[str, Any]) -> set[str]:
+        """ms-swift's names of the columns in which a row holds anything."""
+        from swift.dataset import MessagesPreprocessor, ResponsePreprocessor
+
+        of_host = {**MessagesPreprocessor().columns, **ResponsePreprocessor().columns}
+        given = (self.mapped.get(column, column) for column, cell in row.items() if cell)
+        return {of_host.get(name.lower(), name) for name in given}
 
 
 def check_files(args: Any) -> None:
@@ -77,11 +88,24 @@ def check_files(args: Any) -> None:
     sources.check_files(listed(args))
     for key in _KEYS:
         for name in _named(args, key):
-            if Path(name).suffix in _FILES and _path(name) is None:
-                hub.check_there(key, name)
+            # Of https://..., ms-swift asks a hub for https, so the whole entry is checked too.
+            for written in (_read_from(name), name):
+                if Path(written).suffix in _FILES:
+                    hub.check_there(key, written)
     for key in ("model", "ref_model"):
         if getattr(args, key, None):
-            hub.check_there(key, str(getattr(args, key)))
+            _check_model(key, str(getattr(args, key)))
+
+
+def _check_model(key: str, name: str) -> None:
+    """Refuse a local model that isn't there.
+
+    ms-swift expands a ``~``, and reads ``MODEL:FOLDER`` as a folder inside a model.
+    """
+    name = os.path.expanduser(name)
+    model, inside = name.partition(":")[0], name.replace(":", "/", 1)
+    if not Path(name).exists():
+        hub.check_there(key, inside if hub.is_path(model) else model)
 
 
 def listed(args: Any) -> Iterator[Source]:
@@ -89,9 +113,9 @@ def listed(args: Any) -> Iterator[Source]:
     mapped = _mapped(args.columns)
     for key in _KEYS:
         for name in _named(args, key):
-            path = _path(name)
-            if path is not None:
-                yield Source(key, str(path), key == "val_dataset", {}, mapped)
+            path = _read_from(name)
+            if Path(path).is_file():
+                yield Source(key, path, key == "val_dataset", {}, mapped)
 
 
 def _named(args: Any, key: str) -> list[str]:
@@ -110,9 +134,26 @@ def _mapped(columns: Any) -> Mapping[str, str]:
     return columns if isinstance(columns, Mapping) else {}
 
 
-def explain(args: Any) -> str | None:
-    """Why ms-swift can't read the data; None if nothing is found."""
+def explain(args: Any, error: BaseException) -> str | None:
+    """Explain an error that was raised while ms-swift read the data, or for its pairs.
+
+    None if the error came from elsewhere, or if nothing was found.
+    """
+    if not any(module.startswith(_READING) for module, _ in modules_of(error)):
+        return None
     return sources.wrong_in(listed(args))
+
+
+def nothing_left(args: Any, count: int) -> InvalidValue:
+    """The error for data of which ms-swift drops every pair.
+
+    Args:
+        count: how many there were.
+    """
+    wrong = sources.wrong_in(listed(args))
+    if wrong is not None:
+        return InvalidValue(wrong)
+    return pairs.none_fits("dataset", count, "max_length", args.max_length)
 
 
 def reading(args: Any, read: Callable[[], Any], given: Any) -> Any:
@@ -129,17 +170,14 @@ def reading(args: Any, read: Callable[[], Any], given: Any) -> Any:
     Raises:
         ValueError: nothing is left to train on; or ms-swift's error, and what is wrong.
     """
-    with explained(lambda error: explain(args)):
+    with explained(lambda error: explain(args, error)):
         found = read()
     before, left = _count(given), _count(found[0])
     if not before or left == before:
         return found
     key = f"max_length={args.max_length}"
     if not left:
-        wrong = explain(args)
-        if wrong is not None:
-            raise InvalidValue(wrong)
-        raise none_fits("dataset", before, "max_length", args.max_length)
+        raise nothing_left(args, before)
     if PartialState().is_main_process:
         say(
             f"warning: {before - left} of {before} pairs are left out: they are longer than {key}, "
@@ -153,9 +191,8 @@ def _count(rows: Any) -> int:
     return len(rows) if hasattr(rows, "__len__") else 0
 
 
-def _path(name: str) -> Path | None:
-    """The file that an entry of ``dataset`` names; a number of rows may follow, after a ``#``."""
-    for written in (name, name.rpartition("#")[0]):
-        if written and Path(written).is_file():
-            return Path(written)
-    return None
+def _read_from(name: str) -> str:
+    """The file or name in an entry of ``dataset``; subsets and a number of rows may follow it."""
+    from swift.dataset import DatasetSyntax
+
+    return str(DatasetSyntax.parse(name).dataset)

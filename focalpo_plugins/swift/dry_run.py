@@ -22,15 +22,14 @@ from ..errors import InvalidValue
 from ..guards import pairs
 from ..guards.faults import Policy
 from ..guards.messages import explained
-from ..guards.pairs import none_fits
 from ..guards.sources import described
 from ..plan import ModelState, Pair, Plan, adam_bytes, precision, run_steps, sharding, windows
 from ..trl.parts import config_of
-from ..yaml_keys import ALLOW_DATA, BALANCED, SHARED
+from ..yaml_keys import ALLOW_DATA, BALANCED, SHARED, Asked
 from .arguments import check_words
 from .conversations import text_faults
-from .data import explain, listed
-from .keys import asked_types, requested, types_of
+from .data import explain, listed, nothing_left
+from .keys import asked_types, requested, starts_as_reference, types_of
 from .pairs import EncodedPairs
 
 # What a machine without a GPU can build; the plan says what was asked for.
@@ -58,9 +57,10 @@ def plan(words: Sequence[str], gpus: int, scratch: Path, shape: Path | None = No
             errors pass through unchanged.
     """
     args, deepspeed, accumulation = _arguments(list(words), scratch, shape)
-    with explained(lambda error: explain(args)):
-        bare = _without_data(args, gpus, deepspeed, accumulation)
-        return bare if shape is not None else _with_data(bare, args)
+    with explained(lambda error: explain(args, error)):
+        asked = requested(args)
+        bare = _without_data(args, asked, gpus, deepspeed, accumulation)
+        return bare if shape is not None else _with_data(bare, args, asked)
 
 
 def _arguments(
@@ -134,11 +134,14 @@ def _config_of(deepspeed: str | None) -> dict[str, Any]:
 
 
 def _without_data(
-    args: Any, gpus: int, deepspeed: dict[str, Any], accumulation: int | None
+    args: Any,
+    asked: Asked | None,
+    gpus: int,
+    deepspeed: dict[str, Any],
+    accumulation: int | None,
 ) -> Plan:
     """The plan as far as it follows from the arguments."""
-    asked, batch = requested(args), args.per_device_train_batch_size
-    notes = []
+    batch, notes = args.per_device_train_batch_size, []
     if not torch.cuda.is_available():
         notes.append("no GPU here: keys that need one were taken as on a machine that has them")
     types = types_of(args)
@@ -155,7 +158,7 @@ def _without_data(
         ranks=gpus,
         data_ranks=max(1, gpus // (args.sequence_parallel_size or 1)),
         precision=precision(args.bf16, args.fp16),
-        state=_state(args, deepspeed),
+        state=_state(args, asked, deepspeed),
         notes=notes,
         balanced_batches=asked is not None and BALANCED in asked.on,
         shared_prompts=asked is not None and SHARED in asked.on,
@@ -163,23 +166,22 @@ def _without_data(
 
 
 def _terms(args: Any, types: Sequence[str]) -> list[tuple[str, float]] | None:
-    """The losses that ms-swift adds up, with their weights; None if it adds more."""
-    if args.rpo_alpha is not None or args.ref_model not in (None, args.model):
-        return None
-    if args.ld_alpha is not None:  # the margins aren't 0 at first
-        return None
-    if list(args.adapters or ()) != list(args.ref_adapters or ()):
+    """The losses that ms-swift adds up, with their weights.
+
+    None if it adds more, or if the margins of the first step aren't 0.
+    """
+    if args.rpo_alpha is not None or not starts_as_reference(args):
         return None
     ours = asked_types(args)
     names = ["sigmoid" if name in ours else name for name in types]
     return list(zip(names, args.loss_weights or [1.0] * len(names), strict=True))
 
 
-def _state(args: Any, deepspeed: dict[str, Any]) -> ModelState:
+def _state(args: Any, asked: Asked | None, deepspeed: dict[str, Any]) -> ModelState:
     zero_stage, offloaded = sharding(deepspeed, args.fsdp)
     if "weights" in offloaded:
         offloaded |= {"reference"}
-    lora, asked = _lora(args), requested(args)
+    lora = _lora(args)
     weight_bytes = 4 if args.torch_dtype == torch.float32 else 2
     adapter_bytes = 4 if lora is not None and not deepspeed else weight_bytes
     master = bool(deepspeed) and weight_bytes == 2
@@ -208,7 +210,7 @@ def _lora(args: Any) -> Any:
     return LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets)
 
 
-def _with_data(bare: Plan, args: Any) -> Plan:
+def _with_data(bare: Plan, args: Any, asked: Asked | None) -> Plan:
     """The plan with what ms-swift makes of the data."""
     from swift.pipelines.train.rlhf import SwiftRLHF
 
@@ -227,12 +229,12 @@ def _with_data(bare: Plan, args: Any) -> Plan:
     written = run._get_dataset()
     train, held_out = run._post_process_datasets(list(run._encode_dataset(*written)))
     if train is None or len(train) == 0:
-        raise none_fits("dataset", len(written[0] or ()), "max_length", args.max_length)
+        raise nothing_left(args, len(written[0] or ()))
     found = EncodedPairs(train, run.template)
-    warnings = _faults(found, args)
+    warnings = _faults(found, asked)
     if held_out is not None:
         of_held_out = EncodedPairs(held_out, run.template)
-        warnings += map(str, text_faults(of_held_out, run.template, evaluation=True))
+        warnings += map(str, text_faults(of_held_out, evaluation=True))
     order = _order(train, args.training_args, bare)
     epoch_steps = max(1, math.ceil(len(order) / bare.accumulation))
     steps = run_steps(args, epoch_steps)
@@ -250,9 +252,9 @@ def _with_data(bare: Plan, args: Any) -> Plan:
     )
 
 
-def _faults(found: EncodedPairs, args: Any) -> list[str]:
+def _faults(found: EncodedPairs, asked: Asked | None) -> list[str]:
     """Warnings about the rows, a sentence each; the command counts the faults of their answers."""
-    faults, asked, template = text_faults(found, found.template), requested(args), found.template
+    faults, template = text_faults(found), found.template
     if asked is None:
         return [*map(str, faults)]
     policy = Policy(f"{ALLOW_DATA} true", ALLOW_DATA in asked.on, say=False)

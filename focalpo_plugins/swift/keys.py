@@ -67,3 +67,16 @@ def requested(args: Any) -> Asked | None:
         return None
     given = value_of(args)
     return KEYS.asked(KEYS.bind(losses()[names[0]], given), given)
+
+
+def starts_as_reference(args: Any) -> bool:
+    """Whether every margin of the first step should be 0.
+
+    Args:
+        args: ms-swift's arguments, in which it has filled in ``ref_model``.
+    """
+    if args.ld_alpha is not None:  # it weighs the policy's tokens only
+        return False
+    if args.tuner_type == "full":
+        return bool(args.ref_model == args.model)
+    return list(args.adapters or ()) == list(args.ref_adapters or ())

@@ -14,6 +14,7 @@ from ..guards.ranks import Ranks, together
 from ..plan import Tokens
 
 _SHOWN_AFTER = 2.0  # seconds until the progress bar
+_SEARCHED = 10_000  # rows
 
 
 def sides(encoded: Mapping[str, Any]) -> tuple[Tokens, Tokens]:
@@ -49,26 +50,28 @@ class EncodedPairs:
         encoded = "chosen_input_ids" in row  # rows of a stream are
         return sides(row if encoded else self.template.encode(dict(row), return_length=True))
 
-    def sampled(self) -> Iterator[tuple[int, Mapping[str, Any], Tokens, Tokens]]:
-        """Number, content and sequences of each row that is checked.
+    def encoded(self, row: Mapping[str, Any]) -> tuple[Tokens, Tokens] | None:
+        """Both sequences of a row; None if ms-swift can't encode it, and trains another one."""
+        try:
+            return self._sides(row)
+        except Exception:
+            return None
 
-        A row that can't be encoded is left out: ms-swift trains another one in its place.
-        """
+    def _sampled(self) -> Iterator[tuple[int, Tokens, Tokens]]:
+        """Number and sequences of each row that is checked."""
         for number, row in pairs.sampled(self.rows):
-            try:
-                chosen, rejected = self._sides(row)
-            except Exception:
-                continue
-            yield number, row, chosen, rejected
+            both = self.encoded(row)
+            if both is not None:
+                yield number, *both
 
     def tokenized(self) -> Iterator[pairs.Pair]:
         """Row, prompt, chosen and rejected answer of the pairs to check."""
-        for number, _, chosen, rejected in self.sampled():
+        for number, chosen, rejected in self._sampled():
             yield number, chosen.prompt, chosen.answer, rejected.answer
 
     def largest_id(self) -> int:
         """The largest token id in the pairs to check; -1 if there are none."""
-        found = (max(side.ids, default=-1) for _, _, *both in self.sampled() for side in both)
+        found = (max(side.ids, default=-1) for _, *both in self._sampled() for side in both)
         return max(found, default=-1)
 
     def tokens(self, cost: Cost, *, say: bool = False) -> list[int]:
@@ -117,10 +120,13 @@ class EncodedPairs:
         return found
 
     def rows_of(self, found: Iterable[tuple[list[int], list[int]]]) -> list[int | None]:
-        """For each pair of sequences, the first row that has them; None if there is none."""
+        """For each pair of sequences, the first row that has them; None if it isn't found.
+
+        Only the first rows are searched: each takes milliseconds, and the other ranks wait.
+        """
         wanted = list(found)
         places: list[int | None] = [None] * len(wanted)
-        for row in range(len(self.rows)):
+        for row in range(min(len(self.rows), _SEARCHED)):
             if None not in places:
                 break
             try:

@@ -18,6 +18,7 @@ from ..trl.exchange import smoothing_of_both
 from ..yaml_keys import ALLOW_CHANGED, ALLOW_DATA, Asked
 from .batches import balance
 from .conversations import text_faults
+from .keys import starts_as_reference
 from .pairs import EncodedPairs
 from .refusals import check_model
 
@@ -53,7 +54,7 @@ class SwiftPairwiseTrainer(HostDPOMixin, DPOTrainer):
         check_model(arguments, given["model"].model_meta.is_multimodal)
         self._prepare(asked, given, given["args"])
         free = getattr(given["args"], "reference_free", None)
-        self._starts_as_reference = not free and _starts_as_reference(arguments)
+        self._starts_as_reference = not free and starts_as_reference(arguments)
         self._check_sets(tokenizer, given.get("train_dataset"), given.get("eval_dataset"))
         super().__init__(*args, **kwargs)
         self._begin(asked)
@@ -118,13 +119,4 @@ class SwiftPairwiseTrainer(HostDPOMixin, DPOTrainer):
         found = EncodedPairs(dataset, self._template)
         cutting = pairs.Cutting("max_length", self._template.max_length)
         faults = pairs.find(found.tokenized(), tokenizer, cutting, evaluation)
-        return [*faults, *text_faults(found, self._template, evaluation)]
-
-
-def _starts_as_reference(arguments: Any) -> bool:
-    """Whether every margin of the first step should be 0."""
-    if arguments.ld_alpha is not None:  # it weighs the policy's tokens only
-        return False
-    if arguments.tuner_type == "full":
-        return bool(arguments.ref_model == arguments.model)
-    return list(arguments.adapters or ()) == list(arguments.ref_adapters or ())
+        return [*faults, *text_faults(found, evaluation)]

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate.data_loader import SkipBatchSampler
 from swift.dataloader import BatchSamplerShard
 
 from focalpo_plugins.balanced import Dealt
+from focalpo_plugins.run import _not_finite
 from focalpo_plugins.swift.batches import BalancedShard, balance
 from focalpo_plugins.swift.pairs import EncodedPairs
 
@@ -127,3 +129,28 @@ def test_each_rank_reads_a_part_of_the_lengths():
         found.read_tokens("padded", SimpleNamespace(rank=rank, count=3, gather=gather))
         assert found.tokens("padded") == whole
         assert rows.read == list(range(rank, 11, 3))
+
+
+class ManyRows(Rows):
+    """The same eleven rows again and again."""
+
+    def __len__(self) -> int:
+        return 10**6
+
+    def __getitem__(self, row: int) -> Any:
+        self.read.append(row)
+        return list.__getitem__(self, row % 11)
+
+
+def test_a_row_is_searched_for_seconds_only():
+    """The other ranks wait for the one that names the row of a NaN: a template takes two
+    milliseconds for a row.  If it isn't found, the row of the batch is named."""
+    rows = ManyRows()
+    found = EncodedPairs(rows, None)
+    there, missing = ([1] * 5, [1] * 4), ([2], [3])
+    assert found.rows_of([there]) == [2] and rows.read == [0, 1, 2]
+    rows.read.clear()
+    assert found.rows_of([there, missing]) == [2, None] and len(rows.read) == 10_000
+    margins = torch.tensor([1.0, float("nan")])
+    said = _not_finite(margins, 0, lambda: found.rows_of([there, missing]))
+    assert said == "rank 0, row 1 of 2 (nan, float32)"
