@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -16,6 +16,7 @@ from .balanced import Geometry, steps_of_epoch
 from .errors import InvalidValue
 from .registry import BoundLoss
 
+NO_LIMIT = 10**9  # tokens
 _IGNORED = -100  # the label of a token that isn't trained
 
 
@@ -35,6 +36,15 @@ class Tokens:
     def labelled(cls, ids: Iterable[int], labels: Iterable[int]) -> Tokens:
         """The tokens of a sequence with a label for each, which is -100 if it isn't trained."""
         return cls(list(ids), [label != _IGNORED for label in labels])
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> tuple[Tokens, Tokens]:
+        """The chosen and the rejected sequence of a row with ids and labels of both."""
+        chosen, rejected = (
+            cls.labelled(row[f"{side}_input_ids"], row[f"{side}_labels"])
+            for side in ("chosen", "rejected")
+        )
+        return chosen, rejected
 
     @property
     def prompt(self) -> list[int]:

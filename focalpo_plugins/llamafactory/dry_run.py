@@ -18,13 +18,12 @@ from ..errors import InvalidValue
 from ..guards import pairs, sources
 from ..guards.faults import Policy
 from ..guards.messages import explained
-from ..plan import ModelState, Plan, adam_bytes, precision, sharding, streamed
+from ..plan import NO_LIMIT, ModelState, Plan, adam_bytes, precision, sharding, streamed
 from ..trl.data import SEQUENCES, labelled_answers, labelled_pairs
 from ..trl.dry_run import with_steps
 from ..yaml_keys import ALLOW_DATA, BALANCED, SHARED
 from .data import cut_prompts, listed, reason
 
-_NO_LIMIT = 10**9  # tokens
 # Keys that change how a run computes, not what: left out, as any machine must read the file.
 _OFF = (
     "deepspeed", "fsdp", "fsdp_config", "bf16", "fp16", "tf32", "pure_bf16", "optim",
@@ -153,7 +152,7 @@ def _with_data(bare: Plan, run: _Run) -> Plan:
     whole = dataset
     if at_limit and not given:
         uncut = copy.copy(run.data)
-        uncut.cutoff_len = _NO_LIMIT
+        uncut.cutoff_len = NO_LIMIT
         whole = _tokenized(run, uncut, template, module)
     return replace(
         with_steps(bare, _trainer(run, dataset, tokenizer)),

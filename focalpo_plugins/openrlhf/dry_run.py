@@ -26,7 +26,7 @@ from ..guards import hub, pairs
 from ..guards.faults import Policy
 from ..guards.messages import explained
 from ..guards.sources import described
-from ..plan import ModelState, Pair, Plan, Tokens, Window
+from ..plan import NO_LIMIT, ModelState, Pair, Plan, Tokens, Window
 from ..registry import get_loss
 from ..releases import install
 from . import COMMAND, cpu
@@ -36,7 +36,6 @@ from .data import Source, check_cells, explain, listed, remote_names, tokenized
 from .names import given_options, installed_flag, nested_args
 
 _OURS = "focalpo_plugins.openrlhf.train_dpo"
-_NO_LIMIT = 10**9  # tokens
 
 
 class _Parsed(BaseException):
@@ -152,7 +151,7 @@ def _with_data(bare: Plan, of_host: Any) -> Plan:
     found = listed(of_host)
     check_cells(found)
     make = functools.partial(_dataset, args, tokenizer, strategy)
-    trained, whole = make(rows, args.data.max_len), make(rows, _NO_LIMIT)
+    trained, whole = make(rows, args.data.max_len), make(rows, NO_LIMIT)
     if len(trained) == 0:
         raise InvalidValue(
             f"--data.max_len must leave room for an answer, got {args.data.max_len}: no prompt of "

@@ -23,7 +23,17 @@ from ..guards import pairs
 from ..guards.faults import Policy
 from ..guards.messages import explained
 from ..guards.sources import described
-from ..plan import ModelState, Pair, Plan, adam_bytes, precision, run_steps, sharding, windows
+from ..plan import (
+    ModelState,
+    Pair,
+    Plan,
+    adam_bytes,
+    precision,
+    run_steps,
+    sharding,
+    streamed,
+    windows,
+)
 from ..trl.parts import config_of
 from ..yaml_keys import ALLOW_DATA, BALANCED, SHARED, Asked
 from .arguments import check_words
@@ -215,10 +225,7 @@ def _with_data(bare: Plan, args: Any, asked: Asked | None) -> Plan:
     from swift.pipelines.train.rlhf import SwiftRLHF
 
     if args.streaming:
-        raise InvalidValue(
-            "streaming must be false for focalpo check, got true: streamed data can't be counted. "
-            "Set it to false for the check."
-        )
+        raise streamed()
 
     class WithoutModel(SwiftRLHF):  # type: ignore[misc]
         def _prepare_model_tokenizer(self, **kwargs: Any) -> None:

@@ -77,6 +77,6 @@ def starts_as_reference(args: Any) -> bool:
     """
     if args.ld_alpha is not None:  # it weighs the policy's tokens only
         return False
-    if args.tuner_type == "full":
-        return bool(args.ref_model == args.model)
+    if args.tuner_type == "full" and args.ref_model != args.model:
+        return False
     return list(args.adapters or ()) == list(args.ref_adapters or ())

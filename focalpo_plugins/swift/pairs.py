@@ -17,15 +17,6 @@ _SHOWN_AFTER = 2.0  # seconds until the progress bar
 _SEARCHED = 10_000  # rows
 
 
-def sides(encoded: Mapping[str, Any]) -> tuple[Tokens, Tokens]:
-    """The chosen and the rejected sequence of a row as the template returns it."""
-    chosen, rejected = (
-        Tokens.labelled(encoded[f"{side}_input_ids"], encoded[f"{side}_labels"])
-        for side in ("chosen", "rejected")
-    )
-    return chosen, rejected
-
-
 class EncodedPairs:
     """The pairs of a data set that ms-swift has prepared.
 
@@ -48,7 +39,9 @@ class EncodedPairs:
 
     def _sides(self, row: Mapping[str, Any]) -> tuple[Tokens, Tokens]:
         encoded = "chosen_input_ids" in row  # rows of a stream are
-        return sides(row if encoded else self.template.encode(dict(row), return_length=True))
+        return Tokens.of_row(
+            row if encoded else self.template.encode(dict(row), return_length=True)
+        )
 
     def encoded(self, row: Mapping[str, Any]) -> tuple[Tokens, Tokens] | None:
         """Both sequences of a row; None if ms-swift can't encode it, and trains another one."""

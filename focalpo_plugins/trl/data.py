@@ -68,9 +68,7 @@ def labelled_pairs(rows: Iterable[tuple[Mapping[str, Any], Sequence[int]]]) -> I
         rows: each row, and the lengths of its two sequences before they were cut.
     """
     for row, whole in rows:
-        chosen, rejected = (
-            Tokens.labelled(row[f"{side}_input_ids"], row[f"{side}_labels"]) for side in _SIDES
-        )
+        chosen, rejected = Tokens.of_row(row)
         yield Pair(chosen, rejected, [len(chosen.ids), len(rejected.ids)] != [*whole])
 
 

@@ -11,6 +11,7 @@ from ..balanced import Geometry
 from ..compute.fused_loss import LOGITS_AT_ONCE
 from ..hf_batches import order_of
 from ..plan import (
+    NO_LIMIT,
     ModelState,
     Pair,
     Plan,
@@ -23,8 +24,6 @@ from ..plan import (
     windows,
 )
 from .data import SEQUENCES, labelled_pairs
-
-_NO_LIMIT = 10**9  # tokens
 
 
 def plan(trainer: Any, gpus: int) -> Plan:
@@ -130,7 +129,7 @@ def _pairs(dataset: Any, collator: Any) -> Iterator[Pair]:
 
 def _pairs_of_cpo(trainer: Any) -> Iterator[Pair]:
     """Pairs of a trainer without a reference, whose rows TRL has already tokenized and cut."""
-    limit, trainer.max_length = trainer.max_length, _NO_LIMIT
+    limit, trainer.max_length = trainer.max_length, NO_LIMIT
     try:
         for row in trainer.train_dataset:
             whole = trainer.tokenize_row(row)
