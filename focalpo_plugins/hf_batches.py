@@ -18,8 +18,8 @@ def check_batches(args: TrainingArguments) -> None:
     # A value that transformers has from 5.17 on.
     if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
         raise InvalidValue(
-            "train_sampling_strategy must be random or sequential, got 'batch_rebalance': its "
-            "micro-batches have different numbers of pairs, and TRL takes the mean of each, so a "
+            "train_sampling_strategy must be another one, got 'batch_rebalance': its micro-"
+            "batches have different numbers of pairs, and TRL takes the mean of each, so a "
             "pair's weight would depend on its length. Remove it, and set focalpo_balanced_batches "
             "instead."
         )

@@ -48,7 +48,8 @@ class PrecomputedReference:
     """
 
     def __init__(self, trainer: Trainer, forward: _Forward, folder: str, shared: bool) -> None:
-        source, place = _Source(trainer, forward), Path(folder or str(trainer.args.output_dir))
+        source = _Source(trainer, forward)
+        place = Path(folder or str(trainer.args.output_dir)).expanduser()
         together(RANKS, lambda: _check(trainer, source, place))
         settings = {
             **describe_model(source.model, RANKS, gathered),
@@ -87,9 +88,9 @@ def _check(trainer: Any, source: _Source, folder: Path) -> None:
         raise conflict(PRECOMPUTE, "a run that doesn't train", True, why, fix)
     if getattr(trainer.args, "sync_ref_model", False):
         raise conflict(PRECOMPUTE, "sync_ref_model", True, "the reference follows the policy", fix)
-    if not source.sets:
+    if not hasattr(trainer.train_dataset, "__len__"):
         raise InvalidValue(
-            f"{PRECOMPUTE} needs data that isn't streamed, got only streamed data. {fix}."
+            f"{PRECOMPUTE} needs training data that isn't streamed, got streamed data. {fix}."
         )
     check_folder(folder, PRECOMPUTE_DIR)
 

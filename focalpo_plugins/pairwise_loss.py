@@ -95,13 +95,17 @@ class BoundLoss:
 
     def __call__(self, margins: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Per-pair losses, of the shape ``(B,)`` and the dtype of ``margins``."""
-        loss = functools.partial(self.source.loss, **self.now)
+        now = self.now
+
+        def loss(z: Tensor) -> Tensor:
+            return self.source.loss(z.clone(), **now)  # a package's may change it in place
+
         return label_smoothed(loss, margins, label_smoothing)
 
     def weight(self, margins: Tensor) -> Tensor | None:
         """The factor of the loss on DPO's gradient, ``(B,)``; None if the loss doesn't give it."""
         weight = self.source.weight
-        return None if weight is None else weight(margins, **_accepted(weight, self.now))
+        return None if weight is None else weight(margins.clone(), **_accepted(weight, self.now))
 
     def reversal(self) -> float:
         """The margin below which the weight is negative; ``-inf`` if the loss doesn't give it."""
@@ -123,8 +127,7 @@ class BoundLoss:
         margins = torch.tensor([0.0, 1.0], device="cpu", dtype=torch.float32)
         with torch.inference_mode(False), torch.enable_grad():
             start = margins.clone().requires_grad_()
-            # The loss may change its margins in place, as it may in a step.
-            losses = self._try("loss", lambda: self(start.clone()))
+            losses = self._try("loss", lambda: self(start))
             wrong = _wrong_in(losses) or _wrong_in_gradient(losses, start)
         if wrong:
             raise self._refused("loss", _MUST.format("a finite loss with a gradient", wrong))

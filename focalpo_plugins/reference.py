@@ -100,8 +100,8 @@ class ReferenceLogps:
         if -1 in rows:
             self.unknown = (
                 f"the reference's log-probabilities of pair {rows.index(-1)} of a batch were not "
-                "precomputed: the pair was in neither data set when training began. Leave out "
-                "precompute_ref."
+                "precomputed: the pair was in neither data set when training began. Switch "
+                "the precomputed reference off."
             )
         chosen, rejected = self._logps[rows].to(pairs.chosen_ids.device).unbind(1)
         return chosen, rejected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,16 @@ def test_a_loss_that_is_accepted(add_loss, right: Callable):
         get_loss("mine").bind()
     with torch.inference_mode(), torch.device("meta"):
         get_loss("mine").bind()
+
+
+def test_a_loss_that_changes_its_margins(add_loss):
+    """At -1 and 2, with a smoothing of .1: ``.9 exp(-z) + .1 exp(z)``. The caller's stay theirs."""
+    add_loss("mine", in_place, weight=in_place)
+    margins, bound = torch.tensor([-1.0, 2.0]), get_loss("mine").bind()
+    expected = [0.9 * math.e + 0.1 / math.e, 0.9 * math.e**-2 + 0.1 * math.e**2]
+    assert bound(margins, 0.1).tolist() == pytest.approx(expected)
+    bound.weight(margins)
+    assert margins.tolist() == [-1.0, 2.0]
 
 
 def test_an_option_that_no_checkpoint_can_hold(add_loss):

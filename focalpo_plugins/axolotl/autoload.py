@@ -34,6 +34,8 @@ def patch(config_module: ModuleType) -> None:
 
 def _rewritten(cfg: Any) -> Any:
     """A copy that Axolotl can train, if the config asks for one of our losses; else the config."""
+    if cfg.get("inference") and cfg.get("rl") is None:  # `axolotl inference` takes rl out
+        return cfg
     try:
         if not (names_us(cfg) or may_ask(cfg)):
             return cfg

@@ -112,7 +112,8 @@ def _without_data(cfg: Any, gpus: int, notes: list[str]) -> Plan:
             "tried on a CPU. focalpo_fused switches on only the fused path."
         )
     split = (cfg.tensor_parallel_size or 1) * (cfg.context_parallel_size or 1)
-    beta = cfg.rl_beta or (cfg.trl or {}).get("beta")
+    # In the order of Axolotl's own choice.
+    betas = ((cfg.trl or {}).get("beta"), cfg.rl_beta, cfg.orpo_alpha)
     state = _state(cfg)
     return Plan(
         host=f"Axolotl {version('axolotl')} with TRL {version('trl')}",
@@ -120,7 +121,7 @@ def _without_data(cfg: Any, gpus: int, notes: list[str]) -> Plan:
         host_loss=_rl(cfg),
         margin=margin(cfg),
         terms=_terms(cfg, state.config),
-        beta=0.1 if beta is None else beta,
+        beta=next((beta for beta in betas if beta is not None), 0.1),
         label_smoothing=cfg.dpo_label_smoothing or 0.0,
         max_length=cfg.sequence_len,
         micro_batch=cfg.micro_batch_size,
@@ -300,5 +301,6 @@ def _lora(cfg: Any, model_config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        trusted = bool(cfg.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trusted)
     return load_lora(model, cfg, config_only=True)[1]

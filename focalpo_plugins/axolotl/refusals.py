@@ -40,7 +40,7 @@ def check(cfg: Any) -> None:
     name, trainer = cfg.get("rl"), cfg.get("trainer_cls")
     check_rl(name)
     _check_keys(cfg, name)
-    if trainer is not None and (trainer in TRAINERS or name in losses()):
+    if trainer and (trainer in TRAINERS or name in losses()):
         raise InvalidValue(
             f"trainer_cls must be unset, got {trainer!r} under rl: {name}: losses of "
             "focalpo_plugins bring their own trainer. Remove trainer_cls and set rl: focalpo."
@@ -81,9 +81,11 @@ def _check_keys(cfg: Any, rl: Any) -> None:
                 f"rl: {rl}: this config was loaded before, as rl: {cfg[key]}. Load the config as "
                 "it was written."
             )
-        if key not in ours and f"{word}_".startswith(("focalpo_", f"{name or 'focalpo'}_")):
-            near = did_you_mean(word, ours)
-            raise InvalidValue(f"unknown key {key}, got {cfg[key]!r}{near}")
+        begins = f"{word}_".startswith(("focalpo_", f"{name or 'focalpo'}_"))
+        # Axolotl drops an unknown key without a word.
+        near = name is not None and KEYS.misspelt(word, AxolotlInputConfig.model_fields)
+        if key not in ours and (begins or near):
+            raise InvalidValue(f"unknown key {key}, got {cfg[key]!r}{did_you_mean(word, ours)}")
     given = {key: cfg[key] for key in of_user if key in ours and cfg[key] is not None}
     KEYS.check_owners(given, name, f"under rl: {rl}")
 
@@ -109,6 +111,13 @@ def _check_margin(cfg: Any) -> None:
                 f"{MARGIN}: {chosen}. Set {MARGIN}, or remove {key}."
             )
     if chosen == "dpo":
+        multiple = cfg.get("pad_to_multiple_of")
+        if multiple and "pad_to_multiple_of" in AxolotlInputConfig.model_fields:
+            raise InvalidValue(
+                f"pad_to_multiple_of must be unset under rl: {cfg['rl']}, got {multiple!r}: "
+                "Axolotl then pads columns that TRL doesn't have, and the first step fails, also "
+                "with rl: dpo. Remove it."
+            )
         return
     if chosen == "simpo" and not isinstance(as_number(cfg.get("simpo_gamma")), float):
         raise InvalidValue(
@@ -169,7 +178,11 @@ def _check_terms(cfg: Any) -> None:
 
 
 def _set_to_other_than(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: value is not None and value not in values
+    def conflicts(value: Any) -> bool:
+        as_numbers = [*map(as_number, value)] if isinstance(value, list) else as_number(value)
+        return value is not None and as_numbers not in values
+
+    return conflicts
 
 
 # For each of the two switches, the keys that it can't be combined with, by their values.  With
@@ -244,7 +257,7 @@ def _check_sampling(cfg: Any) -> None:
 
 def _check_ranks(cfg: Any) -> None:
     for key in ("context_parallel_size", "sequence_parallel_degree"):
-        if cfg.get(key) not in (None, 0, 1):
+        if as_number(cfg.get(key)) not in (None, 0, 1):
             raise InvalidValue(
                 f"{key} must be 1 under rl: {cfg['rl']}, got {cfg[key]!r}: Axolotl would give each "
                 "rank only a part of each sequence, but a margin needs whole sequences. Remove it; "

@@ -50,7 +50,9 @@ class Source(sources.Source):
 
         token = bool(self.cfg.get("hf_use_auth_token"))
         loaded = load_dataset_with_config(DictDefault(self.entry), token)
-        return next(iter(loaded.values())) if isinstance(loaded, dict) else loaded
+        if not isinstance(loaded, dict):
+            return loaded
+        return loaded.get("train", next(iter(loaded.values())))  # "train" is Axolotl's choice
 
     def in_use(self) -> str:
         return f"type is {self.entry.get('type')}"

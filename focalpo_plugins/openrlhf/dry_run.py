@@ -355,7 +355,10 @@ def _state(args: Any, precomputed: bool, shape: Path | None) -> ModelState:
     if args.ref.offload:
         offloaded.add("reference")
     return ModelState(
-        config=AutoConfig.from_pretrained(shape or args.model.model_name_or_path),
+        # OpenRLHF trusts every model's code.
+        config=AutoConfig.from_pretrained(
+            shape or args.model.model_name_or_path, trust_remote_code=True
+        ),
         lora=lora,
         weight_bytes=2,
         four_bit=args.ds.load_in_4bit,

@@ -16,6 +16,11 @@ from .names import installed_flag, versions
 
 _PARTS = "each rank has only a part of a sequence or of its heads"
 _GRAPHS = "each batch would be compiled anew"
+# Numbers that OpenRLHF divides or slices by.
+_AT_LEAST_1 = (
+    "train.batch_size", "train.micro_batch_size", "train.max_epochs", "data.max_samples",
+    "data.max_len",
+)  # fmt: skip
 # What shared prompts can't be combined with: a flag as OpenRLHF spells it, from 0.10.2 on or
 # before, the value that is fine, and why another one isn't.
 _CONFLICTS_OF_SHARED = (
@@ -60,6 +65,10 @@ def _check_host_flags(values: dict[str, Any], name: str) -> None:
     for option, check in (("beta", check_beta), ("label_smoothing", check_label_smoothing)):
         with named(f"--{flags[option].removesuffix(option)}"):
             check(values[flags[option]])
+    for number in _AT_LEAST_1:
+        flag = installed_flag(number, values)
+        if values[flag] is not None and values[flag] < 1:
+            raise InvalidValue(f"--{flag} must be at least 1, got {values[flag]!r}.")
     for of in ("nll", "aux"):
         flag = installed_flag(f"model.{of}_loss_coef", values)
         check_weight(f"--{flag}", values[flag])

@@ -261,7 +261,8 @@ class PairwiseDPOTrainer(DPOTrainer):
 
     def _precompute(self) -> None:
         if self._flags.get("precompute_ref"):
-            folder, flag = Path(self._flags["precompute_dir"]), f"--{self._name}.precompute_dir"
+            folder = Path(self._flags["precompute_dir"]).expanduser()
+            flag = f"--{self._name}.precompute_dir"
             shared = self._sharing is not None
             self._reference = precompute(self, self.strategy, folder, flag, shared)
 

@@ -97,3 +97,16 @@ def test_one_bos_in_mixed_data(axolotl: Axolotl, tiny: Path, first: str):
     else:
         (warning,) = warnings
         assert "12 of 16 pairs have identical answers" in warning
+
+
+def test_the_split_that_is_checked_is_the_one_that_is_trained(tmp_path: Path):
+    """Of a saved data set with splits, Axolotl trains "train", whichever comes first."""
+    from datasets import Dataset, DatasetDict
+
+    from focalpo_plugins.axolotl.sources import listed
+
+    sets = {"test": 1, "train": 3}
+    saved = {name: Dataset.from_list([{"chosen": "a"}] * rows) for name, rows in sets.items()}
+    DatasetDict(saved).save_to_disk(str(tmp_path / "saved"))
+    (source,) = listed({"datasets": [{"path": str(tmp_path / "saved")}]})
+    assert len(source.load()) == 3

@@ -191,6 +191,12 @@ def answers(
             "llama-3-8b",
             config(**{**plain_dpo, "rl": "ipo", "rl_beta": 0.5}),
         ],
+        "orpo, without data": [
+            "--json",
+            "--model-config",
+            "llama-3-8b",
+            config(focalpo_margin="orpo", rl_beta=None, orpo_alpha=0.2),
+        ],
         "hinge": ["--json", config(**plain_dpo, dpo_loss_type=["hinge"])],
         "of two": [
             "--json",
@@ -634,6 +640,7 @@ def test_the_first_loss_of_other_losses(answers: dict[str, Answer]):
     assert read(answers["of two"])["first_loss"] == pytest.approx(0.5 * math.log(2) + 1)
     assert "the first loss can't be predicted: terms are added" in answers["apo"][1]
     assert read(answers["with sft"])["first_loss"] is None
+    assert json.loads(answers["orpo, without data"][1])["beta"] == 0.2
 
 
 @shares_answers

@@ -139,6 +139,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"focalpo_variant": "corect"},
         "focalpo_variant must be one of correct, correct_exact, incorrect, got 'corect'",
     ),
+    "a key misspelt before its underline": (
+        {"focapo_gamma": 0.5},
+        "unknown key focapo_gamma, got 0.5; did you mean 'focalpo_gamma'?",
+    ),
+    "a switch by half its name": (
+        {"focal_shared_prompts": True},
+        "unknown key focal_shared_prompts, got True; did you mean 'focalpo_shared_prompts'?",
+    ),
     "beta 0": ({"rl_beta": 0}, "rl_beta must be a finite number above 0, got 0"),
     "beta negative in trl": (
         {"rl_beta": None, "trl": {"beta": -1}},
@@ -398,6 +406,16 @@ ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"dpo_use_liger_kernel": True, "precompute_ref_log_probs": True},
         REWRITTEN,
     ),
+    "values that mean none": (
+        {
+            "context_parallel_size": "1",
+            "trainer_cls": "",
+            "focalpo_fused": True,
+            "dpo_loss_type": ["sigmoid"],
+            "dpo_loss_weights": ["1.0"],
+        },
+        {**REWRITTEN, "focalpo_fused": True},
+    ),
     "loss types": (
         {"dpo_loss_type": ["sigmoid", "sft"], "dpo_loss_weights": [1.0, 0.1]},
         REWRITTEN,
@@ -488,6 +506,24 @@ def test_accepted(outcomes, way, case):
     if way == "plugins line" and expected["plugins"] is None:
         expected = {**expected, "plugins": [PLUGIN]}
     assert outcomes[way][case] == expected
+
+
+def test_the_config_of_axolotl_inference(once: Axolotl, tmp_path: Path):
+    """The command loads a run's YAML without its ``rl``."""
+    source = LOAD.replace("load_cfg(config)", "load_cfg(config, inference=True, rl=None)")
+    (found,) = results(source, tmp_path, str(once.config(focalpo_shared_prompts=True)))
+    assert found["rl"] is None and found["focalpo_rl"] is None
+
+
+def test_a_padding_for_columns_that_trl_does_not_have(once: Axolotl, tmp_path: Path):
+    """The first step would fail, also with rl: dpo; a release without the key drops it."""
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    (found,) = load(tmp_path, [once.config(pad_to_multiple_of=64)])
+    if "pad_to_multiple_of" in AxolotlInputConfig.model_fields:
+        assert "pad_to_multiple_of must be unset under rl: focalpo, got 64: Axolotl then" in found
+    else:
+        assert found["focalpo_rl"] == "focalpo"
 
 
 def test_a_rewritten_config_stays_as_it_is():

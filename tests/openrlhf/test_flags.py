@@ -70,6 +70,8 @@ REFUSED = [
         [*OURS, "--model.label_smoothing", "-0.1"],
         "--model.label_smoothing must be at least 0 and below 0.5, got -0.1",
     ),
+    ([*OURS, "--train.micro_batch_size", "0"], "--train.micro_batch_size must be at least 1, got 0."),
+    ([*OURS, "--data.max_samples", "0"], "--data.max_samples must be at least 1, got 0."),
     (
         [*OURS, "--model.nll_loss_coef", "nan"],
         "--model.nll_loss_coef must be a finite number of at least 0, got nan: it is the weight of",
