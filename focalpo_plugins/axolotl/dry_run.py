@@ -301,6 +301,5 @@ def _lora(cfg: Any, model_config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        trusted = bool(cfg.trust_remote_code)
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trusted)
+        model = AutoModelForCausalLM.from_config(model_config)
     return load_lora(model, cfg, config_only=True)[1]

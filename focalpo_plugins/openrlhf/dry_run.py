@@ -355,10 +355,7 @@ def _state(args: Any, precomputed: bool, shape: Path | None) -> ModelState:
     if args.ref.offload:
         offloaded.add("reference")
     return ModelState(
-        # OpenRLHF trusts every model's code.
-        config=AutoConfig.from_pretrained(
-            shape or args.model.model_name_or_path, trust_remote_code=True
-        ),
+        config=AutoConfig.from_pretrained(shape or args.model.model_name_or_path),
         lora=lora,
         weight_bytes=2,
         four_bit=args.ds.load_in_4bit,
