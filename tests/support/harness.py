@@ -24,6 +24,14 @@ EXAMPLES = SUPPORT.parents[1] / "examples"
 PLUGIN = "focalpo_plugins.axolotl.FocalPOPlugin"
 
 
+def without_paths(output: str, *folders: Path) -> str:
+    """The output without these folders, and without the checkout's path, which has the package's
+    name in it wherever the environment is part of the checkout."""
+    for folder in (*folders, EXAMPLES.parent):
+        output = output.replace(str(folder), "")
+    return output
+
+
 def run_python(
     *arguments: str, path: Path | str | None = None, cwd: Path | None = None, **variables: str
 ) -> subprocess.CompletedProcess:
