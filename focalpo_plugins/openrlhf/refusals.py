@@ -18,7 +18,7 @@ _PARTS = "each rank has only a part of a sequence or of its heads"
 _GRAPHS = "each batch would be compiled anew"
 # Numbers that OpenRLHF divides or slices by.
 _AT_LEAST_1 = (
-    "train.batch_size", "train.micro_batch_size", "train.max_epochs", "data.max_samples",
+    "train.batch_size", "train.micro_batch_size", "data.max_samples",
     "data.max_len",
 )  # fmt: skip
 # What shared prompts can't be combined with: a flag as OpenRLHF spells it, from 0.10.2 on or
