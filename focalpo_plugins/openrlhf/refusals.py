@@ -17,10 +17,7 @@ from .names import installed_flag, versions
 _PARTS = "each rank has only a part of a sequence or of its heads"
 _GRAPHS = "each batch would be compiled anew"
 # Numbers that OpenRLHF divides or slices by.
-_AT_LEAST_1 = (
-    "train.batch_size", "train.micro_batch_size", "data.max_samples",
-    "data.max_len",
-)  # fmt: skip
+_AT_LEAST_1 = ("train.batch_size", "train.micro_batch_size", "data.max_samples", "data.max_len")
 # What shared prompts can't be combined with: a flag as OpenRLHF spells it, from 0.10.2 on or
 # before, the value that is fine, and why another one isn't.
 _CONFLICTS_OF_SHARED = (
