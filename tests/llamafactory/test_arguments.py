@@ -59,8 +59,10 @@ def test_words_of_a_command_line(given):
 def test_the_hosts_own_is_parsed_as_without_us(given):
     """By its own class, and the lists of classes are the host's own afterwards too."""
     before = copy.copy(parser._TRAIN_ARGS)
+    # A test's folder can be in a checkout, whose name asks for a closer look.
+    folders = {"dataset_dir": "data", "output_dir": "out"}
     for changes in ({}, {"pref_loss": "orpo"}, {"stage": "sft"}, {"stage": "kto"}):
-        own = {"pref_loss": None, "focalpo_gamma": None, **changes}
+        own = {"pref_loss": None, "focalpo_gamma": None, **folders, **changes}
         assert type(finetuning(given(**own))) is FinetuningArguments
     finetuning(given())
     assert before == parser._TRAIN_ARGS
