@@ -100,8 +100,8 @@ class _Source:
 
     def __init__(self, trainer: Any, forward: _Forward) -> None:
         data = sets_of(trainer.train_dataset, trainer.eval_dataset)
-        self.sets = [each for each, _ in data if hasattr(each, "__len__")]
-        self._data: ConcatDataset[Any] = ConcatDataset(self.sets or [[]])
+        sets = [each for each, _ in data if hasattr(each, "__len__")]
+        self._data: ConcatDataset[Any] = ConcatDataset(sets or [[]])
         self._trainer, self._forward = trainer, forward
         self.pairs = len(self._data)
         self.batch_size: int = trainer.args.per_device_eval_batch_size

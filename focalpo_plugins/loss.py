@@ -253,19 +253,20 @@ def check_label_smoothing(label_smoothing: float) -> None:
         )
 
 
-def check_weight(name: str, weight: float) -> None:
-    """Raise ``ValueError`` unless ``weight``, of a term that a host adds, is at least 0.
+def check_weights(name: str, *weights: float) -> None:
+    """Raise ``ValueError`` unless the weights, of terms that a host adds, are at least 0.
 
     Some hosts drop a term without a word if its weight is negative or not a number.
 
     Args:
-        name: the host's key for it.
+        name: the host's key for them.
     """
-    if not _is_number(weight) or weight < 0:
-        raise InvalidValue(
-            f"{name} must be a finite number of at least 0, got {weight!r}: it is the weight of a "
-            "term of the loss."
-        )
+    for weight in weights:
+        if not _is_number(weight) or weight < 0:
+            raise InvalidValue(
+                f"{name} must be a finite number of at least 0, got {weight!r}: it is the weight "
+                "of a term of the loss."
+            )
 
 
 class FocalPOLoss(nn.Module):

@@ -101,7 +101,7 @@ def _rl(cfg: Any) -> Any:
 
 def _without_data(cfg: Any, gpus: int, notes: list[str]) -> Plan:
     """The plan as far as it follows from the config."""
-    from .keys import margin, requested_loss
+    from .keys import betas, margin, requested_loss
     from .refusals import ignored
 
     warnings = []
@@ -112,8 +112,6 @@ def _without_data(cfg: Any, gpus: int, notes: list[str]) -> Plan:
             "tried on a CPU. focalpo_fused switches on only the fused path."
         )
     split = (cfg.tensor_parallel_size or 1) * (cfg.context_parallel_size or 1)
-    # In the order of Axolotl's own choice.
-    betas = ((cfg.trl or {}).get("beta"), cfg.rl_beta, cfg.orpo_alpha)
     state = _state(cfg)
     return Plan(
         host=f"Axolotl {version('axolotl')} with TRL {version('trl')}",
@@ -121,7 +119,7 @@ def _without_data(cfg: Any, gpus: int, notes: list[str]) -> Plan:
         host_loss=_rl(cfg),
         margin=margin(cfg),
         terms=_terms(cfg, state.config),
-        beta=next((beta for beta in betas if beta is not None), 0.1),
+        beta=next(iter(betas(cfg).values()), 0.1),
         label_smoothing=cfg.dpo_label_smoothing or 0.0,
         max_length=cfg.sequence_len,
         micro_batch=cfg.micro_batch_size,

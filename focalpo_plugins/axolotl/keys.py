@@ -27,6 +27,16 @@ def requested_loss(cfg: Any) -> BoundLoss | None:
     return None if name is None else KEYS.bind(get_loss(name), cfg.get)
 
 
+def betas(cfg: Any) -> dict[str, Any]:
+    """The betas that a config gives, by their keys, in the order of Axolotl's own choice."""
+    found = {
+        "trl.beta": (cfg.get("trl") or {}).get("beta"),
+        "rl_beta": cfg.get("rl_beta"),
+        "orpo_alpha": cfg.get("orpo_alpha"),
+    }
+    return {key: beta for key, beta in found.items() if beta is not None}
+
+
 def margin(cfg: Any) -> str:
     """The margin that our loss is computed from, as a key of :data:`~.MARGINS`."""
     return cfg.get(MARGIN) or "dpo"

@@ -18,7 +18,7 @@ from ..balanced import MEAN_OF_TOKENS
 from ..errors import InvalidValue, conflict
 from ..guards.messages import did_you_mean, named
 from ..guards.sources import check_files
-from ..loss import check_beta, check_label_smoothing, check_weight
+from ..loss import check_beta, check_label_smoothing, check_weights
 from ..registry import get_loss, losses
 from ..yaml_keys import BALANCED, FUSED, MARGIN, SHARED, as_number
 from . import MARGINS, RL_AS_WRITTEN, TRAINERS
@@ -171,10 +171,9 @@ def _check_terms(cfg: Any) -> None:
         with named("dpo_"):
             check_label_smoothing(as_number(smoothing))
     if cfg.get("cpo_alpha") is not None:
-        check_weight("cpo_alpha", as_number(cfg["cpo_alpha"]))
+        check_weights("cpo_alpha", as_number(cfg["cpo_alpha"]))
     if isinstance(weights := cfg.get("dpo_loss_weights"), list):  # else Axolotl refuses them
-        for weight in weights:
-            check_weight("dpo_loss_weights", as_number(weight))
+        check_weights("dpo_loss_weights", *map(as_number, weights))
 
 
 def _set_to_other_than(*values: Any) -> Callable[[Any], bool]:

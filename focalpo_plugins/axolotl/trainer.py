@@ -19,7 +19,7 @@ from ..trl.pairwise import TRL
 from ..trl.trainer import PairwiseLossMixin
 from ..yaml_keys import ALLOW_CHANGED, ALLOW_DATA
 from .conversations import text_faults
-from .keys import KEYS, fused_key, requested_loss
+from .keys import KEYS, betas, fused_key, requested_loss
 from .plugin import config_of
 
 
@@ -62,10 +62,7 @@ class OfConfig:
                 f"focalpo_plugins, got {'no' if cfg is None else 'another'} config. Load one with "
                 "rl: focalpo."
             )
-        # In the order of Axolotl's own choice.
-        betas = {"trl.beta": (cfg.get("trl") or {}).get("beta"), "rl_beta": cfg.get("rl_beta")}
-        betas["orpo_alpha"] = cfg.get("orpo_alpha")
-        beta = next((key for key, value in betas.items() if value is not None), "rl_beta")
+        beta = next(iter(betas(cfg)), "rl_beta")
         keys = {**TRL.keys, "max_length": "sequence_len", **self._keys, "beta": beta}
         packages = ("axolotl", *TRL.packages)
         self._host = replace(

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import InvalidValue, conflict
 from ..guards.messages import did_you_mean, named
-from ..loss import check_beta, check_label_smoothing, check_weight
+from ..loss import check_beta, check_label_smoothing, check_weights
 from ..registry import PairwiseLoss, losses
 from ..yaml_keys import MARGIN, loss_meant_by, value_of
 from .arguments import KEYS, asked_loss, is_marked
@@ -100,7 +100,7 @@ def check(args: Any, loss: PairwiseLoss) -> None:
         check_beta(args.pref_beta)
     with named("dpo_"):
         check_label_smoothing(args.dpo_label_smoothing)
-    check_weight("pref_ftx", args.pref_ftx)
+    check_weights("pref_ftx", args.pref_ftx)
     asked = f"pref_loss: {loss.name}"
     if args.pref_bco_weight:
         why = "its log-sigmoids are of each reward, not of the margin"

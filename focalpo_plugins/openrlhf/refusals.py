@@ -8,7 +8,7 @@ from typing import Any
 from ..balanced import check_loss
 from ..errors import InvalidValue, conflict
 from ..guards.messages import named
-from ..loss import check_beta, check_label_smoothing, check_weight
+from ..loss import check_beta, check_label_smoothing, check_weights
 from ..registry import BoundLoss, PairwiseLoss
 from ..releases import install
 from . import data
@@ -68,7 +68,7 @@ def _check_host_flags(values: dict[str, Any], name: str) -> None:
             raise InvalidValue(f"--{flag} must be at least 1, got {values[flag]!r}.")
     for of in ("nll", "aux"):
         flag = installed_flag(f"model.{of}_loss_coef", values)
-        check_weight(f"--{flag}", values[flag])
+        check_weights(f"--{flag}", values[flag])
     if values[flags["ipo_enable"]]:
         raise InvalidValue(
             f"--{flags['ipo_enable']} must be left out with --loss {name}, got both: IPO is "

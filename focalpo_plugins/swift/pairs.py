@@ -38,10 +38,9 @@ class EncodedPairs:
         return self._sides(self.rows[row])
 
     def _sides(self, row: Mapping[str, Any]) -> tuple[Tokens, Tokens]:
-        encoded = "chosen_input_ids" in row  # rows of a stream are
-        return Tokens.of_row(
-            row if encoded else self.template.encode(dict(row), return_length=True)
-        )
+        if "chosen_input_ids" not in row:  # rows of a stream are encoded
+            row = self.template.encode(dict(row), return_length=True)
+        return Tokens.of_row(row)
 
     def encoded(self, row: Mapping[str, Any]) -> tuple[Tokens, Tokens] | None:
         """Both sequences of a row; None if ms-swift can't encode it, and trains another one."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..balanced import MEAN_OF_TOKENS
 from ..errors import InvalidValue, conflict
-from ..loss import check_beta, check_label_smoothing, check_weight
+from ..loss import check_beta, check_label_smoothing, check_weights
 from ..registry import get_loss, losses
 from ..yaml_keys import BALANCED, SHARED, loss_meant_by, value_of
 from . import data
@@ -70,9 +70,8 @@ def check(args: Any, of_host: Collection[str]) -> None:
         check_beta(args.beta)
     check_label_smoothing(args.label_smoothing)
     if args.rpo_alpha is not None:
-        check_weight("rpo_alpha", args.rpo_alpha)
-    for weight in args.loss_weights or ():
-        check_weight("loss_weights", weight)
+        check_weights("rpo_alpha", args.rpo_alpha)
+    check_weights("loss_weights", *(args.loss_weights or ()))
     _check_conflicts(args, f"loss_type {name}", "Remove it", _OF_LOSS)
     if args.focalpo_balanced_batches:
         _check_conflicts(args, BALANCED, f"Set {BALANCED} to false", _OF_BALANCED)

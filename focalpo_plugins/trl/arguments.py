@@ -15,7 +15,7 @@ from trl import DPOConfig, DPOTrainer
 
 from ..errors import InvalidValue, conflict
 from ..hf_batches import check_batches
-from ..loss import check_beta, check_label_smoothing, check_weight
+from ..loss import check_beta, check_label_smoothing, check_weights
 from .exchange import check_loss_types
 
 
@@ -43,8 +43,7 @@ def check_arguments(args: DPOConfig, key: str | None = None) -> str | None:
     """
     check_beta(args.beta)
     check_label_smoothing(args.label_smoothing)
-    for weight in args.loss_weights or ():
-        check_weight("loss_weights", weight)
+    check_weights("loss_weights", *(args.loss_weights or ()))
     check_parallelism(args)
     check_batches(args)
     types = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)

@@ -32,7 +32,7 @@ from ..guards import pairs
 from ..guards.faults import Fault
 from ..hf_batches import check_batches
 from ..hf_sequences import PairSequences
-from ..loss import check_beta, check_label_smoothing, check_weight
+from ..loss import check_beta, check_label_smoothing, check_weights
 from .arguments import by_name, check_parallelism
 from .batch_loss import BatchLossMixin
 from .config import OfConfig, PairwiseFields
@@ -166,7 +166,7 @@ class CPOLossMixin(ReferenceFreeMixin):
                 "has no log-sigmoid of the margin that the loss could replace."
             )
         check_label_smoothing(config.label_smoothing)
-        check_weight("cpo_alpha", config.cpo_alpha)
+        check_weights("cpo_alpha", config.cpo_alpha)
 
     def _in_loss(self) -> dict[str, Any]:
         of_simpo = {"simpo_gamma": self.simpo_gamma} if self.loss_type == "simpo" else {}
